@@ -1,0 +1,32 @@
+# Sets up the active virtual environment, or .venv, and runs things in it.
+#   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU)
+#   make test          the test suite
+#   make lint          ruff, ruff format, mypy
+# Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
+
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= python3
+CONSTRAINTS ?= -c constraints.txt
+RUN ?= runs/quickstart
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.poa-quickstart
+	$(BIN)/python -m poa quickstart --out $(RUN)
+
+test: $(VENV)/.poa-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.poa-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.poa-%: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[$*]'
+	touch $@

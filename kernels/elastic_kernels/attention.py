@@ -1,0 +1,57 @@
+"""Self-attention over packed crops: many short sequences of a few known lengths in one token tensor.
+
+    o = softmax(q k^T / sqrt(d)) v          within each sequence, for each head
+
+The sequences of one length lie together, so a launch serves a whole length class and no `cu_seqlens` are
+needed. `qkv` holds the active heads only; it may be a strided view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """Attend within every sequence of a packed token tensor.
+
+    Args:
+        qkv: `[tokens, 3, heads, head_dim]`, floating point, any strides.
+        groups: `(count, length)` of each length class in packing order; `sum(count * length) == tokens`.
+
+    Returns:
+        `[tokens, heads * head_dim]`, the dtype of `qkv`.
+
+    Raises:
+        ValueError: `qkv` is not 4-dimensional with three projections, or `groups` do not cover the tokens.
+
+    Example:
+        >>> packed_attention(torch.randn(2 * 5 + 3 * 2, 3, 4, 16), [(2, 5), (3, 2)]).shape
+        torch.Size([16, 64])
+    """
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(
+            f"packed_attention: expected qkv [tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
+        )
+    covered = sum(count * length for count, length in groups)
+    if covered != qkv.shape[0]:
+        raise ValueError(
+            f"packed_attention: groups {list(groups)} cover {covered} tokens, qkv has {qkv.shape[0]}"
+        )
+    parts = qkv.split([count * length for count, length in groups])
+    outputs = [
+        _attend(part.unflatten(0, (count, length)))
+        for part, (count, length) in zip(parts, groups, strict=True)
+        if count
+    ]
+    return torch.cat(outputs) if outputs else qkv.new_empty(0, qkv.shape[2] * qkv.shape[3])
+
+
+def _attend(qkv: Tensor) -> Tensor:
+    """`[count, length, 3, heads, head_dim]` -> `[count * length, heads * head_dim]`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,160 @@
+"""Elastic linear layers: a matrix product with a prefix of a shared weight.
+
+    y = s * x W[:out, :in]^T + b[:out]          s = in_max / in
+
+`W[out_max, in_max]` belongs to the largest network; a subnet of width `in` reads the top-left corner of
+it in place. The offset scale `s` keeps the magnitude of the sum when fewer channels take part; it is the
+`alpha` of the matrix product, never a pass over activations, and the bias is not scaled.
+
+Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLinear`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elastic_kernels import validate
+
+
+def elastic_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    scale: float | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Multiply by the top-left corner of a shared weight: `act(s * x W[:out, :in]^T + b[:out])`.
+
+    Args:
+        x: `[..., in]`, floating point; its last dimension chooses the columns of `weight`.
+        weight: `[out_max, in_max]`, any strides; only `weight[:out_features, :in]` is read.
+        bias: `[out_max]` or None; only `bias[:out_features]` is read, and it is not scaled.
+        out_features: rows of `weight` in use; default all.
+        scale: the offset scale `s`; default `in_max / in`, which is 1 for the largest network.
+        activation: None or "gelu" (the exact one, with erf).
+
+    Returns:
+        `[..., out_features]`, the dtype of the matrix product (autocast applies as to `torch.addmm`).
+
+    Raises:
+        ValueError: a width outside the weight, or mismatched shapes.
+        TypeError: tensors of different dtypes outside autocast.
+
+    Example:
+        >>> W, b = torch.randn(64, 48), torch.zeros(64)
+        >>> elastic_linear(torch.randn(5, 32), W, b, out_features=40).shape
+        torch.Size([5, 40])
+    """
+    width, rows = x.shape[-1], weight.shape[0] if out_features is None else out_features
+    validate.prefix("elastic_linear", "in", width, weight.shape[1])
+    validate.prefix("elastic_linear", "out_features", rows, weight.shape[0])
+    validate.same_dtype("elastic_linear", x=x, weight=weight, bias=bias)
+    if activation not in (None, "gelu"):
+        raise ValueError(f"elastic_linear: activation must be None or 'gelu', got {activation!r}")
+    y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), _offset_scale(weight, width, scale))
+    return F.gelu(y) if activation == "gelu" else y
+
+
+def elastic_linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Elastic linear, LayerScale and the residual addition of a transformer half-block.
+
+    `out = residual; out[rows] += row_scale * gamma[:w] * (s * x W[:w, :in]^T + b[:w])`
+
+    Args:
+        x: `[kept, in]`, the rows that take part.
+        weight, bias, scale: as in `elastic_linear`; the output width is that of `residual`.
+        residual: `[tokens, w]`; keeps its dtype, is not modified.
+        gamma: `[w_max]` LayerScale or None.
+        rows: int64 `[kept]`, distinct rows of `residual` that `x` stands for (stochastic depth); None means
+            all of them in order.
+        row_scale: `[kept]` factor of each row (the inverse of its keep rate); None means 1.
+
+    Returns:
+        `[tokens, w]`, the dtype of `residual`.
+
+    Raises:
+        ValueError: `x` has another number of rows than `rows` (or `residual`), or as in `elastic_linear`.
+
+    Example:
+        >>> x, W, r = torch.randn(2, 8), torch.randn(16, 16), torch.zeros(4, 8)
+        >>> elastic_linear_residual(x, W, None, r, rows=torch.tensor([0, 3]))[1].abs().sum()
+        tensor(0.)
+    """
+    kept = residual.shape[0] if rows is None else rows.shape[0]
+    if x.shape[0] != kept:
+        raise ValueError(f"elastic_linear_residual: expected {kept} rows of x, got {x.shape[0]}")
+    branch = elastic_linear(x, weight, bias, out_features=residual.shape[-1], scale=scale)
+    if gamma is not None:
+        branch = branch * gamma[: residual.shape[-1]]
+    if row_scale is not None:
+        branch = branch * row_scale.unsqueeze(-1)
+    branch = branch.to(residual.dtype)
+    return residual + branch if rows is None else residual.index_add(0, rows, branch)
+
+
+def elastic_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float | None = None) -> Tensor:
+    """Query, key and value projections of the first heads: `y[:, g] = s * x W[g, :w, :w]^T + b[g, :w]`.
+
+    `weight` is seen as three stacked square matrices; heads that lie first in each of q, k and v are used.
+
+    Args:
+        x: `[tokens, w]`.
+        weight: `[3 * w_max, w_max]`, the rows of q, then k, then v.
+        bias: `[3 * w_max]` or None.
+        scale: the offset scale; default `w_max / w`.
+
+    Returns:
+        `[tokens, 3, w]`; a strided view is allowed.
+
+    Raises:
+        ValueError: `weight` is not three square matrices, or `w` is wider than them.
+        TypeError: tensors of different dtypes outside autocast.
+    """
+    width, largest = x.shape[-1], weight.shape[1]
+    if weight.shape[0] != 3 * largest:
+        raise ValueError(f"elastic_qkv: expected weight [3 * C, C], got {tuple(weight.shape)}")
+    validate.prefix("elastic_qkv", "width", width, largest)
+    validate.same_dtype("elastic_qkv", x=x, weight=weight, bias=bias)
+    s = _offset_scale(weight, width, scale)
+    if width == largest:
+        return _scaled_linear(x, weight, bias, s).unflatten(-1, (3, width))
+    corner = weight.view(3, largest, largest)[:, :width, :width]
+    columns = corner.transpose(1, 2)
+    tokens = x.expand(3, *x.shape)
+    if bias is None:
+        return (torch.bmm(tokens, columns) * s).transpose(0, 1)
+    offset = bias.view(3, 1, largest)[..., :width]
+    return torch.baddbmm(offset, tokens, columns, alpha=s).transpose(0, 1)
+
+
+def _offset_scale(weight: Tensor, width: int, scale: float | None) -> float:
+    return weight.shape[1] / width if scale is None else float(scale)
+
+
+def _head(bias: Tensor | None, rows: int) -> Tensor | None:
+    return None if bias is None else bias[:rows]
+
+
+def _scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    if scale == 1.0:
+        return F.linear(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    if bias is None:
+        y = torch.addmm(flat.new_zeros(weight.shape[0]), flat, weight.t(), beta=0, alpha=scale)
+    else:
+        y = torch.addmm(bias, flat, weight.t(), alpha=scale)
+    return y.view(*x.shape[:-1], weight.shape[0])

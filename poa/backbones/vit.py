@@ -1,0 +1,358 @@
+"""Elastic vision transformer: one set of weights, any (width, depth) inside it.
+
+The width travels with the data: `embed` makes tokens of the subnet's width and every layer reads it from its
+input. No module remembers a subnet, so several subnets can share one graph.
+
+Parameter names are timm's. Source: POA (Zhang et al., ECCV 2024); official `DinoVisionTransformer`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elastic_kernels import (
+    elastic_hidden_features,
+    elastic_layer_norm,
+    elastic_linear_residual,
+    elastic_mlp,
+    elastic_qkv,
+    packed_attention,
+)
+from poa.errors import InputError
+from poa.multicrop import KeptRows, StochasticDepth, pack, unpack
+from poa.options import option
+from poa.subnets import SearchSpace, Subnet, active_blocks
+
+LAYER_NORM_EPS = 1e-6  # official; elastic LayerNorm's own default differs
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape and initialisation of an elastic ViT, and its search space."""
+
+    image_size: int = option(224, "pixels of a side of the global crops; sets the position grid")
+    patch_size: int = option(16, "pixels of a side of a patch")
+    min_width: int = option(384, "channels of the narrowest subnet")
+    max_width: int = option(1024, "channels of the intact network")
+    width_step: int | None = option(None, "distance between widths; none: head_dim")
+    min_depth: int = option(12, "blocks of the shallowest subnet")
+    max_depth: int = option(24, "blocks of the intact network")
+    depth_step: int = option(1, "distance between depths")
+    head_dim: int = option(64, "channels of an attention head")
+    mlp_ratio: float = option(4.0, "hidden units of the MLP over the width")
+    layer_scale: float = option(1e-5, "initial LayerScale")
+    drop_path: float = option(0.2, "stochastic-depth rate of the students")
+    drop_path_uniform: bool = option(True, "the same rate in all blocks, or linear from 0")
+    sampling_scale: float = option(3.0, "how much more often the smallest subnet is drawn, per axis")
+    masked: bool = option(True, "has a mask token; false for exported models")
+
+    def __post_init__(self) -> None:
+        step = self.width_step or self.head_dim
+        for name, value in (
+            ("min_width", self.min_width),
+            ("max_width", self.max_width),
+            ("width_step", step),
+        ):
+            if value < 1 or value % self.head_dim:
+                raise InputError(f"{name}: expected a multiple of head_dim {self.head_dim}, got {value}")
+        if not self.min_width <= self.max_width:
+            raise InputError(f"min_width: expected at most {self.max_width}, got {self.min_width}")
+        if not 1 <= self.min_depth <= self.max_depth:
+            raise InputError(f"min_depth: expected 1..{self.max_depth}, got {self.min_depth}")
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
+        if (self.max_width - self.min_width) % step or (self.max_depth - self.min_depth) % self.depth_step:
+            raise InputError(
+                "search space: expected whole steps from smallest to largest, got "
+                f"widths {self.min_width}..{self.max_width} step {step}, "
+                f"depths {self.min_depth}..{self.max_depth} step {self.depth_step}"
+            )
+        self.grid(self.image_size)
+
+    @property
+    def space(self) -> SearchSpace:
+        """All subnets."""
+        step = self.width_step or self.head_dim
+        return SearchSpace(
+            widths=tuple(range(self.min_width, self.max_width + 1, step)),
+            depths=tuple(range(self.min_depth, self.max_depth + 1, self.depth_step)),
+            scale=self.sampling_scale,
+        )
+
+    @property
+    def hidden(self) -> int:
+        """Hidden units of the intact MLP."""
+        return int(self.max_width * self.mlp_ratio)
+
+    @property
+    def drop_rates(self) -> list[float]:
+        """Stochastic-depth rate of each of the `max_depth` blocks."""
+        if self.drop_path_uniform:
+            return [self.drop_path] * self.max_depth
+        return [float(r) for r in torch.linspace(0, self.drop_path, self.max_depth)]
+
+    def grid(self, image_size: int) -> int:
+        """Patches along a side of a square image."""
+        if image_size < self.patch_size or image_size % self.patch_size:
+            raise InputError(
+                f"image size: expected a multiple of the patch size {self.patch_size}, got {image_size}"
+            )
+        return image_size // self.patch_size
+
+    def parameters(self, subnet: Subnet) -> int:
+        """Parameters of a subnet as exported (no mask token, LayerScale included)."""
+        w = subnet.width
+        hidden = elastic_hidden_features(w, self.max_width, self.hidden)
+        block = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w + 6 * w
+        tokens = self.grid(self.image_size) ** 2 + 1
+        return subnet.depth * block + w * (3 * self.patch_size**2 + 1) + w * (1 + tokens) + 2 * w
+
+    def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        """FLOPs of one image's forward: 2 per multiply-add of every matrix product."""
+        w, tokens = subnet.width, self.grid(image_size or self.image_size) ** 2 + 1
+        hidden = elastic_hidden_features(w, self.max_width, self.hidden)
+        linears = 2 * tokens * (4 * w * w + 2 * w * hidden)
+        attention = 4 * tokens * tokens * w
+        embedding = 2 * (tokens - 1) * 3 * self.patch_size**2 * w
+        return subnet.depth * (linears + attention) + embedding
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a ViT says of one crop group.
+
+    Attributes:
+        cls: `[crops, w]` normalised class tokens.
+        patches: `[crops, patches, w]` normalised patch tokens.
+        tokens: `[crops, 1 + patches, w]` tokens before the last norm.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    tokens: Tensor
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens of the asked width."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, width: int) -> Tensor:
+        """`[B, 3, H, W]` -> `[B, patches, width]`; H and W multiples of the patch size."""
+        assert self.proj.bias is not None
+        weight, bias = self.proj.weight[:width], self.proj.bias[:width]
+        return F.conv2d(images, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, width: int, initial: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), initial))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on packed tokens of any width up to the intact one."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        width = config.max_width
+        self.head_dim = config.head_dim
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attn = Attention(width)
+        self.ls1 = LayerScale(width, config.layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(width, config.hidden)
+        self.ls2 = LayerScale(width, config.layer_scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        groups: tuple[tuple[int, int], ...],
+        kept: tuple[KeptRows, KeptRows] | None = None,
+    ) -> Tensor:
+        """`[tokens, w]` -> `[tokens, w]`; `kept` are the rows each half works on."""
+        first, second = kept or (None, None)
+        x = self._attention_half(x, groups, first)
+        return self._mlp_half(x, second)
+
+    def _attention_half(
+        self, x: Tensor, groups: tuple[tuple[int, int], ...], kept: KeptRows | None
+    ) -> Tensor:
+        rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+        norm, attn = self.norm1, self.attn
+        h = elastic_layer_norm(x, norm.weight, norm.bias, norm.eps, rows=rows)
+        qkv = elastic_qkv(h, attn.qkv.weight, attn.qkv.bias).unflatten(-1, (-1, self.head_dim))
+        h = packed_attention(qkv, kept.groups if kept else groups)
+        return elastic_linear_residual(
+            h, attn.proj.weight, attn.proj.bias, x, self.ls1.gamma, rows=rows, row_scale=scale
+        )
+
+    def _mlp_half(self, x: Tensor, kept: KeptRows | None) -> Tensor:
+        rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        h = elastic_layer_norm(x, norm.weight, norm.bias, norm.eps, rows=rows)
+        return elastic_mlp(
+            h,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            x,
+            self.ls2.gamma,
+            rows=rows,
+            row_scale=scale,
+        )
+
+
+class ElasticViT(nn.Module):
+    """The shared weights of all subnets.
+
+    Args:
+        config: shape, initialisation and search space.
+        generator: CPU generator of the initial weights; default torch's own.
+    """
+
+    def __init__(self, config: ViTConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.space = config.space
+        width, patches = config.max_width, config.grid(config.image_size) ** 2
+        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, width)) if config.masked else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.max_depth))
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self._initialise(generator)
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator | None) -> None:
+        """Official: linears and positions truncated normal 0.02, class token 1e-6, the rest torch's own."""
+        conv = self.patch_embed.proj
+        nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)
+        bound = 1 / math.sqrt(conv.weight[0].numel())
+        assert conv.bias is not None
+        nn.init.uniform_(conv.bias, -bound, bound, generator=generator)
+        nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        drop: StochasticDepth | None = None,
+        recompute: bool = False,
+    ) -> list[Features]:
+        """Run all crop groups through a subnet as one packed token tensor.
+
+        Args:
+            crops: groups of images `[B_i, 3, H_i, W_i]`, normalised; sides multiples of the patch size.
+            subnet: default the intact network.
+            masks: bool `[B_i, patches_i]` or None for each group; True patches become the mask token.
+            drop: stochastic depth, one entry per active block.
+            recompute: keep only the input of each block for backward and compute it again.
+
+        Returns:
+            The `Features` of each group.
+
+        Raises:
+            InputError: a subnet outside the search space, or a crop not divisible by the patch size.
+        """
+        subnet = self.space.intact if subnet is None else self.space.require(subnet)
+        masks = masks or [None] * len(crops)
+        x, groups = pack([self.embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)])
+        active = active_blocks(self.config.max_depth, subnet.depth)
+        for position, index in enumerate(active):
+            kept = drop.blocks[position] if drop else None
+            block = self.blocks[index]
+            if recompute:
+                x = checkpoint(block, x, groups, kept, use_reentrant=False)
+            else:
+                x = block(x, groups, kept)
+        tokens, normed = unpack(x, groups), unpack(self.normalise(x), groups)
+        return [Features(n[:, 0], n[:, 1:], t) for t, n in zip(tokens, normed, strict=True)]
+
+    def embed(self, images: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
+        """Images `[B, 3, H, W]` to tokens `[B, 1 + patches, width]` with positions; class token first."""
+        height, breadth = self._grid(images)
+        x = self.patch_embed(images, width)
+        if mask is not None:
+            if self.mask_token is None:
+                raise ValueError("mask: expected None for a ViT without a mask token, got a mask")
+            x = torch.where(mask.unsqueeze(-1), self.mask_token[:, :width].to(x.dtype), x)
+        cls = self.cls_token[..., :width].to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.cat([cls, x], dim=1) + self.position_embedding(height, breadth, width)
+
+    def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
+        """The position embedding `[1, 1 + height * breadth, width]` of a grid of patches.
+
+        Interpolated (bicubic) unless the grid is the trained one. The scale factors carry the official + 0.1,
+        which changes the sampled positions; passing the size instead would not match.
+        """
+        positions = self.pos_embed[..., :width]
+        side = math.isqrt(positions.shape[1] - 1)
+        if (height, breadth) == (side, side):
+            return positions
+        grid = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        factors = ((height + 0.1) / side, (breadth + 0.1) / side)
+        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+        assert grid.shape[-2:] == (height, breadth)
+        patches = grid.flatten(2).transpose(1, 2).to(positions.dtype)
+        return torch.cat([positions[:, :1], patches], dim=1)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The last LayerNorm, over the width of `x`."""
+        return elastic_layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def mean_pool(self, features: Features) -> Tensor:
+        """`[crops, w]`: the norm of the mean patch token (not the mean of the normed tokens)."""
+        return self.normalise(features.tokens[:, 1:].mean(1))
+
+    def drop_rates(self, subnet: Subnet) -> list[float]:
+        """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""
+        rates = self.config.drop_rates
+        return [rates[i] for i in active_blocks(self.config.max_depth, subnet.depth)]
+
+    def layer_depth(self, name: str) -> int:
+        """Position of a parameter for layer-wise learning-rate decay: 0 tokens, 1.. blocks, last norm."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return self.config.max_depth + 1 if name.startswith("norm.") else 0
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        patch = self.config.patch_size
+        height, breadth = images.shape[-2:]
+        if height % patch or breadth % patch:
+            raise InputError(
+                f"crop: expected sides divisible by the patch size {patch}, got {height}x{breadth}"
+            )
+        return height // patch, breadth // patch

@@ -1,0 +1,229 @@
+"""The configuration of a run and the presets.
+
+`method` is what changes results; `performance` must not change them; `run` says what happens around the
+training: seed aside, neither results nor speed depend on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from poa.backbones import ViTConfig
+from poa.errors import InputError
+from poa.heads import HeadConfig
+from poa.optim import OptimConfig
+from poa.options import option, section
+from poa.tribranch import LossConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class CropsConfig:
+    """Crops and augmentation; triples are for global view 1, global view 2 and local crops."""
+
+    global_size: int = option(224, "pixels of a side of the two global crops")
+    local_size: int = option(96, "pixels of a side of the local crops")
+    local_count: int = option(8, "local crops of an image")
+    global_scale: tuple[float, float] = option((0.32, 1.0), "area of a global crop over the image's")
+    local_scale: tuple[float, float] = option((0.05, 0.32), "area of a local crop over the image's")
+    aspect: tuple[float, float] = option((0.75, 4 / 3), "aspect ratios of the crops")
+    flip: float = option(0.5, "probability of a horizontal flip")
+    rotation: float = option(0.0, "degrees, drawn from both directions; 0: off")
+    jitter: float = option(0.8, "probability of colour jitter")
+    brightness: float = option(0.4, "of the colour jitter: factors 1 - value .. 1 + value")
+    contrast: float = option(0.4, "likewise")
+    saturation: float = option(0.2, "likewise")
+    hue: float = option(0.1, "of the colour jitter: shift in turns of the colour circle")
+    grayscale: float = option(0.2, "probability of losing the colour")
+    blur: tuple[float, float, float] = option((0.0, 0.9, 0.5), "probabilities of a Gaussian blur")
+    blur_sigma: tuple[float, float] = option((0.1, 2.0), "pixels")
+    blur_kernel: int = option(9, "taps, odd")
+    solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), "probabilities of solarisation")
+    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "of the pixels, in 0..1")
+    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "of the pixels, in 0..1")
+
+    def __post_init__(self) -> None:
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise InputError(f"crops.{name}: expected 0 < low <= high <= 1, got {(low, high)}")
+        for name in ("global_size", "local_size", "blur_kernel"):
+            if getattr(self, name) < 1:
+                raise InputError(f"crops.{name}: expected at least 1, got {getattr(self, name)}")
+        if self.local_count < 0:
+            raise InputError(f"crops.local_count: expected at least 0, got {self.local_count}")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Masks of the masked-patch (iBOT) loss."""
+
+    probability: float = option(0.5, "share of the global crops that get a mask")
+    ratio: tuple[float, float] = option((0.1, 0.5), "smallest and largest share of masked patches")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise InputError(f"masks.probability: expected a value in [0, 1], got {self.probability}")
+        if not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
+            raise InputError(f"masks.ratio: expected 0 <= low <= high <= 1, got {self.ratio}")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Everything that changes results."""
+
+    seed: int = option(0, "of every random choice")
+    batch_size: int = option(64, "images of a chunk: of one device in one step")
+    precision: Precision = option("bf16", "of the matrix products; weights and loss are fp32")
+    sampling: Literal["per-rank", "shared", "balanced"] = option(
+        "per-rank", "elastic subnet of each rank: its own, one for all, or of about equal cost"
+    )
+    canvas: int = option(256, "images are shrunk to fit a square of this many pixels when decoded")
+    backbone: ViTConfig = section(ViTConfig(), "the elastic ViT")
+    head: HeadConfig = section(HeadConfig(), "the projection heads")
+    loss: LossConfig = section(LossConfig(), "the loss")
+    crops: CropsConfig = section(CropsConfig(), "crops and augmentation")
+    masks: MaskConfig = section(MaskConfig(), "masks of patches")
+    optim: OptimConfig = section(OptimConfig(), "optimiser, schedules and teacher")
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size: expected at least 1, got {self.batch_size}")
+        if self.crops.global_size != self.backbone.image_size:
+            raise InputError(
+                f"crops.global_size: expected backbone.image_size {self.backbone.image_size}, "
+                f"got {self.crops.global_size}"
+            )
+        if self.crops.local_count:
+            self.backbone.grid(self.crops.local_size)
+
+
+@dataclass(frozen=True)
+class PerformanceConfig:
+    """Everything that changes speed and memory only."""
+
+    workers: int = option(4, "processes that decode images; 0: in the training process")
+    recompute: bool = option(False, "recompute blocks in backward: less memory, more time")
+    threads: int | None = option(None, "CPU threads of PyTorch; none: its own choice")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What happens around the training."""
+
+    data: str = option("digits", "digits, or a folder of images (see README)")
+    holdout: float = option(0.25, "share of the images held out for k-NN where data has no test folder")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress")
+    save_every: int = option(1000, "steps between checkpoints; the last step is always saved")
+    evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never")
+    knn_images: int = option(10000, "at most this many bank and query images in k-NN during training")
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.holdout < 1:
+            raise InputError(f"holdout: expected a share in (0, 1), got {self.holdout}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    method: MethodConfig = section(MethodConfig(), "changes results")
+    performance: PerformanceConfig = section(PerformanceConfig(), "changes speed and memory only")
+    run: RunConfig = section(RunConfig(), "data, device, logging")
+
+
+def _quickstart() -> Config:
+    """Digits on a CPU in minutes: 9 subnets, few large patches, gentle crops, a sharp teacher."""
+    return Config(
+        method=MethodConfig(
+            batch_size=64,
+            precision="fp32",
+            canvas=32,
+            backbone=ViTConfig(
+                image_size=24,
+                patch_size=8,
+                min_width=32,
+                max_width=64,
+                min_depth=2,
+                max_depth=4,
+                head_dim=16,
+                layer_scale=1.0,
+                drop_path=0.0,
+            ),
+            head=HeadConfig(prototypes=(32, 48, 64, 96), hidden=128, bottleneck=32),
+            crops=CropsConfig(
+                global_size=24,
+                local_size=16,
+                local_count=2,
+                global_scale=(0.6, 1.0),
+                local_scale=(0.4, 0.8),
+                aspect=(0.85, 1.15),
+                flip=0.0,
+                rotation=8.0,
+                brightness=0.4,
+                contrast=0.3,
+                saturation=0.0,
+                hue=0.0,
+                grayscale=0.0,
+                blur=(0.0, 0.0, 0.0),
+                solarize=(0.0, 0.0, 0.0),
+                mean=(0.3053,) * 3,
+                std=(0.3760,) * 3,
+            ),
+            optim=OptimConfig(
+                epochs=62.0,
+                base_lr=3e-3,
+                lr_scaling="none",
+                min_lr=1e-5,
+                warmup_epochs=6.2,
+                freeze_last_layer_epochs=1.24,
+                weight_decay=0.04,
+                weight_decay_end=0.1,
+                layer_decay=1.0,
+                patch_embed_lr=1.0,
+                stretch=1.0,
+                momentum=0.98,
+                momentum_end=0.995,
+                teacher_temperature=0.03,
+                teacher_temperature_start=0.03,
+                teacher_temperature_epochs=0.0,
+                ibot_start_epoch=12.4,
+            ),
+        ),
+        performance=PerformanceConfig(workers=0),
+        run=RunConfig(data="digits", evaluate_every=325, save_every=650),
+    )
+
+
+def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Config:
+    """The published recipe for a ViT with patches of 16 pixels."""
+    backbone = ViTConfig(min_width=min_width, max_width=max_width, min_depth=min_depth, max_depth=max_depth)
+    return Config(method=MethodConfig(backbone=backbone))
+
+
+PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
+    "quickstart": (_quickstart, "digits on a CPU in minutes: widths 32..64, depths 2..4"),
+    "vit-s16": (lambda: _vit(192, 384, 6, 12), "up to ViT-S/16: widths 192..384, depths 6..12"),
+    "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),
+    "vit-l16": (lambda: _vit(384, 1024, 12, 24), "the paper's ViT-L/16: widths 384..1024, depths 12..24"),
+}
+
+
+def preset(name: str) -> Config:
+    """A preset by name."""
+    if name not in PRESETS:
+        raise InputError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return PRESETS[name][0]()
+
+
+def with_run(config: Config, **changes: object) -> Config:
+    """The configuration with some of its `run` options replaced."""
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, **changes))  # type: ignore[arg-type]

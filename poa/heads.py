@@ -1,0 +1,111 @@
+"""Projection heads: independent MLPs onto weight-normalised prototypes.
+
+Each head has its own MLP; only its first layer is elastic. A row goes through MLP, L2 normalisation and the
+product with unit prototypes times a trainable gain.
+
+Source: POA (Zhang et al., ECCV 2024), section 3.4; official `MDINOHead`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_kernels import elastic_linear
+from poa.errors import InputError
+from poa.options import option
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The projection heads."""
+
+    prototypes: tuple[int, ...] = option((8192, 16384, 32768, 65536), "prototypes of each head")
+    hidden: int = option(2048, "hidden units of a head's MLP")
+    bottleneck: int = option(256, "channels before the prototypes")
+    layers: int = option(3, "linear layers of a head's MLP")
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "bottleneck", "layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"head.{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.prototypes or min(self.prototypes) < 2:
+            raise InputError(f"head.prototypes: expected counts >= 2, got {self.prototypes}")
+
+
+class Prototypes(nn.Module):
+    """Linear layer without bias whose rows are unit vectors times a trainable gain."""
+
+    def __init__(self, features: int, count: int, generator: torch.Generator | None = None):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(count, 1))
+        self.weight_v = nn.Parameter(torch.empty(count, features))
+        bound = features**-0.5
+        with torch.no_grad():
+            self.weight_v.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[rows, features]` -> logits `[rows, count]`."""
+        norm = self.weight_v.norm(dim=1, keepdim=True)
+        return F.linear(x, self.weight_v * (self.weight_g / norm))
+
+
+class ProjectionHead(nn.Module):
+    """One head: elastic MLP, normalisation, prototypes."""
+
+    def __init__(
+        self,
+        max_width: int,
+        config: HeadConfig,
+        prototypes: int,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        sizes = [max_width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
+        layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
+        for layer in layers:
+            nn.init.trunc_normal_(layer.weight, std=0.02, generator=generator)
+            nn.init.zeros_(layer.bias)
+        self.first = layers[0]
+        self.rest = nn.ModuleList(layers[1:])
+        self.prototypes = Prototypes(config.bottleneck, prototypes, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens `[rows, w]` of any width up to the intact one -> logits `[rows, prototypes]`."""
+        first = self.first
+        x = elastic_linear(x, first.weight, first.bias)
+        for layer in self.rest:
+            x = layer(F.gelu(x))
+        with torch.autocast(x.device.type, enabled=False):
+            # Half-precision logits would be wrong by 10 % after the softmax at a temperature of 0.04.
+            x = F.normalize(x.to(self.prototypes.weight_v.dtype), dim=-1, eps=1e-12)
+            return self.prototypes(x)
+
+
+class ProjectionHeads(nn.Module):
+    """All heads side by side.
+
+    Args:
+        max_width: channels of the intact backbone.
+        config: sizes.
+        generator: CPU generator of the initial weights; default torch's own.
+    """
+
+    def __init__(self, max_width: int, config: HeadConfig, generator: torch.Generator | None = None):
+        super().__init__()
+        self.config = config
+        self.heads = nn.ModuleList(
+            ProjectionHead(max_width, config, count, generator) for count in config.prototypes
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """`[rows, w]` -> the logits `[rows, prototypes_i]` of each head."""
+        return [head(x) for head in self.heads]
+
+    def split(self, x: Tensor, rows: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """As `forward`, the logits of each head split into parts of the given numbers of rows."""
+        return [logits.split(list(rows)) for logits in self(x)]

@@ -1,0 +1,109 @@
+"""Packed crops: all crops of a branch as one token tensor, and the choice of rows of stochastic depth.
+
+The tokens of crop groups of different sizes (2 global views, L local crops) lie one group after the other in
+one `[tokens, width]` tensor. Everything but attention treats them as plain rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poa.device import upload
+
+Groups = tuple[tuple[int, int], ...]
+"""`(crops, tokens a crop)` of each crop group, in packing order."""
+
+
+def pack(tokens: Sequence[Tensor]) -> tuple[Tensor, Groups]:
+    """Concatenate `[crops, length, width]` tensors into `[tokens, width]`; return it with its groups."""
+    groups = tuple((t.shape[0], t.shape[1]) for t in tokens)
+    return torch.cat([t.flatten(0, 1) for t in tokens]), groups
+
+
+def unpack(packed: Tensor, groups: Groups) -> list[Tensor]:
+    """The inverse of `pack`: views `[crops, length, width]` of each group."""
+    parts = packed.split([crops * length for crops, length in groups])
+    return [p.unflatten(0, group) for p, group in zip(parts, groups, strict=True)]
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The crops that take part in one half-block; the others pass it by unchanged.
+
+    Attributes:
+        groups: `(kept crops, tokens a crop)` of each group.
+        rows: int64 `[kept tokens]`, positions in the packed tensor.
+        scale: float32 `[kept tokens]`, the inverse of the keep rate of each row's group.
+    """
+
+    groups: Groups
+    rows: Tensor
+    scale: Tensor
+
+    @classmethod
+    def from_crops(cls, groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -> KeptRows:
+        """From the indices of the kept crops within each group (int64 CPU tensors)."""
+        rows, scale, start = [], [], 0
+        for (crops, length), index, factor in zip(groups, kept, scales, strict=True):
+            rows.append((start + index[:, None] * length + torch.arange(length)).flatten())
+            scale.append(torch.full((index.numel() * length,), factor))
+            start += crops * length
+        sizes = tuple((len(i), length) for i, (_, length) in zip(kept, groups, strict=True))
+        return cls(sizes, torch.cat(rows), torch.cat(scale))
+
+
+@dataclass(frozen=True)
+class StochasticDepth:
+    """The kept rows of every active block of one forward: `[(attention half, MLP half), ...]`."""
+
+    blocks: tuple[tuple[KeptRows, KeptRows], ...]
+
+    def to(self, device: torch.device) -> StochasticDepth:
+        """Move all indices and factors with two copies."""
+        halves = [half for pair in self.blocks for half in pair]
+        sizes = [half.rows.numel() for half in halves]
+        rows = upload(torch.cat([half.rows for half in halves]), device).split(sizes)
+        scale = upload(torch.cat([half.scale for half in halves]), device).split(sizes)
+        moved = [KeptRows(h.groups, r, s) for h, r, s in zip(halves, rows, scale, strict=True)]
+        return StochasticDepth(tuple(zip(moved[::2], moved[1::2], strict=True)))
+
+
+def draw_stochastic_depth(
+    groups: Groups, rates: Sequence[float], generator: torch.Generator
+) -> StochasticDepth | None:
+    """Choose the crops that each half of each active block works on.
+
+    With a rate above 0.1 a fixed number of crops, `max(int(crops * (1 - rate)), 1)`, is kept in each group,
+    scaled by `crops / kept`; with a smaller rate every crop is kept with probability `1 - rate` and scaled by
+    its inverse (both official).
+
+    Args:
+        groups: of the packed tensor.
+        rates: drop rate of each active block; all 0 means None is returned.
+        generator: a CPU generator.
+
+    Returns:
+        CPU tensors; see `StochasticDepth.to`.
+    """
+    if not any(rates):
+        return None
+    blocks = [tuple(_draw_half(groups, rate, generator) for _ in range(2)) for rate in rates]
+    return StochasticDepth(tuple((attention, mlp) for attention, mlp in blocks))
+
+
+def _draw_half(groups: Groups, rate: float, generator: torch.Generator) -> KeptRows:
+    kept, scales = [], []
+    for crops, _ in groups:
+        if rate > 0.1:
+            count = max(int(crops * (1 - rate)), 1)
+            kept.append(torch.randperm(crops, generator=generator)[:count])
+            scales.append(crops / count)
+        else:
+            keep = torch.rand(crops, generator=generator) >= rate
+            kept.append(keep.nonzero().flatten())
+            scales.append(1 / (1 - rate))
+    return KeptRows.from_crops(groups, kept, scales)

@@ -1,0 +1,219 @@
+"""Schedules, parameter groups, gradient clipping and the teacher's moving average.
+
+Source: official `CosineScheduler`, `get_params_groups_with_decay`, `do_train`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from poa.errors import InputError
+from poa.options import option
+from poa.tribranch import Network
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedules and the teacher's. Durations are epochs and may be fractions."""
+
+    epochs: float = option(300.0, "length of the run")
+    epoch_steps: int | None = option(None, "steps of an epoch; none: images / images of a step")
+    base_lr: float = option(4e-3, "learning rate at the peak, before lr_scaling")
+    lr_scaling: Literal["sqrt", "none"] = option("sqrt", "sqrt: times sqrt(images of a step / 1024)")
+    min_lr: float = option(2e-5, "learning rate at the end")
+    warmup_epochs: float = option(10.0, "linear warm-up of the learning rate")
+    freeze_last_layer_epochs: float = option(1.0, "prototypes are not trained before")
+    weight_decay: float = option(0.04, "at the start")
+    weight_decay_end: float = option(0.4, "at the end")
+    beta1: float = option(0.9, "of AdamW")
+    beta2: float = option(0.999, "of AdamW")
+    layer_decay: float = option(0.9, "learning-rate factor from a block to the one before it")
+    patch_embed_lr: float = option(0.2, "additional learning-rate factor of the patch embedding")
+    clip: float = option(1.5, "largest gradient norm of backbone and of heads; 0: no clipping")
+    stretch: float = option(0.78, "the cosine has length 1/stretch and is cut at the end")
+    momentum: float = option(0.992, "of the teacher's moving average at the start")
+    momentum_end: float = option(0.9999, "at the end")
+    teacher_temperature: float = option(0.07, "of the teacher, after its warm-up")
+    teacher_temperature_start: float = option(0.04, "at the start")
+    teacher_temperature_epochs: float = option(30.0, "linear warm-up of the teacher temperature")
+    ibot_start_epoch: float = option(30.0, "the masked-patch loss and the masks start here")
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise InputError(f"optim.epochs: expected more than 0, got {self.epochs}")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise InputError(
+                f"optim.warmup_epochs: expected 0..{self.epochs} (optim.epochs), got {self.warmup_epochs}"
+            )
+        if not 0 < self.stretch <= 1:
+            raise InputError(f"optim.stretch: expected a value in (0, 1], got {self.stretch}")
+        for name in ("teacher_temperature", "teacher_temperature_start"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"optim.{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("momentum", "momentum_end", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"optim.{name}: expected a value in [0, 1], got {getattr(self, name)}")
+        if self.epoch_steps is not None and self.epoch_steps < 1:
+            raise InputError(f"optim.epoch_steps: expected at least 1, got {self.epoch_steps}")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A value per step, and the one that holds from the end on."""
+
+    values: np.ndarray
+    final: float
+
+    def __getitem__(self, step: int) -> float:
+        return float(self.values[step]) if step < len(self.values) else self.final
+
+
+def cosine_schedule(
+    base: float,
+    final: float,
+    total: int,
+    *,
+    warmup: int = 0,
+    start: float = 0.0,
+    freeze: int = 0,
+    stretch: float = 1.0,
+) -> Schedule:
+    """Zeros, a linear warm-up that includes `base`, then a cosine towards `final`.
+
+    The cosine is as long as if the run had `int(total / stretch)` steps and is cut at `total`, so with a
+    stretch below 1 the last value is far from `final`, which holds from `total` on.
+
+    Args:
+        base, final, start: values at the peak, the end, and the beginning of the warm-up.
+        total, warmup, freeze: steps.
+        stretch: in (0, 1].
+    """
+    length = int(total / stretch) - warmup - freeze
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(length) / max(length, 1)))
+    parts = (np.zeros(freeze), np.linspace(start, base, warmup), cosine[: total - warmup - freeze])
+    return Schedule(np.concatenate(parts)[:total], final)
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """All values that change from step to step."""
+
+    total_steps: int
+    ibot_start: int
+    lr: Schedule
+    last_layer_lr: Schedule
+    weight_decay: Schedule
+    momentum: Schedule
+    teacher_temperature: Schedule
+
+    @classmethod
+    def build(cls, config: OptimConfig, epoch_steps: int, images_a_step: int) -> Schedules:
+        """Schedules of a run.
+
+        Args:
+            config: durations in epochs and values.
+            epoch_steps: steps of an epoch.
+            images_a_step: images of a step over all ranks, for the learning-rate rule.
+        """
+
+        def steps(epochs: float) -> int:
+            return round(epochs * epoch_steps)
+
+        total = max(steps(config.epochs), 1)
+        peak = config.base_lr
+        if config.lr_scaling == "sqrt":
+            peak *= math.sqrt(images_a_step / 1024)
+        lr = cosine_schedule(
+            peak, config.min_lr, total, warmup=steps(config.warmup_epochs), stretch=config.stretch
+        )
+        frozen = lr.values.copy()
+        frozen[: steps(config.freeze_last_layer_epochs)] = 0
+        warm = steps(config.teacher_temperature_epochs)
+        return cls(
+            total_steps=total,
+            ibot_start=steps(config.ibot_start_epoch),
+            lr=lr,
+            last_layer_lr=Schedule(frozen, lr.final),
+            weight_decay=cosine_schedule(
+                config.weight_decay, config.weight_decay_end, total, stretch=config.stretch
+            ),
+            momentum=cosine_schedule(config.momentum, config.momentum_end, total, stretch=config.stretch),
+            teacher_temperature=cosine_schedule(
+                config.teacher_temperature,
+                config.teacher_temperature,
+                warm,
+                warmup=warm,
+                start=config.teacher_temperature_start,
+            ),
+        )
+
+
+def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float) -> list[dict[str, Any]]:
+    """AdamW parameter groups with learning-rate and weight-decay multipliers.
+
+    The learning rate decays from block to block, counted on the intact depth; the patch embedding gets one
+    more factor. Biases, norms and LayerScale have no weight decay; tokens, positions and prototype gains
+    do (official). Groups of prototypes carry `last_layer=True`.
+
+    Returns:
+        Groups with `params`, `names`, `lr_multiplier`, `wd_multiplier`, `last_layer`.
+    """
+    top = network.backbone.config.max_depth + 1
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for name, parameter in network.named_parameters():
+        part, _, local = name.partition(".")
+        lr = layer_decay ** (top - network.backbone.layer_depth(local)) if part == "backbone" else 1.0
+        if local.startswith("patch_embed."):
+            lr *= patch_embed_lr
+        undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
+        key = (lr, 0.0 if undecayed else 1.0, ".prototypes." in name)
+        fields = zip(("lr_multiplier", "wd_multiplier", "last_layer"), key, strict=True)
+        group = groups.setdefault(key, {"params": [], "names": [], **dict(fields)})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step."""
+    groups = parameter_groups(network, config.layer_decay, config.patch_embed_lr)
+    fused = next(network.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
+
+
+def apply_schedules(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:
+    """Set learning rate and weight decay of every group for a step."""
+    set_rates(optimizer, schedules.lr[step], schedules.last_layer_lr[step], schedules.weight_decay[step])
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:
+    """Multiply the given rates into every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_multiplier"]
+        group["weight_decay"] = weight_decay * group["wd_multiplier"]
+
+
+def clip_gradients(network: Network, largest: float) -> dict[str, Tensor]:
+    """Clip the gradient norm of the backbone and of the heads, each on its own; return the norms before."""
+    norms = {}
+    for name, part in network.named_children():
+        limit = largest if largest > 0 else math.inf
+        norms[name] = nn.utils.clip_grad_norm_(part.parameters(), limit)
+    return norms
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Move every parameter of the teacher: `teacher = m * teacher + (1 - m) * student`."""
+    torch._foreach_lerp_(_list(teacher.parameters()), _list(student.parameters()), 1 - momentum)
+
+
+def _list(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [p.detach() for p in parameters]

@@ -1,0 +1,145 @@
+"""Typed, documented options: frozen dataclasses to and from JSON, dotted overrides and help text."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from poa.errors import InputError
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with the text that `--help` shows."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def section(default: Any, help: str) -> Any:
+    """A dataclass field that holds a group of options."""
+    return dataclasses.field(default_factory=lambda: default, metadata={"help": help})
+
+
+def to_dict(options: Any) -> dict[str, Any]:
+    """Nested plain values, ready for JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
+    """Build options from nested plain values; keys left out keep their defaults.
+
+    Raises:
+        InputError: an unknown key (with a suggestion), or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
+    arguments = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if key not in fields:
+            raise _unknown(where, [f"{path}.{f}" if path else f for f in fields])
+        kind = hints[key]
+        arguments[key] = (
+            from_dict(kind, value, where)
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+            else _checked(kind, value, where)
+        )
+    return cls(**arguments)
+
+
+def override(options: T, assignments: Sequence[str]) -> T:
+    """Apply `dotted.key=value` assignments.
+
+    Values are JSON, or bare words; tuples may be written `0.3,1`.
+
+    Raises:
+        InputError: not an assignment, an unknown key (with a suggestion), or a value of the wrong type.
+    """
+    values = to_dict(options)
+    known = [key for key, *_ in describe(options)]
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"expected an option KEY=VALUE, got {assignment!r}")
+        if key not in known:
+            raise _unknown(key, known)
+        *parents, name = key.split(".")
+        group = values
+        for parent in parents:
+            group = group[parent]
+        group[name] = _parse(text, group[name])
+    return from_dict(type(options), values)
+
+
+def describe(options: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
+    """Yield `(dotted key, type, value, help)` of every option."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        key = f"{path}.{field.name}" if path else field.name
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from describe(value, key)
+        else:
+            yield key, _type_name(hints[field.name]), value, field.metadata.get("help", "")
+
+
+def first_difference(a: Any, b: Any) -> str | None:
+    """The first option in which two groups of one type differ, as `key: value against value`."""
+    for (key, _, left, _), (_, _, right, _) in zip(describe(a), describe(b), strict=True):
+        if left != right:
+            return f"{key}: {left} against {right}"
+    return None
+
+
+def _unknown(key: str, known: Sequence[str]) -> InputError:
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    return InputError(f"unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def _parse(text: str, current: Any) -> Any:
+    if isinstance(current, list) and not text.startswith("["):
+        text = f"[{text}]"
+    if text.lower() in ("none", "true", "false"):
+        text = {"none": "null"}.get(text.lower(), text.lower())
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    """The value as the declared type, or InputError."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in inner:
+            return None
+        return _checked(next(k for k in inner if k is not type(None)), value, where)
+    if origin is typing.Literal and value in inner:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(_checked(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and origin is None and type(value) is kind:
+        return value
+    raise InputError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+
+
+def _type_name(kind: Any) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("none" if k is type(None) else _type_name(k) for k in inner)
+    if origin is typing.Literal:
+        return "|".join(str(v) for v in inner)
+    if origin is tuple:
+        return ",".join("..." if k is Ellipsis else _type_name(k) for k in inner)
+    return kind.__name__

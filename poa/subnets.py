@@ -1,0 +1,193 @@
+"""Which subnets there are, how often each is trained, and which one is trained when.
+
+A subnet is a prefix of the shared weights: the first `width` channels of `depth` of the blocks. Small subnets
+are drawn more often than large ones, without replacement. A draw is a function of (seed, step, chunk).
+
+Source: POA (Zhang et al., ECCV 2024), section 3.3; official `create_dynamic_networks`, `get_network_id`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from poa.errors import InputError
+from poa.random import python_stream
+
+POLICIES = ("per-rank", "shared", "balanced")
+
+
+@dataclass(frozen=True, order=True)
+class Subnet:
+    """One network inside the shared weights.
+
+    Attributes:
+        width: active channels, a multiple of the head size.
+        depth: active blocks.
+    """
+
+    width: int
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.depth}"
+
+    @classmethod
+    def parse(cls, text: str) -> Subnet:
+        """Read `WIDTHxDEPTH`, for example `384x12`."""
+        width, cross, depth = text.strip().partition("x")
+        if not (cross and width.isdecimal() and depth.isdecimal()):
+            raise InputError(f"subnet: expected WIDTHxDEPTH such as 384x12, got {text!r}")
+        return cls(int(width), int(depth))
+
+
+def active_blocks(max_depth: int, depth: int) -> list[int]:
+    """Indices of the blocks a subnet keeps: `floor(linspace(0, max_depth - 1, depth))`."""
+    return [int(i) for i in np.linspace(0, max_depth - 1, depth).astype(np.int64)]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All subnets of a backbone, with how often each is drawn.
+
+    Attributes:
+        widths, depths: what may be chosen, ascending; the last of each is the intact network.
+        scale: how much more often the smallest is drawn than the largest, along each axis.
+    """
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    scale: float = 3.0
+
+    @property
+    def intact(self) -> Subnet:
+        return Subnet(self.widths[-1], self.depths[-1])
+
+    @property
+    def smallest(self) -> Subnet:
+        return Subnet(self.widths[0], self.depths[0])
+
+    def __iter__(self) -> Iterator[Subnet]:
+        return (Subnet(width, depth) for width in self.widths for depth in self.depths)
+
+    def __len__(self) -> int:
+        return len(self.widths) * len(self.depths)
+
+    def __contains__(self, subnet: object) -> bool:
+        return isinstance(subnet, Subnet) and subnet.width in self.widths and subnet.depth in self.depths
+
+    def require(self, subnet: Subnet) -> Subnet:
+        """Return the subnet, or raise InputError if it is outside the space."""
+        if subnet not in self:
+            raise InputError(
+                f"subnet {subnet}: expected a width of {_span(self.widths)} "
+                f"and a depth of {_span(self.depths)}"
+            )
+        return subnet
+
+    def multiplicities(self) -> dict[Subnet, int]:
+        """How often each subnet stands in one round of draws: `round(ws * ds)`, half to even."""
+        width_scale = np.linspace(self.scale, 1, len(self.widths))
+        depth_scale = np.linspace(self.scale, 1, len(self.depths))
+        return {
+            Subnet(width, depth): int(np.round(ws * ds))
+            for width, ws in zip(self.widths, width_scale, strict=True)
+            for depth, ds in zip(self.depths, depth_scale, strict=True)
+        }
+
+    def round_of_draws(self) -> list[Subnet]:
+        """The multiset drawn without replacement: every subnet as often as its multiplicity.
+
+        The last entry, one copy of the intact network, is left out: it is trained in every step anyway. A
+        space of one subnet draws that one.
+        """
+        entries = [s for s, count in self.multiplicities().items() for _ in range(count)]
+        return entries[:-1] or entries
+
+
+class SubnetSampler:
+    """Draws the elastic student's subnet of every chunk of every step.
+
+    Policies:
+        per-rank: every chunk goes through its own shuffled rounds (official); a step waits for the largest.
+        shared: one draw for all chunks of a step.
+        balanced: the chunks of a step get subnets of about equal cost. Each round is sorted by cost and cut
+            into groups of neighbours, one group a step, in random order; what is left over (chosen at random)
+            joins the next round. Over `chunks` rounds every subnet is drawn exactly as often as under
+            per-rank.
+
+    Args:
+        space: the search space.
+        policy: one of `POLICIES`.
+        seed: of the run.
+        chunks: chunks a step, over all ranks.
+        cost: FLOPs of a subnet, needed by `balanced`.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        policy: str,
+        seed: int,
+        chunks: int,
+        cost: Callable[[Subnet], float],
+    ):
+        if policy not in POLICIES:
+            raise InputError(f"sampling policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+        self.entries = space.round_of_draws()
+        self.policy = policy
+        self.seed = seed
+        self.chunks = chunks
+        self.cost = cost
+        # A few rounds suffice: draws advance by one step at a time.
+        self._round = lru_cache(maxsize=max(8, chunks))(self._shuffled_round)
+        self._groups = lru_cache(maxsize=2)(self._balanced_cycle)
+
+    def draw(self, step: int, chunk: int) -> Subnet:
+        """The subnet of a chunk at a step; the same on every rank that asks."""
+        if not 0 <= chunk < self.chunks:
+            raise ValueError(f"chunk: expected 0..{self.chunks - 1}, got {chunk}")
+        if self.policy == "balanced":
+            cycle, position = divmod(step, self._steps_a_cycle)
+            return self._groups(cycle)[position][chunk]
+        turn, position = divmod(step, len(self.entries))
+        return self._round(turn, 0 if self.policy == "shared" else chunk)[position]
+
+    def _shuffled_round(self, turn: int, chunk: int) -> list[Subnet]:
+        entries = list(self.entries)
+        python_stream(self.seed, "subnets", turn, chunk).shuffle(entries)
+        return entries
+
+    @property
+    def _steps_a_cycle(self) -> int:
+        """Steps after which a balanced sampler has no leftovers: a whole number of rounds."""
+        return len(self.entries) // math.gcd(len(self.entries), self.chunks)
+
+    def _balanced_cycle(self, cycle: int) -> list[list[Subnet]]:
+        """The groups of one cycle, a group a step, in order of steps."""
+        draw = python_stream(self.seed, "balanced", cycle)
+        steps: list[list[Subnet]] = []
+        pool: list[Subnet] = []
+        while len(steps) < self._steps_a_cycle:
+            pool += self.entries
+            draw.shuffle(pool)
+            spare = len(pool) % self.chunks
+            leftovers, pool = pool[:spare], sorted(pool[spare:], key=self.cost)
+            groups = [pool[i : i + self.chunks] for i in range(0, len(pool), self.chunks)]
+            for group in groups:
+                draw.shuffle(group)
+            draw.shuffle(groups)
+            steps += groups
+            pool = leftovers
+        return steps
+
+
+def _span(values: Sequence[int]) -> str:
+    steps = {b - a for a, b in zip(values, values[1:], strict=False)}
+    if len(values) > 3 and len(steps) == 1:
+        return f"{values[0]}..{values[-1]} step {steps.pop()}"
+    return ", ".join(str(v) for v in values)

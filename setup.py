@@ -1,0 +1,25 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="poa-pretrain",
+    version="0.1.0",
+    description="Pre-train once, get models of all sizes: POA with elastic kernels over shared weights",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["poa", "poa.*"]), "elastic_kernels"],
+    package_dir={"poa": "poa", "elastic_kernels": "kernels/elastic_kernels"},
+    package_data={"poa": ["py.typed"], "elastic_kernels": ["py.typed"]},
+    install_requires=["torch>=2.10", "numpy", "pillow", "safetensors", "tqdm"],
+    extras_require={
+        "quickstart": ["scikit-learn", "matplotlib"],
+        "timm": ["timm"],
+        "xformers": ["xformers>=0.0.35"],
+        "test": ["pytest", "pytest-benchmark", "scikit-learn", "matplotlib"],
+        "dev": ["ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["poa-pretrain = poa.__main__:main"]},
+)

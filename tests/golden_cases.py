@@ -1,0 +1,104 @@
+"""Access to the recorded behaviour of the official implementation.
+
+`POA_GOLDEN` may name another folder of the same schema; nothing about sizes is assumed by the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from poa.backbones import ElasticViT, ViTConfig
+from poa.heads import HeadConfig
+from poa.official import backbone_name, network_name
+from poa.subnets import Subnet
+from poa.tribranch import Network
+
+ROOT = Path(os.environ.get("POA_GOLDEN") or Path(__file__).parent / "golden")
+
+
+def case(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / name / "case.json").read_text())
+
+
+def tensors(name: str, file: str) -> dict[str, Tensor]:
+    return load_file(ROOT / name / f"{file}.safetensors")
+
+
+def vit_config(official: dict[str, Any]) -> ViTConfig:
+    """The ViTConfig of an official `vit_dynamic` configuration."""
+    return ViTConfig(
+        image_size=official["img_size"],
+        patch_size=official["patch_size"],
+        min_width=official["min_embed_dim"],
+        max_width=official["max_embed_dim"],
+        width_step=official["head_dim"] * official["width_interval"],
+        min_depth=official["min_depth"],
+        max_depth=official["max_depth"],
+        depth_step=official["depth_interval"],
+        head_dim=official["head_dim"],
+        layer_scale=official["init_values"],
+        drop_path=official.get("drop_path_rate", 0.0),
+        drop_path_uniform=official.get("drop_path_uniform", True),
+        sampling_scale=official["net_select_scale"],
+    )
+
+
+def vit(name: str, dtype: torch.dtype = torch.float32) -> ElasticViT:
+    """The recorded model of the vit cases, configured as case `name`."""
+    model = ElasticViT(vit_config(case(name)["config"]))
+    state = tensors("vit_forward", "state")
+    model.load_state_dict({backbone_name(key): value for key, value in state.items()})
+    return model.to(dtype)
+
+
+def subnets(name: str) -> list[Subnet]:
+    return [Subnet(*pair) for pair in case(name)["subnets"]]
+
+
+def key_of(subnet: Subnet) -> str:
+    return f"w{subnet.width}_d{subnet.depth}"
+
+
+def step_network(branch: str) -> Network:
+    """Student or teacher of the recorded step, at its start."""
+    config = case("step")["config"]
+    student, dino = config["student"], config["dino"]
+    official = {
+        **student,
+        "img_size": config["crops"]["global_crops_size"],
+        "init_values": student["layerscale"],
+    }
+    head = HeadConfig(
+        prototypes=tuple(dino["head_n_prototypes"]),
+        hidden=dino["head_hidden_dim"],
+        bottleneck=dino["head_bottleneck_dim"],
+        layers=dino["head_nlayers"],
+    )
+    network = Network(vit_config(official), head)
+    state = tensors("step", branch)
+    network.load_state_dict({network_name(key): value for key, value in state.items()})
+    return network
+
+
+def assert_close(actual: Tensor, expected: Tensor, *, atol: float, rtol: float = 0.0) -> None:
+    """Like `torch.testing.assert_close`, with the worst element named."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} against {tuple(expected.shape)}"
+    excess = (actual - expected).abs() - atol - rtol * expected.abs()
+    if excess.numel() and not bool((excess <= 0).all()):
+        worst = int(excess.nan_to_num(torch.inf).argmax())
+        raise AssertionError(
+            f"worst element {worst}: {actual.flatten()[worst]} against {expected.flatten()[worst]} "
+            f"(atol {atol}, rtol {rtol})"
+        )
+
+
+def assert_gradient_close(actual: Tensor, expected: Tensor, *, relative: float, atol: float) -> None:
+    """The rule of the gradient cases: within `relative` of the tensor's largest entry, plus `atol`."""
+    assert_close(actual, expected, atol=relative * float(expected.abs().max()) + atol)

@@ -1,0 +1,316 @@
+"""Heads, losses, the whole step and the optimiser against the official ones."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import golden_cases as golden
+import pytest
+import torch
+from torch import Tensor
+
+from poa import losses
+from poa.data.masking import Masks
+from poa.heads import HeadConfig, ProjectionHeads
+from poa.official import head_name, network_name
+from poa.optim import clip_gradients, parameter_groups, set_rates, update_teacher
+from poa.subnets import Subnet
+from poa.tribranch import (
+    Batch,
+    Centers,
+    LossConfig,
+    Network,
+    StudentPass,
+    Targets,
+    teacher_targets,
+    tribranch_loss,
+)
+
+OFFICIAL_PARTS = {"backbone": "backbone", "head": "dino_head"}
+
+
+def _head_widths() -> list[int]:
+    return sorted(int(key.removeprefix("x_w")) for key in golden.tensors("head", "inputs") if key[0] == "x")
+
+
+@pytest.mark.parametrize("width", _head_widths())
+def test_golden_head(width: int) -> None:
+    case = golden.case("head")
+    config, tolerance = case["config"], case["tolerance"]
+    model = ProjectionHeads(
+        config["max_in_dim"],
+        HeadConfig(
+            prototypes=tuple(config["out_dims"]),
+            hidden=config["hidden_dim"],
+            bottleneck=config["bottleneck_dim"],
+            layers=config["nlayers"],
+        ),
+    )
+    model.load_state_dict({head_name(k): v for k, v in golden.tensors("head", "state").items()})
+    inputs, outputs = golden.tensors("head", "inputs"), golden.tensors("head", "outputs")
+    x = inputs[f"x_w{width}"].requires_grad_()
+    logits = model(x)
+    for i, out in enumerate(logits):
+        golden.assert_close(out, outputs[f"w{width}.out{i}"], **tolerance)
+    sum((out * inputs[f"loss_weight_w{width}.{i}"]).sum() for i, out in enumerate(logits)).backward()
+    golden.assert_gradient_close(x.grad, outputs[f"w{width}.grad_x"], relative=2e-5, atol=2e-5)
+    recorded = golden.ROOT / "head" / f"grads_w{width}.safetensors"
+    if recorded.exists():
+        parameters = dict(model.named_parameters())
+        for name, grad in golden.tensors("head", recorded.stem).items():
+            golden.assert_gradient_close(parameters[head_name(name)].grad, grad, relative=2e-5, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def loss_case() -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    return golden.case("loss"), golden.tensors("loss", "inputs"), golden.tensors("loss", "outputs")
+
+
+def test_golden_loss_sinkhorn(loss_case: Any) -> None:
+    case, inputs, outputs = loss_case
+    heads = range(len(case["K"]))
+    for kind in ("cls", "patch"):
+        targets = losses.sinkhorn([inputs[f"teacher_{kind}1.{i}"] for i in heads], case["teacher_temp"])
+        for i in heads:
+            golden.assert_close(targets[i], outputs[f"sinkhorn_{kind}.{i}"], **case["tolerance"])
+
+
+@pytest.mark.parametrize("kind", ["cls", "patch"])
+@pytest.mark.parametrize("equal_ranks", [False, True], ids=["exact", "official"])
+def test_golden_loss_centering(loss_case: Any, kind: str, equal_ranks: bool) -> None:
+    case, inputs, outputs = loss_case
+    heads = range(len(case["K"]))
+    centers = [torch.zeros(k) for k in case["K"]]
+    for call in (1, 2):
+        logits = [inputs[f"teacher_{kind}{call}.{i}"] for i in heads]
+        targets = losses.centered(logits, centers, case["teacher_temp"])
+        losses.update_centers(centers, logits, equal_ranks=equal_ranks)
+        for i in heads:
+            expected = outputs[f"center_{kind}{call}.{i}"].reshape(targets[i].shape)
+            golden.assert_close(targets[i], expected, **case["tolerance"])
+    for i in heads:
+        expected = outputs[f"final_center_{kind}.{i}"].flatten()
+        golden.assert_close(centers[i], expected, **case["tolerance"])
+
+
+def _loss_term(
+    case: dict[str, Any],
+    inputs: dict[str, Tensor],
+    outputs: dict[str, Tensor],
+    name: str,
+    x: Tensor,
+) -> Tensor:
+    """One recorded loss, written with our pieces."""
+    kind, head = name.split(".")
+    log_p = losses.log_probabilities(x, case["student_temp"])
+    if kind == "dino_local":
+        views = outputs[f"sinkhorn_cls.{head}"].unflatten(0, (2, -1)).sum(0)
+        return losses.cross_entropy(log_p.unflatten(0, (case["n_local"], -1)), views).mean(1).sum()
+    if kind == "dino_global":
+        return losses.cross_entropy(log_p, outputs[f"sinkhorn_cls.{head}"]).mean()
+    if kind == "distill_global":
+        other = losses.log_probabilities(inputs[f"student_global_other.{head}"], case["student_temp"])
+        golden.assert_close(other.exp(), outputs[f"vanilla.{head}"], **case["tolerance"])
+        return losses.cross_entropy(log_p, other.exp()).mean()
+    masks = Masks.from_mask(inputs["masks"])
+    golden.assert_close(masks.weights, inputs["masks_weight"], atol=0)
+    weighted = losses.cross_entropy(log_p, outputs[f"sinkhorn_patch.{head}"]) * masks.weights
+    return weighted.sum() / masks.mask.shape[0]
+
+
+def test_golden_loss_terms(loss_case: Any) -> None:
+    case, inputs, outputs = loss_case
+    sources = {"dino_local": "local", "dino_global": "global", "distill_global": "global"}
+    recorded = [name.removesuffix(".loss") for name in case["scalars"] if not name.startswith("koleo")]
+    assert recorded
+    for name in recorded:
+        kind, head = name.split(".")
+        x = inputs[f"student_{sources.get(kind, 'patch')}.{head}"].clone().requires_grad_()
+        loss = _loss_term(case, inputs, outputs, name, x)
+        loss.backward()
+        golden.assert_close(loss, outputs[f"{name}.loss"], **case["tolerance"])
+        golden.assert_close(x.grad, outputs[f"{name}.grad"], **case["tolerance"])
+
+
+def test_golden_loss_koleo(loss_case: Any) -> None:
+    case, inputs, outputs = loss_case
+    names = [key for key in inputs if key.startswith("koleo")]
+    assert names
+    for name in names:
+        x = inputs[name].clone().requires_grad_()
+        loss = losses.koleo(x)
+        loss.backward()
+        golden.assert_close(loss, outputs[f"{name}.loss"], **case["tolerance"])
+        golden.assert_close(x.grad, outputs[f"{name}.grad"], **case["tolerance"])
+
+
+def _step_batch(ibot: bool) -> Batch:
+    recorded = golden.tensors("step", "batch")
+    mask = recorded["collated_masks"]
+    masks = Masks.from_mask(mask if ibot else torch.zeros_like(mask))
+    if ibot:
+        assert torch.equal(masks.indices, recorded["mask_indices_list"])
+        golden.assert_close(masks.weights, recorded["masks_weight"], atol=0)
+    return Batch(recorded["collated_global_crops"], recorded["collated_local_crops"], masks)
+
+
+def _step_config(targets: str) -> LossConfig:
+    config = golden.case("step")["config"]
+    return LossConfig(
+        intact=config["dino"]["lambda_ie"],
+        dino=config["dino"]["loss_weight"],
+        ibot=config["ibot"]["loss_weight"],
+        koleo=config["dino"]["koleo_loss_weight"],
+        targets=targets,  # type: ignore[arg-type]
+    )
+
+
+def _run_step(student: Network, targets: Targets, batch: Batch, config: LossConfig) -> Any:
+    space = student.backbone.space
+    elastic = Subnet(*golden.case("step")["elastic"]["width_depth"])
+    outputs = student(batch, [StudentPass(space.intact), StudentPass(elastic)])
+    total, terms = tribranch_loss(*outputs, targets, batch, config)
+    return outputs, total, terms
+
+
+def _official_display(terms: dict[str, Tensor], config: LossConfig, local_views: int) -> dict[str, float]:
+    """The sums our terms must add up to in the official `loss_dict` (which splits local and global)."""
+    share = {"intact": config.intact, "elastic": 1 - config.intact}
+    heads = sum(name.startswith("elastic.distill.") for name in terms)
+    shown = {}
+    for head in range(heads):
+        for term in ("dino", "ibot"):
+            shown[f"{term}.{head}"] = sum(share[s] * float(terms[f"{s}.{term}.{head}"]) for s in share)
+        shown[f"distill.{head}"] = float(terms[f"elastic.distill.{head}"])
+    return shown | {"koleo": config.koleo * float(terms["koleo"])}
+
+
+def _recorded_display(recorded: dict[str, float]) -> dict[str, float]:
+    shown: dict[str, float] = {}
+    for name, value in recorded.items():
+        if name == "koleo_loss":
+            shown["koleo"] = 2 * value  # the official display halves it
+            continue
+        kind, head = name.split("_")[0], name.rsplit("_", 1)[-1]
+        shown[f"{kind}.{head}"] = shown.get(f"{kind}.{head}", 0.0) + value * (2 if kind == "ibot" else 1)
+    return shown
+
+
+@pytest.mark.parametrize("run", ["ibot", "noibot"])
+def test_golden_step(run: str) -> None:
+    case = golden.case("step")
+    student, teacher = golden.step_network("student"), golden.step_network("teacher")
+    batch, config = _step_batch(case["results"][run]["activate_ibot"]), _step_config("sinkhorn")
+    centers = Centers.zeros(teacher.head.config.prototypes, torch.device("cpu"))
+    targets = teacher_targets(teacher, batch, case["teacher_temp"], config, centers)
+    outputs, total, terms = _run_step(student, targets, batch, config)
+    debug = golden.tensors("step", f"debug_{run}")
+    for head, (cls, patches) in enumerate(zip(targets.cls, targets.patches, strict=True)):
+        golden.assert_close(cls, debug[f"teacher_cls_target.{head}"], atol=2e-5, rtol=2e-5)
+        if batch.masks.mask.any():
+            golden.assert_close(patches, debug[f"teacher_patch_target.{head}"], atol=2e-5, rtol=2e-5)
+        for name, output in zip(("intact", "elastic"), outputs, strict=True):
+            logits = torch.cat([output.local[head], output.cls[head], output.patches[head]])
+            golden.assert_close(logits, debug[f"{name}.head_out.{head}"][: len(logits)], atol=2e-5)
+    results = case["results"][run]
+    torch.testing.assert_close(total.item(), results["total_loss"], rtol=2e-5, atol=0)
+    shown = _official_display(terms, config, batch.local_views)
+    for name, value in _recorded_display(results["loss_dict"]).items():
+        torch.testing.assert_close(shown[name], value, rtol=2e-5, atol=1e-7, msg=name)
+    total.backward()
+    _assert_step_gradients(student, run, set(results["grad_is_none"]))
+    for name, norm in clip_gradients(student, 0.0).items():
+        expected = results["grad_norm"][OFFICIAL_PARTS[name]]
+        torch.testing.assert_close(float(norm), expected, rtol=2e-5, atol=0)
+
+
+def _assert_step_gradients(student: Network, run: str, absent: set[str]) -> None:
+    parameters = dict(student.named_parameters())
+    for name, grad in golden.tensors("step", f"grads_{run}").items():
+        got = parameters[network_name(name)].grad
+        assert got is not None, name
+        golden.assert_gradient_close(got, grad, relative=5e-5, atol=1e-6)
+    # A mask token without masks gets a zero gradient here: under DDP every parameter must take part.
+    for name in absent:
+        grad = parameters[network_name(name)].grad
+        assert grad is None or not grad.any(), name
+
+
+def test_golden_step_centering() -> None:
+    case = golden.case("step")
+    student, teacher = golden.step_network("student"), golden.step_network("teacher")
+    batch, config = _step_batch(ibot=True), _step_config("centering")
+    centers = Centers.zeros(teacher.head.config.prototypes, torch.device("cpu"))
+    for recorded in case["results"]["centering_two_calls"]:
+        targets = teacher_targets(teacher, batch, case["teacher_temp"], config, centers)
+        _, total, terms = _run_step(student, targets, batch, config)
+        torch.testing.assert_close(total.item(), recorded["total_loss"], rtol=2e-5, atol=0)
+        shown = _official_display(terms, config, batch.local_views)
+        for name, value in _recorded_display(recorded["loss_dict"]).items():
+            torch.testing.assert_close(shown[name], value, rtol=2e-5, atol=1e-7, msg=name)
+
+
+def _optimise(steps: list[dict[str, Any]], fill: bool = False) -> list[dict[str, dict[str, Tensor]]]:
+    """Run recorded gradients through clip, AdamW and EMA; `fill` gives absent gradients as zeros."""
+    case = golden.case("step_optim")
+    networks = {branch: golden.step_network(branch) for branch in ("student", "teacher")}
+    student = networks["student"]
+    groups = parameter_groups(student, case["layerwise_decay"], case["patch_embed_lr_mult"])
+    optimizer = torch.optim.AdamW(groups, betas=tuple(case["adamw"]["betas"]), eps=case["adamw"]["eps"])
+    states = []
+    for step in steps:
+        recorded = _gradients(step["grads"])
+        for name, parameter in student.named_parameters():
+            absent = torch.zeros_like(parameter) if fill else None
+            parameter.grad = recorded[name].clone() if name in recorded else absent
+        for name, norm in clip_gradients(student, case["clip_grad"]).items():
+            expected = step["grad_norm_before_clip"][OFFICIAL_PARTS[name]]
+            torch.testing.assert_close(float(norm), expected, rtol=2e-5, atol=0)
+        set_rates(optimizer, step["lr"], step["last_layer_lr"], step["wd"])
+        optimizer.step()
+        update_teacher(networks["teacher"], student, step["ema_m"])
+        states.append({b: {k: v.clone() for k, v in n.state_dict().items()} for b, n in networks.items()})
+    return states
+
+
+def _gradients(text: str) -> dict[str, Tensor]:
+    """Gradients as the case names them: `[factor * ]../step/FILE.safetensors`."""
+    factor, file = re.match(r"(?:([\d.]+) \* )?\.\./step/(\w+)\.safetensors", text).groups()
+    scale = float(factor or 1)
+    return {network_name(k): v * scale for k, v in golden.tensors("step", file).items()}
+
+
+def _assert_state(state: dict[str, Tensor], recorded: dict[str, Tensor]) -> None:
+    tolerance = golden.case("step_optim")["tolerance"]
+    for name, value in recorded.items():
+        ours = state[network_name(name)]
+        golden.assert_close(ours, value, atol=tolerance["atol"], rtol=tolerance["rtol"])
+
+
+def _optim_steps() -> list[dict[str, Any]]:
+    case = golden.case("step_optim")
+    return [case["step1"], case["step2"]]
+
+
+def test_golden_step_optim() -> None:
+    for number, state in enumerate(_optimise(_optim_steps()), 1):
+        for branch in ("student", "teacher"):
+            _assert_state(state[branch], golden.tensors("step_optim", f"{branch}_after{number}"))
+
+
+def test_golden_step_optim_zero_gradients() -> None:
+    """Zero gradients for unused parameters, as the official FSDP run has them, still move them."""
+    state = _optimise(_optim_steps(), fill=True)[-1]
+    for name, value in golden.tensors("step_optim", "fsdp_zero_grad_after2").items():
+        branch, _, parameter = name.partition(".")
+        _assert_state(state[branch], {parameter: value})
+
+
+def test_golden_step_optim_last_layer() -> None:
+    recorded = sorted((golden.ROOT / "step_optim").glob("lastlayer_lr*_after1.safetensors"))
+    assert recorded
+    for file in recorded:
+        rate, branch = re.fullmatch(r"lastlayer_lr(.+)_(student|teacher)_after1", file.stem).groups()
+        (state,) = _optimise([_optim_steps()[0] | {"last_layer_lr": float(rate)}])
+        _assert_state(state[branch], golden.tensors("step_optim", file.stem))
