@@ -43,6 +43,7 @@ class CropsConfig:
     blur_sigma: tuple[float, float] = option((0.1, 2.0), "pixels")
     blur_kernel: int = option(9, "taps, odd")
     solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), "probabilities of solarisation")
+    eval_share: float = option(0.875, "share of the shorter side in the centre crop of evaluation")
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "of the pixels, in 0..1")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "of the pixels, in 0..1")
 
@@ -54,6 +55,8 @@ class CropsConfig:
         for name in ("global_size", "local_size", "blur_kernel"):
             if getattr(self, name) < 1:
                 raise InputError(f"crops.{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.eval_share <= 1:
+            raise InputError(f"crops.eval_share: expected a share in (0, 1], got {self.eval_share}")
         if self.local_count < 0:
             raise InputError(f"crops.local_count: expected at least 0, got {self.local_count}")
 
@@ -175,6 +178,7 @@ def _quickstart() -> Config:
                 grayscale=0.0,
                 blur=(0.0, 0.0, 0.0),
                 solarize=(0.0, 0.0, 0.0),
+                eval_share=1.0,
                 mean=(0.3053,) * 3,
                 std=(0.3760,) * 3,
             ),

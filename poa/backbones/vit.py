@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -290,10 +291,8 @@ class ElasticViT(nn.Module):
         subnet = self.space.intact if subnet is None else self.space.require(subnet)
         masks = masks or [None] * len(crops)
         x, groups = pack([self.embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)])
-        active = active_blocks(self.config.max_depth, subnet.depth)
-        for position, index in enumerate(active):
+        for position, block in enumerate(self.active_blocks(subnet)):
             kept = drop.blocks[position] if drop else None
-            block = self.blocks[index]
             if recompute:
                 x = checkpoint(block, x, groups, kept, use_reentrant=False)
             else:
@@ -336,6 +335,11 @@ class ElasticViT(nn.Module):
     def mean_pool(self, features: Features) -> Tensor:
         """`[crops, w]`: the norm of the mean patch token (not the mean of the normed tokens)."""
         return self.normalise(features.tokens[:, 1:].mean(1))
+
+    def active_blocks(self, subnet: Subnet) -> list[Block]:
+        """The blocks a subnet runs through, in order."""
+        kept = active_blocks(self.config.max_depth, subnet.depth)
+        return [cast(Block, self.blocks[index]) for index in kept]
 
     def drop_rates(self, subnet: Subnet) -> list[float]:
         """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""

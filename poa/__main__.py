@@ -1,0 +1,236 @@
+"""The command line: `python -m poa pretrain | extract | evaluate | subnets | quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from poa.checkpoint import RunFolder
+from poa.config import PRESETS, Config, preset, with_run
+from poa.data.sources import open_data
+from poa.device import choose_device
+from poa.errors import InputError
+from poa.evaluate import evaluate_subnets
+from poa.export import extract
+from poa.options import describe, from_dict, override
+from poa.quickstart import quickstart
+from poa.subnets import SearchSpace, Subnet
+from poa.train import initial_network, pretrain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; wrong input is one line on standard error and exit code 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments).parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        # An error raised in a decoding process arrives with its traceback; the last line is ours.
+        line = str(error).strip().splitlines()[-1].removeprefix("poa.errors.InputError: ")
+        print(f"poa: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("poa: interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    if options.resume:
+        if options.preset or options.config or options.out:
+            raise InputError("--resume: expected no --preset, --config or --out beside it")
+        folder = RunFolder(Path(options.resume))
+        config = _overridden(folder.config(), options)
+        pretrain(config, folder.path, resume=True)
+        return
+    if not options.out:
+        raise InputError("pretrain: expected --out RUN, the folder of the new run")
+    pretrain(_new_config(options), Path(options.out))
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    quickstart(_overridden(preset("quickstart"), options), Path(options.out))
+
+
+def _extract(options: argparse.Namespace) -> None:
+    folder = RunFolder(Path(options.run))
+    config = folder.config()
+    backbone_config = config.method.backbone
+    subnets = _subnets(options.subnets, backbone_config.space)
+    if options.image_size is not None:
+        backbone_config.grid(options.image_size)
+    backbone = folder.network(options.branch).backbone
+    for subnet in subnets:
+        path = extract(
+            backbone,
+            subnet,
+            Path(options.out or folder.path / "models"),
+            config.method.crops,
+            image_size=options.image_size,
+            source=f"{folder.checkpoint} ({options.branch})",
+        )
+        print(path)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    folder = RunFolder(Path(options.run))
+    config = folder.config()
+    if options.data:
+        config = with_run(config, data=options.data)
+    subnets = _subnets(options.subnets, config.method.backbone.space)
+    device = choose_device(options.device)
+    data = open_data(config.run.data, config.run.holdout, config.method.seed)
+    backbone = folder.network(options.branch).backbone.to(device)
+    initial = initial_network(config).backbone.to(device) if options.initial else None
+    report = evaluate_subnets(backbone, subnets, data, config, initial=initial)
+    print(report.table())
+    out = Path(options.out or folder.path / "evaluation.json")
+    report.write(out)
+    print(out)
+    if options.plot:
+        report.plot(Path(options.plot))
+        print(options.plot)
+
+
+def _list_subnets(options: argparse.Namespace) -> None:
+    config = RunFolder(Path(options.run)).config() if options.run else _new_config(options)
+    method = config.method
+    vit, counts = method.backbone, method.backbone.space.multiplicities()
+    rows = [
+        {
+            "width": s.width,
+            "depth": s.depth,
+            "params": vit.parameters(s),
+            "flops": vit.flops(s),
+            "draws": counts[s] - (s == vit.space.intact and len(counts) > 1),
+        }
+        for s in vit.space
+    ]
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(f"{len(rows)} subnets; FLOPs of one {vit.image_size}-pixel image; draws in a round")
+    print(f"{'subnet':>9} {'params':>12} {'GFLOPs':>9} {'draws':>6}")
+    for row in rows:
+        name = f"{row['width']}x{row['depth']}"
+        print(f"{name:>9} {row['params']:>12,} {row['flops'] / 1e9:>9.3f} {row['draws']:>6}")
+
+
+def _new_config(options: argparse.Namespace) -> Config:
+    if options.preset and options.config:
+        raise InputError("expected one of --preset and --config, got both")
+    if options.config:
+        try:
+            values = json.loads(Path(options.config).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"config: expected a JSON file, got {options.config}: {error}") from None
+        return _overridden(from_dict(Config, values), options)
+    return _overridden(preset(options.preset or "quickstart"), options)
+
+
+def _overridden(config: Config, options: argparse.Namespace) -> Config:
+    """Apply `--data`, `--device` and `KEY=VALUE` in this order."""
+    changes = {key: getattr(options, key, None) for key in ("data", "device")}
+    config = with_run(config, **{key: value for key, value in changes.items() if value})
+    return override(config, options.overrides)
+
+
+def _subnets(names: Sequence[str], space: SearchSpace) -> list[Subnet]:
+    if list(names) == ["all"]:
+        return list(space)
+    parts = [part for name in names for part in name.split(",") if part]
+    return [space.require(Subnet.parse(part)) for part in parts]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line, without the usage text."""
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="poa", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pretrain(commands, arguments)
+    _add_queries(commands)
+    return parser
+
+
+def _add_pretrain(commands: argparse._SubParsersAction[_Parser], arguments: Sequence[str]) -> None:
+    """`pretrain`, whose help lists every option with the values of the preset in use."""
+    presets = "\n".join(f"  {name:<12} {text}" for name, (_, text) in PRESETS.items())
+    command = commands.add_parser(
+        "pretrain",
+        help="train a run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Train a run on one device, or under torchrun on many.\n\npresets:\n{presets}",
+        epilog=_options_help(arguments) if {"-h", "--help"} & set(arguments) else None,
+    )
+    command.add_argument("--preset", help="what to start from; default quickstart")
+    command.add_argument("--config", help="instead of a preset: the config.json of another run")
+    command.add_argument("--data", help="digits, or a folder of images (run.data)")
+    command.add_argument("--out", help="run folder, new")
+    command.add_argument("--resume", metavar="RUN", help="continue this run from its checkpoint")
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N (run.device)")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any option below")
+    command.set_defaults(command=_pretrain)
+
+
+def _options_help(arguments: Sequence[str]) -> str:
+    """Every option with its type, value and meaning."""
+    names = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--preset"]
+    name = names[-1] if names and names[-1] in PRESETS else "quickstart"
+    lines = [f"options, with the values of preset {name}:"]
+    for key, kind, value, text in describe(preset(name)):
+        shown = ",".join(str(v) for v in value) if isinstance(value, tuple) else value
+        lines.append(f"  {key}={shown}\n      {kind}: {text}")
+    return "\n".join(lines)
+
+
+def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that read runs, and the demonstration."""
+    run_help = "run folder that pretrain wrote"
+    which: dict[str, Any] = {"nargs": "+", "default": ["all"], "metavar": "WxD"}
+    which["help"] = "subnets such as 384x12, or all"
+    branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
+    branch["help"] = "whose weights"
+
+    command = commands.add_parser("extract", help="write subnets as safetensors files in timm's naming")
+    command.add_argument("run", help=run_help)
+    command.add_argument("--subnets", **which)
+    command.add_argument("--out", help="folder; default RUN/models")
+    command.add_argument("--image-size", type=int, help="bake position embeddings for this size, pixels")
+    command.add_argument("--branch", **branch)
+    command.set_defaults(command=_extract)
+
+    command = commands.add_parser("evaluate", help="k-NN accuracy of subnets on held-out images")
+    command.add_argument("run", help=run_help)
+    command.add_argument("--subnets", **which)
+    command.add_argument("--data", help="digits or a folder; default: the run's own")
+    command.add_argument("--initial", action="store_true", help="also score the weights before training")
+    command.add_argument("--out", help="JSON file; default RUN/evaluation.json")
+    command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--branch", **branch)
+    command.set_defaults(command=_evaluate)
+
+    command = commands.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
+    command.add_argument("run", nargs="?", help=run_help)
+    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
+    command.add_argument("--json", action="store_true", help="one JSON list")
+    command.set_defaults(command=_list_subnets, config=None, overrides=[])
+
+    command = commands.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
+    command.add_argument("--out", default="runs/quickstart", help="run folder, new")
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
+    command.set_defaults(command=_quickstart)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

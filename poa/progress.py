@@ -1,0 +1,63 @@
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Shows steps and the newest values; silent on all but the main process.
+
+    Args:
+        total, start: steps of the run, and those done before.
+        shown: False on other processes than the main one.
+    """
+
+    def __init__(self, total: int, start: int, shown: bool):
+        self.total = total
+        self.shown = shown
+        self.bar = None
+        self.started, self.start = time.perf_counter(), start
+        if shown and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def step(self) -> None:
+        """One more step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def show(self, step: int, values: dict[str, str]) -> None:
+        """Show the newest values after `step` steps."""
+        text = "  ".join(f"{name} {value}" for name, value in values.items())
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        elif self.shown:
+            self.say(f"step {step}/{self.total}  {text}  left {self._left(step)}")
+
+    def say(self, line: str) -> None:
+        """Print a line without breaking the bar."""
+        if self.bar is not None:
+            self.bar.write(line)
+        elif self.shown:
+            print(line, flush=True)
+
+    def _left(self, step: int) -> str:
+        done = max(step - self.start, 1)
+        seconds = (time.perf_counter() - self.started) / done * (self.total - step)
+        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02}:{int(seconds % 60):02}"

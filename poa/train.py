@@ -1,0 +1,321 @@
+"""The training loop: one process or many, plain torch DDP."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from poa.checkpoint import RunFolder
+from poa.config import Config, Precision
+from poa.data.augment import augment
+from poa.data.loader import Canvases, SampleStream, training_batches
+from poa.data.masking import Masks, draw_masks
+from poa.data.sources import DataSplit, open_data
+from poa.distributed import World, world
+from poa.errors import InputError
+from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.multicrop import draw_stochastic_depth
+from poa.official import load_strictly
+from poa.optim import Schedules, apply_schedules, build_optimizer, clip_gradients, update_teacher
+from poa.progress import Progress
+from poa.random import python_stream, torch_stream
+from poa.subnets import SubnetSampler
+from poa.tribranch import (
+    VIEWS,
+    Batch,
+    Centers,
+    Network,
+    StudentPass,
+    teacher_targets,
+    tribranch_loss,
+)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainingState:
+    """Everything that a step changes; with the step number it determines the rest of the run."""
+
+    student: Network
+    teacher: Network
+    optimizer: torch.optim.Optimizer
+    centers: Centers
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def start(cls, config: Config, device: torch.device) -> TrainingState:
+        """Networks as the seed initialises them; the teacher begins as a copy of the student."""
+        method = config.method
+        student = initial_network(config).to(device)
+        teacher = Network(method.backbone, method.head).to(device).requires_grad_(False)
+        teacher.load_state_dict(student.state_dict())
+        return cls(
+            student,
+            teacher,
+            build_optimizer(student, method.optim),
+            Centers.zeros(method.head.prototypes, device),
+            torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "centers": [self.centers.cls, self.centers.patches],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], name: str) -> None:
+        load_strictly(self.student, state["student"], name)
+        load_strictly(self.teacher, state["teacher"], name)
+        self.optimizer.load_state_dict(state["optimizer"])
+        for mine, theirs in zip(
+            [*self.centers.cls, *self.centers.patches], sum(state["centers"], []), strict=True
+        ):
+            mine.copy_(theirs)
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def initial_network(config: Config) -> Network:
+    """The network before training, a function of the configuration alone."""
+    generator = torch_stream(config.method.seed, "initial weights")
+    return Network(config.method.backbone, config.method.head, generator)
+
+
+def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
+    """Train a run to its end.
+
+    Args:
+        config: of the run.
+        out: the run folder; new, or with `resume` one with a checkpoint.
+        resume: go on from the checkpoint.
+
+    Raises:
+        InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
+    """
+    if config.performance.threads:
+        torch.set_num_threads(config.performance.threads)
+    with world(config.run.device) as here:
+        data = open_data(config.run.data, config.run.holdout, config.method.seed)
+        run = Run(config, RunFolder(out), data, here)
+        run.begin(resume)
+        run.train()
+
+
+class Run:
+    """One process's part of a run.
+
+    Args:
+        config: of the run.
+        folder: of the run; nothing is written before `begin`.
+        data: images to train on, and to test on.
+        here: this process; it trains the chunk with the number of its rank.
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, data: DataSplit, here: World):
+        method = config.method
+        self.config, self.folder, self.data, self.here = config, folder, data, here
+        self.space = method.backbone.space
+        images = method.batch_size * here.size
+        epoch_steps = method.optim.epoch_steps or max(len(data.train) // images, 1)
+        self.schedules = Schedules.build(method.optim, epoch_steps, images)
+        self.sampler = SubnetSampler(
+            self.space, method.sampling, method.seed, here.size, method.backbone.flops
+        )
+        self.state = TrainingState.start(config, here.device)
+        self.model: torch.nn.Module = self.state.student
+        self.first_step = 0
+
+    def begin(self, resume: bool) -> None:
+        """Write the folder of a new run, or read the checkpoint of an old one."""
+        if resume:
+            self._continue(self.folder.load(self.config))
+        elif self.here.is_main:
+            self.folder.create(self.config)
+        if self.here.size > 1:
+            devices = [self.here.device] if self.here.device.type == "cuda" else None
+            self.model = DistributedDataParallel(self.state.student, device_ids=devices)
+
+    def _continue(self, content: dict[str, Any]) -> None:
+        if content["processes"] != self.here.size:
+            raise InputError(
+                f"resume: expected {content['processes']} processes as before, got {self.here.size}"
+            )
+        self.state.load_state_dict(content, str(self.folder.checkpoint))
+        self.first_step = content["step"]
+        if self.here.is_main:
+            self.folder.forget_metrics_after(self.first_step)
+
+    def train(self) -> None:
+        """All remaining steps, with logging, evaluation and checkpoints."""
+        total, options = self.schedules.total_steps, self.config.run
+        meter = Meter(self.here, self.config.method.batch_size)
+        with Progress(total, self.first_step, self.here.is_main) as progress:
+            if self.first_step == 0 and options.evaluate_every:
+                self.evaluate(0, progress)
+            steps = range(self.first_step, total)
+            for step, canvases in zip(steps, meter.timed(self.batches(steps)), strict=True):
+                meter.add(self.step(step, canvases))
+                progress.step()
+                done = step + 1
+                saving = done % options.save_every == 0 or done == total
+                if done % options.log_every == 0 or saving:
+                    self.log(done, meter, progress)
+                if saving:
+                    self.save(done)
+                if options.evaluate_every and (done % options.evaluate_every == 0 or done == total):
+                    self.evaluate(done, progress)
+
+    def batches(self, steps: range) -> Iterator[Canvases]:
+        """Decoded images of this process, a batch per step."""
+        method, source = self.config.method, self.data.train
+        stream = SampleStream(
+            len(source), method.batch_size, self.here.rank, self.here.size, steps, method.seed
+        )
+        workers = self.config.performance.workers
+        return iter(training_batches(source, stream, method.canvas, workers))
+
+    def step(self, step: int, canvases: Canvases) -> dict[str, Tensor]:
+        """One optimisation step; returns losses and gradient norms, on the device."""
+        method, schedules, state = self.config.method, self.schedules, self.state
+        batch = self.prepare(step, canvases)
+        with autocast(self.here.device, method.precision):
+            temperature = schedules.teacher_temperature[step]
+            targets = teacher_targets(state.teacher, batch, temperature, method.loss, state.centers)
+            intact, elastic = self.model(
+                batch, self.student_passes(step, batch), self.config.performance.recompute
+            )
+        loss, terms = tribranch_loss(intact, elastic, targets, batch, method.loss)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss).backward()
+        state.scaler.unscale_(state.optimizer)
+        norms = clip_gradients(state.student, method.optim.clip)
+        apply_schedules(state.optimizer, schedules, step)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        update_teacher(state.teacher, state.student, schedules.momentum[step])
+        return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()}
+
+    def prepare(self, step: int, canvases: Canvases) -> Batch:
+        """Augment decoded images on the device and draw the masks of the step."""
+        method, chunk = self.config.method, self.here.rank
+        images, sizes = canvases
+        images = images.to(self.here.device, non_blocking=True)
+        draw = torch_stream(method.seed, "augment", step, chunk)
+        global_crops, local_crops = augment(images, sizes, method.crops, draw)
+        side = method.backbone.grid(method.crops.global_size)
+        crops = VIEWS * len(images)
+        masks = Masks.none(crops, side * side)
+        if step >= self.schedules.ibot_start and method.loss.ibot:
+            dice = python_stream(method.seed, "masks", step, chunk)
+            masks = draw_masks(crops, (side, side), method.masks.probability, method.masks.ratio, dice)
+        return Batch(global_crops, local_crops, masks.to(self.here.device))
+
+    def student_passes(self, step: int, batch: Batch) -> list[StudentPass]:
+        """The intact student and this chunk's elastic one, with their stochastic depth."""
+        method, chunk = self.config.method, self.here.rank
+        backbone = self.state.student.backbone
+        shapes = [batch.global_crops, batch.local_crops][: 2 if batch.local_views else 1]
+        groups = tuple((len(c), 1 + method.backbone.grid(c.shape[-1]) ** 2) for c in shapes)
+        passes = []
+        for number, subnet in enumerate((self.space.intact, self.sampler.draw(step, chunk))):
+            draw = torch_stream(method.seed, "stochastic depth", step, chunk, number)
+            drop = draw_stochastic_depth(groups, backbone.drop_rates(subnet), draw)
+            passes.append(StudentPass(subnet, drop.to(self.here.device) if drop else None))
+        return passes
+
+    def log(self, done: int, meter: Meter, progress: Progress) -> None:
+        """Write the means since the last log; stop a run whose loss is no number."""
+        row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1]}
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"step {done}: the loss is {row['loss']}; lower method.optim.base_lr, "
+                "or use method.precision=bf16 instead of fp16"
+            )
+        if self.here.is_main:
+            self.folder.log(row)
+        speed, wait = f"{row['images_per_s']:.0f} img/s", f"{row['data_wait']:.0%}"
+        progress.show(done, {"loss": f"{row['loss']:.4f}", "speed": speed, "data wait": wait})
+
+    def save(self, done: int) -> None:
+        """Replace the checkpoint."""
+        if self.here.is_main:
+            state = {"step": done, "processes": self.here.size, **self.state.state_dict()}
+            self.folder.save(state, self.config)
+
+    def evaluate(self, done: int, progress: Progress) -> None:
+        """k-NN of the teacher's extremes and of the intact student."""
+        if self.data.test is None or not self.here.is_main:
+            return
+        extremes = [self.space.intact, self.space.smallest]
+        limit = self.config.run.knn_images
+        teacher = knn_of_subnets(self.state.teacher.backbone, extremes, self.data, self.config, limit)
+        (student,) = knn_of_subnets(self.state.student.backbone, extremes[:1], self.data, self.config, limit)
+        scores = {
+            f"teacher {extremes[0]}": teacher[0][REPORTED_K],
+            f"teacher {extremes[1]}": teacher[1][REPORTED_K],
+            f"student {extremes[0]}": student[REPORTED_K],
+        }
+        self.folder.log({"step": done, "knn": {"k": REPORTED_K, **scores}})
+        shown = "  ".join(f"{name} {score:.1%}" for name, score in scores.items())
+        progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
+
+
+class Meter:
+    """Means over the steps since the last `collect`, summed on the device without waiting for it."""
+
+    def __init__(self, here: World, batch_size: int):
+        self.here = here
+        self.batch_size = batch_size
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def timed(self, batches: Iterator[Canvases]) -> Iterator[Canvases]:
+        """Pass batches on and count the time spent waiting for them."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Count one step."""
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value.float()
+        self.steps += 1
+
+    def collect(self) -> dict[str, float]:
+        """Means over steps and processes, images a second of all processes, share of time waiting."""
+        means = self.here.mean(torch.stack(list(self.sums.values())) / self.steps).tolist()
+        row = dict(zip(self.sums, means, strict=True))
+        seconds = time.perf_counter() - self.since
+        row["images_per_s"] = self.steps * self.batch_size * self.here.size / seconds
+        row["data_wait"] = self.waited / seconds
+        self._reset()
+        return row
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """The context in which networks run."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, AUTOCAST[precision])
