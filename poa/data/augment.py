@@ -126,12 +126,14 @@ def eval_crop(
     boxes, limits, shift, gain = _upload_parts(
         [boxes, limits.float(), *_normalisation(mean, std)], images.device
     )
-    taps = _taps((sizes.amax(0) / resize).tolist())
+    taps = _taps(scale.amax(0).tolist())
     crops = _resample(_pixels(images), boxes, limits, (size, size), None, taps)
     return crops.mul_(gain).sub_(shift)
 
 
-def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
+def resample(
+    images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None
+) -> Tensor:
     """Cut boxes out and resize them with Pillow's antialiased bicubic filter: two matrix products.
 
     As in torchvision, which crops before it resizes, a crop depends on no pixel outside of its box.
@@ -171,7 +173,9 @@ def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor 
     return _resample(_pixels(images), boxes, _touched(boxes), size, flip, taps)
 
 
-def draw_views(config: CropsConfig, sizes: Tensor, generator: torch.Generator) -> tuple[Views, Views]:
+def draw_views(
+    config: CropsConfig, sizes: Tensor, generator: torch.Generator
+) -> tuple[Views, Views]:
     """Draw the parameters of the two global views and of the `local_count` local views.
 
     How much is drawn does not depend on which operations are switched on, so switching one off
@@ -345,10 +349,10 @@ def _resample(
         taps: upper bounds of the pixels a filter covers, (vertically, horizontally).
     """
     batch, channels, height, width = pixels.shape
-    views = len(boxes) // max(batch, 1)
+    views = len(boxes) // batch
 
     def by_image(x: Tensor) -> Tensor:
-        return x.view(views, batch, -1).transpose(0, 1).reshape(views * batch, -1)
+        return x.unflatten(0, (views, batch)).transpose(0, 1).flatten(0, 1)
 
     boxes, limits = by_image(boxes), by_image(limits)
     flip = None if flip is None else by_image(flip)
@@ -358,11 +362,13 @@ def _resample(
     )
     # In this order no operand is copied: all the views of an image share the first product, whose
     # output [image, view, column, channel, pixel row] is just what the second one contracts.
+    # Horizontal first and clipped in between is also what Pillow does (since 13, by the shape).
     with torch.autocast(pixels.device.type, enabled=False):
         shrunk = torch.bmm(
             columns.to(pixels.dtype).view(batch, views * size[1], width),
             pixels.view(batch, channels * height, width).transpose(1, 2),
         )
+        shrunk.clamp_(0, 255)
         crops = torch.bmm(
             shrunk.view(batch * views, size[1] * channels, height),
             rows.to(pixels.dtype).transpose(1, 2),
@@ -383,7 +389,7 @@ def _filters(
         size: output pixels.
         extent: input pixels.
         taps: upper bound of the pixels a filter covers.
-        mirror: bool `[N, 1]`, output in reverse.
+        mirror: bool `[N]`, output in reverse.
 
     Returns:
         float32 `[N, size, extent]`; rows sum to 1.
@@ -392,7 +398,7 @@ def _filters(
     scale = length / size
     position = torch.arange(size, device=spans.device).expand(len(spans), -1)
     if mirror is not None:
-        position = torch.where(mirror, size - 1 - position, position)
+        position = torch.where(mirror.unsqueeze(1), size - 1 - position, position)
     center = start + (position + 0.5) * scale
     widening = scale.clamp(min=1)
     # A window of `taps` pixels holds the whole filter; inside of the canvas it has no index twice.
@@ -503,7 +509,7 @@ def _pixels(images: Tensor) -> Tensor:
     """The images in the dtype of the matrix products.
 
     On a GPU that is half precision, which holds 0..255 exactly and lets tensor cores do the work;
-    the result is off by less than 0.3 levels.
+    crops are then off by about 0.04 levels, and by up to 0.3 where neighbours differ most.
     """
     return images.contiguous().to(torch.float16 if images.is_cuda else torch.float32)
 

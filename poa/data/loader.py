@@ -86,7 +86,7 @@ def training_batches(
     """A loader of one `Canvases` batch per step of the stream."""
     return DataLoader(
         DecodedImages(source, canvas),
-        batch_sampler=stream,  # type: ignore[arg-type]
+        batch_sampler=stream,
         num_workers=workers,
         collate_fn=collate_canvases,
         pin_memory=torch.cuda.is_available(),

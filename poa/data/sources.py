@@ -150,5 +150,7 @@ def _hold_out(source: ImageSource, share: float, seed: int) -> DataSplit:
     test = np.sort(np.array(held))
     train = np.setdiff1d(np.arange(len(source)), test)
     if not len(train):
-        raise InputError(f"data: expected at least 2 images of some class, got {len(source)} in all")
+        raise InputError(
+            f"data: expected images left to train on, got {len(source)} images and holdout {share}"
+        )
     return DataSplit(source.subset(train), source.subset(test))

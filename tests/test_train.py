@@ -1,0 +1,150 @@
+"""The training loop: resuming, precisions, several processes, what it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import OVERRIDES, tiny_config
+
+from poa.checkpoint import RunFolder, read_checkpoint
+from poa.errors import InputError
+from poa.train import Run, initial_network, pretrain
+
+ROOT = Path(__file__).parent.parent
+TIMINGS = ("images_per_s", "data_wait")
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Bitwise equality of nested checkpoints."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["method.loss.targets=centering"],
+        ["method.precision=fp16"],
+        ["performance.workers=2", "method.sampling=balanced"],
+    ],
+    ids=["sinkhorn", "centering", "fp16", "workers"],
+)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(*changes)
+    pretrain(config, tmp_path / "whole")
+    step = Run.step
+
+    def dies(self: Run, number: int, canvases: Any) -> Any:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, number, canvases)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", dies)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(config, tmp_path / "parts")
+    assert read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4, 5]
+    pretrain(config, tmp_path / "parts", resume=True)
+    whole, parts = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    assert_same(parts, whole)
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_precisions_agree_on_the_first_losses(precision: str, tmp_path: Path) -> None:
+    for name in ("fp32", precision):
+        pretrain(tiny_config(f"method.precision={name}"), tmp_path / name)
+    exact, rounded = (rows(tmp_path / name)[0]["loss"] for name in ("fp32", precision))
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    network = RunFolder(tmp_path / precision).network("student")
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in network.parameters())
+
+
+def test_metrics_and_evaluation_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(tiny_config("run.evaluate_every=3", "run.knn_images=60"), tmp_path / "run")
+    logged = rows(tmp_path / "run")
+    assert [row["step"] for row in logged if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    scores = [row for row in logged if "knn" in row]
+    assert [row["step"] for row in scores] == [0, 3, 6]
+    assert set(scores[0]["knn"]) == {"k", "teacher 32x2", "teacher 16x1", "student 32x2"}
+    first = logged[1]
+    assert {"intact.dino.0", "elastic.distill.1", "koleo", "lr", "grad_norm.backbone"} <= first.keys()
+    assert all(row["intact.ibot.0"] == 0 for row in logged if row.get("step", 0) in (1, 2) and "loss" in row)
+    assert logged[-2]["intact.ibot.0"] > 0
+    printed = capsys.readouterr().out
+    assert "step 6/6  loss" in printed
+    assert "data wait" in printed
+
+
+def test_prototypes_are_frozen_at_first(tmp_path: Path) -> None:
+    pretrain(tiny_config("method.optim.epochs=0.5", "method.optim.warmup_epochs=0"), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    student, teacher = folder.network("student"), folder.network("teacher")
+    start = dict(initial_network(folder.config()).named_parameters())
+    for name, parameter in student.named_parameters():
+        unchanged = ".prototypes." in name or name == "backbone.mask_token"  # no masks yet
+        assert torch.equal(parameter, start[name]) == unchanged, name
+    assert not torch.equal(teacher.backbone.cls_token, student.backbone.cls_token)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Run.step
+    bad = {"loss": torch.tensor(float("nan"))}
+    monkeypatch.setattr(Run, "step", lambda self, n, c: step(self, n, c) if n < 4 else bad)
+    with pytest.raises(FloatingPointError, match="step 5: the loss is nan"):
+        pretrain(tiny_config(), tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
+    few = ["run.holdout=0.997", "method.optim.epoch_steps=none", "method.batch_size=16"]
+    pretrain(tiny_config(*few), tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def _torchrun(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", "poa", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("sampling", ["per-rank", "balanced"])
+def test_two_processes(sampling: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    changes = [*OVERRIDES, f"method.sampling={sampling}"]
+    done = _torchrun(2, "pretrain", "--out", str(out), *changes)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(InputError, match="expected 2 processes as before, got 1"):
+        pretrain(RunFolder(out).config(), out, resume=True)

@@ -1,0 +1,32 @@
+"""A run small enough for tests: digits, four subnets, a few steps."""
+
+from __future__ import annotations
+
+from poa.config import Config, preset
+from poa.options import override
+
+OVERRIDES = [
+    "method.batch_size=8",
+    "method.backbone.min_width=16",
+    "method.backbone.max_width=32",
+    "method.backbone.min_depth=1",
+    "method.backbone.max_depth=2",
+    "method.backbone.drop_path=0.2",
+    "method.head.prototypes=8,12",
+    "method.head.hidden=16",
+    "method.head.bottleneck=8",
+    "method.optim.epoch_steps=2",
+    "method.optim.epochs=3",
+    "method.optim.warmup_epochs=1",
+    "method.optim.freeze_last_layer_epochs=0.5",
+    "method.optim.ibot_start_epoch=1",
+    "run.log_every=1",
+    "run.save_every=3",
+    "run.evaluate_every=0",
+    "run.device=cpu",
+]
+
+
+def tiny_config(*overrides: str) -> Config:
+    """Six steps; further overrides win."""
+    return override(preset("quickstart"), [*OVERRIDES, *overrides])
