@@ -131,9 +131,7 @@ def eval_crop(
     return crops.mul_(gain).sub_(shift)
 
 
-def resample(
-    images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None
-) -> Tensor:
+def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
     """Cut boxes out and resize them with Pillow's antialiased bicubic filter: two matrix products.
 
     As in torchvision, which crops before it resizes, a crop depends on no pixel outside of its box.
@@ -173,9 +171,7 @@ def resample(
     return _resample(_pixels(images), boxes, _touched(boxes), size, flip, taps)
 
 
-def draw_views(
-    config: CropsConfig, sizes: Tensor, generator: torch.Generator
-) -> tuple[Views, Views]:
+def draw_views(config: CropsConfig, sizes: Tensor, generator: torch.Generator) -> tuple[Views, Views]:
     """Draw the parameters of the two global views and of the `local_count` local views.
 
     How much is drawn does not depend on which operations are switched on, so switching one off

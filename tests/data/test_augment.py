@@ -178,9 +178,7 @@ def test_augment_depends_on_the_seed_only() -> None:
 @pytest.mark.parametrize("local_count", [0, 3])
 def test_augment_shapes(local_count: int) -> None:
     config = CropsConfig(global_size=16, local_size=10, local_count=local_count)
-    global_crops, local_crops = augment(
-        noise(2, 3, 24, 24), torch.tensor([[24, 24]] * 2), config, seeded()
-    )
+    global_crops, local_crops = augment(noise(2, 3, 24, 24), torch.tensor([[24, 24]] * 2), config, seeded())
     assert global_crops.shape == (4, 3, 16, 16) and local_crops.shape == (
         2 * local_count,
         3,
@@ -197,18 +195,16 @@ def test_samples_do_not_influence_each_other() -> None:
     together = augment(images, sizes, config, seeded())
     for views, crops in zip(draw_views(config, sizes, seeded()), together, strict=True):
         for b in range(5):
-            alone = render(
-                images[b : b + 1], select(views, slice(b, None, 5)), len(crops[0, 0]), config
-            )
+            alone = render(images[b : b + 1], select(views, slice(b, None, 5)), len(crops[0, 0]), config)
             torch.testing.assert_close(alone, crops[b::5], atol=1e-4, rtol=0)
 
 
 def test_normalisation() -> None:
     config = CropsConfig(**OFF)
     image = noise(1, 3, 8, 8)
-    expected = (image / 255 - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(
-        config.std
-    ).view(3, 1, 1)
+    expected = (image / 255 - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(
+        3, 1, 1
+    )
     torch.testing.assert_close(render(image, whole(1, 8), 8, config), expected)
     evaluated = eval_crop(image, torch.tensor([[8, 8]]), 8, config.mean, config.std, resize=8)
     torch.testing.assert_close(evaluated, expected)
@@ -317,9 +313,7 @@ def test_boxes_are_spread_evenly() -> None:
 @pytest.mark.parametrize(
     ("size", "box"), [((8, 200), [0, 94, 8, 11]), ((200, 8), [94, 0, 11, 8])], ids=["wide", "tall"]
 )
-def test_box_that_never_fits_falls_back_to_the_centre(
-    size: tuple[int, int], box: list[int]
-) -> None:
+def test_box_that_never_fits_falls_back_to_the_centre(size: tuple[int, int], box: list[int]) -> None:
     views, _ = draw_views(CropsConfig(), torch.tensor([size] * 50), seeded())
     assert (views.boxes == torch.tensor(box)).all()
 
@@ -378,9 +372,7 @@ def turn_hue(levels: np.ndarray, shift: float) -> np.ndarray:
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.03, 0.5])
 def test_hue_equals_colorsys(shift: float) -> None:
     image = colours()
-    views = whole(
-        1, 32, jitter=torch.tensor([True]), factors=torch.tensor([[1.0, 1.0, 1.0, shift]])
-    )
+    views = whole(1, 32, jitter=torch.tensor([True]), factors=torch.tensor([[1.0, 1.0, 1.0, shift]]))
     expected = turn_hue(image[0].permute(1, 2, 0).double().numpy(), shift)
     ours = render(image, views, 32, CropsConfig(**LEVELS))[0].permute(1, 2, 0)
     np.testing.assert_allclose(ours.numpy(), expected, atol=2e-3)
@@ -476,9 +468,7 @@ def test_rotation_by_a_right_angle() -> None:
     for crop, image, turns in zip(ours, images, (1, 0, -1), strict=True):
         torch.testing.assert_close(crop, image.rot90(turns, (1, 2)).float(), atol=0.01, rtol=0)
     flat = torch.full((1, 3, 9, 9), 200, dtype=torch.uint8)  # reflection leaves no empty corners
-    turned = render(
-        flat, whole(1, 9, angle=torch.tensor([45.0])), 9, CropsConfig(**LEVELS, rotation=90.0)
-    )
+    turned = render(flat, whole(1, 9, angle=torch.tensor([45.0])), 9, CropsConfig(**LEVELS, rotation=90.0))
     torch.testing.assert_close(turned, flat.float())
     still = render(images, views, 9, CropsConfig(**LEVELS, rotation=0.0))
     torch.testing.assert_close(still, images.float())
@@ -486,9 +476,7 @@ def test_rotation_by_a_right_angle() -> None:
 
 @pytest.mark.parametrize("resize", [None, 16, 18], ids=["default", "largest square", "other"])
 @pytest.mark.parametrize("shape", [(40, 57), (61, 23), (16, 16), (7, 11)])
-def test_eval_crop_equals_pillow_resize_then_crop(
-    shape: tuple[int, int], resize: int | None
-) -> None:
+def test_eval_crop_equals_pillow_resize_then_crop(shape: tuple[int, int], resize: int | None) -> None:
     size, short = 16, resize or 18  # 16 * 256 / 224 = 18.3
     canvas = torch.full((1, 3, 64, 64), 255, dtype=torch.uint8)
     image = noise(3, *shape)
