@@ -55,6 +55,13 @@ class CropsConfig:
         for name in ("global_size", "local_size", "blur_kernel"):
             if getattr(self, name) < 1:
                 raise InputError(f"crops.{name}: expected at least 1, got {getattr(self, name)}")
+        blurred = [self.global_size] * any(self.blur[:2]) + [self.local_size] * bool(
+            self.blur[2] and self.local_count
+        )
+        if blurred and (self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= min(blurred)):
+            raise InputError(
+                f"crops.blur_kernel: expected an odd number below {2 * min(blurred)}, got {self.blur_kernel}"
+            )
         if not 0 < self.eval_share <= 1:
             raise InputError(f"crops.eval_share: expected a share in (0, 1], got {self.eval_share}")
         if self.local_count < 0:

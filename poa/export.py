@@ -28,8 +28,8 @@ from poa.backbones import ElasticViT, ViTConfig
 from poa.backbones.vit import Block
 from poa.checkpoint import write_json
 from poa.config import CropsConfig
-from poa.data.augment import eval_crop
 from poa.data.loader import collate_canvases
+from poa.data.resample import eval_crop
 from poa.errors import InputError
 from poa.official import load_strictly
 from poa.options import from_dict, to_dict

@@ -118,8 +118,8 @@ class SubnetSampler:
         balanced: the chunks of a step get subnets of about equal cost. Each round is sorted by cost and cut
             into groups of neighbours, one group a step, in random order; what is left over (chosen at random)
             joins the next round. Over `chunks` rounds every subnet is drawn exactly as often as under
-            per-rank. For the ViT-L space the dearest of 8 chunks costs 1.5 % more than its step's mean (at worst
-            9 %), of 32 chunks 7.5 % (27 %); under per-rank it is 103 % and 158 % on average.
+            per-rank. For the ViT-L space the dearest of 8 chunks costs on average 1.5 % more than the mean of
+            its step (at worst 9 %), of 32 chunks 7.5 % (27 %); under per-rank that is 103 % and 158 %.
 
     Args:
         space: the search space.

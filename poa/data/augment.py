@@ -20,7 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poa.config import CropsConfig
-from poa.device import upload
+from poa.data.resample import (
+    check_batch,
+    check_boxes,
+    check_images,
+    filter_taps,
+    normalisation,
+    product_pixels,
+    resample_on_device,
+    touched_pixels,
+    upload_parts,
+)
 
 TRIES = 10  # random boxes tried before the largest central one is taken
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
@@ -73,102 +83,15 @@ def augment(
 
     Raises:
         TypeError: `images` or `sizes` of another dtype.
-        ValueError: other shapes, sizes that do not fit the canvas, or a blur too wide for the
-            crops.
+        ValueError: other shapes, or sizes that do not fit the canvas.
     """
-    _check_batch(images, sizes)
+    check_batch(images, sizes)
     global_views, local_views = draw_views(config, sizes, generator)
-    pixels = _pixels(images)
+    pixels = product_pixels(images)
     return (
         _render(pixels, global_views, config.global_size, config),
         _render(pixels, local_views, config.local_size, config),
     )
-
-
-def eval_crop(
-    images: Tensor,
-    sizes: Tensor,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    resize: int | None = None,
-) -> Tensor:
-    """Resize the shorter side to `resize`, keep the central `size` pixels square, normalise.
-
-    Only the part of the image that ends up in the crop is resampled, in one go, with taps that
-    reach beyond it as they would if the whole image was resized. With `resize == size` that part is
-    the largest central square.
-
-    Args:
-        images: uint8 `[B, 3, H, W]`, as for `augment`.
-        sizes: int64 `[B, 2]` on the CPU, (height, width) in pixels.
-        size: side of the crop in pixels.
-        mean: of each channel, in 0..1.
-        std: of each channel, in 0..1.
-        resize: shorter side in pixels, at least `size`; default `size * 256 / 224`, rounded.
-
-    Returns:
-        float32 `[B, 3, size, size]`.
-
-    Raises:
-        TypeError: `images` or `sizes` of another dtype.
-        ValueError: other shapes, sizes that do not fit the canvas, or `resize` below `size`.
-    """
-    _check_batch(images, sizes)
-    resize = round(size * 256 / 224) if resize is None else resize
-    if not 1 <= size <= resize:
-        raise ValueError(f"expected 1 <= size <= resize, got size {size} and resize {resize}")
-    resized = resize * sizes // sizes.amin(1, keepdim=True)
-    scale = sizes / resized
-    corner = ((resized - size) / 2).round() * scale
-    boxes = torch.cat([corner, size * scale], 1)
-    limits = torch.cat([torch.zeros_like(sizes), sizes], 1)
-    boxes, limits, shift, gain = _upload_parts(
-        [boxes, limits.float(), *_normalisation(mean, std)], images.device
-    )
-    taps = _taps(scale.amax(0).tolist())
-    crops = _resample(_pixels(images), boxes, limits, (size, size), None, taps)
-    return crops.mul_(gain).sub_(shift)
-
-
-def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
-    """Cut boxes out and resize them with Pillow's antialiased bicubic filter: two matrix products.
-
-    As in torchvision, which crops before it resizes, a crop depends on no pixel outside of its box.
-    (Pillow's own `resize(box=...)` also reads the image around the box.) Of a box with fractional
-    edges, the pixels it touches are used.
-
-    Args:
-        images: uint8 `[B, C, H, W]`.
-        boxes: real `[N, 4]`, (top, left, height, width) in pixels, on the CPU (better: only then
-            the number of filter taps is known on the host) or on the device. `N` is a multiple of
-            `B`; box n belongs to image `n % B`.
-        size: (height, width) of the output in pixels.
-        flip: bool `[N]`, the crops to mirror left to right.
-
-    Returns:
-        float32 `[N, C, *size]` in 0..255.
-
-    Raises:
-        TypeError: `images` is not uint8.
-        ValueError: other shapes, or boxes on the CPU that are empty or leave the canvas.
-    """
-    _check_images(images)
-    _check_boxes(boxes, images.shape)
-    if min(size) < 1:
-        raise ValueError(f"expected a size of at least 1 x 1 pixels, got {size}")
-    if flip is not None and flip.shape != boxes.shape[:1]:
-        raise ValueError(f"expected flip [{len(boxes)}], got {list(flip.shape)}")
-    taps: Sequence[int] = images.shape[2:]
-    if boxes.device.type == "cpu" and len(boxes):
-        largest = boxes[:, 2:].amax(0).tolist()
-        taps = _taps([pixels / s for pixels, s in zip(largest, size, strict=True)])
-    boxes = boxes.float()
-    if boxes.device != images.device:
-        boxes = upload(boxes, images.device)
-    if flip is not None and flip.device != images.device:
-        flip = upload(flip, images.device)
-    return _resample(_pixels(images), boxes, _touched(boxes), size, flip, taps)
 
 
 def draw_views(config: CropsConfig, sizes: Tensor, generator: torch.Generator) -> tuple[Views, Views]:
@@ -204,11 +127,11 @@ def render(images: Tensor, views: Views, size: int, config: CropsConfig) -> Tens
 
     Raises:
         TypeError: `images` is not uint8.
-        ValueError: other shapes, boxes that leave the canvas, or a blur too wide for the crops.
+        ValueError: other shapes, or boxes that leave the canvas.
     """
-    _check_images(images, channels=3)
-    _check_boxes(views.boxes, images.shape)
-    return _render(_pixels(images), views, size, config)
+    check_images(images, channels=3)
+    check_boxes(views.boxes, images.shape)
+    return _render(product_pixels(images), views, size, config)
 
 
 def _draw(
@@ -279,22 +202,22 @@ def _draw_boxes(
 
 def _render(pixels: Tensor, views: Views, size: int, config: CropsConfig) -> Tensor:
     """`render` from pixels in the dtype of the matrix products."""
-    steps = _plan(views, size, config)
-    rows = _upload_parts([rows for _, rows, _ in steps], pixels.device)
-    boxes, flip, angle, shift, gain, *amounts = _upload_parts(
+    steps = _plan(views, config)
+    rows = upload_parts([rows for _, rows, _ in steps], pixels.device)
+    boxes, flip, angle, shift, gain, *amounts = upload_parts(
         [
             views.boxes.float(),
             views.flip.float(),
             views.angle,
-            *_normalisation(config.mean, config.std),
+            *normalisation(config.mean, config.std),
             *(amounts for _, _, amounts in steps),
         ],
         pixels.device,
     )
     if not len(boxes):
         return boxes.new_empty(0, 3, size, size)
-    taps = _taps((views.boxes[:, 2:].amax(0) / size).tolist())
-    crops = _resample(pixels, boxes, _touched(boxes), (size, size), flip > 0, taps)
+    taps = filter_taps((views.boxes[:, 2:].amax(0) / size).tolist())
+    crops = resample_on_device(pixels, boxes, touched_pixels(boxes), (size, size), flip > 0, taps)
     if config.rotation:
         crops = _rotate(crops, angle)
     for (operation, _, _), chosen, amount in zip(steps, rows, amounts, strict=True):
@@ -303,7 +226,7 @@ def _render(pixels: Tensor, views: Views, size: int, config: CropsConfig) -> Ten
     return crops.mul_(gain).sub_(shift)
 
 
-def _plan(views: Views, size: int, config: CropsConfig) -> list[tuple[Operation, Tensor, Tensor]]:
+def _plan(views: Views, config: CropsConfig) -> list[tuple[Operation, Tensor, Tensor]]:
     """The colour operations in order, each with the crops it changes (int64) and their amounts."""
     masks: list[tuple[Operation, Tensor, Tensor]] = []
     jitter: list[tuple[Operation, float]] = [
@@ -318,111 +241,10 @@ def _plan(views: Views, size: int, config: CropsConfig) -> list[tuple[Operation,
                 masks.append((operation, views.jitter & (turn == column), views.factors[:, column]))
     none = torch.zeros_like(views.sigma)
     masks.append((_saturation, views.grayscale, none))
-    if views.sigma.any():
-        _check_blur(config.blur_kernel, size)
     masks.append((_blur(config.blur_kernel), views.sigma > 0, views.sigma))
     masks.append((_solarize, views.solarize, none))
     plan = [(operation, mask.nonzero().flatten(), amount) for operation, mask, amount in masks]
     return [(operation, rows, amount[rows]) for operation, rows, amount in plan if len(rows)]
-
-
-def _resample(
-    pixels: Tensor,
-    boxes: Tensor,
-    limits: Tensor,
-    size: tuple[int, int],
-    flip: Tensor | None,
-    taps: Sequence[int],
-) -> Tensor:
-    """`resample` with all its tensors on the device.
-
-    Args:
-        pixels: `[B, C, H, W]` in the dtype of the matrix products.
-        boxes: float32 `[N, 4]`, (top, left, height, width).
-        limits: float32 `[N, 4]`, (top, left, bottom, right) of the pixels that may be read.
-        size: of the output.
-        flip: bool `[N]`.
-        taps: upper bounds of the pixels a filter covers, (vertically, horizontally).
-    """
-    batch, channels, height, width = pixels.shape
-    views = len(boxes) // batch
-
-    def by_image(x: Tensor) -> Tensor:
-        return x.unflatten(0, (views, batch)).transpose(0, 1).flatten(0, 1)
-
-    boxes, limits = by_image(boxes), by_image(limits)
-    flip = None if flip is None else by_image(flip)
-    rows, columns = (
-        _filters(boxes[:, axis::2], limits[:, axis::2], size[axis], extent, taps[axis], mirror)
-        for axis, extent, mirror in ((0, height, None), (1, width, flip))
-    )
-    # In this order no operand is copied: all the views of an image share the first product, whose
-    # output [image, view, column, channel, pixel row] is just what the second one contracts.
-    # Horizontal first and clipped in between is also what Pillow does (since 13, by the shape).
-    with torch.autocast(pixels.device.type, enabled=False):
-        shrunk = torch.bmm(
-            columns.to(pixels.dtype).view(batch, views * size[1], width),
-            pixels.view(batch, channels * height, width).transpose(1, 2),
-        )
-        shrunk.clamp_(0, 255)
-        crops = torch.bmm(
-            shrunk.view(batch * views, size[1] * channels, height),
-            rows.to(pixels.dtype).transpose(1, 2),
-        )
-    crops = crops.view(batch, views, size[1], channels, size[0]).permute(1, 0, 3, 4, 2)
-    crops = crops.to(torch.float32, memory_format=torch.contiguous_format)
-    return crops.reshape(views * batch, channels, *size).clamp_(0, 255)
-
-
-def _filters(
-    spans: Tensor, limits: Tensor, size: int, extent: int, taps: int, mirror: Tensor | None
-) -> Tensor:
-    """Bicubic filters (a = -0.5) of one axis, widened by the scale when shrinking, as Pillow's.
-
-    Args:
-        spans: `[N, 2]`, start and length of the part that is resized.
-        limits: `[N, 2]`, first and end of the pixels that may be read.
-        size: output pixels.
-        extent: input pixels.
-        taps: upper bound of the pixels a filter covers.
-        mirror: bool `[N]`, output in reverse.
-
-    Returns:
-        float32 `[N, size, extent]`; rows sum to 1.
-    """
-    start, length = spans[:, :1], spans[:, 1:]
-    scale = length / size
-    position = torch.arange(size, device=spans.device).expand(len(spans), -1)
-    if mirror is not None:
-        position = torch.where(mirror.unsqueeze(1), size - 1 - position, position)
-    center = start + (position + 0.5) * scale
-    widening = scale.clamp(min=1)
-    # A window of `taps` pixels holds the whole filter; inside of the canvas it has no index twice.
-    taps = min(taps, extent)
-    first = (center - 2 * widening - 0.5).ceil().clamp(0, extent - taps)
-    index = first.unsqueeze(-1) + torch.arange(taps, device=spans.device)
-    weight = _bicubic((index + 0.5 - center.unsqueeze(-1)) / widening.unsqueeze(-1))
-    weight *= (index >= limits[:, :1, None]) & (index < limits[:, 1:, None])
-    weight /= weight.sum(-1, keepdim=True)
-    return weight.new_zeros(*weight.shape[:2], extent).scatter_(-1, index.long(), weight)
-
-
-def _bicubic(x: Tensor) -> Tensor:
-    """Keys' cubic convolution kernel with a = -0.5."""
-    x = x.abs().clamp(max=2)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, far)
-
-
-def _taps(scales: Sequence[float]) -> list[int]:
-    """Most pixels a bicubic filter covers along each axis, given the largest scales."""
-    return [math.ceil(4 * max(scale, 1.0)) + 1 for scale in scales]
-
-
-def _touched(boxes: Tensor) -> Tensor:
-    """(top, left, bottom, right) of the pixels that boxes (top, left, height, width) touch."""
-    return torch.cat([boxes[:, :2].floor(), (boxes[:, :2] + boxes[:, 2:]).ceil()], 1)
 
 
 def _rotate(crops: Tensor, angle: Tensor) -> Tensor:
@@ -499,69 +321,3 @@ def _blur(kernel: int) -> Operation:
         return x
 
     return blur
-
-
-def _pixels(images: Tensor) -> Tensor:
-    """The images in the dtype of the matrix products.
-
-    On a GPU that is half precision, which holds 0..255 exactly and lets tensor cores do the work;
-    crops are then off by about 0.04 levels, and by up to 0.3 where neighbours differ most.
-    """
-    return images.contiguous().to(torch.float16 if images.is_cuda else torch.float32)
-
-
-def _normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Shift and gain `[3, 1, 1]` with `(x / 255 - mean) / std = x * gain - shift`."""
-    center = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-    deviation = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-    return center / deviation, 1 / (255 * deviation)
-
-
-def _upload_parts(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Copy CPU tensors of one dtype to the device in one transfer."""
-    if not parts:
-        return []
-    flat = upload(torch.cat([part.flatten() for part in parts]), device)
-    pieces = flat.split([part.numel() for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-
-
-def _check_images(images: Tensor, channels: int | None = None) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(f"expected uint8 images, got {images.dtype}")
-    if images.ndim != 4 or channels not in (None, images.shape[1]) or 0 in images.shape:
-        expected = f"[B, {channels or 'C'}, H, W]"
-        raise ValueError(f"expected images {expected}, none of it 0, got {list(images.shape)}")
-
-
-def _check_batch(images: Tensor, sizes: Tensor) -> None:
-    _check_images(images, channels=3)
-    if sizes.dtype != torch.int64:
-        raise TypeError(f"expected int64 sizes, got {sizes.dtype}")
-    if sizes.shape != (len(images), 2) or sizes.device.type != "cpu":
-        got = f"{list(sizes.shape)} on {sizes.device}"
-        raise ValueError(f"expected sizes [{len(images)}, 2] on the CPU, got {got}")
-    canvas = images.shape[2:]
-    if ((sizes < 1) | (sizes > torch.tensor(canvas))).any():
-        low, high = sizes.amin(0).tolist(), sizes.amax(0).tolist()
-        raise ValueError(f"expected sizes from [1, 1] to {list(canvas)}, got {low} to {high}")
-
-
-def _check_boxes(boxes: Tensor, shape: Sequence[int]) -> None:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) % shape[0]:
-        got = list(boxes.shape)
-        raise ValueError(f"expected boxes [N, 4] with N a multiple of {shape[0]}, got {got}")
-    if boxes.device.type != "cpu":
-        return  # looking at them would wait for the device
-    end = boxes[:, :2] + boxes[:, 2:]
-    outside = (boxes[:, :2] < 0) | (boxes[:, 2:] <= 0) | (end > torch.tensor(shape[2:]))
-    wrong = outside.any(1).nonzero().flatten()
-    if len(wrong):
-        canvas, got = list(shape[2:]), boxes[wrong[0]].tolist()
-        raise ValueError(f"expected boxes (top, left, height, width) in {canvas}, got {got}")
-
-
-def _check_blur(kernel: int, size: int) -> None:
-    if kernel % 2 == 0 or kernel // 2 >= size:
-        limit = f"below {2 * size} for crops of {size} pixels"
-        raise ValueError(f"expected an odd blur_kernel {limit}, got {kernel}")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from poa.backbones import ElasticViT
 from poa.config import CropsConfig
-from poa.data.augment import eval_crop
 from poa.data.loader import evaluation_batches
+from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource
 from poa.subnets import Subnet
 

@@ -15,8 +15,8 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from poa.config import CropsConfig
-from poa.data import augment as module
-from poa.data.augment import Views, augment, draw_views, eval_crop, render, resample
+from poa.data.augment import Views, augment, draw_views, render
+from poa.data.resample import eval_crop, resample, resample_on_device, touched_pixels
 
 # Pixels come out as levels 0..255, and nothing but the crop happens.
 LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
@@ -139,9 +139,9 @@ def test_half_precision_is_good_for_pixels() -> None:
     """GPUs resample in half precision, whose numbers a CPU has as well."""
     images = (noise(2, 3, 64, 64) > 127).to(torch.uint8) * 255
     boxes = torch.tensor([[3.0, 5.0, 60.0, 40.0], [20.0, 0.0, 9.0, 11.0]])
-    limits = module._touched(boxes)
+    limits = touched_pixels(boxes)
     full, half = (
-        module._resample(images.to(dtype), boxes, limits, (24, 24), None, (64, 64))
+        resample_on_device(images.to(dtype), boxes, limits, (24, 24), None, (64, 64))
         for dtype in (torch.float32, torch.float16)
     )
     assert (full - half).abs().max() < 0.5
@@ -545,9 +545,8 @@ def test_other_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="got size 8 and resize 7"):
         eval_crop(GOOD, FITTING, 8, **LEVELS, resize=7)
     for kernel, size in ((9, 4), (4, 16)):
-        with pytest.raises(ValueError, match=f"odd blur_kernel .* got {kernel}"):
-            config = CropsConfig(blur_kernel=kernel)
-            render(GOOD, whole(2, 16, sigma=torch.ones(2)), size, config)
+        with pytest.raises(ValueError, match=f"blur_kernel: expected an odd number below .* got {kernel}"):
+            CropsConfig(global_size=size, local_count=0, blur_kernel=kernel)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
