@@ -1,5 +1,5 @@
 # Sets up the active virtual environment, or .venv, and runs things in it.
-#   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU)
+#   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU); RUN=folder
 #   make test          the test suite
 #   make lint          ruff, ruff format, mypy
 # Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
@@ -7,13 +7,12 @@
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
-RUN ?= runs/quickstart
 BIN := $(VENV)/bin
 
 .PHONY: quickstart test lint clean
 
 quickstart: $(VENV)/.poa-quickstart
-	$(BIN)/python -m poa quickstart --out $(RUN)
+	$(BIN)/python -m poa quickstart $(if $(RUN),--out $(RUN))
 
 test: $(VENV)/.poa-test
 	$(BIN)/python -m pytest

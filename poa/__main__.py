@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -53,7 +54,14 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-    quickstart(_overridden(preset("quickstart"), options), Path(options.out))
+    out = Path(options.out) if options.out else _free_folder(Path("runs/quickstart"))
+    quickstart(_overridden(preset("quickstart"), options), out)
+
+
+def _free_folder(wanted: Path) -> Path:
+    """The folder itself, or the first of its numbered siblings that is not there yet."""
+    siblings = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([wanted], siblings) if not path.exists())
 
 
 def _extract(options: argparse.Namespace) -> None:
@@ -195,14 +203,14 @@ def _options_help(arguments: Sequence[str]) -> str:
 def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     """The commands that read runs, and the demonstration."""
     run_help = "run folder that pretrain wrote"
-    which: dict[str, Any] = {"nargs": "+", "default": ["all"], "metavar": "WxD"}
+    which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
     which["help"] = "subnets such as 384x12, or all"
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
     branch["help"] = "whose weights"
 
     command = commands.add_parser("extract", help="write subnets as safetensors files in timm's naming")
     command.add_argument("run", help=run_help)
-    command.add_argument("--subnets", **which)
+    command.add_argument("--subnets", required=True, **which)
     command.add_argument("--out", help="folder; default RUN/models")
     command.add_argument("--image-size", type=int, help="bake position embeddings for this size, pixels")
     command.add_argument("--branch", **branch)
@@ -210,7 +218,7 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
 
     command = commands.add_parser("evaluate", help="k-NN accuracy of subnets on held-out images")
     command.add_argument("run", help=run_help)
-    command.add_argument("--subnets", **which)
+    command.add_argument("--subnets", default=["all"], **which)
     command.add_argument("--data", help="digits or a folder; default: the run's own")
     command.add_argument("--initial", action="store_true", help="also score the weights before training")
     command.add_argument("--out", help="JSON file; default RUN/evaluation.json")
@@ -226,7 +234,7 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(command=_list_subnets, config=None, overrides=[])
 
     command = commands.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
-    command.add_argument("--out", default="runs/quickstart", help="run folder, new")
+    command.add_argument("--out", help="run folder, new; default runs/quickstart, or -2, -3, ...")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
     command.set_defaults(command=_quickstart)

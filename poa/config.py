@@ -214,6 +214,57 @@ def _quickstart() -> Config:
     )
 
 
+def _small_images() -> Config:
+    """Images of about 32 pixels (CIFAR-10 and the like) on a CPU in a quarter of an hour."""
+    return Config(
+        method=MethodConfig(
+            batch_size=128,
+            precision="fp32",
+            canvas=64,
+            backbone=ViTConfig(
+                image_size=32,
+                patch_size=8,
+                min_width=64,
+                max_width=128,
+                min_depth=2,
+                max_depth=4,
+                head_dim=32,
+                layer_scale=1.0,
+                drop_path=0.0,
+            ),
+            head=HeadConfig(prototypes=(64, 128, 256, 512), hidden=256, bottleneck=64),
+            crops=CropsConfig(
+                global_size=32,
+                local_size=16,
+                local_count=4,
+                global_scale=(0.4, 1.0),
+                local_scale=(0.1, 0.4),
+                blur=(0.0, 0.0, 0.0),
+                eval_share=1.0,
+            ),
+            optim=OptimConfig(
+                epochs=6.0,
+                base_lr=2e-3,
+                lr_scaling="none",
+                min_lr=1e-5,
+                warmup_epochs=0.6,
+                freeze_last_layer_epochs=0.1,
+                weight_decay_end=0.1,
+                layer_decay=1.0,
+                patch_embed_lr=1.0,
+                stretch=1.0,
+                momentum=0.98,
+                momentum_end=0.995,
+                teacher_temperature=0.04,
+                teacher_temperature_epochs=0.0,
+                ibot_start_epoch=1.2,
+            ),
+        ),
+        performance=PerformanceConfig(workers=1),
+        run=RunConfig(evaluate_every=200, save_every=200),
+    )
+
+
 def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Config:
     """The published recipe for a ViT with patches of 16 pixels."""
     backbone = ViTConfig(min_width=min_width, max_width=max_width, min_depth=min_depth, max_depth=max_depth)
@@ -222,6 +273,7 @@ def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Conf
 
 PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     "quickstart": (_quickstart, "digits on a CPU in minutes: widths 32..64, depths 2..4"),
+    "small-images": (_small_images, "images of 32 pixels on a CPU: widths 64..128, depths 2..4"),
     "vit-s16": (lambda: _vit(192, 384, 6, 12), "up to ViT-S/16: widths 192..384, depths 6..12"),
     "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),
     "vit-l16": (lambda: _vit(384, 1024, 12, 24), "the paper's ViT-L/16: widths 384..1024, depths 12..24"),

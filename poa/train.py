@@ -169,13 +169,18 @@ class Run:
                 meter.add(self.step(step, canvases))
                 progress.step()
                 done = step + 1
-                saving = done % options.save_every == 0 or done == total
-                if done % options.log_every == 0 or saving:
+                logs, saves, evaluates = (
+                    every > 0 and (done % every == 0 or done == total)
+                    for every in (options.log_every, options.save_every, options.evaluate_every)
+                )
+                if logs or saves or evaluates:
                     self.log(done, meter, progress)
-                if saving:
+                if saves:
                     self.save(done)
-                if options.evaluate_every and (done % options.evaluate_every == 0 or done == total):
+                if evaluates:
                     self.evaluate(done, progress)
+                if saves or evaluates:
+                    meter.reset()  # neither counts as training time
 
     def batches(self, steps: range) -> Iterator[Canvases]:
         """Decoded images of this process, a batch per step."""
@@ -278,9 +283,11 @@ class Meter:
     def __init__(self, here: World, batch_size: int):
         self.here = here
         self.batch_size = batch_size
-        self._reset()
+        self.started = time.perf_counter()
+        self.reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forget what was counted; the clock starts now."""
         self.sums: dict[str, Tensor] = {}
         self.steps = 0
         self.waited = 0.0
@@ -304,13 +311,15 @@ class Meter:
         self.steps += 1
 
     def collect(self) -> dict[str, float]:
-        """Means over steps and processes, images a second of all processes, share of time waiting."""
+        """Means over steps and processes, seconds since the start, images a second, share of time waiting."""
         means = self.here.mean(torch.stack(list(self.sums.values())) / self.steps).tolist()
         row = dict(zip(self.sums, means, strict=True))
-        seconds = time.perf_counter() - self.since
+        now = time.perf_counter()
+        seconds = now - self.since
+        row["seconds"] = now - self.started
         row["images_per_s"] = self.steps * self.batch_size * self.here.size / seconds
         row["data_wait"] = self.waited / seconds
-        self._reset()
+        self.reset()
         return row
 
 

@@ -92,9 +92,10 @@ def test_golden_param_groups() -> None:
     recorded = golden.case("param_groups")["groups"]["vit"]
     heads = recorded["dino_head (arch=vit)"]
     count = len({name.split(".")[0] for name in heads if name.startswith("mlp")})
+    layers = sum(name.startswith("mlp0.") and name.endswith(".weight") for name in heads)
     network = Network(
         golden.vit_config(golden.case("vit_forward")["config"]),
-        HeadConfig(prototypes=(8,) * count, hidden=8, bottleneck=4),
+        HeadConfig(prototypes=(8,) * count, hidden=8, bottleneck=4, layers=layers),
     )
     got = {}
     groups = parameter_groups(network, recorded["layerwise_decay"], recorded["patch_embed_lr_mult"])

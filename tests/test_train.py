@@ -18,7 +18,7 @@ from poa.errors import InputError
 from poa.train import Run, initial_network, pretrain
 
 ROOT = Path(__file__).parent.parent
-TIMINGS = ("images_per_s", "data_wait")
+TIMINGS = ("seconds", "images_per_s", "data_wait")
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
