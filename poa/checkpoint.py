@@ -68,13 +68,17 @@ class RunFolder:
         torch.save(content, partial)
         os.replace(partial, self.checkpoint)
 
-    def load(self, config: Config) -> dict[str, Any]:
+    def load(self, config: Config, *, mapped: bool = False) -> dict[str, Any]:
         """Read the checkpoint of this configuration.
+
+        Args:
+            config: its `method` must be the checkpoint's.
+            mapped: leave the tensors in the file until they are used.
 
         Raises:
             InputError: none there, not readable as weights, or of another `method`.
         """
-        content = read_checkpoint(self.checkpoint)
+        content = read_checkpoint(self.checkpoint, mapped=mapped)
         theirs = from_dict(Config, content["config"])
         if difference := first_difference(config.method, theirs.method):
             raise InputError(
@@ -87,7 +91,7 @@ class RunFolder:
         """The trained teacher or student, on the CPU, in evaluation mode."""
         config = self.config()
         network = Network(config.method.backbone, config.method.head)
-        load_strictly(network, self.load(config)[branch], str(self.checkpoint))
+        load_strictly(network, self.load(config, mapped=True)[branch], str(self.checkpoint))
         return network.eval()
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -104,12 +108,12 @@ class RunFolder:
         replace_text(self.metrics, "".join(kept))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint file without running anything in it."""
     if not path.exists():
         raise InputError(f"{path}: expected a checkpoint, got no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise InputError(
