@@ -26,7 +26,7 @@ from poa.train import initial_network, pretrain
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; wrong input is one line on standard error and exit code 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser(arguments).parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.command(options)
     except InputError as error:
@@ -38,6 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("poa: interrupted; continue with --resume", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command; `KEY=VALUE` may stand anywhere among its options."""
+    parser = _parser(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _pretrain(options: argparse.Namespace) -> None:

@@ -20,9 +20,9 @@ import torch
 
 from poa.config import Config
 from poa.errors import InputError
-from poa.official import load_strictly
 from poa.options import first_difference, from_dict, to_dict
 from poa.tribranch import Network
+from poa.weights import load_strictly, read_weights
 
 FORMAT = "poa-checkpoint-1"
 
@@ -110,15 +110,7 @@ class RunFolder:
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint file without running anything in it."""
-    if not path.exists():
-        raise InputError(f"{path}: expected a checkpoint, got no such file")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
-        raise InputError(
-            f"{path}: expected a complete checkpoint of weights only, got a damaged or foreign file: {reason}"
-        ) from None
+    content = read_weights(path, mapped=mapped)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")

@@ -31,9 +31,9 @@ from poa.config import CropsConfig
 from poa.data.loader import collate_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
-from poa.official import load_strictly
 from poa.options import from_dict, to_dict
 from poa.subnets import Subnet
+from poa.weights import load_strictly
 
 FORMAT = "poa-vit-1"
 TOLERANCE = 1e-5  # largest difference of a file's forward from the elastic subnet's, fp32, relative to 1

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from poa.backbones import ElasticViT, ViTConfig
 from poa.errors import InputError
+from poa.weights import load_strictly, read_weights
 
 
 def backbone_name(official: str) -> str:
@@ -88,35 +89,10 @@ def vit_from_state(state: Mapping[str, Tensor], *, head_dim: int, name: str = "s
     return vit
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """`load_state_dict` that wants exactly the module's names and shapes, with a one-line error."""
-    wanted = module.state_dict()
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unknown:
-        raise InputError(
-            f"{name}: {len(missing)} expected weights missing (first: {(missing or ['none'])[0]}), "
-            f"{len(unknown)} unknown (first: {(unknown or ['none'])[0]})"
-        )
-    for key, tensor in wanted.items():
-        if tensor.shape != state[key].shape:
-            raise InputError(
-                f"{name}: {key}: expected shape {tuple(tensor.shape)}, got {tuple(state[key].shape)}"
-            )
-    module.load_state_dict(state)
-
-
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: expected a file of weights only, got: {reason}") from None
+    return read_weights(path)
 
 
 def _backbone_state(content: Any, branch: str, name: str) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ from poa.distributed import World, world
 from poa.errors import InputError
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.multicrop import draw_stochastic_depth
-from poa.official import load_strictly
 from poa.optim import Schedules, apply_schedules, build_optimizer, clip_gradients, update_teacher
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
@@ -38,6 +37,7 @@ from poa.tribranch import (
     teacher_targets,
     tribranch_loss,
 )
+from poa.weights import load_strictly
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

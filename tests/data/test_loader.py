@@ -1,0 +1,68 @@
+"""Batches: canvases, and which images a step sees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from poa.data.loader import SampleStream, collate_canvases, evaluation_batches, training_batches
+from poa.data.sources import ImageSource
+
+
+def source(count: int) -> ImageSource:
+    draw = np.random.default_rng(0)
+    images = [draw.integers(1, 256, (4 + i % 3, 5 + i % 2, 3), dtype=np.uint8) for i in range(count)]
+    return ImageSource(images, None, ())
+
+
+def test_collated_images_lie_in_the_top_left_corner() -> None:
+    images = [source(4).read(i, 9) for i in range(4)]
+    canvas, sizes = collate_canvases(images)
+    assert canvas.shape == (4, 3, 6, 6)
+    assert canvas.dtype == torch.uint8
+    for place, size, image in zip(canvas, sizes.tolist(), images, strict=True):
+        assert tuple(size) == image.shape[:2]
+        assert np.array_equal(place[:, : size[0], : size[1]].permute(1, 2, 0), image)
+        assert int(place.count_nonzero()) == image.size
+
+
+def stream(images: int, batch: int, chunk: int = 0, chunks: int = 1, steps: range = range(30), seed: int = 0):
+    return list(SampleStream(images, batch, chunk, chunks, steps, seed))
+
+
+@pytest.mark.parametrize("images", [5, 24, 100])
+def test_chunks_share_the_images_of_one_large_chunk(images: int) -> None:
+    whole = stream(images, 12)
+    parts = [stream(images, 4, chunk, 3) for chunk in range(3)]
+    assert whole == [sum(step, []) for step in zip(*parts, strict=True)]
+
+
+def test_every_image_once_a_pass() -> None:
+    flat = sum(stream(20, 8), [])
+    for start in range(0, 240, 20):
+        assert sorted(flat[start : start + 20]) == list(range(20))
+    assert flat[:20] != flat[20:40]
+
+
+def test_position_is_a_function_of_the_step() -> None:
+    assert stream(20, 8, steps=range(7, 30)) == stream(20, 8)[7:]
+    assert stream(20, 8, seed=1) != stream(20, 8)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches(workers: int) -> None:
+    images = source(10)
+    chosen = SampleStream(10, 4, 0, 1, range(5), 0)
+    batches = list(training_batches(images, chosen, 32, workers))
+    assert len(batches) == 5
+    for (canvas, sizes), indices in zip(batches, chosen, strict=True):
+        expected = collate_canvases([images.read(i, 32) for i in indices])
+        assert torch.equal(canvas, expected[0])
+        assert torch.equal(sizes, expected[1])
+
+
+def test_evaluation_batches_are_in_order() -> None:
+    batches = list(evaluation_batches(source(10), 32, 0, batch_size=4))
+    assert [len(canvas) for canvas, _ in batches] == [4, 4, 2]
+    assert torch.equal(batches[2][0], collate_canvases([source(10).read(i, 32) for i in (8, 9)])[0])

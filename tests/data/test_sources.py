@@ -1,0 +1,104 @@
+"""Folders of images and the built-in digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from poa.data.sources import open_data, read_folder
+from poa.errors import InputError
+
+
+def picture(path: Path, size: tuple[int, int] = (12, 8), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color=tuple([60] * len(Image.new(mode, (1, 1)).getbands()))).save(path)
+    return path
+
+
+def class_folders(root: Path, classes: dict[str, int]) -> Path:
+    for name, count in classes.items():
+        for i in range(count):
+            picture(root / name / f"{i}.png")
+    return root
+
+
+def test_class_folders_are_split_by_class(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", {"b": 8, "a": 40, "single": 1})
+    picture(root / "a" / "deeper" / "x.JPG")
+    picture(root / ".hidden" / "x.png")
+    picture(root / "b" / "._x.png")
+    (root / "b" / "notes.txt").write_text("")
+    (root / "empty").mkdir()
+    split = open_data(str(root), 0.25, seed=0)
+    assert split.train.classes == ("a", "b", "single")
+    assert np.bincount(split.test.labels).tolist() == [10, 2, 1]
+    assert np.bincount(split.train.labels).tolist() == [31, 6]
+    assert not set(split.train.items) & set(split.test.items)
+    again, other = (open_data(str(root), 0.25, seed=seed) for seed in (0, 1))
+    assert again.test.items == split.test.items
+    assert other.test.items != split.test.items
+
+
+@pytest.mark.parametrize("test", ["val", "test"])
+def test_given_test_folder(test: str, tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"a": 3, "b": 2})
+    class_folders(tmp_path / test, {"a": 1, "b": 1})
+    split = open_data(str(tmp_path), 0.25, seed=0)
+    assert (len(split.train), len(split.test)) == (5, 2)
+    class_folders(tmp_path / test, {"c": 1})
+    with pytest.raises(InputError, match="got 2 and 3 classes"):
+        open_data(str(tmp_path), 0.25, seed=0)
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    for i in range(3):
+        picture(tmp_path / f"{i}.png")
+    split = open_data(str(tmp_path), 0.25, seed=0)
+    assert len(split.train) == 3
+    assert split.train.labels is None
+    assert split.test is None
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
+def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    ending = ".jpg" if mode == "CMYK" else ".png"
+    source = read_folder(picture(tmp_path / f"x{ending}", mode=mode).parent)
+    image = source.read(0, canvas=32)
+    assert image.shape == (8, 12, 3)
+    assert image.dtype == np.uint8
+
+
+@pytest.mark.parametrize("ending", [".png", ".jpg"])
+def test_large_images_are_shrunk_to_the_canvas(ending: str, tmp_path: Path) -> None:
+    source = read_folder(picture(tmp_path / f"x{ending}", size=(900, 300)).parent)
+    assert source.read(0, canvas=64).shape == (21, 64, 3)
+    assert source.read(0, canvas=1000).shape == (300, 900, 3)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", "truncated"], ids=["empty", "text", "truncated"])
+def test_damaged_files_are_named(content: bytes | str, tmp_path: Path) -> None:
+    path = picture(tmp_path / "broken.png", size=(200, 200))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
+    with pytest.raises(InputError, match=r"broken.png: expected a readable image"):
+        read_folder(tmp_path).read(0, canvas=32)
+
+
+def test_no_data(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        open_data(str(tmp_path / "nowhere"), 0.25, seed=0)
+    with pytest.raises(InputError, match="expected images .* got none"):
+        open_data(str(tmp_path), 0.25, seed=0)
+
+
+def test_digits() -> None:
+    split = open_data("digits", 0.25, seed=0)
+    assert len(split.train) + len(split.test) == 1797
+    assert abs(len(split.test) - 449) < 5
+    image = split.train.read(0, canvas=32)
+    assert image.shape == (32, 32, 3)
+    assert image.max() > 200
+    assert (image[..., 0] == image[..., 2]).all()

@@ -1,0 +1,311 @@
+"""The command line: every command on a tiny run, and wrong input in one line without traces."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import OVERRIDES
+
+from poa.__main__ import main
+from poa.config import preset
+from poa.options import describe
+
+Run = Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["pretrain", "--out", str(out), *OVERRIDES]) == 0
+    return out
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Two class folders of small pictures of different sizes."""
+    draw = np.random.default_rng(0)
+    for label in ("cat", "dog"):
+        folder = tmp_path / "images" / label
+        folder.mkdir(parents=True)
+        for i in range(6):
+            pixels = draw.integers(0, 256, (30 + i, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail with exit code 2 and one line; return the line."""
+    try:
+        code = main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr().err
+    assert code == 2, printed
+    assert printed.count("\n") == 1, printed
+    return printed
+
+
+def pretrain(out: Path, *arguments: str) -> list[str]:
+    return ["pretrain", "--out", str(out), *OVERRIDES, *arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "got 'nowhere': no such folder"),
+        (["--data", "EMPTY"], "expected images"),
+        (["method.optim.base_l=1"], "did you mean 'method.optim.base_lr'"),
+        (["method.batch_size=many"], "expected int, got 'many'"),
+        (["method.crops.local_size=12"], "multiple of the patch size 8, got 12"),
+        (["method.backbone.max_width=40"], "max_width: expected a multiple of head_dim 16, got 40"),
+        (["--device", "nonsense"], "expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
+        (["--preset", "vit-xxl"], "preset: expected one of"),
+        (["--config", "nowhere.json"], "config: expected a JSON file"),
+        (["--flag"], "unrecognized arguments: --flag"),
+        (["--resume", "somewhere"], "--resume: expected no --preset, --config or --out"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_pretrain(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("no image")
+    arguments = [a.replace("EMPTY", str(tmp_path / "empty")) for a in arguments]
+    device = [] if "--device" in arguments else ["run.device=cpu"]
+    assert message in fails(
+        capsys, "pretrain", "--out", str(tmp_path / "out"), *OVERRIDES[:-1], *device, *arguments
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: Run) -> None:
+    arguments = ["pretrain", "--out", str(tmp_path / "out"), "--device", "cuda", *OVERRIDES[:-1]]
+    assert "expected a CUDA device" in fails(capsys, *arguments)
+    assert not (tmp_path / "out").exists()
+    assert "expected a CUDA device" in fails(capsys, "evaluate", str(trained), "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--subnets", "48x2"], "subnet 48x2: expected a width of 16, 32"),
+        (["--subnets", "32x9"], "and a depth of 1, 2"),
+        (["--subnets", "small"], "expected WIDTHxDEPTH such as 384x12, got 'small'"),
+    ],
+)
+@pytest.mark.parametrize("command", ["extract", "evaluate"])
+def test_wrong_subnets(
+    command: str, arguments: list[str], message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    assert message in fails(capsys, command, str(run), *arguments)
+    assert contents(run) == before
+
+
+def test_wrong_image_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    line = fails(capsys, "extract", str(run), "--subnets", "16x1", "--image-size", "20")
+    assert "multiple of the patch size 8, got 20" in line
+    assert contents(run) == before
+
+
+def damage_truncate(run: Run) -> None:
+    content = (run / "checkpoint.pt").read_bytes()
+    (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+
+
+class Trap:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def damage_pickle(run: Run) -> None:
+    (run / "checkpoint.pt").write_bytes(pickle.dumps({"teacher": Trap(run / "sprung")}))
+
+
+def damage_torch_pickle(run: Run) -> None:
+    torch.save({"teacher": Trap(run / "sprung")}, run / "checkpoint.pt")
+
+
+def damage_foreign(run: Run) -> None:
+    torch.save({"weights": torch.zeros(3)}, run / "checkpoint.pt")
+
+
+def damage_config(run: Run) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["method"]["optim"]["clip"] = 9.0
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def damage_missing(run: Run) -> None:
+    (run / "checkpoint.pt").unlink()
+
+
+def damage_no_config(run: Run) -> None:
+    (run / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "expected a complete file of weights only, got a damaged"),
+        (damage_pickle, "expected a complete file of weights only, got a damaged or foreign"),
+        (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
+        (damage_foreign, "expected a checkpoint of format poa-checkpoint-1, got None"),
+        (damage_config, "got another: method.optim.clip: 9.0 against 1.5 in the checkpoint"),
+        (damage_missing, "expected a file of weights, got no such file"),
+        (damage_no_config, "expected a run folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["extract", "evaluate", "pretrain"])
+def test_damaged_runs(
+    command: str, damage, message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(run)
+    before = contents(run)
+    arguments = {
+        "extract": [str(run), "--subnets", "16x1"],
+        "evaluate": [str(run)],
+        "pretrain": ["--resume", str(run)],
+    }[command]
+    assert message in fails(capsys, command, *arguments)
+    assert contents(run) == before
+    assert not (run / "sprung").exists()
+
+
+def test_resume_with_another_method(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    line = fails(capsys, "pretrain", "--resume", str(run), "method.optim.clip=9")
+    assert "method.optim.clip: 9.0 against 1.5 in the checkpoint" in line
+    assert contents(run) == before
+
+
+def test_out_that_holds_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    assert f"continue it with --resume {run}" in fails(capsys, *pretrain(run))
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_image(
+    workers: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for picture in images.glob("*/*.png"):
+        picture.write_bytes(b"not an image")
+    arguments = pretrain(tmp_path / "out", "--data", str(images), f"performance.workers={workers}")
+    line = fails(capsys, *arguments)
+    assert ".png: expected a readable image" in line
+
+
+def test_unlabelled_data_trains_but_is_not_scored(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, picture in enumerate(images.glob("*/*.png")):
+        picture.rename(flat / f"{i}.png")
+    out = tmp_path / "out"
+    assert main(pretrain(out, "--data", str(flat), "run.evaluate_every=1")) == 0
+    capsys.readouterr()
+    assert "expected images in class folders" in fails(capsys, "evaluate", str(out))
+
+
+def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, models = tmp_path / "out", tmp_path / "models"
+    assert main(pretrain(out, "--data", str(images), "performance.workers=1")) == 0
+    plot = tmp_path / "plot.png"
+    assert main(["evaluate", str(out), "--initial", "--plot", str(plot)]) == 0
+    report = json.loads((out / "evaluation.json").read_text())
+    assert [(r["width"], r["depth"]) for r in report["subnets"]] == [(16, 1), (16, 2), (32, 1), (32, 2)]
+    assert report["settings"]["query_images"] == 4
+    assert report["subnets"][0].keys() >= {"knn", "knn_init", "params", "flops"}
+    assert plot.stat().st_size > 1000
+    capsys.readouterr()
+    assert main(["extract", str(out), "--subnets", "16x1,32x2", "--out", str(models)]) == 0
+    written = capsys.readouterr().out.split()
+    assert written == [f"{models}/vit-w16-d1.safetensors", f"{models}/vit-w32-d2.safetensors"]
+    assert all(Path(path).with_suffix(".json").exists() for path in written)
+    assert load_file(written[0])["cls_token"].shape == (1, 1, 16)
+
+
+def test_resume_of_a_finished_run_changes_nothing(run: Run) -> None:
+    before = contents(run)
+    assert main(["pretrain", "--resume", str(run)]) == 0
+    assert contents(run) == before
+
+
+def test_config_of_another_run(run: Run, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert main(["pretrain", "--config", str(run / "config.json"), "--out", str(again)]) == 0
+    assert (again / "config.json").read_bytes() == (run / "config.json").read_bytes()
+    first, second = (torch.load(folder / "checkpoint.pt") for folder in (run, again))
+    assert all(torch.equal(first["teacher"][k], second["teacher"][k]) for k in first["teacher"])
+
+
+def test_subnets(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["subnets", str(run), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(r["width"], r["depth"], r["draws"]) for r in rows] == [
+        (16, 1, 9),
+        (16, 2, 3),
+        (32, 1, 3),
+        (32, 2, 0),
+    ]
+    assert main(["subnets", "--preset", "vit-l16"]) == 0
+    assert capsys.readouterr().out.startswith("143 subnets")
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", "--preset", "vit-l16", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key, _, _, explanation in describe(preset("vit-l16")):
+        assert f"  {key}=" in text
+        assert explanation in text
+    assert "method.backbone.max_width=1024" in text
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "poa", "pretrain", "--data", "nowhere", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "poa: error: data: expected 'digits' or a folder of images, got 'nowhere': no such folder\n"
+    )
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def _environment() -> dict[str, str]:
+    root = Path(__file__).parent.parent
+    return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}

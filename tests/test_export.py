@@ -1,0 +1,149 @@
+"""Extracted subnets: equal to the elastic ones, to the official tool's, and readable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import golden_cases as golden
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import poa
+from poa import export
+from poa.backbones import ElasticViT
+from poa.config import CropsConfig
+from poa.data.loader import collate_canvases
+from poa.data.resample import eval_crop
+from poa.errors import InputError
+from poa.subnets import Subnet
+
+CROPS = CropsConfig(blur=(0, 0, 0))
+
+
+@pytest.fixture(scope="module")
+def backbone() -> ElasticViT:
+    return golden.vit("vit_forward").eval()
+
+
+def eight_subnets() -> list[Subnet]:
+    space = golden.vit_config(golden.case("vit_forward")["config"]).space
+    everything = list(space)
+    spread = [everything[i] for i in np.linspace(0, len(everything) - 1, 8).astype(int)]
+    assert {space.smallest, space.intact} <= set(spread)
+    return list(dict.fromkeys(spread))
+
+
+@pytest.mark.parametrize("subnet", eight_subnets(), ids=str)
+@pytest.mark.parametrize("patches", [0, 1, 3], ids=["trained-size", "one-more", "three-more"])
+def test_extracted_file_equals_the_subnet(
+    subnet: Subnet, patches: int, backbone: ElasticViT, tmp_path: Path
+) -> None:
+    size = backbone.config.image_size + patches * backbone.config.patch_size
+    path = poa.export.extract(backbone, subnet, tmp_path, CROPS, image_size=size if patches else None)
+    model = poa.load(path)
+    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        (expected,) = backbone([images], subnet)
+        (got,) = model.backbone([images])
+        assert float((got.cls - expected.cls).abs().max()) < 1e-5
+        assert float((got.patches - expected.patches).abs().max()) < 1e-5
+        assert torch.equal(model(images), got.cls)
+    info = json.loads(path.with_suffix(".json").read_text())
+    assert info["params"] == sum(p.numel() for p in poa.load(path).parameters()) - patches_more(
+        info, backbone
+    )
+    assert (info["width"], info["depth"]) == (subnet.width, subnet.depth)
+    assert info["preprocessing"]["size"] == size
+
+
+def patches_more(info: dict, backbone: ElasticViT) -> int:
+    """Position parameters that a larger image adds to what the subnet has."""
+    tokens = (info["preprocessing"]["size"] // backbone.config.patch_size) ** 2
+    return (tokens + 1 - backbone.pos_embed.shape[1]) * info["width"]
+
+
+@pytest.mark.parametrize("name", golden.case("extract")["results"]["vit"])
+def test_golden_extract(name: str, backbone: ElasticViT) -> None:
+    """The official tool's files, which lack the last norm and keep the mask token, hold our weights."""
+    results = golden.case("extract")["results"]["vit"][name]
+    subnet = Subnet(*results["width_depth"])
+    ours = export.static_state(backbone, subnet, export.static_config(backbone.config, subnet))
+    file = golden.ROOT / "extract" / f"vit_{name}.safetensors"
+    if not file.exists():
+        assert len(ours) == results["extract_elastic_net"]["n_keys"] + 2 - 1
+        return
+    recorded = load_file(file)
+    tool = results["extract_elastic_net"]
+    assert set(ours) - set(recorded) == set(tool["missing_in_static_vit"])
+    assert set(recorded) - set(ours) == set(tool["unexpected"])
+    for key in set(ours) & set(recorded):
+        golden.assert_close(ours[key], recorded[key], atol=1e-6)
+
+
+@pytest.mark.parametrize("subnet", eight_subnets(), ids=str)
+def test_strict_keys_and_equal_features_in_timm(subnet: Subnet, backbone: ElasticViT, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
+    path = export.extract(backbone, subnet, tmp_path, CROPS)
+    info = json.loads(path.with_suffix(".json").read_text())
+    model = timm.models.VisionTransformer(**info["timm"]).eval()
+    model.load_state_dict(load_file(path), strict=True)
+    size = backbone.config.image_size
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), poa.load(path)(images), atol=1e-5, rtol=0)
+
+
+def test_a_wrong_fold_is_refused(
+    backbone: ElasticViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export.static_state
+
+    def wrong(*arguments):
+        state = right(*arguments)
+        state["blocks.0.mlp.fc2.weight"] = state["blocks.0.mlp.fc2.weight"] * 1.001
+        return state
+
+    monkeypatch.setattr(export, "static_state", wrong)
+    with pytest.raises(RuntimeError, match="differs from subnet .* nothing was written"):
+        export.extract(backbone, backbone.space.smallest, tmp_path / "models", CROPS)
+    assert not (tmp_path / "models").exists()
+
+
+def test_wrong_requests(backbone: ElasticViT, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a width of"):
+        export.extract(backbone, Subnet(17, 3), tmp_path / "models", CROPS)
+    with pytest.raises(InputError, match="multiple of the patch size"):
+        export.extract(backbone, backbone.space.intact, tmp_path / "models", CROPS, image_size=65)
+    assert not (tmp_path / "models").exists()
+
+
+def test_preprocessing_is_that_of_evaluation(backbone: ElasticViT, tmp_path: Path) -> None:
+    model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path, CROPS))
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    canvas, sizes = collate_canvases([pixels])
+    size = backbone.config.image_size
+    resize = round(size / CROPS.eval_share)
+    expected = eval_crop(canvas, sizes, size, CROPS.mean, CROPS.std, resize=resize)
+    assert torch.equal(model.preprocess(Image.fromarray(pixels)), expected)
+    assert model(model.preprocess([Image.fromarray(pixels)] * 2)).shape == (2, backbone.space.smallest.width)
+
+
+def test_files_that_are_no_extracted_subnets(backbone: ElasticViT, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected an extracted subnet"):
+        poa.load(tmp_path / "nothing.safetensors")
+    path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
+    state = load_file(path)
+    save_file(state | {"extra": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match=r"1 unknown \(first: extra\)"):
+        poa.load(path)
+    del state["norm.bias"]
+    save_file(state, path)
+    with pytest.raises(InputError, match=r"1 expected weights missing \(first: norm.bias\)"):
+        poa.load(path)
+    save_file(state | {"norm.bias": torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="norm.bias: expected shape"):
+        poa.load(path)
