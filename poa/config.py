@@ -244,7 +244,7 @@ def _small_images() -> Config:
                 eval_share=1.0,
             ),
             optim=OptimConfig(
-                epochs=6.0,
+                epochs=10.0,
                 base_lr=2e-3,
                 lr_scaling="none",
                 min_lr=1e-5,
@@ -262,7 +262,7 @@ def _small_images() -> Config:
             ),
         ),
         performance=PerformanceConfig(workers=1),
-        run=RunConfig(evaluate_every=200, save_every=200),
+        run=RunConfig(evaluate_every=400, save_every=400),
     )
 
 
