@@ -16,6 +16,7 @@ setup(
     install_requires=["torch>=2.10", "numpy", "pillow", "safetensors", "tqdm"],
     extras_require={
         "quickstart": ["scikit-learn", "matplotlib"],
+        "plot": ["matplotlib"],
         "timm": ["timm"],
         "xformers": ["xformers>=0.0.35"],
         "test": ["pytest", "pytest-benchmark", "scikit-learn", "matplotlib"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
 from poa.device import choose_device
 from poa.errors import InputError
-from poa.evaluate import evaluate_subnets
+from poa.evaluate import evaluate_subnets, require_matplotlib
 from poa.export import extract
 from poa.options import describe, from_dict, override
 from poa.quickstart import quickstart
@@ -29,14 +30,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         options.command(options)
+        sys.stdout.flush()
     except InputError as error:
         # An error raised in a decoding process arrives with its traceback; the last line is ours.
         line = str(error).strip().splitlines()[-1].removeprefix("poa.errors.InputError: ")
         print(f"poa: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("poa: interrupted; continue with --resume", file=sys.stderr)
+        print("poa: interrupted; a run continues with pretrain --resume RUN", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as in `| head`
+        return 141
     return 0
 
 
@@ -102,6 +107,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.data:
         config = with_run(config, data=options.data)
     subnets = _subnets(options.subnets, config.method.backbone.space)
+    if options.plot:
+        require_matplotlib()
     device = choose_device(options.device)
     data = open_data(config.run.data, config.run.holdout, config.method.seed)
     backbone = folder.network(options.branch).backbone.to(device)

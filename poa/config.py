@@ -116,7 +116,7 @@ class MethodConfig:
 class PerformanceConfig:
     """Everything that changes speed and memory only."""
 
-    workers: int = option(4, "processes that decode images; 0: in the training process")
+    workers: int = option(4, "processes that decode images, at most one a CPU; 0: in the training process")
     recompute: bool = option(False, "recompute blocks in backward: less memory, more time")
     threads: int | None = option(None, "CPU threads of PyTorch; none: its own choice")
 

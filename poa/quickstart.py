@@ -12,7 +12,7 @@ from pathlib import Path
 from poa.checkpoint import RunFolder, write_json
 from poa.config import Config
 from poa.data.sources import open_data
-from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels
+from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels, require_matplotlib
 from poa.export import extract
 from poa.train import initial_network, pretrain
 
@@ -24,6 +24,7 @@ def quickstart(config: Config, out: Path) -> None:
         config: of the run; needs labelled data.
         out: the run folder, new.
     """
+    require_matplotlib()
     started = time.perf_counter()
     pretrain(config, out)
     folder = RunFolder(out)

@@ -250,7 +250,7 @@ class Run:
             )
         if self.here.is_main:
             self.folder.log(row)
-        speed, wait = f"{row['images_per_s']:.0f} img/s", f"{row['data_wait']:.0%}"
+        speed, wait = f"{row['images_per_s']:.3g} img/s", f"{row['data_wait']:.0%}"
         progress.show(done, {"loss": f"{row['loss']:.4f}", "speed": speed, "data wait": wait})
 
     def save(self, done: int) -> None:

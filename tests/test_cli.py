@@ -309,3 +309,21 @@ def test_as_a_program(tmp_path: Path) -> None:
 def _environment() -> dict[str, str]:
     root = Path(__file__).parent.parent
     return os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
+
+
+def test_reader_that_stops_early(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m poa subnets --preset vit-l16 | head -n 1"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=_environment(), capture_output=True, text=True
+    )
+    assert done.stdout.startswith("143 subnets")
+    assert done.stderr == ""
+
+
+def test_plot_without_matplotlib(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(run)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "expected matplotlib" in fails(capsys, "evaluate", str(run), "--plot", "accuracy.png")
+    assert contents(run) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -87,7 +88,7 @@ def training_batches(
     return DataLoader(
         DecodedImages(source, canvas),
         batch_sampler=stream,
-        num_workers=workers,
+        num_workers=_useful(workers),
         collate_fn=collate_canvases,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
@@ -101,7 +102,12 @@ def evaluation_batches(
     return DataLoader(
         DecodedImages(source, canvas),
         batch_size=batch_size,
-        num_workers=workers,
+        num_workers=_useful(workers),
         collate_fn=collate_canvases,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _useful(workers: int) -> int:
+    """No more processes than there are CPUs for them."""
+    return min(workers, os.cpu_count() or 1)

@@ -1,7 +1,14 @@
 """Accuracy of subnets: features once, then k-NN."""
 
 from poa.evaluate.knn import knn_accuracy
-from poa.evaluate.sweep import REPORTED_K, Report, evaluate_subnets, knn_of_pixels, knn_of_subnets
+from poa.evaluate.sweep import (
+    REPORTED_K,
+    Report,
+    evaluate_subnets,
+    knn_of_pixels,
+    knn_of_subnets,
+    require_matplotlib,
+)
 
 __all__ = [
     "REPORTED_K",
@@ -10,4 +17,5 @@ __all__ = [
     "knn_accuracy",
     "knn_of_pixels",
     "knn_of_subnets",
+    "require_matplotlib",
 ]

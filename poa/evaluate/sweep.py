@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +156,12 @@ def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
     crops, canvas = config.method.crops, config.method.canvas
     features = [pixel_features(s, crops, canvas=canvas) for s in (bank, queries)]
     return _knn(bank, queries, *features)
+
+
+def require_matplotlib() -> None:
+    """Raise InputError where plots cannot be drawn, before any work is done for them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("plot: expected matplotlib; install it with: pip install 'poa-pretrain[plot]'")
 
 
 def plot_scores(
