@@ -150,6 +150,25 @@ class Config:
     run: RunConfig = section(RunConfig(), "data, device, logging")
 
 
+def _short_run(temperature: float, **options: float) -> OptimConfig:
+    """A run of minutes: a constant teacher temperature, and no scaling rules made for large ones."""
+    return dataclasses.replace(
+        OptimConfig(
+            lr_scaling="none",
+            min_lr=1e-5,
+            weight_decay_end=0.1,
+            layer_decay=1.0,
+            patch_embed_lr=1.0,
+            stretch=1.0,
+            momentum=0.98,
+            teacher_temperature=temperature,
+            teacher_temperature_start=temperature,
+            teacher_temperature_epochs=0.0,
+        ),
+        **options,  # type: ignore[arg-type]
+    )
+
+
 def _quickstart() -> Config:
     """Digits on a CPU in minutes: 9 subnets, few large patches, gentle crops, a sharp teacher."""
     return Config(
@@ -190,23 +209,13 @@ def _quickstart() -> Config:
                 mean=(0.3053,) * 3,
                 std=(0.3760,) * 3,
             ),
-            optim=OptimConfig(
+            optim=_short_run(
                 epochs=75.0,
                 base_lr=3e-3,
-                lr_scaling="none",
-                min_lr=1e-5,
                 warmup_epochs=7.5,
                 freeze_last_layer_epochs=1.5,
-                weight_decay=0.04,
-                weight_decay_end=0.1,
-                layer_decay=1.0,
-                patch_embed_lr=1.0,
-                stretch=1.0,
-                momentum=0.98,
                 momentum_end=0.99,
-                teacher_temperature=0.03,
-                teacher_temperature_start=0.03,
-                teacher_temperature_epochs=0.0,
+                temperature=0.03,
                 ibot_start_epoch=15.0,
             ),
         ),
@@ -243,21 +252,13 @@ def _small_images() -> Config:
                 blur=(0.0, 0.0, 0.0),
                 eval_share=1.0,
             ),
-            optim=OptimConfig(
+            optim=_short_run(
                 epochs=10.0,
                 base_lr=2e-3,
-                lr_scaling="none",
-                min_lr=1e-5,
                 warmup_epochs=0.6,
                 freeze_last_layer_epochs=0.1,
-                weight_decay_end=0.1,
-                layer_decay=1.0,
-                patch_embed_lr=1.0,
-                stretch=1.0,
-                momentum=0.98,
                 momentum_end=0.995,
-                teacher_temperature=0.04,
-                teacher_temperature_epochs=0.0,
+                temperature=0.04,
                 ibot_start_epoch=1.2,
             ),
         ),

@@ -6,6 +6,7 @@ import random
 import re
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import golden_cases as golden
 import numpy as np
@@ -18,7 +19,7 @@ from poa.optim import OptimConfig, Schedules, cosine_schedule
 from poa.subnets import SubnetSampler, active_blocks
 
 
-def _optim_config(official: dict, stretch: float) -> OptimConfig:
+def _optim_config(official: dict[str, Any], stretch: float) -> OptimConfig:
     return replace(
         OptimConfig(),
         epochs=float(official["epochs"]),
@@ -102,30 +103,7 @@ def test_golden_masking() -> None:
         assert drawn.mask.sum(1).tolist() == entry["per_image"]
 
 
-def test_golden_search_space() -> None:
-    case = golden.case("search_space")["vit_large"]
-    config = case["config"]
-    space = ViTConfig(
-        min_width=config["min_embed_dim"],
-        max_width=config["max_embed_dim"],
-        min_depth=config["min_depth"],
-        max_depth=config["max_depth"],
-        head_dim=config["head_dim"],
-        sampling_scale=config["net_select_scale"],
-    ).space
-    assert list(space.widths) == case["widths"]
-    assert list(space.depths) == case["depths"]
-    assert len(space) == case["n_unique"]
-    counts = [[s.width, s.depth, count] for s, count in space.multiplicities().items()]
-    assert counts == case["networks_with_multiplicity"]
-    assert sum(count for *_, count in counts) == case["num_networks"]
-    assert [space.intact.width, space.intact.depth] == case["last"]
-    for depth, blocks in case["block_idx"].items():
-        assert active_blocks(config["max_depth"], int(depth)) == blocks
-
-
-def test_golden_search_space_draws() -> None:
-    """A round of draws is the recorded list without its last entry, shuffled."""
+def _search_space() -> tuple[dict[str, Any], ViTConfig]:
     case = golden.case("search_space")["vit_large"]
     config = case["config"]
     vit = ViTConfig(
@@ -136,6 +114,26 @@ def test_golden_search_space_draws() -> None:
         head_dim=config["head_dim"],
         sampling_scale=config["net_select_scale"],
     )
+    return case, vit
+
+
+def test_golden_search_space() -> None:
+    case, vit = _search_space()
+    space = vit.space
+    assert list(space.widths) == case["widths"]
+    assert list(space.depths) == case["depths"]
+    assert len(space) == case["n_unique"]
+    counts = [[s.width, s.depth, count] for s, count in space.multiplicities().items()]
+    assert counts == case["networks_with_multiplicity"]
+    assert sum(count for *_, count in counts) == case["num_networks"]
+    assert [space.intact.width, space.intact.depth] == case["last"]
+    for depth, blocks in case["block_idx"].items():
+        assert active_blocks(vit.max_depth, int(depth)) == blocks
+
+
+def test_golden_search_space_draws() -> None:
+    """A round of draws is the recorded list without its last entry, shuffled."""
+    case, vit = _search_space()
     sampler = SubnetSampler(vit.space, "per-rank", seed=0, chunks=1, cost=vit.flops)
     round_length = case["num_networks"] - 1
     drawn = Counter((s.width, s.depth) for s in (sampler.draw(i, 0) for i in range(round_length)))
