@@ -1,15 +1,18 @@
 """Elastic operators: transformer layers computed on prefixes of shared weights.
 
 Every operator is stateless: the active width is read from the input, the weights are those of the largest
-network, and a slice is never copied. These are the plain PyTorch definitions; they run on any device.
+network, and a slice is never copied. Every operator has a plain PyTorch definition that runs on any device;
+`python -m elastic_kernels` tells which of them have a faster backend here.
 """
 
 from elastic_kernels.attention import packed_attention
+from elastic_kernels.dispatch import backend
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 
 __all__ = [
+    "backend",
     "elastic_hidden_features",
     "elastic_layer_norm",
     "elastic_linear",

@@ -3,7 +3,8 @@
     o = softmax(q k^T / sqrt(d)) v          within each sequence, for each head
 
 The sequences of one length lie together, so a launch serves a whole length class and no `cu_seqlens` are
-needed. `qkv` holds the active heads only; it may be a strided view.
+needed. `qkv` holds the active heads only; it may be a strided view. The Triton kernels are in
+`triton_ops/attention.py`.
 """
 
 from __future__ import annotations
@@ -14,19 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_kernels import dispatch
+
+HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernels
+MAX_LENGTH = 1024  # of the Triton kernels
+
 
 def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
     """Attend within every sequence of a packed token tensor.
 
     Args:
         qkv: `[tokens, 3, heads, head_dim]`, floating point, any strides.
-        groups: `(count, length)` of each length class in packing order; `sum(count * length) == tokens`.
+        groups: `(count, length)` of each length class in packing order; their products sum to `tokens`.
 
     Returns:
         `[tokens, heads * head_dim]`, the dtype of `qkv`.
 
     Raises:
         ValueError: `qkv` is not 4-dimensional with three projections, or `groups` do not cover the tokens.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: the softmax and all sums are fp32 (but for half precision on CPUs). Results repeat bitwise.
 
     Example:
         >>> packed_attention(torch.randn(2 * 5 + 3 * 2, 3, 4, 16), [(2, 5), (3, 2)]).shape
@@ -41,13 +50,33 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
         raise ValueError(
             f"packed_attention: groups {list(groups)} cover {covered} tokens, qkv has {qkv.shape[0]}"
         )
+    if attention_backend(qkv, groups).backend == "triton":
+        from elastic_kernels.triton_ops.attention import PackedAttention
+
+        return PackedAttention.apply(qkv, [number for group in groups for number in group])
+    return _attention_reference(qkv, groups)
+
+
+def attention_backend(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> dispatch.Choice:
+    """The backend that `packed_attention` takes for such arguments, and why."""
+    dim, longest = qkv.shape[-1], max([0, *(length for _, length in groups)])
+    limit = None
+    if dim not in HEAD_DIMS:
+        limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {dim}"
+    elif longest > MAX_LENGTH:
+        limit = f"the kernel takes lengths up to {MAX_LENGTH}, got {longest}"
+    return dispatch.choose("packed_attention", qkv, limit)
+
+
+def _attention_reference(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """The plain definition."""
     parts = qkv.split([count * length for count, length in groups])
     outputs = [
         _attend(part.unflatten(0, (count, length)))
         for part, (count, length) in zip(parts, groups, strict=True)
         if count
     ]
-    return torch.cat(outputs) if outputs else qkv.new_empty(0, qkv.shape[2] * qkv.shape[3])
+    return torch.cat(outputs) if outputs else qkv[:, 0].flatten(1)
 
 
 def _attend(qkv: Tensor) -> Tensor:

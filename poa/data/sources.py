@@ -70,8 +70,8 @@ class DataSplit:
 def open_data(name: str, holdout: float, seed: int) -> DataSplit:
     """Open `digits` or a folder of images.
 
-    A folder may hold `train/` and `val/` or `test/`, or class folders, of which a stratified share is held
-    out, or just images, which are all trained on and have no labels.
+    A folder may hold `train/` and `val/` or `test/`, or class folders (also inside a lone `train/`), of which a
+    stratified share is held out, or just images, which are all trained on and have no labels.
 
     Args:
         name: "digits" or a path.
@@ -86,16 +86,19 @@ def open_data(name: str, holdout: float, seed: int) -> DataSplit:
     root = Path(name)
     if not root.is_dir():
         raise InputError(f"data: expected 'digits' or a folder of images, got {name!r}: no such folder")
+    if not (root / "train").is_dir():
+        return _hold_out(read_folder(root), holdout, seed)
+    train = read_folder(root / "train")
     test = next((root / t for t in TEST_FOLDERS if (root / t).is_dir()), None)
-    if (root / "train").is_dir() and test:
-        train, held_out = read_folder(root / "train"), read_folder(test)
+    if test:
+        held_out = read_folder(test)
         if train.classes != held_out.classes:
             raise InputError(
                 f"data: expected the classes of {root / 'train'} in {test}, "
                 f"got {len(train.classes)} and {len(held_out.classes)} classes or other names"
             )
         return DataSplit(train, held_out if held_out.labels is not None else None)
-    return _hold_out(read_folder(root), holdout, seed)
+    return _hold_out(train, holdout, seed)
 
 
 def read_folder(root: Path) -> ImageSource:

@@ -53,6 +53,13 @@ def test_given_test_folder(test: str, tmp_path: Path) -> None:
         open_data(str(tmp_path), 0.25, seed=0)
 
 
+def test_train_folder_without_a_test_folder(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", {"a": 8, "b": 4})
+    split = open_data(str(tmp_path), 0.25, seed=0)
+    assert split.train.classes == ("a", "b")
+    assert (len(split.train), len(split.test)) == (9, 3)
+
+
 def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
     for i in range(3):
         picture(tmp_path / f"{i}.png")

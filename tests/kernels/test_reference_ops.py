@@ -144,7 +144,9 @@ def test_hidden_features_truncate_like_the_official_code() -> None:
     assert ek.elastic_hidden_features(640, 1024, 4096) == 2560
 
 
-@pytest.mark.parametrize("groups", [[(2, 5)], [(2, 5), (3, 2)], [(0, 5), (3, 2)], [(1, 1)]], ids=str)
+@pytest.mark.parametrize(
+    "groups", [[(2, 5)], [(2, 5), (3, 2)], [(0, 5), (3, 2)], [(1, 1)], [(0, 5)], []], ids=str
+)
 def test_packed_attention(groups: list[tuple[int, int]]) -> None:
     heads, dim = 3, 8
     tokens = sum(count * length for count, length in groups)

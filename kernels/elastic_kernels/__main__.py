@@ -1,0 +1,33 @@
+"""`python -m elastic_kernels`: versions, devices, and the backend that each operator would take."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+
+import torch
+
+from elastic_kernels.attention import attention_backend
+
+PLAIN = ("elastic_layer_norm", "elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_qkv")
+
+
+def main() -> None:
+    """Print the report."""
+    for package in ("torch", "triton", "xformers"):
+        there = importlib.util.find_spec(package) is not None
+        print(f"{package:<10} {importlib.metadata.version(package) if there else 'not installed'}")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    print(f"{'device':<10} {torch.cuda.get_device_name() if cuda else 'cpu'}")
+    dtype = torch.bfloat16 if cuda else torch.float32
+    print(f"\nbackends for {dtype} on {device.type}:")
+    for op in PLAIN:
+        print(f"  {op:<24} reference   has no Triton kernel")
+    qkv = torch.empty(197, 3, 6, 64, dtype=dtype, device=device)
+    choice = attention_backend(qkv, [(1, 197)])
+    print(f"  {'packed_attention':<24} {choice.backend:<11} {choice.reason}")
+
+
+if __name__ == "__main__":
+    main()

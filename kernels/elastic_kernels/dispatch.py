@@ -1,0 +1,104 @@
+"""Which backend runs an operator, and why.
+
+Backends are `reference`, the plain PyTorch definition, and `triton`. Without being told, an operator that has
+a Triton kernel takes it for CUDA tensors of a supported dtype and shape, and the reference otherwise. The
+environment variable `ELASTIC_KERNELS_BACKEND`, read when the package is imported, or `backend(...)` forces
+one; a forced backend that cannot run is an error, never replaced.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT_VARIABLE = "ELASTIC_KERNELS_BACKEND"
+BACKENDS = ("reference", "triton")
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors
+
+
+class Choice(NamedTuple):
+    """A backend, and the reason in a few words."""
+
+    backend: str
+    reason: str
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_forced = os.environ.get(ENVIRONMENT_VARIABLE) or None
+if _forced is not None:
+    _checked(_forced)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for all operators of this process while the context lasts.
+
+    Args:
+        name: "reference" or "triton".
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> from elastic_kernels import backend, packed_attention
+        >>> with backend("reference"):
+        ...     packed_attention(torch.randn(4, 3, 2, 16), [(1, 4)]).shape
+        torch.Size([4, 32])
+    """
+    global _forced
+    before, _forced = _forced, _checked(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(op: str, x: Tensor, limit: str | None = None) -> Choice:
+    """The backend for an operator that has a Triton kernel.
+
+    Args:
+        op: its name, for the message.
+        x: the input that decides device and dtype.
+        limit: why the kernel cannot take this input's shape, or None.
+
+    Raises:
+        RuntimeError: `triton` is forced and cannot run.
+    """
+    if _forced == "reference":
+        return Choice("reference", "forced")
+    obstacle = _obstacle(x.device.type, x.dtype) or limit
+    if _forced == "triton":
+        if obstacle:
+            raise RuntimeError(f"{op}: expected to run on triton, which was forced, but {obstacle}")
+        return Choice("triton", "forced")
+    if obstacle:
+        return Choice("reference", obstacle)
+    if x.device.type == "cpu":
+        return Choice("reference", "interpreted kernels run only when forced")
+    return Choice("triton", f"{x.device.type} tensor of {x.dtype}")
+
+
+def _obstacle(device: str, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run on such tensors, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"the kernel takes float32, float16 and bfloat16, got {dtype}"
+    if device == "cpu" and not INTERPRETED:
+        return "the tensors are on a CPU (without TRITON_INTERPRET=1)"
+    if device not in ("cpu", "cuda"):
+        return f"the tensors are on {device!r}, expected cuda"
+    return None

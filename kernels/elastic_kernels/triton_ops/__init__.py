@@ -1,0 +1,1 @@
+"""Triton kernels behind the operators; imported only when one is chosen."""

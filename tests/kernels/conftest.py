@@ -1,0 +1,11 @@
+"""Kernel tests run in lanes, each a process of its own: interpreted and compiled Triton do not mix."""
+
+from __future__ import annotations
+
+import os
+
+collect_ignore = []
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore.append("interpreted")
+if os.environ.get("ELASTIC_KERNELS_LANE") != "compiled":
+    collect_ignore.append("compiled")

@@ -1,0 +1,129 @@
+"""The Triton attention under Triton's interpreter, against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from attention_cases import Groups, active_heads, assert_as_good_as_torch, draw, run
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from elastic_kernels import backend, packed_attention
+from elastic_kernels.triton_ops import attention as kernels
+
+# By code path: one row, both sides of every class edge and tile edge, primes, several groups, empty ones.
+CASES: dict[str, Groups] = {
+    "one-row": [(1, 1)],
+    "two-classes": [(2, 37), (3, 5)],
+    "edge-64": [(1, 64), (1, 65)],
+    "edge-128": [(1, 128), (1, 129)],
+    "197": [(1, 197)],
+    "edge-256": [(1, 256), (1, 257)],
+    "empty-group": [(0, 9), (2, 3)],
+    "no-rows": [(0, 9)],
+}
+
+
+@pytest.fixture(autouse=True)
+def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run the kernels, and fill what they allocate with NaN: everything must be written."""
+    empty = torch.empty
+
+    def poisoned(*size, **options) -> Tensor:
+        return empty(*size, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+    with backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dim"),
+    [(case, 16) for case in CASES] + [("two-classes", 32), ("197", 64), ("edge-64", 128), ("edge-256", 64)],
+)
+def test_forward_and_gradient(case: str, dim: int, dtype: torch.dtype) -> None:
+    groups = CASES[case]
+    exact = active_heads(groups, dim).to(dtype).double()[:, :, :2]
+    qkv = active_heads(groups, dim).to(dtype)[:, :, :2]
+    dout = draw(qkv.shape[0], 2 * dim, seed=1).to(dtype)
+    truth = run(exact, groups, dout.double(), "reference")
+    ours, torchs = (run(qkv, groups, dout, name) for name in ("triton", "reference"))
+    for a, b, t in zip(ours, torchs, truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_torch(a, b, t)
+
+
+@pytest.mark.parametrize("layout", ["projections-first", "heads-last", "offset"])
+def test_strided_inputs(layout: str) -> None:
+    groups, contiguous = [(2, 5), (1, 3)], draw(13, 3, 2, 16).float()
+    qkv = {
+        "projections-first": contiguous.transpose(0, 1).contiguous().transpose(0, 1),
+        "heads-last": contiguous.transpose(2, 3).contiguous().transpose(2, 3),
+        "offset": torch.cat([contiguous, contiguous])[13:],
+    }[layout]
+    dout = draw(13, 32, seed=1).float()
+    for a, b in zip(run(qkv, groups, dout, "triton"), run(contiguous, groups, dout, "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_expanded_and_transposed_upstream_gradients() -> None:
+    groups, qkv = [(2, 5)], draw(10, 3, 2, 16).float()
+    ones = torch.ones(1, 1).expand(10, 32)
+    transposed = draw(32, 10, seed=1).float().t()
+    for dout in (ones, transposed):
+        for a, b in zip(run(qkv, groups, dout, "triton"), run(qkv, groups, dout, "reference"), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_repeats_bitwise() -> None:
+    groups, qkv, dout = [(1, 70)], draw(70, 3, 2, 16).half(), draw(70, 32, seed=1).half()
+    first, second = (run(qkv, groups, dout, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_registered_operators() -> None:
+    qkv = draw(13, 3, 2, 16).float()
+    flat = [2, 5, 1, 3]
+    out, lse = torch.ops.elastic_kernels.attention_fwd(qkv, flat)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.elastic_kernels.attention_fwd, (qkv, flat), test_utils=checks)
+    arguments = (qkv, out, lse, torch.ones_like(out), flat)
+    torch.library.opcheck(torch.ops.elastic_kernels.attention_bwd, arguments, test_utils=checks)
+
+
+def test_compiled_equals_eager() -> None:
+    qkv = draw(13, 3, 2, 16).float().requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return packed_attention(x, [(2, 5), (1, 3)]).sin().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(loss(qkv), qkv)
+    (got,) = torch.autograd.grad(compiled(qkv), qkv)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_recomputed_equals_stored() -> None:
+    qkv = draw(10, 3, 2, 16).float().requires_grad_()
+    (stored,) = torch.autograd.grad(packed_attention(qkv, [(2, 5)]).sin().sum(), qkv)
+    again = checkpoint(packed_attention, qkv, [(2, 5)], use_reentrant=False)
+    (recomputed,) = torch.autograd.grad(again.sin().sum(), qkv)
+    assert torch.equal(stored, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "groups", "message"),
+    [
+        (torch.zeros(4, 3, 2, 24), [(1, 4)], "head_dim 16, 32, 64, 128, got 24"),
+        (torch.zeros(1025, 3, 1, 16), [(1, 1025)], "lengths up to 1024, got 1025"),
+        (torch.zeros(4, 3, 2, 16, dtype=torch.float64), [(1, 4)], "got torch.float64"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_an_error_when_it_is_forced(
+    qkv: Tensor, groups: Groups, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        packed_attention(qkv, groups)
