@@ -8,8 +8,9 @@ import importlib.util
 import torch
 
 from elastic_kernels.attention import attention_backend
+from elastic_kernels.layer_norm import layer_norm_backend
 
-PLAIN = ("elastic_layer_norm", "elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_qkv")
+PLAIN = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_qkv")
 
 
 def main() -> None:
@@ -25,8 +26,12 @@ def main() -> None:
     for op in PLAIN:
         print(f"  {op:<24} reference   has no Triton kernel")
     qkv = torch.empty(197, 3, 6, 64, dtype=dtype, device=device)
-    choice = attention_backend(qkv, [(1, 197)])
-    print(f"  {'packed_attention':<24} {choice.backend:<11} {choice.reason}")
+    choices = {
+        "elastic_layer_norm": layer_norm_backend(qkv[:, 0].flatten(1)),
+        "packed_attention": attention_backend(qkv, [(1, 197)]),
+    }
+    for op, choice in choices.items():
+        print(f"  {op:<24} {choice.backend:<11} {choice.reason}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight[:w] + bias[:w]          w = x.shape[-1]
 
+The Triton kernels are in `triton_ops/layer_norm.py`.
+
 Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLayerNorm`.
 """
 
@@ -10,13 +12,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import validate
+from elastic_kernels import dispatch, validate
+
+MAX_WIDTH = 4096  # of the Triton kernel
 
 
 def elastic_layer_norm(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     *,
     rows: Tensor | None = None,
@@ -25,16 +29,19 @@ def elastic_layer_norm(
 
     Args:
         x: `[tokens, w]` or, without `rows`, `[..., w]`.
-        weight, bias: `[w_max]`; only the first `w` entries are read.
+        weight, bias: `[w_max]`, or None both; only the first `w` entries are read.
         eps: added to the variance.
-        rows: int64 `[kept]`; normalise only these rows, in this order (stochastic depth).
+        rows: int64 `[kept]`, distinct; normalise only these rows, in this order (stochastic depth).
 
     Returns:
-        `[kept, w]` (or the shape of `x`).
+        `[kept, w]` (or the shape of `x`), the wider dtype of `x` and `weight`.
 
     Raises:
-        ValueError: `w` is wider than the affine parameters.
+        ValueError: `w` is wider than the affine parameters, or only one of them is given.
         TypeError: tensors of different dtypes outside autocast.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: statistics and sums are fp32. Results repeat bitwise.
 
     Example:
         >>> import torch
@@ -42,8 +49,26 @@ def elastic_layer_norm(
         torch.Size([5, 32])
     """
     width = x.shape[-1]
-    validate.prefix("elastic_layer_norm", "width", width, weight.shape[0])
+    if (weight is None) != (bias is None):
+        raise ValueError("elastic_layer_norm: expected weight and bias both or neither, got one of them")
+    if weight is not None:
+        validate.prefix("elastic_layer_norm", "width", width, weight.shape[0])
     validate.same_dtype("elastic_layer_norm", x=x, weight=weight, bias=bias)
+    if layer_norm_backend(x).backend == "triton":
+        from elastic_kernels.triton_ops.layer_norm import ElasticLayerNorm
+
+        flat = x if rows is not None else x.reshape(-1, width)
+        y = ElasticLayerNorm.apply(flat, weight, bias, eps, rows)
+        return y if rows is not None else y.view(x.shape)
     if rows is not None:
         x = x.index_select(0, rows)
+    if weight is None or bias is None:
+        return F.layer_norm(x, (width,), eps=eps)
     return F.layer_norm(x, (width,), weight[:width], bias[:width], eps)
+
+
+def layer_norm_backend(x: Tensor) -> dispatch.Choice:
+    """The backend that `elastic_layer_norm` takes for such an input, and why."""
+    width = x.shape[-1]
+    limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
+    return dispatch.choose("elastic_layer_norm", x, limit)

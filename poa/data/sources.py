@@ -70,8 +70,8 @@ class DataSplit:
 def open_data(name: str, holdout: float, seed: int) -> DataSplit:
     """Open `digits` or a folder of images.
 
-    A folder may hold `train/` and `val/` or `test/`, or class folders (also inside a lone `train/`), of which a
-    stratified share is held out, or just images, which are all trained on and have no labels.
+    A folder may hold `train/` and `val/` or `test/`, or class folders (maybe inside a lone `train/`), of
+    which a stratified share is held out, or just images, which are all trained on and have no labels.
 
     Args:
         name: "digits" or a path.

@@ -201,6 +201,11 @@ def test_autocast_with_fp32_weights() -> None:
             r"\[3 \* C, C\], got \(4, 48\)",
         ),
         (
+            lambda: ek.elastic_layer_norm(tensor(2, 8), tensor(C), None, 1e-6),
+            ValueError,
+            "weight and bias both or neither",
+        ),
+        (
             lambda: ek.elastic_layer_norm(tensor(2, 49), tensor(C), tensor(C), 1e-6),
             ValueError,
             "width in 1..48, got 49",

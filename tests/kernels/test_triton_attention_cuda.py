@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Groups, active_heads, assert_as_good_as_torch, draw, run
+from attention_cases import Groups, active_heads, run
+from numerics import assert_as_good_as_torch, draw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

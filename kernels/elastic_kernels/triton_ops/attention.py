@@ -282,7 +282,7 @@ def _precision(qkv: Tensor) -> str:
     return "tf32" if qkv.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-_library = torch.library.Library("elastic_kernels", "DEF")
+_library = torch.library.Library("elastic_kernels", "FRAGMENT")
 _library.define("attention_fwd(Tensor qkv, int[] groups) -> (Tensor, Tensor)")
 _library.define("attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups) -> Tensor")
 for _device in ("CUDA", "CPU"):  # on a CPU under Triton's interpreter

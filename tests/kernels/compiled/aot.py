@@ -30,6 +30,14 @@ class Compiled:
     def tensor_core_instructions(self) -> list[str]:
         return [name for name in TENSOR_CORE if name in self.ptx]
 
+    def wide_global_loads(self) -> int:
+        """Loads of 16 bytes a thread."""
+        return len(re.findall(r"ld\.global\S*\.v4\.b32", self.ptx))
+
+    def wide_global_stores(self) -> int:
+        """Stores of 16 bytes a thread."""
+        return len(re.findall(r"st\.global\S*\.v4\.b32", self.ptx))
+
     def summary(self) -> str:
         return (
             f"{self.registers} registers, {self.spilled_bytes} B spilled, {self.shared_bytes} B shared, "

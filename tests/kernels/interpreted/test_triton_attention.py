@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import Groups, active_heads, assert_as_good_as_torch, draw, run
+from attention_cases import Groups, active_heads, run
+from numerics import assert_as_good_as_torch, draw, poison_outputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import elastic_kernels.triton_ops.attention  # noqa: F401, registers the operators
 from elastic_kernels import backend, packed_attention
-from elastic_kernels.triton_ops import attention as kernels
 
 # By code path: one row, both sides of every class edge and tile edge, primes, several groups, empty ones.
 CASES: dict[str, Groups] = {
@@ -28,13 +29,7 @@ CASES: dict[str, Groups] = {
 
 @pytest.fixture(autouse=True)
 def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Run the kernels, and fill what they allocate with NaN: everything must be written."""
-    empty = torch.empty
-
-    def poisoned(*size, **options) -> Tensor:
-        return empty(*size, **options).fill_(torch.nan)
-
-    monkeypatch.setattr(kernels.torch, "empty", poisoned)
+    poison_outputs(monkeypatch)
     with backend("triton"):
         yield
 

@@ -1,0 +1,135 @@
+"""The Triton LayerNorm under Triton's interpreter, against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from layer_norm_cases import EPS, affine, run
+from numerics import assert_as_good_as_torch, draw, poison_outputs
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import elastic_kernels.triton_ops.layer_norm  # noqa: F401, registers the operators
+from elastic_kernels import backend, elastic_layer_norm
+
+LARGEST = 600
+
+
+@pytest.fixture(autouse=True)
+def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    poison_outputs(monkeypatch)
+    with backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kept", [None, "some", "none"], ids=["all-rows", "some-rows", "no-kept-rows"])
+@pytest.mark.parametrize("with_affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize(
+    ("tokens", "width"),
+    [(1, 1), (7, 16), (33, 127), (33, 128), (8, 129), (5, 512), (5, 513), (0, 16)],
+    ids=lambda n: str(n),
+)
+def test_forward_and_gradients(
+    tokens: int, width: int, with_affine: bool, kept: str | None, dtype: torch.dtype
+) -> None:
+    rows = None
+    if kept:
+        order = torch.randperm(tokens, generator=torch.Generator().manual_seed(3))
+        rows = order[: tokens // 2 if kept == "some" else 0]
+    x = draw(tokens, width).to(dtype)
+    dy = draw(tokens if rows is None else len(rows), width, seed=4).to(dtype)
+    parameters = affine(width, LARGEST) if with_affine else None
+    low = tuple(p.to(dtype) for p in parameters) if parameters else None
+    exact = tuple(p.double() for p in low) if low else None
+    truth = run(x.double(), exact, rows, dy.double(), "reference")
+    ours, torchs = (run(x, low, rows, dy, name) for name in ("triton", "reference"))
+    for a, b, t in zip(ours, torchs, truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_torch(a, b, t)
+    for gradient in ours[2:]:
+        assert not gradient[width:].any()
+
+
+def test_strided_rows_and_leading_dimensions() -> None:
+    wide, dy = draw(6, 40).float(), draw(6, 16, seed=4).float()
+    parameters = tuple(p.float() for p in affine(16, 20))
+    for x in (wide[:, 8:24], wide.t().contiguous().t()[:, 8:24]):
+        assert not x.is_contiguous()
+        strided, plain = (run(t, parameters, None, dy, "triton") for t in (x, x.contiguous()))
+        assert all(torch.equal(a, b) for a, b in zip(strided, plain, strict=True))
+    cube = elastic_layer_norm(wide[:, :16].reshape(2, 3, 16), *parameters, EPS)
+    assert torch.equal(cube.view(6, 16), elastic_layer_norm(wide[:, :16], *parameters, EPS))
+
+
+def test_expanded_and_transposed_upstream_gradients() -> None:
+    x, parameters = draw(6, 16).float(), tuple(p.float() for p in affine(16, 20))
+    for dy in (torch.ones(1, 1).expand(6, 16), draw(16, 6, seed=4).float().t()):
+        for a, b in zip(*(run(x, parameters, None, dy, n) for n in ("triton", "reference")), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_mixed_dtypes_under_autocast() -> None:
+    x, parameters = draw(6, 16).half(), tuple(p.float() for p in affine(16, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = elastic_layer_norm(x, *parameters, EPS)
+    assert y.dtype == torch.float32
+
+
+def test_repeats_bitwise() -> None:
+    x, dy, parameters = draw(37, 16).half(), draw(37, 16, seed=4).half(), affine(16, 20)
+    half = tuple(p.half() for p in parameters)
+    first, second = (run(x, half, None, dy, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_registered_operators() -> None:
+    x, (weight, bias) = draw(6, 16).float(), (p.float().nan_to_num() for p in affine(16, 20))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for index in (None, torch.tensor([4, 0])):
+        for w, b in ((weight, bias), (None, None)):
+            y, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(x, w, b, EPS, index)
+            forward = torch.ops.elastic_kernels.layer_norm_fwd
+            torch.library.opcheck(forward, (x, w, b, EPS, index), test_utils=checks)
+            backward = torch.ops.elastic_kernels.layer_norm_bwd
+            arguments = (torch.ones_like(y), x, w, mean, rstd, index)
+            torch.library.opcheck(backward, arguments, test_utils=checks)
+
+
+def test_compiled_equals_eager() -> None:
+    x, (weight, bias) = (
+        draw(6, 16).float().requires_grad_(),
+        (p.float().requires_grad_() for p in affine(16, 20)),
+    )
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return elastic_layer_norm(x, weight, bias, EPS, rows=torch.tensor([4, 0])).sin().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    leaves = (x, weight, bias)
+    expected, got = (torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_two_widths_share_an_affine_when_recomputed() -> None:
+    weight, bias = (p.float().requires_grad_() for p in affine(32, 32))
+    inputs = [draw(6, width).float() for width in (32, 16)]
+
+    def gradients(recompute: bool) -> tuple[Tensor, ...]:
+        outputs = [
+            checkpoint(elastic_layer_norm, x, weight, bias, EPS, use_reentrant=False)
+            if recompute
+            else elastic_layer_norm(x, weight, bias, EPS)
+            for x in inputs
+        ]
+        return torch.autograd.grad(sum(y.sin().sum() for y in outputs), (weight, bias))
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_too_wide_is_an_error_when_forced() -> None:
+    with pytest.raises(RuntimeError, match="widths up to 4096, got 4097"):
+        elastic_layer_norm(torch.zeros(1, 4097), None, None, EPS)

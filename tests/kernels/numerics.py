@@ -1,0 +1,39 @@
+"""Random inputs, poisoned outputs and the error rule of the kernel tests."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+STORAGE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # rounding of a result near 1
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what `torch.empty` allocates with NaN: kernels must write all of it."""
+    empty = torch.empty
+
+    def poisoned(*size, **options) -> Tensor:
+        tensor = empty(*size, **options)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor) -> None:
+    """Our error is at most twice that of PyTorch in the same dtype, plus rounding of the result."""
+    assert ours.shape == truth.shape
+    if not truth.numel():
+        return
+    error = (ours.double() - truth).abs().nan_to_num(torch.inf)
+    rounding = STORAGE[ours.dtype] * max(float(truth.abs().max()), 1.0)
+    limit = 2 * float((torchs.double() - truth).abs().max()) + rounding
+    worst = int(error.argmax())
+    assert float(error.max()) <= limit, (
+        f"worst element {worst}: {ours.flatten()[worst]} against {truth.flatten()[worst]}, limit {limit}"
+    )
