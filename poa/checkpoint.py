@@ -42,13 +42,14 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def create(self, config: Config) -> None:
-        """Make the folder of a new run; refuse one that already holds a run."""
-        if (self.path / "config.json").exists():
+        """Make the folder of a new run; refuse one with a checkpoint, start a run without one again."""
+        if self.checkpoint.exists():
             raise InputError(
                 f"out: expected a new folder, got {self.path}, which holds a run; "
                 f"continue it with --resume {self.path}"
             )
         self.path.mkdir(parents=True, exist_ok=True)
+        self.metrics.unlink(missing_ok=True)
         write_json(self.path / "config.json", to_dict(config))
 
     def config(self) -> Config:

@@ -214,6 +214,18 @@ def test_out_that_holds_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> N
     assert contents(run) == before
 
 
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(run: Run) -> None:
+    expected = contents(run)
+    (run / "checkpoint.pt").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5')
+    assert main(pretrain(run)) == 0
+    again = contents(run)
+    assert again.keys() == expected.keys()
+    assert again[str(run / "config.json")] == expected[str(run / "config.json")]
+    assert again[str(run / "metrics.jsonl")].count(b"\n") == 6
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_image(
     workers: int, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
