@@ -77,6 +77,16 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("change", ["performance.recompute=true", "performance.workers=2"])
+def test_performance_options_do_not_change_results(change: str, tmp_path: Path) -> None:
+    for name, changes in (("plain", []), ("changed", [change])):
+        pretrain(tiny_config("method.backbone.drop_path=0.3", *changes), tmp_path / name)
+    plain, changed = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("plain", "changed"))
+    assert_same(changed["teacher"], plain["teacher"])
+    assert_same(changed["optimizer"], plain["optimizer"])
+    assert rows(tmp_path / "changed") == rows(tmp_path / "plain")
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_precisions_agree_on_the_first_losses(precision: str, tmp_path: Path) -> None:
     for name in ("fp32", precision):
