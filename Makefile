@@ -1,6 +1,7 @@
 # Sets up the active virtual environment, or .venv, and runs things in it.
 #   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU); RUN=folder
 #   make test          the test suite
+#   make test-gpu      the tests that need a GPU
 #   make lint          ruff, ruff format, mypy
 # Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
 
@@ -9,13 +10,16 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-gpu lint clean
 
 quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(RUN),--out $(RUN))
 
 test: $(VENV)/.poa-test
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.poa-test
+	$(BIN)/python -m pytest -rs -k cuda
 
 lint: $(VENV)/.poa-dev
 	$(BIN)/ruff check .
