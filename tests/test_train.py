@@ -14,8 +14,13 @@ import torch
 from tiny import OVERRIDES, tiny_config
 
 from poa.checkpoint import RunFolder, read_checkpoint
+from poa.data.sources import open_data
+from poa.distributed import World
 from poa.errors import InputError
+from poa.losses import sinkhorn
+from poa.optim import clip_gradients
 from poa.train import Run, initial_network, pretrain
+from poa.tribranch import Targets, tribranch_loss
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = ("seconds", "images_per_s", "data_wait")
@@ -158,3 +163,41 @@ def test_two_processes(sampling: str, tmp_path: Path) -> None:
     assert [row["step"] for row in rows(out)] == [1, 2, 3, 4, 5, 6]
     with pytest.raises(InputError, match="expected 2 processes as before, got 1"):
         pretrain(RunFolder(out).config(), out, resume=True)
+
+
+def _targets_of_the_union(logits: list[Any], temperature: float) -> list[Targets]:
+    """Sinkhorn over the rows of all chunks, split into the chunks' targets."""
+    parts = []
+    for kind in range(2):  # class tokens, patches
+        heads = [torch.cat(chunks) for chunks in zip(*(chunk[kind] for chunk in logits), strict=True)]
+        sizes = [len(chunk[kind][0]) for chunk in logits]
+        parts.append([target.split(sizes) for target in sinkhorn(heads, temperature)])
+    return [Targets(*([head[n] for head in kind] for kind in parts)) for n in range(len(logits))]
+
+
+@pytest.mark.parametrize("sampling", ["per-rank", "shared"])
+def test_two_processes_equal_one_with_two_chunks(sampling: str, tmp_path: Path) -> None:
+    """Losses and gradient norms of the first step, with masks, against both chunks in one process."""
+    one_step = ["method.optim.epochs=0.5", "method.optim.warmup_epochs=0", "method.optim.ibot_start_epoch=0"]
+    changes = [*OVERRIDES, *one_step, f"method.sampling={sampling}"]
+    done = _torchrun(2, "pretrain", "--out", str(tmp_path / "run"), *changes)
+    assert done.returncode == 0, done.stderr
+    (logged,) = rows(tmp_path / "run")
+
+    config = tiny_config(*one_step, f"method.sampling={sampling}")
+    data, cpu = open_data("digits", config.run.holdout, config.method.seed), torch.device("cpu")
+    chunks = [Run(config, RunFolder(tmp_path), data, World(rank, 2, cpu)) for rank in range(2)]
+    student, teacher = chunks[0].state.student, chunks[0].state.teacher
+    batches = [run.prepare(0, next(run.batches(range(1)))) for run in chunks]
+    assert len(batches[0].masks.indices) != len(batches[1].masks.indices)
+    logits = [teacher.teacher_logits(batch) for batch in batches]
+    targets = _targets_of_the_union(logits, chunks[0].schedules.teacher_temperature[0])
+    losses = []
+    for run, batch, target in zip(chunks, batches, targets, strict=True):
+        outputs = student(batch, run.student_passes(0, batch))
+        losses.append(tribranch_loss(*outputs, target, batch, config.method.loss)[0])
+    (sum(losses) / 2).backward()
+    norms = clip_gradients(student, 0.0)
+    assert logged["loss"] == pytest.approx(float(sum(losses).detach()) / 2, rel=1e-5)
+    for name, norm in norms.items():
+        assert logged[f"grad_norm.{name}"] == pytest.approx(float(norm), rel=1e-4)
