@@ -44,14 +44,17 @@ class Report:
     settings: dict[str, Any]
 
     def table(self) -> str:
-        """A text table, one line per subnet."""
+        """A text table: the settings, then one line per subnet."""
         ks = list(self.scores[0].knn)
         before = "    init" if self.scores[0].initial else ""
+        s = self.settings
         lines = [
-            f"{'subnet':>9} {'params':>9} {'GFLOPs':>8}" + "".join(f"  {f'k={k}':>6}" for k in ks) + before
+            f"{s['protocol']}, T={s['temperature']}; {s['data']}: {s['bank_images']} bank and "
+            f"{s['query_images']} query images of {s['image_size']} px",
+            f"{'subnet':>9} {'params':>11} {'GFLOPs':>8}" + "".join(f"  {f'k={k}':>6}" for k in ks) + before,
         ]
         for score in self.scores:
-            line = f"{score.subnet!s:>9} {score.parameters:>9,} {score.flops / 1e9:>8.3f}"
+            line = f"{score.subnet!s:>9} {score.parameters:>11,} {score.flops / 1e9:>8.3f}"
             line += "".join(f"  {score.knn[k]:>6.1%}" for k in ks)
             if score.initial:
                 line += f"  {score.initial[REPORTED_K]:>6.1%}"

@@ -67,7 +67,8 @@ def test_many_subnets_at_once_equal_one_at_a_time(tmp_path: Path) -> None:
     report = evaluate_subnets(backbone, subnets[:2], data, config, initial=backbone)
     assert report.scores[0].knn == report.scores[0].initial
     assert report.settings["bank_images"] == len(data.train)
-    assert report.table().count("\n") == 2
+    assert report.table().startswith("weighted k-NN, cosine similarity, class token, T=0.07; digits: 13")
+    assert report.table().count("\n") == 3
     report.write(tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text())["subnets"]
     assert rows[0]["knn"]["20"] == report.scores[0].knn[20]
