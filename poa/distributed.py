@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401, see `world`
 from torch import Tensor
 
 from poa.device import choose_device
@@ -39,6 +41,11 @@ def world(device_name: str) -> Iterator[World]:
     """Join the processes that `torchrun` started, or be the only one.
 
     Uses NCCL on GPUs and gloo on CPUs, and leaves the process group in the end.
+
+    Nothing may hold the group after that: gloo's threads would live on, and one that meets the end of the
+    interpreter aborts the process. So a DDP module must not outlive the context, and
+    `torch.distributed.nn.functional`, whose default arguments keep the group of the moment, is
+    imported early.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -52,4 +59,5 @@ def world(device_name: str) -> Iterator[World]:
     try:
         yield World(rank, size, device)
     finally:
+        gc.collect()  # DDP modules lie in reference cycles
         dist.destroy_process_group()

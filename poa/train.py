@@ -108,9 +108,12 @@ def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
         torch.set_num_threads(config.performance.threads)
     with world(config.run.device) as here:
         data = open_data(config.run.data, config.run.holdout, config.method.seed)
-        run = Run(config, RunFolder(out), data, here)
-        run.begin(resume)
-        run.train()
+        _train(Run(config, RunFolder(out), data, here), resume)
+
+
+def _train(run: Run, resume: bool) -> None:
+    run.begin(resume)
+    run.train()
 
 
 class Run:
