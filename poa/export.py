@@ -23,9 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from elastic_kernels import elastic_hidden_features
+from elastic_kernels import ElasticBlock, elastic_hidden_features
 from poa.backbones import ElasticViT, ViTConfig
-from poa.backbones.vit import Block
 from poa.checkpoint import write_json
 from poa.config import CropsConfig
 from poa.data.loader import collate_canvases
@@ -184,8 +183,9 @@ def static_state(backbone: ElasticViT, subnet: Subnet, config: ViTConfig) -> dic
     return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
 
 
-def _static_block(block: Block, width: int, hidden: int) -> dict[str, Tensor]:
+def _static_block(block: ElasticBlock, width: int, hidden: int) -> dict[str, Tensor]:
     """Prefixes of one block; `W * in_max / in` for its linears."""
+    assert block.ls1 is not None and block.ls2 is not None  # every backbone of ours has LayerScale
     largest = block.ls1.gamma.shape[0]
     qkv, scale = block.attn.qkv, largest / width
     corner = qkv.weight.view(3, largest, largest)[:, :width, :width]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elastic_kernels import KeptRows
 from poa.device import upload
 
 Groups = tuple[tuple[int, int], ...]
@@ -30,30 +31,15 @@ def unpack(packed: Tensor, groups: Groups) -> list[Tensor]:
     return [p.unflatten(0, group) for p, group in zip(parts, groups, strict=True)]
 
 
-@dataclass(frozen=True)
-class KeptRows:
-    """The crops that take part in one half-block; the others pass it by unchanged.
-
-    Attributes:
-        groups: `(kept crops, tokens a crop)` of each group.
-        rows: int64 `[kept tokens]`, positions in the packed tensor.
-        scale: float32 `[kept tokens]`, the inverse of the keep rate of each row's group.
-    """
-
-    groups: Groups
-    rows: Tensor
-    scale: Tensor
-
-    @classmethod
-    def from_crops(cls, groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -> KeptRows:
-        """From the indices of the kept crops within each group (int64 CPU tensors)."""
-        rows, scale, start = [], [], 0
-        for (crops, length), index, factor in zip(groups, kept, scales, strict=True):
-            rows.append((start + index[:, None] * length + torch.arange(length)).flatten())
-            scale.append(torch.full((index.numel() * length,), factor))
-            start += crops * length
-        sizes = tuple((len(i), length) for i, (_, length) in zip(kept, groups, strict=True))
-        return cls(sizes, torch.cat(rows), torch.cat(scale))
+def kept_rows(groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -> KeptRows:
+    """The rows of the kept crops, given their indices within each group (int64 CPU tensors) and factors."""
+    rows, scale, start = [], [], 0
+    for (crops, length), index, factor in zip(groups, kept, scales, strict=True):
+        rows.append((start + index[:, None] * length + torch.arange(length)).flatten())
+        scale.append(torch.full((index.numel() * length,), factor))
+        start += crops * length
+    sizes = tuple((len(i), length) for i, (_, length) in zip(kept, groups, strict=True))
+    return KeptRows(sizes, torch.cat(rows), torch.cat(scale))
 
 
 @dataclass(frozen=True)
@@ -106,4 +92,4 @@ def _draw_half(groups: Groups, rate: float, generator: torch.Generator) -> KeptR
             keep = torch.rand(crops, generator=generator) >= rate
             kept.append(keep.nonzero().flatten())
             scales.append(1 / (1 - rate))
-    return KeptRows.from_crops(groups, kept, scales)
+    return kept_rows(groups, kept, scales)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from poa.heads import HeadConfig
-from poa.multicrop import KeptRows, StochasticDepth
+from poa.multicrop import StochasticDepth, kept_rows
 from poa.official import backbone_name, head_name
 from poa.optim import parameter_groups
 from poa.subnets import Subnet
@@ -80,7 +80,7 @@ def test_golden_vit_droppath(subnet: Subnet) -> None:
     for index, permutation in enumerate(permutations):
         count = max(int(crops * (1 - rates[index // 2])), 1)
         groups = ((crops, 1 + patches),)
-        halves.append(KeptRows.from_crops(groups, [permutation[:count]], [crops / count]))
+        halves.append(kept_rows(groups, [permutation[:count]], [crops / count]))
     drop = StochasticDepth(tuple(zip(halves[::2], halves[1::2], strict=True)))
     (features,) = model([images], subnet, drop=drop)
     key = golden.key_of(subnet)

@@ -7,7 +7,7 @@ import torch
 
 from poa.backbones import ElasticViT, ViTConfig
 from poa.errors import InputError
-from poa.multicrop import KeptRows, StochasticDepth, draw_stochastic_depth, pack, unpack
+from poa.multicrop import StochasticDepth, draw_stochastic_depth, kept_rows, pack, unpack
 from poa.subnets import Subnet
 
 CONFIG = ViTConfig(
@@ -84,7 +84,7 @@ def test_stochastic_depth_keeps_rows_of_each_group() -> None:
 
     def schedule(which: list[int]) -> StochasticDepth:
         halves = [
-            KeptRows.from_crops(tuple(shapes[i] for i in which), [k[i] for i in which], [2.0] * len(which))
+            kept_rows(tuple(shapes[i] for i in which), [k[i] for i in which], [2.0] * len(which))
             for k in kept
         ]
         return StochasticDepth(tuple(zip(halves[::2], halves[1::2], strict=True)))

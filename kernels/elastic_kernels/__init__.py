@@ -6,18 +6,39 @@ network, and a slice is never copied. Every operator has a plain PyTorch definit
 """
 
 from elastic_kernels.attention import packed_attention
+from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_half
 from elastic_kernels.dispatch import backend
-from elastic_kernels.layer_norm import elastic_layer_norm
+from elastic_kernels.layer_norm import elastic_add_layer_norm, elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
+from elastic_kernels.modules import (
+    ElasticAttention,
+    ElasticBlock,
+    ElasticLayerNorm,
+    ElasticLinear,
+    ElasticMLP,
+    LayerScale,
+    elastic_block_from_vit,
+)
 
 __all__ = [
+    "ElasticAttention",
+    "ElasticBlock",
+    "ElasticLayerNorm",
+    "ElasticLinear",
+    "ElasticMLP",
+    "KeptRows",
+    "LayerScale",
     "backend",
+    "elastic_add_layer_norm",
+    "elastic_attention_half",
+    "elastic_block_from_vit",
     "elastic_hidden_features",
     "elastic_layer_norm",
     "elastic_linear",
     "elastic_linear_residual",
     "elastic_mlp",
+    "elastic_mlp_half",
     "elastic_qkv",
     "packed_attention",
 ]

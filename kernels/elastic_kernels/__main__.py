@@ -9,8 +9,9 @@ import torch
 
 from elastic_kernels.attention import attention_backend
 from elastic_kernels.layer_norm import layer_norm_backend
+from elastic_kernels.linear import linear_backend
 
-PLAIN = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_qkv")
+LINEARS = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv")
 
 
 def main() -> None:
@@ -23,12 +24,11 @@ def main() -> None:
     print(f"{'device':<10} {torch.cuda.get_device_name() if cuda else 'cpu'}")
     dtype = torch.bfloat16 if cuda else torch.float32
     print(f"\nbackends for {dtype} on {device.type}:")
-    for op in PLAIN:
-        print(f"  {op:<24} reference   has no Triton kernel")
-    qkv = torch.empty(197, 3, 6, 64, dtype=dtype, device=device)
-    choices = {
-        "elastic_layer_norm": layer_norm_backend(qkv[:, 0].flatten(1)),
-        "packed_attention": attention_backend(qkv, [(1, 197)]),
+    x = torch.empty(197, 384, dtype=dtype, device=device)
+    choices = {op: linear_backend(op, x) for op in LINEARS}
+    choices |= {op: layer_norm_backend(x) for op in ("elastic_layer_norm", "elastic_add_layer_norm")}
+    choices |= {
+        op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
     }
     for op, choice in choices.items():
         print(f"  {op:<24} {choice.backend:<11} {choice.reason}")

@@ -4,12 +4,15 @@
 
 The sequences of one length lie together, so a launch serves a whole length class and no `cu_seqlens` are
 needed. `qkv` holds the active heads only; it may be a strided view. The Triton kernels are in
-`triton_ops/attention.py`.
+`triton_ops/attention.py`; `backend("sdpa")` and `backend("xformers")` select others behind the same function.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +36,9 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
 
     Raises:
         ValueError: `qkv` is not 4-dimensional with three projections, or `groups` do not cover the tokens.
-        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+        RuntimeError: a backend was forced (see `backend`) and cannot run here.
 
-    Numerics: the softmax and all sums are fp32 (but for half precision on CPUs). Results repeat bitwise.
+    Numerics: in the Triton kernels the softmax and all sums are fp32, and results repeat bitwise.
 
     Example:
         >>> packed_attention(torch.randn(2 * 5 + 3 * 2, 3, 4, 16), [(2, 5), (3, 2)]).shape
@@ -50,42 +53,92 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
         raise ValueError(
             f"packed_attention: groups {list(groups)} cover {covered} tokens, qkv has {qkv.shape[0]}"
         )
-    if attention_backend(qkv, groups).backend == "triton":
-        from elastic_kernels.triton_ops.attention import PackedAttention
+    choice = attention_backend(qkv, groups, qkv.shape[-1]).backend
+    if choice == "triton":
+        from elastic_kernels.triton_ops.attention import AttentionFunction
 
-        return PackedAttention.apply(qkv, [number for group in groups for number in group])
-    return _attention_reference(qkv, groups)
+        return AttentionFunction.apply(qkv, [number for group in groups for number in group])
+    if choice == "xformers":
+        return _attention_xformers(qkv, groups)
+    return _by_length(qkv, groups, _attend_sdpa if choice == "sdpa" else _attend_reference)
 
 
-def attention_backend(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> dispatch.Choice:
-    """The backend that `packed_attention` takes for such arguments, and why."""
-    dim, longest = qkv.shape[-1], max([0, *(length for _, length in groups)])
+def attention_backend(
+    x: Tensor, groups: Sequence[tuple[int, int]], head_dim: int, dtype: torch.dtype | None = None
+) -> dispatch.Choice:
+    """The backend that `packed_attention` takes for `qkv` of such sizes, on the device of `x`, and why.
+
+    `dtype` is that of `qkv`; default that of `x`.
+    """
+    dtype = dtype or x.dtype
+    if dispatch.forced() == "sdpa":
+        return dispatch.Choice("sdpa", "forced")
+    if dispatch.forced() == "xformers":
+        obstacle = _xformers_obstacle(x.device, dtype)
+        if obstacle:
+            raise RuntimeError(
+                f"packed_attention: expected to run on xformers, which was forced, but {obstacle}"
+            )
+        return dispatch.Choice("xformers", "forced")
+    longest = max([0, *(length for _, length in groups)])
     limit = None
-    if dim not in HEAD_DIMS:
-        limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {dim}"
+    if head_dim not in HEAD_DIMS:
+        limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     elif longest > MAX_LENGTH:
         limit = f"the kernel takes lengths up to {MAX_LENGTH}, got {longest}"
-    return dispatch.choose("packed_attention", qkv, limit)
+    choice = dispatch.choose("packed_attention", x, limit, dtype)
+    if x.is_cuda and choice.backend == "reference" and dispatch.forced() is None:
+        return dispatch.Choice("sdpa", choice.reason)
+    return choice
 
 
-def _attention_reference(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
-    """The plain definition."""
-    parts = qkv.split([count * length for count, length in groups])
-    outputs = [
-        _attend(part.unflatten(0, (count, length)))
-        for part, (count, length) in zip(parts, groups, strict=True)
-        if count
-    ]
+def _by_length(
+    qkv: Tensor, groups: Sequence[tuple[int, int]], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Each length class as a batch `[count, heads, length, head_dim]`."""
+    outputs = []
+    for part, (count, length) in zip(qkv.split([c * n for c, n in groups]), groups, strict=True):
+        if count:
+            q, k, v = part.unflatten(0, (count, length)).permute(2, 0, 3, 1, 4).unbind(0)
+            outputs.append(attend(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(outputs) if outputs else qkv[:, 0].flatten(1)
 
 
-def _attend(qkv: Tensor) -> Tensor:
-    """`[count, length, 3, heads, head_dim]` -> `[count * length, heads * head_dim]`."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
-        # The fused attention's backward for half precision on CPUs is 2 to 9 times slower than this
-        # (Xeon with AMX, torch 2.13, 5 to 197 tokens); in float32 the two are equal.
-        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2).flatten(0, 1)
+def _attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The plain definition.
+
+    On a CPU it is as fast in float32 as the fused attention of PyTorch, whose backward in half precision is 2
+    to 9 times slower (Xeon with AMX, torch 2.13, 5 to 197 tokens).
+    """
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _xformers_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("xformers") is None:
+        return "xformers is not installed"
+    if device.type != "cuda":
+        return f"the tensors are on {device.type!r}, expected cuda"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, got {dtype}"
+    return None
+
+
+def _attention_xformers(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    lengths = tuple(length for count, length in groups for _ in range(count))
+    if not lengths:
+        return qkv[:, 0].flatten(1)
+    q, k, v = qkv.unsqueeze(0).unbind(2)
+    return memory_efficient_attention(q, k, v, _block_diagonal(lengths, qkv.device))[0].flatten(1)
+
+
+@lru_cache(maxsize=64)
+def _block_diagonal(lengths: tuple[int, ...], device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(lengths, device=device)

@@ -1,9 +1,10 @@
 """Which backend runs an operator, and why.
 
-Backends are `reference`, the plain PyTorch definition, and `triton`. Without being told, an operator that has
-a Triton kernel takes it for CUDA tensors of a supported dtype and shape, and the reference otherwise. The
-environment variable `ELASTIC_KERNELS_BACKEND`, read when the package is imported, or `backend(...)` forces
-one; a forced backend that cannot run is an error, never replaced.
+Backends are `reference`, the plain PyTorch definition, and `triton`; attention also has `sdpa` and
+`xformers`. Without being told, an operator takes Triton for CUDA tensors of a supported dtype and shape, and
+PyTorch otherwise. The environment variable `ELASTIC_KERNELS_BACKEND`, read when the package is imported, or
+`backend(...)` forces one; a forced backend that cannot run is an error, never replaced. Operators that have
+no backend of the forced name choose as always.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "ELASTIC_KERNELS_BACKEND"
-BACKENDS = ("reference", "triton")
+BACKENDS = ("reference", "triton", "sdpa", "xformers")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors
@@ -47,7 +48,7 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend for all operators of this process while the context lasts.
 
     Args:
-        name: "reference" or "triton".
+        name: "reference" or "triton"; "sdpa" or "xformers" force attention alone.
 
     Raises:
         ValueError: another name.
@@ -66,20 +67,34 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(op: str, x: Tensor, limit: str | None = None) -> Choice:
-    """The backend for an operator that has a Triton kernel.
+def forced() -> str | None:
+    """The backend that `backend(...)` or the environment forces."""
+    return _forced
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product of `x` runs: its own, or autocast's."""
+    if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | None = None) -> Choice:
+    """Triton or the reference for an operator.
 
     Args:
         op: its name, for the message.
         x: the input that decides device and dtype.
         limit: why the kernel cannot take this input's shape, or None.
+        dtype: that the kernel works in, if not that of `x`.
 
     Raises:
         RuntimeError: `triton` is forced and cannot run.
     """
     if _forced == "reference":
         return Choice("reference", "forced")
-    obstacle = _obstacle(x.device.type, x.dtype) or limit
+    dtype = dtype or x.dtype
+    obstacle = _obstacle(x.device.type, dtype) or limit
     if _forced == "triton":
         if obstacle:
             raise RuntimeError(f"{op}: expected to run on triton, which was forced, but {obstacle}")
@@ -88,7 +103,7 @@ def choose(op: str, x: Tensor, limit: str | None = None) -> Choice:
         return Choice("reference", obstacle)
     if x.device.type == "cpu":
         return Choice("reference", "interpreted kernels run only when forced")
-    return Choice("triton", f"{x.device.type} tensor of {x.dtype}")
+    return Choice("triton", f"{x.device.type} tensor of {dtype}")
 
 
 def _obstacle(device: str, dtype: torch.dtype) -> str | None:

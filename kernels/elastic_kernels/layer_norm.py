@@ -2,6 +2,8 @@
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight[:w] + bias[:w]          w = x.shape[-1]
 
+optionally of chosen rows, or of a sum that is returned beside it.
+
 The Triton kernels are in `triton_ops/layer_norm.py`.
 
 Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLayerNorm`.
@@ -48,20 +50,62 @@ def elastic_layer_norm(
         >>> elastic_layer_norm(torch.randn(5, 32), torch.ones(64), torch.zeros(64), 1e-6).shape
         torch.Size([5, 32])
     """
+    _validate("elastic_layer_norm", x, weight, bias)
     width = x.shape[-1]
-    if (weight is None) != (bias is None):
-        raise ValueError("elastic_layer_norm: expected weight and bias both or neither, got one of them")
-    if weight is not None:
-        validate.prefix("elastic_layer_norm", "width", width, weight.shape[0])
-    validate.same_dtype("elastic_layer_norm", x=x, weight=weight, bias=bias)
     if layer_norm_backend(x).backend == "triton":
-        from elastic_kernels.triton_ops.layer_norm import ElasticLayerNorm
+        from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
         flat = x if rows is not None else x.reshape(-1, width)
-        y = ElasticLayerNorm.apply(flat, weight, bias, eps, rows)
+        y, _ = LayerNormFunction.apply(flat, None, weight, bias, eps, rows)
         return y if rows is not None else y.view(x.shape)
-    if rows is not None:
-        x = x.index_select(0, rows)
+    return _reference(x if rows is None else x.index_select(0, rows), weight, bias, eps)
+
+
+def elastic_add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Normalise a sum and return both: `(layer_norm(x + residual), x + residual)`.
+
+    Args:
+        x, residual: `[..., w]`.
+        weight, bias, eps: as in `elastic_layer_norm`.
+
+    Returns:
+        The norm, in the wider dtype of the sum and `weight`, and the sum, in the wider dtype of both.
+
+    Raises:
+        ValueError: different shapes, or as in `elastic_layer_norm`.
+        TypeError, RuntimeError: as in `elastic_layer_norm`.
+
+    Numerics: what is normalised is the sum as rounded to its dtype. Otherwise as in `elastic_layer_norm`.
+    """
+    _validate("elastic_add_layer_norm", x, weight, bias)
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"elastic_add_layer_norm: expected residual {tuple(x.shape)}, got {tuple(residual.shape)}"
+        )
+    width = x.shape[-1]
+    if layer_norm_backend(x).backend == "triton":
+        from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
+
+        flat = (x.reshape(-1, width), residual.reshape(-1, width))
+        y, total = LayerNormFunction.apply(*flat, weight, bias, eps, None)
+        return y.view(x.shape), total.view(x.shape)
+    total = x + residual
+    return _reference(total, weight, bias, eps), total
+
+
+def _validate(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    if (weight is None) != (bias is None):
+        raise ValueError(f"{op}: expected weight and bias both or neither, got one of them")
+    if weight is not None:
+        validate.prefix(op, "width", x.shape[-1], weight.shape[0])
+    validate.operands(op, x=x, weight=weight, bias=bias)
+
+
+def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The plain definition."""
+    width = x.shape[-1]
     if weight is None or bias is None:
         return F.layer_norm(x, (width,), eps=eps)
     return F.layer_norm(x, (width,), weight[:width], bias[:width], eps)

@@ -11,11 +11,17 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLinear`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import validate
+from elastic_kernels import dispatch, validate
+
+if TYPE_CHECKING:
+    from elastic_kernels.triton_ops.units import LayerSpec
 
 
 def elastic_linear(
@@ -26,6 +32,7 @@ def elastic_linear(
     out_features: int | None = None,
     scale: float | None = None,
     activation: str | None = None,
+    grad_out: Tensor | None = None,
 ) -> Tensor:
     """Multiply by the top-left corner of a shared weight: `act(s * x W[:out, :in]^T + b[:out])`.
 
@@ -36,6 +43,8 @@ def elastic_linear(
         out_features: rows of `weight` in use; default all.
         scale: the offset scale `s`; default `in_max / in`, which is 1 for the largest network.
         activation: None or "gelu" (the exact one, with erf).
+        grad_out: a buffer in the shape of `weight`, any floating dtype. The weight's gradient is added to its
+            corner in place, nothing else of it is touched, and autograd gets none for `weight`.
 
     Returns:
         `[..., out_features]`, the dtype of the matrix product (autocast applies as to `torch.addmm`).
@@ -43,6 +52,10 @@ def elastic_linear(
     Raises:
         ValueError: a width outside the weight, or mismatched shapes.
         TypeError: tensors of different dtypes outside autocast.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: fp32 sums; the weight's gradient is rounded once, to the dtype of `weight` or `grad_out`.
+    Results repeat bitwise.
 
     Example:
         >>> W, b = torch.randn(64, 48), torch.zeros(64)
@@ -52,10 +65,18 @@ def elastic_linear(
     width, rows = x.shape[-1], weight.shape[0] if out_features is None else out_features
     validate.prefix("elastic_linear", "in", width, weight.shape[1])
     validate.prefix("elastic_linear", "out_features", rows, weight.shape[0])
-    validate.same_dtype("elastic_linear", x=x, weight=weight, bias=bias)
+    validate.operands("elastic_linear", x=x, weight=weight, bias=bias)
     if activation not in (None, "gelu"):
-        raise ValueError(f"elastic_linear: activation must be None or 'gelu', got {activation!r}")
-    y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), _offset_scale(weight, width, scale))
+        raise ValueError(f"elastic_linear: expected activation None or 'gelu', got {activation!r}")
+    validate.grad_out("elastic_linear", grad_out, weight)
+    if linear_backend("elastic_linear", x).backend == "triton":
+        from elastic_kernels.triton_ops.units import LinearFunction
+
+        spec = layer_spec(x, weight, rows, scale=scale, grad_out=grad_out)
+        y = LinearFunction.apply(x.reshape(-1, width), weight, bias, spec, activation)
+        return y.view(*x.shape[:-1], rows)
+    corner = _corner(weight[:rows, :width], grad_out, lambda buffer: buffer[:rows, :width])
+    y = _scaled_linear(x, corner, _head(bias, rows), _offset_scale(weight, width, scale))
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -69,6 +90,7 @@ def elastic_linear_residual(
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
     scale: float | None = None,
+    grad_out: Tensor | None = None,
 ) -> Tensor:
     """Elastic linear, LayerScale and the residual addition of a transformer half-block.
 
@@ -76,12 +98,12 @@ def elastic_linear_residual(
 
     Args:
         x: `[kept, in]`, the rows that take part.
-        weight, bias, scale: as in `elastic_linear`; the output width is that of `residual`.
+        weight, bias, scale, grad_out: as in `elastic_linear`; the output width is that of `residual`.
         residual: `[tokens, w]`; keeps its dtype, is not modified.
         gamma: `[w_max]` LayerScale or None.
         rows: int64 `[kept]`, distinct rows of `residual` that `x` stands for (stochastic depth); None means
             all of them in order.
-        row_scale: `[kept]` factor of each row (the inverse of its keep rate); None means 1.
+        row_scale: float32 `[kept]` factor of each row (the inverse of its keep rate); None means 1.
 
     Returns:
         `[tokens, w]`, the dtype of `residual`.
@@ -94,10 +116,17 @@ def elastic_linear_residual(
         >>> elastic_linear_residual(x, W, None, r, rows=torch.tensor([0, 3]))[1].abs().sum()
         tensor(0.)
     """
-    kept = residual.shape[0] if rows is None else rows.shape[0]
-    if x.shape[0] != kept:
-        raise ValueError(f"elastic_linear_residual: expected {kept} rows of x, got {x.shape[0]}")
-    branch = elastic_linear(x, weight, bias, out_features=residual.shape[-1], scale=scale)
+    validate.branch_rows("elastic_linear_residual", x, residual, rows)
+    validate.prefix("elastic_linear_residual", "in", x.shape[1], weight.shape[1])
+    validate.prefix("elastic_linear_residual", "width", residual.shape[1], weight.shape[0])
+    validate.operands("elastic_linear_residual", x=x, weight=weight, bias=bias)
+    validate.grad_out("elastic_linear_residual", grad_out, weight)
+    if linear_backend("elastic_linear_residual", x).backend == "triton":
+        from elastic_kernels.triton_ops.units import LinearResidualFunction
+
+        spec = layer_spec(x, weight, residual.shape[1], scale=scale, grad_out=grad_out)
+        return LinearResidualFunction.apply(x, weight, bias, residual, gamma, rows, row_scale, spec)
+    branch = elastic_linear(x, weight, bias, out_features=residual.shape[-1], scale=scale, grad_out=grad_out)
     if gamma is not None:
         branch = branch * gamma[: residual.shape[-1]]
     if row_scale is not None:
@@ -106,7 +135,14 @@ def elastic_linear_residual(
     return residual + branch if rows is None else residual.index_add(0, rows, branch)
 
 
-def elastic_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float | None = None) -> Tensor:
+def elastic_qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float | None = None,
+    grad_out: Tensor | None = None,
+) -> Tensor:
     """Query, key and value projections of the first heads: `y[:, g] = s * x W[g, :w, :w]^T + b[g, :w]`.
 
     `weight` is seen as three stacked square matrices; heads that lie first in each of q, k and v are used.
@@ -116,9 +152,10 @@ def elastic_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float 
         weight: `[3 * w_max, w_max]`, the rows of q, then k, then v.
         bias: `[3 * w_max]` or None.
         scale: the offset scale; default `w_max / w`.
+        grad_out: as in `elastic_linear`.
 
     Returns:
-        `[tokens, 3, w]`; a strided view is allowed.
+        `[tokens, 3, w]`, perhaps a strided view.
 
     Raises:
         ValueError: `weight` is not three square matrices, or `w` is wider than them.
@@ -128,17 +165,66 @@ def elastic_qkv(x: Tensor, weight: Tensor, bias: Tensor | None, *, scale: float 
     if weight.shape[0] != 3 * largest:
         raise ValueError(f"elastic_qkv: expected weight [3 * C, C], got {tuple(weight.shape)}")
     validate.prefix("elastic_qkv", "width", width, largest)
-    validate.same_dtype("elastic_qkv", x=x, weight=weight, bias=bias)
+    validate.operands("elastic_qkv", x=x, weight=weight, bias=bias)
+    validate.grad_out("elastic_qkv", grad_out, weight)
+    if linear_backend("elastic_qkv", x).backend == "triton":
+        from elastic_kernels.triton_ops.units import LinearFunction
+
+        spec = layer_spec(x, weight, width, scale=scale, groups=3, grad_out=grad_out)
+        return LinearFunction.apply(x, weight, bias, spec, None)
     s = _offset_scale(weight, width, scale)
+    stack = weight.unflatten(0, (3, largest))
+    corner = _corner(
+        stack[:, :width, :width], grad_out, lambda buffer: buffer.unflatten(0, (3, -1))[:, :width, :width]
+    )
     if width == largest:
-        return _scaled_linear(x, weight, bias, s).unflatten(-1, (3, width))
-    corner = weight.view(3, largest, largest)[:, :width, :width]
+        return _scaled_linear(x, corner.flatten(0, 1), bias, s).unflatten(-1, (3, width))
     columns = corner.transpose(1, 2)
     tokens = x.expand(3, *x.shape)
     if bias is None:
         return (torch.bmm(tokens, columns) * s).transpose(0, 1)
     offset = bias.view(3, 1, largest)[..., :width]
     return torch.baddbmm(offset, tokens, columns, alpha=s).transpose(0, 1)
+
+
+def linear_backend(op: str, x: Tensor) -> dispatch.Choice:
+    """The backend that an elastic linear layer, or the op built of such, takes for an input, and why."""
+    return dispatch.choose(op, x, dtype=dispatch.product_dtype(x))
+
+
+def layer_spec(
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    *,
+    width: int | None = None,
+    scale: float | None = None,
+    groups: int = 1,
+    grad_out: Tensor | None = None,
+) -> LayerSpec:
+    """How the Triton kernels use a weight for inputs `width` wide (default: as `x`) in the dtype of `x`."""
+    from elastic_kernels.triton_ops.units import LayerSpec
+
+    s = _offset_scale(weight, width or x.shape[-1], scale)
+    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), grad_out)
+
+
+class _GradientInto(torch.autograd.Function):
+    """A weight's corner whose gradient is added to a buffer's and goes no further."""
+
+    @staticmethod
+    def forward(ctx: Any, corner: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return corner.view_as(corner)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        ctx.buffer.add_(grad)
+        return None, None
+
+
+def _corner(corner: Tensor, grad_out: Tensor | None, part: Callable[[Tensor], Tensor]) -> Tensor:
+    return corner if grad_out is None else _GradientInto.apply(corner, part(grad_out))
 
 
 def _offset_scale(weight: Tensor, width: int, scale: float | None) -> float:

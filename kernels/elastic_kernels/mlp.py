@@ -8,8 +8,10 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicMlp`.
 from __future__ import annotations
 
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from elastic_kernels.linear import elastic_linear, elastic_linear_residual
+from elastic_kernels import validate
+from elastic_kernels.linear import elastic_linear, elastic_linear_residual, layer_spec, linear_backend
 
 
 def elastic_hidden_features(width: int, max_width: int, max_hidden: int) -> int:
@@ -26,35 +28,61 @@ def elastic_mlp(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    residual: Tensor,
+    residual: Tensor | None = None,
     gamma: Tensor | None = None,
     *,
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
+    recompute: bool = False,
+    grad_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The MLP half of a block: both linears, GELU, LayerScale and the residual addition.
+    """Both linears and the GELU, and with `residual` also LayerScale and the residual addition of a block.
 
     Args:
         x: `[kept, w]`, normalised rows.
         fc1_weight, fc1_bias: `[hidden_max, w_max]`, `[hidden_max]`.
         fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
-        residual, gamma, rows, row_scale: as in `elastic_linear_residual`.
+        residual, gamma, rows, row_scale: as in `elastic_linear_residual`; the last three need a residual.
+        recompute: save nothing `hidden` wide for backward; compute the first linear again there.
+        grad_out: buffers for the gradients of `fc1_weight` and `fc2_weight`, as in `elastic_linear`.
 
     Returns:
-        `[tokens, w]`, the dtype of `residual`.
+        `[tokens, w]`, the dtype of `residual`; without one `[kept, w]`, the dtype of the matrix product.
 
     Raises:
-        ValueError, TypeError: as `elastic_linear_residual`.
+        ValueError, TypeError, RuntimeError: as `elastic_linear_residual`.
     """
-    max_hidden, max_width = fc1_weight.shape
-    width = x.shape[-1]
-    hidden = elastic_linear(
-        x,
-        fc1_weight,
-        fc1_bias,
-        out_features=elastic_hidden_features(width, max_width, max_hidden),
-        activation="gelu",
-    )
-    return elastic_linear_residual(
-        hidden, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale
-    )
+    if residual is not None:
+        validate.branch_rows("elastic_mlp", x, residual, rows)
+    elif not (gamma is rows is row_scale is None):
+        raise ValueError("elastic_mlp: expected a residual beside gamma, rows and row_scale, got None")
+    (max_hidden, max_width), width = fc1_weight.shape, x.shape[-1]
+    validate.prefix("elastic_mlp", "width", width, max_width)
+    validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+    hidden = elastic_hidden_features(width, max_width, max_hidden)
+    buffers = grad_out or (None, None)
+    validate.grad_out("elastic_mlp", buffers[0], fc1_weight)
+    validate.grad_out("elastic_mlp", buffers[1], fc2_weight)
+    if linear_backend("elastic_mlp", x).backend == "triton":
+        from elastic_kernels.triton_ops.units import MlpFunction
+
+        specs = (
+            layer_spec(x, fc1_weight, hidden, grad_out=buffers[0]),
+            layer_spec(x, fc2_weight, width, width=hidden, grad_out=buffers[1]),
+        )
+        parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        flat = x.reshape(-1, width)
+        y = MlpFunction.apply(flat, *parameters, residual, gamma, rows, row_scale, specs, recompute)
+        return y if residual is not None else y.view(x.shape)
+
+    def mlp(x: Tensor, residual: Tensor | None) -> Tensor:
+        inner = elastic_linear(
+            x, fc1_weight, fc1_bias, out_features=hidden, activation="gelu", grad_out=buffers[0]
+        )
+        if residual is None:
+            return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, grad_out=buffers[1])
+        return elastic_linear_residual(
+            inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale, grad_out=buffers[1]
+        )
+
+    return checkpoint(mlp, x, residual, use_reentrant=False) if recompute else mlp(x, residual)

@@ -12,14 +12,41 @@ def prefix(op: str, name: str, value: int, largest: int) -> None:
         raise ValueError(f"{op}: expected {name} in 1..{largest}, got {value}")
 
 
-def same_dtype(op: str, **tensors: Tensor | None) -> None:
-    """Raise TypeError unless all given tensors share one floating dtype (autocast may mix them)."""
+def operands(op: str, **tensors: Tensor | None) -> None:
+    """Raise unless all given tensors share one device and one floating dtype (autocast may mix dtypes)."""
     given = {name: t for name, t in tensors.items() if t is not None}
     for name, t in given.items():
         if not t.is_floating_point():
             raise TypeError(f"{op}: expected a floating-point {name}, got {t.dtype}")
+    if len({t.device for t in given.values()}) > 1:
+        got = ", ".join(f"{name} on {t.device}" for name, t in given.items())
+        raise ValueError(f"{op}: expected one device, got {got}")
     if torch.is_autocast_enabled(next(iter(given.values())).device.type):
         return
     if len({t.dtype for t in given.values()}) > 1:
         got = ", ".join(f"{name} {t.dtype}" for name, t in given.items())
         raise TypeError(f"{op}: expected one dtype, got {got}")
+
+
+def grad_out(op: str, buffer: Tensor | None, weight: Tensor) -> None:
+    """Raise unless a gradient buffer has the weight's shape and device and a floating dtype."""
+    if buffer is None:
+        return
+    if buffer.shape != weight.shape or buffer.device != weight.device:
+        raise ValueError(
+            f"{op}: expected grad_out {tuple(weight.shape)} on {weight.device}, "
+            f"got {tuple(buffer.shape)} on {buffer.device}"
+        )
+    if not buffer.is_floating_point() or buffer.requires_grad:
+        raise TypeError(f"{op}: expected a floating-point grad_out without a gradient, got {buffer.dtype}")
+
+
+def branch_rows(op: str, x: Tensor, residual: Tensor, rows: Tensor | None) -> None:
+    """Raise ValueError unless `x` is a matrix with a row for each of `rows`, or of `residual`."""
+    if x.dim() != 2 or residual.dim() != 2:
+        raise ValueError(f"{op}: expected matrices, got x {tuple(x.shape)}, residual {tuple(residual.shape)}")
+    if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
+        raise ValueError(f"{op}: expected rows int64 [kept], got {rows.dtype} {tuple(rows.shape)}")
+    kept = residual.shape[0] if rows is None else rows.shape[0]
+    if x.shape[0] != kept:
+        raise ValueError(f"{op}: expected {kept} rows of x, got {x.shape[0]}")

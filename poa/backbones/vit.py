@@ -18,16 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elastic_kernels import (
-    elastic_hidden_features,
-    elastic_layer_norm,
-    elastic_linear_residual,
-    elastic_mlp,
-    elastic_qkv,
-    packed_attention,
-)
+from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
 from poa.errors import InputError
-from poa.multicrop import KeptRows, StochasticDepth, pack, unpack
+from poa.multicrop import StochasticDepth, pack, unpack
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet, active_blocks
 
@@ -154,80 +147,6 @@ class PatchEmbed(nn.Module):
         return F.conv2d(images, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
 
 
-class LayerScale(nn.Module):
-    def __init__(self, width: int, initial: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), initial))
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block on packed tokens of any width up to the intact one."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        width = config.max_width
-        self.head_dim = config.head_dim
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attn = Attention(width)
-        self.ls1 = LayerScale(width, config.layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(width, config.hidden)
-        self.ls2 = LayerScale(width, config.layer_scale)
-
-    def forward(
-        self,
-        x: Tensor,
-        groups: tuple[tuple[int, int], ...],
-        kept: tuple[KeptRows, KeptRows] | None = None,
-    ) -> Tensor:
-        """`[tokens, w]` -> `[tokens, w]`; `kept` are the rows each half works on."""
-        first, second = kept or (None, None)
-        x = self._attention_half(x, groups, first)
-        return self._mlp_half(x, second)
-
-    def _attention_half(
-        self, x: Tensor, groups: tuple[tuple[int, int], ...], kept: KeptRows | None
-    ) -> Tensor:
-        rows, scale = (kept.rows, kept.scale) if kept else (None, None)
-        norm, attn = self.norm1, self.attn
-        h = elastic_layer_norm(x, norm.weight, norm.bias, norm.eps, rows=rows)
-        qkv = elastic_qkv(h, attn.qkv.weight, attn.qkv.bias).unflatten(-1, (-1, self.head_dim))
-        h = packed_attention(qkv, kept.groups if kept else groups)
-        return elastic_linear_residual(
-            h, attn.proj.weight, attn.proj.bias, x, self.ls1.gamma, rows=rows, row_scale=scale
-        )
-
-    def _mlp_half(self, x: Tensor, kept: KeptRows | None) -> Tensor:
-        rows, scale = (kept.rows, kept.scale) if kept else (None, None)
-        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
-        h = elastic_layer_norm(x, norm.weight, norm.bias, norm.eps, rows=rows)
-        return elastic_mlp(
-            h,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
-            x,
-            self.ls2.gamma,
-            rows=rows,
-            row_scale=scale,
-        )
-
-
 class ElasticViT(nn.Module):
     """The shared weights of all subnets.
 
@@ -245,8 +164,13 @@ class ElasticViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if config.masked else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.max_depth))
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.blocks = nn.ModuleList(
+            ElasticBlock(
+                width, config.hidden, config.head_dim, eps=LAYER_NORM_EPS, layer_scale=config.layer_scale
+            )
+            for _ in range(config.max_depth)
+        )
+        self.norm = ElasticLayerNorm(width, eps=LAYER_NORM_EPS)
         self._initialise(generator)
 
     @torch.no_grad()
@@ -330,16 +254,16 @@ class ElasticViT(nn.Module):
 
     def normalise(self, x: Tensor) -> Tensor:
         """The last LayerNorm, over the width of `x`."""
-        return elastic_layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        return self.norm(x)
 
     def mean_pool(self, features: Features) -> Tensor:
         """`[crops, w]`: the norm of the mean patch token (not the mean of the normed tokens)."""
         return self.normalise(features.tokens[:, 1:].mean(1))
 
-    def active_blocks(self, subnet: Subnet) -> list[Block]:
+    def active_blocks(self, subnet: Subnet) -> list[ElasticBlock]:
         """The blocks a subnet runs through, in order."""
         kept = active_blocks(self.config.max_depth, subnet.depth)
-        return [cast(Block, self.blocks[index]) for index in kept]
+        return [cast(ElasticBlock, self.blocks[index]) for index in kept]
 
     def drop_rates(self, subnet: Subnet) -> list[float]:
         """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""

@@ -25,7 +25,7 @@ def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
-def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor) -> None:
+def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor, label: str = "result") -> None:
     """Our error is at most twice that of PyTorch in the same dtype, plus rounding of the result."""
     assert ours.shape == truth.shape
     if not truth.numel():
@@ -35,5 +35,6 @@ def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor) -> None
     limit = 2 * float((torchs.double() - truth).abs().max()) + rounding
     worst = int(error.argmax())
     assert float(error.max()) <= limit, (
-        f"worst element {worst}: {ours.flatten()[worst]} against {truth.flatten()[worst]}, limit {limit}"
+        f"{label}, worst element {worst}: {ours.flatten()[worst]} against {truth.flatten()[worst]}, "
+        f"limit {limit}"
     )

@@ -26,7 +26,7 @@ def python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_cpu_tensors_take_the_reference() -> None:
-    choice = attention_backend(QKV, [(1, 4)])
+    choice = attention_backend(QKV, [(1, 4)], 16)
     assert choice.backend == "reference"
     assert choice.reason in (
         "the tensors are on a CPU (without TRITON_INTERPRET=1)",
@@ -46,24 +46,25 @@ def test_forced_triton_never_falls_back() -> None:
 
 def test_contexts_nest_and_end() -> None:
     with backend("reference"):
-        assert attention_backend(QKV, [(1, 4)]) == ("reference", "forced")
+        assert attention_backend(QKV, [(1, 4)], 16) == ("reference", "forced")
         with pytest.raises(ZeroDivisionError), backend("triton"):
             raise ZeroDivisionError
-        assert attention_backend(QKV, [(1, 4)]) == ("reference", "forced")
-    assert attention_backend(QKV, [(1, 4)]).reason != "forced"
+        assert attention_backend(QKV, [(1, 4)], 16) == ("reference", "forced")
+    assert attention_backend(QKV, [(1, 4)], 16).reason != "forced"
 
 
 def test_wrong_names() -> None:
-    with pytest.raises(ValueError, match="expected one of reference, triton, got 'cuda'"), backend("cuda"):
+    wrong = "expected one of reference, triton, sdpa, xformers, got 'cuda'"
+    with pytest.raises(ValueError, match=wrong), backend("cuda"):
         pass
     failed = python("import elastic_kernels", ELASTIC_KERNELS_BACKEND="fast")
-    assert "backend: expected one of reference, triton, got 'fast'" in failed.stderr
+    assert "backend: expected one of reference, triton, sdpa, xformers, got 'fast'" in failed.stderr
 
 
 def test_environment_variable() -> None:
     code = (
         "import torch; from elastic_kernels.attention import attention_backend as b; "
-        "print(*b(torch.zeros(4, 3, 2, 16), [(1, 4)]))"
+        "print(*b(torch.zeros(4), [(1, 4)], 16))"
     )
     assert python(code, ELASTIC_KERNELS_BACKEND="reference").stdout == "reference forced\n"
     forced = python(code, ELASTIC_KERNELS_BACKEND="triton")

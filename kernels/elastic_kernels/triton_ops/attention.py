@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +24,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SMALL_PARTS = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities with 99 KB of shared memory a block
+from elastic_kernels.triton_ops.device import is_small_part, precision
+from elastic_kernels.triton_ops.registration import register
+
 LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
 
 
@@ -193,7 +194,7 @@ class AttentionConfig:
 
 
 # The largest tiles that compile without spilling; not timed on a GPU yet. Parts with 99 KB of shared memory a
-# block (SMALL_PARTS) also spill earlier, and get smaller ones.
+# block (`device.SMALL_PARTS`) also spill earlier, and get smaller ones.
 _RESIDENT = (  # (longest length, settings), half precision and head_dim up to 64
     (64, AttentionConfig(64, 64, warps=4, resident=True)),
     (128, AttentionConfig(64, 128, warps=4, resident=True)),
@@ -225,18 +226,13 @@ def bwd_config(head_dim: int, itemsize: int, small_part: bool) -> AttentionConfi
     return _BWD_SMALL_PART if small_part else _BWD
 
 
-@lru_cache
-def _is_small_part(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in SMALL_PARTS
-
-
 def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`."""
     tokens, _, heads, dim = qkv.shape
     out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
     for first, count, length in _spans(groups):
-        config = fwd_config(length, dim, qkv.dtype.itemsize, _is_small_part(qkv.device))
+        config = fwd_config(length, dim, qkv.dtype.itemsize, is_small_part(qkv.device))
         kernel = _resident_fwd_kernel if config.resident else _streaming_fwd_kernel
         tiles = 1 if config.resident else triton.cdiv(length, config.block_m)
         kernel[(count * heads, tiles)](
@@ -244,7 +240,7 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
             first, length, heads,
             *qkv.stride()[:3],
             dim**-0.5 * LOG2_E,
-            HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=_precision(qkv),
+            HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(qkv),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out, lse
@@ -254,14 +250,14 @@ def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: S
     """The gradient `[tokens, 3, heads, d]` of qkv; `out`, `lse` and `dout` are contiguous."""
     heads, dim = qkv.shape[2:]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    config = bwd_config(dim, qkv.dtype.itemsize, _is_small_part(qkv.device))
+    config = bwd_config(dim, qkv.dtype.itemsize, is_small_part(qkv.device))
     for first, count, length in _spans(groups):
         _bwd_kernel[(count * heads,)](
             qkv, out, dout, lse, dqkv,
             first, length, heads,
             *qkv.stride()[:3],
             dim**-0.5, dim**-0.5 * LOG2_E,
-            HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=_precision(qkv),
+            HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(qkv),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return dqkv
@@ -277,31 +273,22 @@ def _spans(groups: Sequence[int]) -> list[tuple[int, int, int]]:
     return spans
 
 
-def _precision(qkv: Tensor) -> str:
-    """TF32 only where PyTorch allows it for matrix products; has no meaning in half precision."""
-    return "tf32" if qkv.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+register(
+    "attention_fwd(Tensor qkv, int[] groups) -> (Tensor, Tensor)",
+    attention_fwd,
+    lambda qkv, groups: (
+        qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
+        qkv.new_empty(qkv.shape[0], qkv.shape[2], dtype=torch.float32),
+    ),
+)
+register(
+    "attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups) -> Tensor",
+    attention_bwd,
+    lambda qkv, *rest: qkv.new_empty(qkv.shape),
+)
 
 
-_library = torch.library.Library("elastic_kernels", "FRAGMENT")
-_library.define("attention_fwd(Tensor qkv, int[] groups) -> (Tensor, Tensor)")
-_library.define("attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups) -> Tensor")
-for _device in ("CUDA", "CPU"):  # on a CPU under Triton's interpreter
-    _library.impl("attention_fwd", attention_fwd, _device)
-    _library.impl("attention_bwd", attention_bwd, _device)
-
-
-@torch.library.register_fake("elastic_kernels::attention_fwd", lib=_library)
-def _attention_fwd_fake(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
-    tokens, _, heads, dim = qkv.shape
-    return qkv.new_empty(tokens, heads * dim), qkv.new_empty(tokens, heads, dtype=torch.float32)
-
-
-@torch.library.register_fake("elastic_kernels::attention_bwd", lib=_library)
-def _attention_bwd_fake(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: Sequence[int]) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
-class PackedAttention(torch.autograd.Function):
+class AttentionFunction(torch.autograd.Function):
     """Attention with its gradient; outside of the registered operators, which saves host time."""
 
     @staticmethod

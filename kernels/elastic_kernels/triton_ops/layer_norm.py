@@ -1,11 +1,12 @@
-"""Triton kernels of LayerNorm over the active width, with an optional gather of rows.
+"""Triton kernels of LayerNorm over the active width, with an optional gather of rows or addition before it.
 
-    xhat = (x - mean) * rstd,  y = xhat * weight[:w] + bias[:w]
-    g = dy * weight,  dx = rstd * (g - mean_k(g) - xhat * mean_k(g * xhat)),  dw = sum dy * xhat,  db = sum dy
+    x += residual,  xhat = (x - mean) * rstd,  y = xhat * weight[:w] + bias[:w]
+    g = dy * weight,  dx = rstd * (g - mean_k(g) - xhat * mean_k(g * xhat)) + dsum
+    dw = sum dy * xhat,  db = sum dy
 
-Fused: the gather of the rows that take part (stochastic depth), statistics, affine. The backward is one pass
-over rows; each program keeps its share of the affine gradients in registers, and the shares are summed in a
-fixed order.
+Fused: the addition (or the gather of the rows that take part, stochastic depth), statistics, affine, and in
+the backward the addition of the gradient that bypasses the norm. The backward is one pass over rows; each
+program keeps its share of the affine gradients in registers, and the shares are summed in a fixed order.
 
 Saved for backward: x, and fp32 mean and rstd of each row. Bytes: forward reads and writes rows * w elements;
 backward reads twice and writes once that much; the shares add programs * w * 8 bytes.
@@ -22,26 +23,37 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_PROGRAMS = 4  # of the backward, under the interpreter
+from elastic_kernels.triton_ops.device import processors, unit_stride
+from elastic_kernels.triton_ops.registration import register
+
 PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to sum
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
     rows, width,
-    stride_x,
+    stride_x, stride_r,
     eps,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_k = tl.arange(0, BLOCK)
     mask_r, mask_k = offs_r < rows, offs_k < width
     mask = mask_r[:, None] & mask_k[None, :]
-    source = offs_r.to(tl.int64)
+    place = offs_r.to(tl.int64)
+    source = place
     if HAS_INDEX:
         source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
+    out = place[:, None] * width + offs_k[None, :]
     x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        r = tl.load(residual_ptr + place[:, None] * stride_r + offs_k[None, :], mask=mask, other=0.0)
+        # The sum as it is stored is what gets normalised, so that backward finds the same.
+        total = (x + r.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + out, total, mask=mask)
+        x = total.to(tl.float32)
     mean = tl.sum(x, 1) / width
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
@@ -50,19 +62,20 @@ def _layer_norm_fwd_kernel(
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         y = y * weight[None, :] + bias[None, :]
-    out = y_ptr + offs_r.to(tl.int64)[:, None] * width + offs_k[None, :]
-    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + offs_r, mean, mask=mask_r)
     tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, index_ptr, mean_ptr, rstd_ptr, dx_ptr, shares_ptr,
-    rows, width,
-    stride_x,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy_ptr, x_ptr, weight_ptr, position_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
+    tokens, width,
+    stride_x, stride_s,
+    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_SUM: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """By tokens: `position` holds the row of each token among the normalised ones, or -1."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs_k = tl.arange(0, BLOCK)
     mask_k = offs_k < width
@@ -70,18 +83,20 @@ def _layer_norm_bwd_kernel(
     dbias = tl.zeros([BLOCK], tl.float32)
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    for start in range(program * ROWS, rows, programs * ROWS):
-        offs_r = start + tl.arange(0, ROWS)
-        mask_r = offs_r < rows
-        mask = mask_r[:, None] & mask_k[None, :]
-        place = offs_r.to(tl.int64)
-        source = place
+    for start in range(program * ROWS, tokens, programs * ROWS):
+        offs_t = start + tl.arange(0, ROWS)
+        mask_t = offs_t < tokens
+        every = mask_t[:, None] & mask_k[None, :]
+        token = offs_t.to(tl.int64)
+        place, mask_r = token, mask_t
         if HAS_INDEX:
-            source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
+            place = tl.load(position_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
+            mask_r = place >= 0
+        mask = mask_r[:, None] & mask_k[None, :]
         dy = tl.load(dy_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + offs_r, mask=mask_r, other=0.0)
-        rstd = tl.load(rstd_ptr + offs_r, mask=mask_r, other=0.0)
+        x = tl.load(x_ptr + token[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + place, mask=mask_r, other=0.0)
+        rstd = tl.load(rstd_ptr + place, mask=mask_r, other=0.0)
         xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
         g = dy
         if HAS_AFFINE:
@@ -90,8 +105,11 @@ def _layer_norm_bwd_kernel(
             g = dy * weight[None, :]
         along = tl.sum(g * xhat, 1) / width
         dx = (g - (tl.sum(g, 1) / width)[:, None] - xhat * along[:, None]) * rstd[:, None]
-        out = dx_ptr + source[:, None] * width + offs_k[None, :]
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_SUM:
+            beside = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
+            dx += tl.load(beside, mask=every, other=0.0).to(tl.float32)
+        out = dx_ptr + token[:, None] * width + offs_k[None, :]
+        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=every)
     if HAS_AFFINE:
         share = shares_ptr + program.to(tl.int64) * 2 * width + offs_k
         tl.store(share, dweight, mask=mask_k)
@@ -123,47 +141,68 @@ def row_config(width: int) -> RowConfig:
 
 
 def layer_norm_fwd(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, index: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`x` `[tokens, w]` -> y `[rows, w]`, fp32 mean and rstd `[rows]`; weight and bias both or neither."""
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    index: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`x` `[tokens, w]` -> y `[rows, w]` of `dtype`, x + residual (or empty), fp32 mean and rstd `[rows]`."""
     rows, width = (x if index is None else index).shape[0], x.shape[1]
-    y = torch.empty(rows, width, dtype=_result_dtype(x, weight), device=x.device)
+    y = torch.empty(rows, width, dtype=dtype, device=x.device)
+    total = torch.empty((0,) if residual is None else x.shape, dtype=_sum_dtype(x, residual), device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         config = row_config(width)
         _layer_norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
-            x, weight, bias, index, y, mean, rstd,
+            x, residual, weight, bias, index, y, total, mean, rstd,
             rows, width,
-            x.stride(0),
+            x.stride(0), 0 if residual is None else residual.stride(0),
             eps,
-            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None,
+            HAS_RESIDUAL=residual is not None, HAS_AFFINE=weight is not None, HAS_INDEX=index is not None,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return y, mean, rstd
+    return y, total, mean, rstd
 
 
 def layer_norm_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, index: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    index: Tensor | None,
+    dsum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, and of weight and bias in full shape (empty without them); `dy` is contiguous."""
-    rows, width = dy.shape
+    """Gradients of x, and of weight and bias in full shape (empty without them).
+
+    `dy` `[rows, w]` is contiguous; `dsum` `[tokens, w]`, rows of any stride, is added to the gradient of x.
+    """
+    tokens, width = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if index is not None or not rows:
-        dx.zero_()
-    programs = _programs(x.device, rows)
+    programs = PROGRAMS_PER_SM * processors(x.device)
     affine = 0 if weight is None else width
     shares = torch.empty(programs, 2, affine, dtype=torch.float32, device=x.device)
-    if rows:
+    if tokens:
         config = row_config(width)
         _layer_norm_bwd_kernel[(programs,)](
-            dy, x, weight, index, mean, rstd, dx, shares,
-            rows, width,
-            x.stride(0),
-            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None,
+            dy, x, weight, None if index is None else _positions(index, tokens), mean, rstd, dsum, dx, shares,
+            tokens, width,
+            x.stride(0), 0 if dsum is None else dsum.stride(0),
+            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, HAS_SUM=dsum is not None,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return dx, *_affine_gradients(shares if rows else shares[:0], weight)
+    return dx, *_affine_gradients(shares if tokens else shares[:0], weight)
+
+
+def _positions(index: Tensor, tokens: int) -> Tensor:
+    """The inverse of a choice of rows: int32 `[tokens]`, -1 for the others."""
+    positions = torch.full((tokens,), -1, dtype=torch.int32, device=index.device)
+    positions[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    return positions
 
 
 def _affine_gradients(shares: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -176,72 +215,64 @@ def _affine_gradients(shares: Tensor, weight: Tensor | None) -> tuple[Tensor, Te
     return dweight, dbias.clone()  # an operator may not return views of one tensor
 
 
-def _programs(device: torch.device, rows: int) -> int:
-    if device.type != "cuda":
-        return CPU_PROGRAMS
-    return PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
-def _result_dtype(x: Tensor, weight: Tensor | None) -> torch.dtype:
-    return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-
-
-_library = torch.library.Library("elastic_kernels", "FRAGMENT")
-_library.define(
-    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? index)"
-    " -> (Tensor, Tensor, Tensor)"
+register(
+    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
+    " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    layer_norm_fwd,
+    lambda x, residual, weight, bias, eps, index, dtype: (
+        x.new_empty((x if index is None else index).shape[0], x.shape[1], dtype=dtype),
+        x.new_empty((0,) if residual is None else x.shape, dtype=_sum_dtype(x, residual)),
+        *(x.new_empty((x if index is None else index).shape[0], dtype=torch.float32) for _ in range(2)),
+    ),
 )
-_library.define(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? index)"
-    " -> (Tensor, Tensor, Tensor)"
+register(
+    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? index,"
+    " Tensor? dsum) -> (Tensor, Tensor, Tensor)",
+    layer_norm_bwd,
+    lambda dy, x, weight, mean, *rest: (
+        x.new_empty(x.shape),
+        *((mean.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
+    ),
 )
-for _device in ("CUDA", "CPU"):  # on a CPU under Triton's interpreter
-    _library.impl("layer_norm_fwd", layer_norm_fwd, _device)
-    _library.impl("layer_norm_bwd", layer_norm_bwd, _device)
 
 
-@torch.library.register_fake("elastic_kernels::layer_norm_fwd", lib=_library)
-def _layer_norm_fwd_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, index: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (x if index is None else index).shape[0]
-    statistic = x.new_empty(rows, dtype=torch.float32)
-    y = x.new_empty(rows, x.shape[1], dtype=_result_dtype(x, weight))
-    return y, statistic, torch.empty_like(statistic)
-
-
-@torch.library.register_fake("elastic_kernels::layer_norm_bwd", lib=_library)
-def _layer_norm_bwd_fake(
-    dy: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, index: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    affine = mean.new_empty(0) if weight is None else torch.empty_like(weight)
-    return x.new_empty(x.shape), affine, torch.empty_like(affine)
-
-
-class ElasticLayerNorm(torch.autograd.Function):
+class LayerNormFunction(torch.autograd.Function):
     """LayerNorm with its gradients; outside of the registered operators, which saves host time."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
         index: Tensor | None,
-    ) -> Tensor:
-        if x.stride(-1) != 1:
-            x = x.contiguous()
-        y, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(x, weight, bias, eps, index)
-        ctx.save_for_backward(x, weight, mean, rstd, index)
-        return y
+    ) -> tuple[Tensor, Tensor]:
+        x = unit_stride(x)
+        y, total, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(
+            x,
+            None if residual is None else unit_stride(residual),
+            weight,
+            bias,
+            eps,
+            index,
+            x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype),
+        )
+        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd, index)
+        ctx.has_residual = residual is not None
+        return y, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.elastic_kernels.layer_norm_bwd(
-            dy.contiguous(), x, weight, mean, rstd, index
+            dy.contiguous(), x, weight, mean, rstd, index, unit_stride(dsum) if ctx.has_residual else None
         )
         affine = (None, None) if weight is None else (dweight, dbias)
-        return dx, *affine, None, None
+        return dx, dx if ctx.has_residual else None, *affine, None, None

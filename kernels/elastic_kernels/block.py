@@ -1,0 +1,175 @@
+"""The two halves of an elastic pre-norm transformer block on packed tokens.
+
+    x[rows] += row_scale * gamma1 * proj(attention(qkv(norm1(x[rows]))))
+    x[rows] += row_scale * gamma2 * fc2(gelu(fc1(norm2(x[rows]))))
+
+On Triton a half is one autograd unit (`triton_ops/units.py`); elsewhere it is made of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from elastic_kernels import dispatch, validate
+from elastic_kernels.attention import attention_backend, packed_attention
+from elastic_kernels.layer_norm import elastic_layer_norm, layer_norm_backend
+from elastic_kernels.linear import elastic_linear_residual, elastic_qkv, layer_spec, linear_backend
+from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The sequences that take part in a half-block; the others pass it by unchanged (stochastic depth).
+
+    Attributes:
+        groups: `(kept sequences, length)` of each length class.
+        rows: int64 `[kept tokens]`, their distinct positions in the packed tensor.
+        scale: float32 `[kept tokens]`, the inverse of the keep rate of each row.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    rows: Tensor
+    scale: Tensor
+
+
+def elastic_attention_half(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma: Tensor | None,
+    groups: Sequence[tuple[int, int]],
+    head_dim: int,
+    *,
+    kept: KeptRows | None = None,
+    grad_out: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """LayerNorm, attention over packed sequences, projection, LayerScale and the residual addition.
+
+    Args:
+        x: `[tokens, w]`, the residual stream; not modified.
+        norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
+        qkv_weight, qkv_bias: as in `elastic_qkv`.
+        proj_weight, proj_bias, gamma: as in `elastic_linear_residual`.
+        groups: `(count, length)` of each length class in packing order.
+        head_dim: channels of a head; `w` is a multiple of it.
+        kept: the sequences that take part; None means all.
+        grad_out: buffers for the gradients of `qkv_weight` and `proj_weight`, as in `elastic_linear`.
+
+    Returns:
+        `[tokens, w]`, the dtype of `x`.
+
+    Raises:
+        ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
+        TypeError, RuntimeError: as those.
+    """
+    op, width = "elastic_attention_half", x.shape[-1]
+    if width % head_dim:
+        raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
+    qkv_grad, proj_grad = grad_out or (None, None)
+    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    active = kept.groups if kept else groups
+    covered, taking_part = sum(count * length for count, length in active), len(x if rows is None else rows)
+    if covered != taking_part:
+        raise ValueError(f"{op}: groups {list(active)} cover {covered} tokens, expected {taking_part}")
+    attention = attention_backend(x, active, head_dim, dispatch.product_dtype(x))
+    if attention.backend == "triton" and _fused(op, x):
+        from elastic_kernels.triton_ops.units import AttentionHalfFunction, HalfSpec
+
+        weights = {"qkv_weight": (qkv_weight, qkv_grad), "proj_weight": (proj_weight, proj_grad)}
+        _validate(op, x, norm_weight, weights)
+        spec = HalfSpec(
+            eps,
+            layer_spec(x, qkv_weight, width, groups=3, grad_out=qkv_grad),
+            layer_spec(x, proj_weight, width, grad_out=proj_grad),
+            [number for group in active for number in group],
+            head_dim,
+            recompute=False,
+        )
+        parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma)
+        return AttentionHalfFunction.apply(x, *parameters, rows, scale, spec)
+    h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
+    qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad)
+    h = packed_attention(qkv.unflatten(-1, (-1, head_dim)), active)
+    return elastic_linear_residual(
+        h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
+    )
+
+
+def elastic_mlp_half(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    gamma: Tensor | None,
+    *,
+    kept: KeptRows | None = None,
+    recompute: bool = False,
+    grad_out: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """LayerNorm, MLP, LayerScale and the residual addition.
+
+    Args:
+        x: `[tokens, w]`, the residual stream; not modified.
+        norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, recompute, grad_out: as in `elastic_mlp`.
+        kept: the sequences that take part; None means all.
+
+    Returns:
+        `[tokens, w]`, the dtype of `x`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as the operators it is made of.
+    """
+    op = "elastic_mlp_half"
+    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    if _fused(op, x):
+        from elastic_kernels.triton_ops.units import HalfSpec, MlpHalfFunction
+
+        fc1_grad, fc2_grad = grad_out or (None, None)
+        weights = {"fc1_weight": (fc1_weight, fc1_grad), "fc2_weight": (fc2_weight, fc2_grad)}
+        _validate(op, x, norm_weight, weights)
+        hidden = elastic_hidden_features(x.shape[1], fc1_weight.shape[1], fc1_weight.shape[0])
+        spec = HalfSpec(
+            eps,
+            layer_spec(x, fc1_weight, hidden, grad_out=fc1_grad),
+            layer_spec(x, fc2_weight, x.shape[1], width=hidden, grad_out=fc2_grad),
+            attention_groups=[],
+            head_dim=0,
+            recompute=recompute,
+        )
+        parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
+        return MlpHalfFunction.apply(x, *parameters, rows, scale, spec)
+    h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
+    return elastic_mlp(
+        h, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x, gamma,
+        rows=rows, row_scale=scale, recompute=recompute, grad_out=grad_out,
+    )  # fmt: skip
+
+
+def _fused(op: str, x: Tensor) -> bool:
+    """Whether every part of a half runs on Triton, so that its unit can."""
+    return layer_norm_backend(x).backend == linear_backend(op, x).backend == "triton"
+
+
+def _validate(
+    op: str, x: Tensor, norm_weight: Tensor | None, weights: dict[str, tuple[Tensor, Tensor | None]]
+) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{op}: expected x [tokens, width], got {tuple(x.shape)}")
+    largest = min(weight.shape[1] for weight, _ in weights.values())
+    validate.prefix(op, "width", x.shape[1], largest)
+    validate.operands(op, x=x, norm_weight=norm_weight, **{name: w for name, (w, _) in weights.items()})
+    for weight, buffer in weights.values():
+        validate.grad_out(op, buffer, weight)

@@ -1,0 +1,81 @@
+"""What the matrix products of `linear.py` and `linear_wgrad.py` share: tiles, launch settings, providers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elastic_kernels.triton_ops.device import capability
+
+
+@triton.jit
+def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Program to tile: columns of GROUP_M tiles, so that neighbours share operands in L2."""
+    per_band = GROUP_M * tiles_n
+    first = (pid // per_band) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    return first + (pid % per_band) % height, (pid % per_band) // height
+
+
+@triton.jit
+def halves_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile: an epilogue of half a tile at a time needs half the registers."""
+    return tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Launch settings of a product: a tile of `block_m` x `block_n`, reduced in steps of `block_k`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+
+
+Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu", "wgrad"]
+
+# Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
+# 256 columns (one block a processor), elsewhere and for the largest epilogue 128.
+_FP32 = GemmConfig(64, 32, 32, warps=4, stages=1)  # exact products run on the plain units, from registers
+_HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least a part has
+_HALF_WIDE = GemmConfig(128, 256, 64, warps=8, stages=4)
+_NOT_WIDE = ("dgrad_gelu",)
+WIDE_WASTE = 1.15  # a wide tile is taken while at most this much is computed in vain
+
+
+def gemm_config(form: Form, columns: int, itemsize: int, capability: tuple[int, int]) -> GemmConfig:
+    """Settings for a result of so many columns, on a part of a compute capability."""
+    if itemsize == 4:
+        return _FP32
+    wide = triton.cdiv(columns, _HALF_WIDE.block_n) * _HALF_WIDE.block_n <= WIDE_WASTE * columns
+    if capability == (9, 0) and wide and form not in _NOT_WIDE:
+        return _HALF_WIDE
+    return _HALF
+
+
+# What runs a product of one matrix without a fusion, and why. Not timed on a GPU yet: the cost model puts
+# cuBLAS at 700 TFLOP/s on an H200, and asks 97 % of that of a kernel that fuses nothing. The three corners of
+# q, k and v are not one matrix in memory: baddbmm would first copy the bias over its result, and write dx
+# three times.
+PROVIDERS: dict[str, Literal["cublas", "triton"]] = {
+    "linear": "cublas",  # the bias is cuBLASLt's epilogue and the offset scale its alpha
+    "dgrad": "cublas",  # a plain product
+}
+
+
+def launch_options(config: GemmConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m, "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
+def config_for(form: Form, columns: int, x: Tensor) -> GemmConfig:
+    return gemm_config(form, columns, x.dtype.itemsize, capability(x.device))

@@ -1,0 +1,342 @@
+"""Triton kernels of linear layers over the corners of shared weights, with what surrounds them fused.
+
+    forward    y[g] = s x W[g, :n, :k]^T + b[g, :n]                  g: one matrix, or q, k and v
+               a = gelu(y), y kept for backward
+               out[rows] = residual[rows] + row_scale * gamma * y
+    dgrad      dx = s sum_g (dy[g] * gamma) W[g]                     optionally * gelu'(u), and gelu(u) again
+
+Weights are read in place: a pointer, strides, and run-time sizes. The row choice of stochastic depth is an
+index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward.
+
+Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
+y where a GELU follows. The weight's gradient is in `linear_wgrad.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elastic_kernels.triton_ops.device import precision, unit_stride
+from elastic_kernels.triton_ops.gemm import PROVIDERS, Form, config_for, halves_of, launch_options, tile_of
+from elastic_kernels.triton_ops.registration import register
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+
+
+@triton.jit
+def _gelu(u):
+    return 0.5 * u * (1 + tl.math.erf(u * SQRT_HALF))
+
+
+@triton.jit
+def _gelu_grad(u):
+    return 0.5 * (1 + tl.math.erf(u * SQRT_HALF)) + u * tl.exp(-0.5 * u * u) * INV_SQRT_2PI
+
+
+@triton.jit
+def _fwd_epilogue(
+    y, bias_ptr, y_ptr, act_ptr, residual_ptr, gamma_ptr, row_scale_ptr,
+    places, offs_m, offs_n, mask_m, mask_n,
+    bias_start, stride_y, stride_r,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
+):  # fmt: skip
+    mask = mask_m[:, None] & mask_n[None, :]
+    out = places[:, None] * stride_y + offs_n[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + bias_start + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE == "residual":
+        if HAS_GAMMA:
+            y *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+        if HAS_ROW_SCALE:
+            y *= tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        residual = tl.load(residual_ptr + places[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
+        y += residual.to(tl.float32)
+    u = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + out, u, mask=mask)
+    if EPILOGUE == "gelu":
+        # Of the rounded u, so that backward finds the same activation in it.
+        tl.store(act_ptr + out, _gelu(u.to(tl.float32)).to(act_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, act_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+    rows, out_features, in_features,
+    stride_x, stride_wg, stride_wn, stride_wk, stride_bg, stride_y, stride_yg, stride_r,
+    scale,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    group = tl.program_id(1)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_m, mask_n = offs_m < rows, offs_n < out_features
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
+    w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, in_features, BLOCK_K):
+        mask_k = offs_k < in_features - start
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * stride_wk
+    places = offs_m.to(tl.int64)
+    if HAS_INDEX:
+        places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
+    halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
+    for half in tl.static_range(2):
+        offs_h = pid_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        _fwd_epilogue(
+            halves[half], bias_ptr, y_ptr + group * stride_yg, act_ptr,
+            residual_ptr, gamma_ptr, row_scale_ptr,
+            places, offs_m, offs_h, mask_m, offs_h < out_features,
+            group * stride_bg, stride_y, stride_r,
+            HAS_BIAS, EPILOGUE, HAS_GAMMA, HAS_ROW_SCALE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _dgrad_kernel(
+    dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr,
+    rows, groups, out_features, in_features,
+    stride_y, stride_yg, stride_wg, stride_wn, stride_wk,
+    scale,
+    HAS_GAMMA: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """dx of BLOCK_M rows and BLOCK_N input features, reducing over output features by BLOCK_K."""
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(in_features, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < rows, offs_n < in_features
+    dy_rows = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_y
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    steps = tl.cdiv(out_features, BLOCK_K)
+    for step in range(0, groups * steps):
+        group = step // steps
+        offs_k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < out_features
+        dy = tl.load(
+            dy_rows + group * stride_yg + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )
+        if HAS_GAMMA:
+            gamma = tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            dy = (dy.to(tl.float32) * gamma[None, :]).to(dy.dtype)
+        w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+    halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
+    for half in tl.static_range(2):
+        dx = halves[half]
+        offs_h = pid_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        mask = mask_m[:, None] & (offs_h < in_features)[None, :]
+        offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
+        if EPILOGUE == "gelu":
+            u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            dx *= _gelu_grad(u)
+            tl.store(act_ptr + offset, _gelu(u).to(act_ptr.dtype.element_ty), mask=mask)
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _branch_grad_kernel(
+    dout_ptr, index_ptr, row_scale_ptr, d_ptr,
+    rows, width,
+    stride_o,
+    HAS_INDEX: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask_r = offs_r < rows
+    mask = mask_r[:, None] & (offs_k < width)[None, :]
+    source = offs_r.to(tl.int64)
+    if HAS_INDEX:
+        source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
+    d = tl.load(dout_ptr + source[:, None] * stride_o + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_ROW_SCALE:
+        d *= tl.load(row_scale_ptr + offs_r, mask=mask_r, other=0.0)[:, None]
+    out = d_ptr + offs_r.to(tl.int64)[:, None] * width + offs_k[None, :]
+    tl.store(out, d.to(d_ptr.dtype.element_ty), mask=mask)
+
+
+COPY_ROWS, COPY_BLOCK = 4, 512  # of `_branch_grad_kernel`: 16 values a thread
+
+
+def _fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    scale: float,
+    *,
+    activation: Tensor | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    index: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> None:
+    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`."""
+    rows, (groups, out, width) = x.shape[0], weight.shape
+    if not rows:
+        return
+    form: Form = "residual" if residual is not None else "linear" if activation is None else "gelu"
+    config = config_for(form, out, x)
+    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out, config.block_n)
+    _fwd_kernel[(tiles, groups)](
+        x, weight, bias, y, activation, residual, gamma, index, row_scale,
+        rows, out, width,
+        x.stride(0), *weight.stride(), 0 if bias is None else bias.stride(0),
+        y.stride(0), y.stride(1) if groups > 1 else 0, 0 if residual is None else residual.stride(0),
+        scale,
+        HAS_BIAS=bias is not None, EPILOGUE=form, HAS_GAMMA=gamma is not None,
+        HAS_INDEX=index is not None, HAS_ROW_SCALE=row_scale is not None, PRECISION=precision(x),
+        **launch_options(config),
+    )  # fmt: skip
+
+
+def _stacked(weight: Tensor) -> Tensor | None:
+    """`[groups, n, k]` as one matrix `[groups * n, k]`, if the matrices lie so in memory."""
+    groups, out, _ = weight.shape
+    return weight.flatten(0, 1) if groups == 1 or weight.stride(0) == out * weight.stride(1) else None
+
+
+def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """`x` `[rows, k]`, `weight` `[groups, n, k]`, `bias` `[groups, n]` -> `[rows, (groups,) n]`."""
+    groups, out, _ = weight.shape
+    shape = (x.shape[0], groups, out) if groups > 1 else (x.shape[0], out)
+    matrix = _stacked(weight) if PROVIDERS["linear"] == "cublas" else None
+    if matrix is None:
+        y = torch.empty(shape, dtype=x.dtype, device=x.device)
+        _fwd(x, weight, bias, y, scale)
+        return y
+    if bias is None:
+        return torch.addmm(x.new_empty(groups * out), x, matrix.t(), beta=0, alpha=scale).view(shape)
+    return torch.addmm(bias.reshape(-1).to(x.dtype), x, matrix.t(), alpha=scale).view(shape)
+
+
+def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """As `linear_fwd` of one group: the sum and its GELU."""
+    u, activation = (
+        torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device) for _ in range(2)
+    )
+    _fwd(x, weight, bias, u, scale, activation=activation)
+    return u, activation
+
+
+def linear_residual_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+    index: Tensor | None,
+    row_scale: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`residual` with the branch added to the rows in `index` (or all), as a new tensor."""
+    out = (
+        torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+        if index is None
+        else residual.clone(memory_format=torch.contiguous_format)
+    )
+    source = residual if index is None else out
+    _fwd(x, weight, bias, out, scale, residual=source, gamma=gamma, index=index, row_scale=row_scale)
+    return out
+
+
+def _dgrad(
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    rows, (groups, out, width) = dy.shape[0], weight.shape
+    dx = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+    activation = None if u is None else torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+    if rows:
+        form: Form = "dgrad" if u is None else "dgrad_gelu"
+        config = config_for(form, width, dy)
+        _dgrad_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+            dy, weight, gamma, u, dx, activation,
+            rows, groups, out, width,
+            dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
+            scale,
+            HAS_GAMMA=gamma is not None, EPILOGUE="none" if u is None else "gelu", PRECISION=precision(dy),
+            **launch_options(config),
+        )  # fmt: skip
+    return dx, activation
+
+
+def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
+    """`dy` `[rows, n]` or `[rows, groups, n]`, `weight` `[groups, n, k]` -> dx `[rows, k]`."""
+    matrix = _stacked(weight) if gamma is None and PROVIDERS["dgrad"] == "cublas" else None
+    if matrix is None:
+        return _dgrad(dy, weight, gamma, None, scale)[0]
+    return torch.addmm(dy.new_empty(weight.shape[2]), dy.flatten(1), matrix, beta=0, alpha=scale)
+
+
+def linear_dgrad_gelu(
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Through a layer and the GELU before it: du, and gelu(u) for the layer's wgrad; `u` is contiguous."""
+    du, activation = _dgrad(dy, weight, gamma, u, scale)
+    assert activation is not None
+    return du, activation
+
+
+def branch_grad(dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows of the gradient of a residual sum, scaled and rounded for the products: `[kept, n]`."""
+    dout = unit_stride(dout)
+    rows, width = (dout if index is None else index).shape[0], dout.shape[1]
+    d = torch.empty(rows, width, dtype=dtype, device=dout.device)
+    if rows:
+        _branch_grad_kernel[(triton.cdiv(rows, COPY_ROWS), triton.cdiv(width, COPY_BLOCK))](
+            dout, index, row_scale, d,
+            rows, width,
+            dout.stride(0),
+            HAS_INDEX=index is not None, HAS_ROW_SCALE=row_scale is not None,
+            ROWS=COPY_ROWS, BLOCK=COPY_BLOCK,
+        )  # fmt: skip
+    return d
+
+
+register(
+    "linear_fwd(Tensor x, Tensor weight, Tensor? bias, float scale) -> Tensor",
+    linear_fwd,
+    lambda x, weight, bias, scale: x.new_empty(
+        x.shape[0], *(weight.shape[:2] if weight.shape[0] > 1 else weight.shape[1:2])
+    ),
+)
+register(
+    "linear_gelu_fwd(Tensor x, Tensor weight, Tensor? bias, float scale) -> (Tensor, Tensor)",
+    linear_gelu_fwd,
+    lambda x, weight, bias, scale: tuple(x.new_empty(x.shape[0], weight.shape[1]) for _ in range(2)),
+)
+register(
+    "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? gamma,"
+    " Tensor? index, Tensor? row_scale, float scale) -> Tensor",
+    linear_residual_fwd,
+    lambda x, weight, bias, residual, *rest: residual.new_empty(residual.shape),
+)
+register(
+    "linear_dgrad(Tensor dy, Tensor weight, Tensor? gamma, float scale) -> Tensor",
+    linear_dgrad,
+    lambda dy, weight, gamma, scale: dy.new_empty(dy.shape[0], weight.shape[2]),
+)
+register(
+    "linear_dgrad_gelu(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale) -> (Tensor, Tensor)",
+    linear_dgrad_gelu,
+    lambda dy, weight, gamma, u, scale: tuple(dy.new_empty(u.shape) for _ in range(2)),
+)
+register(
+    "branch_grad(Tensor dout, Tensor? index, Tensor? row_scale, ScalarType dtype) -> Tensor",
+    branch_grad,
+    lambda dout, index, row_scale, dtype: dout.new_empty(
+        (dout if index is None else index).shape[0], dout.shape[1], dtype=dtype
+    ),
+)

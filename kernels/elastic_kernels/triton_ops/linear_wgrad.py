@@ -1,0 +1,305 @@
+"""Triton kernels of the gradients of a linear layer's weight, bias and LayerScale.
+
+    P[g] = s dy[g]^T x,  dW = gamma * P,  db = gamma * sum dy,  dgamma = rowsum(P * W) + b * sum dy
+
+dW is written or added in place, into a corner of the largest network's gradient; dgamma needs no saved
+activation. The long reduction over rows is split so that small corners fill the device; the shares are summed
+in a fixed order, so that results repeat bitwise. One more column of programs sums dy for the bias, from L2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elastic_kernels.triton_ops.device import precision, processors
+from elastic_kernels.triton_ops.gemm import GemmConfig, config_for, halves_of, launch_options, tile_of
+from elastic_kernels.triton_ops.registration import register
+
+
+@triton.jit
+def _finish_weight_tile(
+    p, dweight_ptr, weight_ptr, gamma_ptr, shares_ptr,
+    group, tile, offs_n, offs_k, out_features, mask_n, mask_k,
+    stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
+    HAS_GAMMA: tl.constexpr, ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Write `p`, a whole sum, as the weight's gradient, and its share of LayerScale's."""
+    mask = mask_n[:, None] & mask_k[None, :]
+    if HAS_GAMMA:
+        w_ptrs = weight_ptr + group * stride_wg + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+        w = tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(shares_ptr + tile * out_features + offs_n, tl.sum(p * w, 1), mask=mask_n)
+        p *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    ends = dweight_ptr + group * stride_dg + offs_n[:, None] * stride_dn + offs_k[None, :]
+    if ACCUMULATE:
+        p += tl.load(ends, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ends, p.to(dweight_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "split_rows"])
+def _wgrad_kernel(
+    dy_ptr, x_ptr, weight_ptr, gamma_ptr, dweight_ptr, bias_shares_ptr, gamma_shares_ptr, partial_ptr,
+    rows, split_rows, out_features, in_features,
+    stride_y, stride_yg, stride_x, stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
+    scale,
+    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, ACCUMULATE: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """P of BLOCK_M output and BLOCK_N input features, reducing over a split's rows by BLOCK_K."""
+    tiles_n, tiles_k = tl.cdiv(out_features, BLOCK_M), tl.cdiv(in_features, BLOCK_N)
+    columns = tiles_k + 1 if HAS_BIAS else tiles_k
+    pid_n, pid_k = tile_of(tl.program_id(0), tiles_n, columns, GROUP_M)
+    group, split = tl.program_id(1), tl.program_id(2)
+    offs_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_n = offs_n < out_features
+    first, last = split * split_rows, tl.minimum((split + 1) * split_rows, rows)
+    dy_columns = dy_ptr + group * stride_yg + offs_n[:, None]
+    if pid_k == tiles_k:
+        total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            offs_r = start + tl.arange(0, BLOCK_K)
+            mask = mask_n[:, None] & (offs_r < last)[None, :]
+            total += tl.load(dy_columns + offs_r.to(tl.int64)[None, :] * stride_y, mask=mask, other=0.0).to(
+                tl.float32
+            )
+        shares = bias_shares_ptr + (split * tl.num_programs(1) + group) * out_features + offs_n
+        tl.store(shares, tl.sum(total, 1), mask=mask_n)
+    else:
+        offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_k = offs_k < in_features
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(first, last, BLOCK_K):
+            offs_r = start + tl.arange(0, BLOCK_K)
+            mask_r, places = offs_r < last, offs_r.to(tl.int64)
+            dy = tl.load(
+                dy_columns + places[None, :] * stride_y, mask=mask_n[:, None] & mask_r[None, :], other=0.0
+            )
+            x_ptrs = x_ptr + places[:, None] * stride_x + offs_k[None, :]
+            x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+            acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+        if SPLIT:
+            place = (split * tl.num_programs(1) + group).to(tl.int64) * out_features
+            ends = partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :]
+            tl.store(ends, acc * scale, mask=mask_n[:, None] & mask_k[None, :])
+        else:
+            halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
+            for half in tl.static_range(2):
+                offs_h = pid_k * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+                _finish_weight_tile(
+                    halves[half], dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
+                    group, 2 * pid_k + half, offs_n, offs_h, out_features, mask_n, offs_h < in_features,
+                    stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
+                    HAS_GAMMA, ACCUMULATE,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _wgrad_finish_kernel(
+    partial_ptr, weight_ptr, gamma_ptr, dweight_ptr, gamma_shares_ptr,
+    splits, out_features, in_features,
+    stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
+    HAS_GAMMA: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Sum the splits' shares of a tile of the weight's gradient."""
+    pid_k, pid_n, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    offs_n, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask_n, mask_k = offs_n < out_features, offs_k < in_features
+    mask = mask_n[:, None] & mask_k[None, :]
+    p = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for split in range(0, splits):
+        place = (split * tl.num_programs(2) + group).to(tl.int64) * out_features
+        p += tl.load(
+            partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :], mask=mask, other=0.0
+        )
+    _finish_weight_tile(
+        p, dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
+        group, pid_k, offs_n, offs_k, out_features, mask_n, mask_k,
+        stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
+        HAS_GAMMA, ACCUMULATE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits", "tiles"])
+def _vector_grads_kernel(
+    bias_shares_ptr, gamma_shares_ptr, bias_ptr, gamma_ptr, dbias_ptr, dgamma_ptr,
+    splits, tiles, out_features, largest,
+    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Full-shape gradients of bias and LayerScale of a group from their shares; zero outside the corner."""
+    group = tl.program_id(1)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active, inside = offs < out_features, offs < largest
+    dbias = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        for split in range(0, splits):
+            share = bias_shares_ptr + (split * tl.num_programs(1) + group) * out_features
+            dbias += tl.load(share + offs, mask=active, other=0.0)
+    if HAS_GAMMA:
+        dgamma = tl.zeros([BLOCK], tl.float32)
+        for tile in range(0, tiles):
+            dgamma += tl.load(gamma_shares_ptr + tile * out_features + offs, mask=active, other=0.0)
+        if HAS_BIAS:
+            dgamma += dbias * tl.load(bias_ptr + offs, mask=active, other=0.0).to(tl.float32)
+            dbias *= tl.load(gamma_ptr + offs, mask=active, other=0.0).to(tl.float32)
+        tl.store(dgamma_ptr + offs, dgamma.to(dgamma_ptr.dtype.element_ty), mask=inside)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + group * largest + offs, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
+
+
+FINISH_BLOCKS = (32, 128)  # output and input features of a tile of `_wgrad_finish_kernel`
+VECTOR_BLOCK = 256
+MIN_SPLIT_ROWS = 1024  # of a wgrad: below, writing the shares costs more than idle processors
+
+
+class _Wgrad(NamedTuple):
+    """How a wgrad is divided: launch settings, reductions over rows, tiles of input features."""
+
+    config: GemmConfig
+    splits: int
+    tiles_k: int
+
+
+def _wgrad_plan(dy: Tensor, weight: Tensor) -> _Wgrad:
+    groups, out, width = weight.shape
+    config = config_for("wgrad", width, dy)
+    tiles_k = triton.cdiv(width, config.block_n)
+    tiles = groups * triton.cdiv(out, config.block_m) * tiles_k
+    most = triton.cdiv(dy.shape[0], MIN_SPLIT_ROWS if dy.is_cuda else config.block_k)
+    return _Wgrad(config, max(min(processors(dy.device) // tiles, most), 1), tiles_k)
+
+
+def _wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    scale: float,
+    into: Tensor,
+    *,
+    accumulate: bool,
+    bias_grad: bool,
+    out_max: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Write or add the weight's gradient `into` a corner `[groups, n, k]`; return full db and dgamma."""
+    rows, (groups, out, width) = dy.shape[0], weight.shape
+    config, splits, tiles_k = _wgrad_plan(dy, weight)
+    fp32, device = torch.float32, dy.device
+    bias_shares = torch.empty(splits, groups, out if bias_grad else 0, dtype=fp32, device=device)
+    partial = torch.empty(splits, groups, out, width, dtype=fp32, device=device) if splits > 1 else None
+    block = FINISH_BLOCKS[1] if splits > 1 else config.block_n // 2
+    shares = (triton.cdiv(width, block) if splits > 1 else 2 * tiles_k) if gamma is not None else 0
+    gamma_shares = torch.empty(shares, out, dtype=fp32, device=device)
+    targets = (into.stride(0), into.stride(1), *weight.stride())
+    columns = triton.cdiv(out, config.block_m) * (tiles_k + bias_grad)
+    _wgrad_kernel[(columns, groups, splits)](
+        dy, x, weight, gamma, into, bias_shares, gamma_shares, partial,
+        rows, triton.cdiv(rows, splits), out, width,
+        dy.stride(0), dy.stride(1) if groups > 1 else 0, x.stride(0), *targets,
+        scale,
+        HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, ACCUMULATE=accumulate, SPLIT=splits > 1,
+        PRECISION=precision(dy), **launch_options(config),
+    )  # fmt: skip
+    if splits > 1:
+        grid = (triton.cdiv(width, FINISH_BLOCKS[1]), triton.cdiv(out, FINISH_BLOCKS[0]), groups)
+        _wgrad_finish_kernel[grid](
+            partial, weight, gamma, into, gamma_shares,
+            splits, out, width,
+            *targets,
+            HAS_GAMMA=gamma is not None, ACCUMULATE=accumulate,
+            BLOCK_N=FINISH_BLOCKS[0], BLOCK_K=FINISH_BLOCKS[1],
+        )  # fmt: skip
+    dbias = torch.empty(groups * out_max if bias_grad else 0, dtype=dtype, device=dy.device)
+    dgamma = torch.empty(out_max if gamma is not None else 0, dtype=dtype, device=dy.device)
+    if bias_grad or gamma is not None:
+        _vector_grads_kernel[(triton.cdiv(out_max, VECTOR_BLOCK), groups)](
+            bias_shares, gamma_shares, bias, gamma, dbias, dgamma,
+            splits, shares, out, out_max,
+            HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, BLOCK=VECTOR_BLOCK,
+        )  # fmt: skip
+    return dbias, dgamma
+
+
+def linear_wgrad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    scale: float,
+    full: list[int],
+    dtype: torch.dtype,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, bias and LayerScale in the shape of the largest network, zero outside the corner.
+
+    Args:
+        dy: `[rows, n]` or `[rows, groups, n]`.
+        x: `[rows, k]`.
+        weight, bias, gamma: corners `[groups, n, k]`, `[1, n]`, `[n]` of which the product was made; `bias`
+            is read only together with `gamma`.
+        scale: of the product.
+        full: `[n_max, k_max]` of a group.
+        dtype: of the gradients.
+        bias_grad: whether there is a bias.
+
+    Returns:
+        `[groups * n_max, k_max]`, `[groups * n_max]` or empty, `[n_max]` or empty.
+    """
+    groups, out, width = weight.shape
+    create = torch.empty if [out, width] == full else torch.zeros
+    dweight = create(groups, *full, dtype=dtype, device=dy.device)
+    dbias, dgamma = _wgrad(
+        dy, x, weight, bias, gamma, scale, dweight[:, :out, :width],
+        accumulate=False, bias_grad=bias_grad, out_max=full[0], dtype=dtype,
+    )  # fmt: skip
+    return dweight.flatten(0, 1), dbias, dgamma
+
+
+def linear_wgrad_into(
+    into: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    scale: float,
+    out_max: int,
+    dtype: torch.dtype,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `linear_wgrad`, adding the weight's gradient to the corner `into` `[groups, n, k]` in place."""
+    return _wgrad(
+        dy, x, weight, bias, gamma, scale, into,
+        accumulate=True, bias_grad=bias_grad, out_max=out_max, dtype=dtype,
+    )  # fmt: skip
+
+
+_PRODUCT = "Tensor weight, Tensor? bias, Tensor? gamma, float scale"
+
+register(
+    f"linear_wgrad(Tensor dy, Tensor x, {_PRODUCT}, int[] full, ScalarType dtype, bool bias_grad)"
+    " -> (Tensor, Tensor, Tensor)",
+    linear_wgrad,
+    lambda dy, x, weight, bias, gamma, scale, full, dtype, bias_grad: (
+        dy.new_empty(weight.shape[0] * full[0], full[1], dtype=dtype),
+        dy.new_empty(weight.shape[0] * full[0] if bias_grad else 0, dtype=dtype),
+        dy.new_empty(0 if gamma is None else full[0], dtype=dtype),
+    ),
+)
+register(
+    f"linear_wgrad_into(Tensor(a!) into, Tensor dy, Tensor x, {_PRODUCT}, int out_max, ScalarType dtype,"
+    " bool bias_grad) -> (Tensor, Tensor)",
+    linear_wgrad_into,
+    lambda into, dy, x, weight, bias, gamma, scale, out_max, dtype, bias_grad: (
+        dy.new_empty(weight.shape[0] * out_max if bias_grad else 0, dtype=dtype),
+        dy.new_empty(0 if gamma is None else out_max, dtype=dtype),
+    ),
+)

@@ -1,0 +1,232 @@
+"""The Triton linear layers and half-blocks under Triton's interpreter, against the definition in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, run
+from numerics import assert_as_good_as_torch, draw, poison_outputs
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import elastic_kernels as ek
+import elastic_kernels.triton_ops.units  # noqa: F401, registers the operators
+from elastic_kernels import backend
+from elastic_kernels.triton_ops import gemm
+
+# By code path: one row, none, primes, both sides of the edges of fp32 tiles (64 x 32, steps of 32) and of
+# half-precision ones (128 x 128, steps of 64), several splits of the wgrad, chosen rows.
+CASES = {
+    "one-row": Case(1, 16, 5),
+    "no-rows": Case(0, 16, 16),
+    "prime": Case(37, 48, 31),
+    "edge-fp32": Case(65, 32, 33),
+    "edge-half": Case(129, 64, 129),
+    "odd-width": Case(7, 33, 65),
+    "whole-weight": Case(37, 48, 31, spare=0),
+    "kept": Case(31, 32, 48, kept=31),
+    "none-kept": Case(0, 16, 16, kept=0),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    poison_outputs(monkeypatch)
+    with backend("triton"):
+        yield
+
+
+@pytest.fixture(params=["cublas", "triton"])
+def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who runs the products that fuse nothing."""
+    for form in gemm.PROVIDERS:
+        monkeypatch.setitem(gemm.PROVIDERS, form, request.param)
+
+
+def compare(case: Case, form: str, dtype: torch.dtype) -> None:
+    operator, exact = forms(case)[form]
+    low = {key: t.to(dtype) for key, t in exact.items()}
+    truth = run(operator, {key: t.double() for key, t in low.items()}, "reference")
+    ours, torchs = (run(operator, low, name) for name in ("triton", "reference"))
+    for key, value in ours.items():
+        assert value.dtype == dtype, key
+        assert_as_good_as_torch(value, torchs[key], truth[key], label=key)
+        if key != "output":
+            assert_zero_outside(value, exact[key[1:]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, case in CASES.items() for form in forms(case)]
+)
+def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None:
+    compare(CASES[name], form, dtype)
+
+
+@pytest.mark.usefixtures("provider")
+@pytest.mark.parametrize("form", ["linear", "linear-bias", "qkv-bias", "attention-half"])
+def test_both_providers(form: str) -> None:
+    compare(CASES["edge-fp32"], form, torch.float32)
+
+
+def test_gradients_accumulate_into_a_corner() -> None:
+    """`grad_out` on both backends: the corner is added to, the rest is bitwise untouched."""
+    case = CASES["prime"]
+    operator, exact = linear(case, bias=True, activation=None)
+    tensors = {key: t.float() for key, t in exact.items()}
+    expected = run(operator, tensors, "reference")
+    inside = ~exact["weight"].isnan()
+    for name in ("triton", "reference"):
+        for dtype in (torch.float32, torch.float64):
+            buffer = torch.full(tensors["weight"].shape, ELSEWHERE, dtype=dtype)
+            buffer[inside] = 1
+            leaves = {key: t.clone().requires_grad_() for key, t in tensors.items()}
+            with backend(name):
+                y = operator(**leaves, grad_out=buffer)
+                y.backward(draw(*y.shape, seed=20).float())
+            assert leaves["weight"].grad is None
+            added = buffer[inside].float() - 1
+            torch.testing.assert_close(added, expected["dweight"][inside], rtol=1e-4, atol=1e-4)
+            assert (buffer[~inside] == ELSEWHERE).all()
+            torch.testing.assert_close(leaves["x"].grad, expected["dx"])
+            torch.testing.assert_close(leaves["bias"].grad, expected["dbias"])
+
+
+@pytest.mark.parametrize("form", ["residual-gamma", "qkv", "mlp-residual", "mlp-half", "attention-half"])
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_every_operator_accumulates(form: str, name: str) -> None:
+    operator, exact = forms(CASES["prime" if form != "residual-gamma" else "kept"])[form]
+    tensors = {key: t.float() for key, t in exact.items()}
+    expected = run(operator, tensors, "reference")
+    weights = [key for key in ("weight", *(k for k in tensors if k.endswith("_weight"))) if key in tensors]
+    weights = [key for key in weights if key != "norm_weight"]
+    buffers = [torch.zeros_like(tensors[key]) for key in weights]
+    leaves = {key: t.clone().requires_grad_() for key, t in tensors.items()}
+    with backend(name):
+        y = operator(**leaves, grad_out=buffers[0] if len(buffers) == 1 else tuple(buffers))
+        y.backward(draw(*y.shape, seed=20).float())
+    for key, buffer in zip(weights, buffers, strict=True):
+        assert leaves[key].grad is None
+        torch.testing.assert_close(buffer, expected[f"d{key}"], rtol=1e-4, atol=1e-4)
+
+
+def test_strided_inputs_and_upstream_gradients() -> None:
+    case = CASES["prime"]
+    for form in ("linear-bias", "linear-gelu", "qkv-bias", "residual-gamma", "mlp-half", "attention-half"):
+        operator, exact = forms(case)[form]
+        plain = {key: t.float() for key, t in exact.items()}
+        strided = {key: torch.stack([t, t], -1)[..., 0] if t.dim() == 2 else t for key, t in plain.items()}
+        strided["x"] = torch.cat([plain["x"], plain["x"]], 1)[:, : case.width]
+        ours = {name: run(operator, t, "triton") for name, t in (("plain", plain), ("strided", strided))}
+        for key, value in ours["plain"].items():
+            assert torch.equal(value, ours["strided"][key]), (form, key)
+        leaf = plain["x"].clone().requires_grad_()
+        y = operator(**(plain | {"x": leaf}))
+        for dy in (
+            torch.ones(()).expand(y.shape),
+            draw(*y.shape[::-1]).float().permute(*range(y.dim())[::-1]),
+        ):
+            (strided_grad,) = torch.autograd.grad(y, leaf, dy, retain_graph=True)
+            (plain_grad,) = torch.autograd.grad(y, leaf, dy.contiguous(), retain_graph=True)
+            assert torch.equal(strided_grad, plain_grad), form
+
+
+def test_leading_dimensions() -> None:
+    weight = draw(8, 16).float()
+    x = draw(2, 3, 16).float()
+    assert torch.equal(ek.elastic_linear(x, weight).flatten(0, 1), ek.elastic_linear(x.flatten(0, 1), weight))
+
+
+@pytest.mark.parametrize("form", ["linear-gelu", "residual-gamma", "mlp-half", "attention-half"])
+def test_autocast_with_fp32_weights(form: str) -> None:
+    """As in training: fp32 parameters and stream, products in half precision, fp32 weight gradients."""
+    operator, exact = forms(CASES["prime"])[form]
+    tensors = {key: t.float() for key, t in exact.items()}
+    truth = run(operator, exact, "reference")
+    low = run(operator, {key: t.half() for key, t in exact.items()}, "reference")
+    with torch.autocast("cpu", torch.float16):
+        ours = run(operator, tensors, "triton")
+    for key, value in ours.items():
+        if key != "output":
+            assert value.dtype == torch.float32
+        assert_as_good_as_torch(value.half(), low[key], truth[key], label=key)
+
+
+def test_repeats_bitwise() -> None:
+    for form in ("linear-bias", "mlp-half", "attention-half"):
+        operator, exact = forms(CASES["prime"])[form]
+        tensors = {key: t.half() for key, t in exact.items()}
+        first, second = (run(operator, tensors, "triton") for _ in range(2))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_recomputed_equals_stored() -> None:
+    results = {}
+    for form in ("mlp-half", "mlp-half-recompute", "mlp", "mlp-recompute"):
+        operator, exact = forms(CASES["prime"])[form]
+        results[form] = run(operator, {key: t.half() for key, t in exact.items()}, "triton")
+    for form in ("mlp-half", "mlp"):
+        for key, value in results[form].items():
+            assert torch.equal(value, results[f"{form}-recompute"][key])
+
+
+def test_two_widths_share_weights_when_recomputed() -> None:
+    """Gradient checkpointing of two students of different widths adds up the right gradients."""
+    torch.manual_seed(0)
+    block = ek.ElasticBlock(32, 96, 16, layer_scale=0.5)
+    groups, inputs = [(2, 5)], [draw(10, width).float() for width in (32, 16)]
+
+    def gradients(name: str, recompute: bool) -> tuple[Tensor, ...]:
+        with backend(name):
+            outputs = [
+                checkpoint(block, x, groups, use_reentrant=False) if recompute else block(x, groups)
+                for x in inputs
+            ]
+            return torch.autograd.grad(sum(y.sin().sum() for y in outputs), list(block.parameters()))
+
+    stored, recomputed = gradients("triton", False), gradients("triton", True)
+    for ours, again, plain in zip(stored, recomputed, gradients("reference", False), strict=True):
+        assert torch.equal(ours, again)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_equals_eager() -> None:
+    torch.manual_seed(0)
+    block = ek.ElasticBlock(32, 96, 16, layer_scale=0.5)
+    x = draw(10, 16).float()
+
+    def loss(x: Tensor) -> Tensor:
+        return block(x, [(2, 5)]).sin().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, got = (torch.autograd.grad(f(x), list(block.parameters())) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_registered_operators() -> None:
+    x, weight, bias = draw(6, 16).float(), draw(2, 8, 16).float(), draw(2, 8).float()
+    gamma, index, scale = draw(8).float(), torch.tensor([3, 0, 5]), torch.rand(3)
+    ops, one = torch.ops.elastic_kernels, (weight[:1], bias[:1])
+    u, d = draw(6, 16).float(), draw(6, 8).float()
+    calls = [
+        (ops.linear_fwd, (x, *one, 1.5)),
+        (ops.linear_fwd, (x, weight, None, 1.5)),
+        (ops.linear_gelu_fwd, (x, *one, 1.5)),
+        (ops.linear_residual_fwd, (x, *one, d, gamma, None, None, 1.5)),
+        (ops.linear_residual_fwd, (x[:3], *one, d, None, index, scale, 1.5)),
+        (ops.linear_dgrad, (d, weight[:1], gamma, 1.5)),
+        (ops.linear_dgrad, (draw(6, 2, 8).float(), weight, None, 1.5)),
+        (ops.linear_dgrad_gelu, (d, weight[:1], gamma, u, 1.5)),
+        (ops.linear_wgrad, (d, x, *one, gamma, 1.5, [9, 20], torch.float32, True)),
+        (
+            ops.linear_wgrad,
+            (draw(6, 2, 8).float(), x, weight, None, None, 1.5, [8, 16], torch.float32, False),
+        ),
+        (ops.linear_wgrad_into, (torch.ones(1, 8, 16), d, x, *one, None, 1.5, 9, torch.float32, True)),
+        (ops.branch_grad, (d, index, scale, torch.float16)),
+    ]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -1,0 +1,225 @@
+"""Inputs and truth of the tests of linear layers, interpreted and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from numerics import draw
+from torch import Tensor
+
+import elastic_kernels as ek
+from elastic_kernels import backend
+
+EPS = 1e-6
+ELSEWHERE = 1000.0  # what lies outside of the corner of a gradient buffer before it is added to
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a product inside a larger weight.
+
+    Attributes:
+        rows, width, out: of the product; halves and the MLP ignore `out`.
+        kept: rows that take part, of more tokens; None means all of them.
+        spare: input features of the weight that are not in use.
+        head_dim: of the attention half.
+    """
+
+    rows: int
+    width: int
+    out: int
+    kept: int | None = None
+    spare: int = 16
+    head_dim: int = 16
+
+    @property
+    def largest(self) -> int:
+        return self.width + self.spare
+
+    @property
+    def tokens(self) -> int:
+        return self.rows if self.kept is None else self.rows + 3
+
+    @property
+    def choice(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows and their factors."""
+        if self.kept is None:
+            return None, None
+        order = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(5))
+        return order[: self.rows], 1 + torch.rand(self.rows, generator=torch.Generator().manual_seed(6))
+
+
+def corner(*active: int, full: tuple[int, ...], seed: int) -> Tensor:
+    """Float64 values of the size of a trained layer's, NaN outside of the corner: never to be read."""
+    tensor = torch.full(full, torch.nan, dtype=torch.float64)
+    tensor[tuple(slice(0, n) for n in active)] = draw(*active, seed=seed) / active[-1] ** 0.5
+    return tensor
+
+
+def stacked(width: int, largest: int, seed: int) -> Tensor:
+    """Three corners below each other, as the q, k and v projections."""
+    return torch.cat([corner(width, width, full=(largest, largest), seed=seed + n) for n in range(3)])
+
+
+Operator = Callable[..., Tensor]
+
+
+def linear(case: Case, bias: bool, activation: str | None) -> tuple[Operator, dict[str, Tensor]]:
+    full = (case.out + case.spare, case.largest)
+    tensors = {"x": draw(case.rows, case.width), "weight": corner(case.out, case.width, full=full, seed=1)}
+    if bias:
+        tensors["bias"] = corner(case.out, full=full[:1], seed=2)
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+        return ek.elastic_linear(
+            x, weight, bias, out_features=case.out, activation=activation, scale=1.25, **options
+        )
+
+    return operator, tensors
+
+
+def linear_residual(case: Case, gamma: bool) -> tuple[Operator, dict[str, Tensor]]:
+    full = (case.out + case.spare, case.largest)
+    tensors = {
+        "x": draw(case.rows, case.width),
+        "weight": corner(case.out, case.width, full=full, seed=1),
+        "residual": draw(case.tokens, case.out, seed=3),
+        "bias": corner(case.out, full=full[:1], seed=2),
+    }
+    if gamma:
+        tensors["gamma"] = corner(case.out, full=full[:1], seed=4)
+    rows, scale = case.choice
+
+    def operator(
+        x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor, gamma: Tensor | None = None, **options
+    ) -> Tensor:
+        place = {"rows": move(rows, x), "row_scale": move(scale, x)}
+        return ek.elastic_linear_residual(x, weight, bias, residual, gamma, **place, **options)
+
+    return operator, tensors
+
+
+def qkv(case: Case, bias: bool) -> tuple[Operator, dict[str, Tensor]]:
+    tensors = {"x": draw(case.rows, case.width), "weight": stacked(case.width, case.largest, seed=1)}
+    if bias:
+        tensors["bias"] = torch.cat([corner(case.width, full=(case.largest,), seed=4 + n) for n in range(3)])
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
+        return ek.elastic_qkv(x, weight, bias, **options)
+
+    return operator, tensors
+
+
+def mlp_parameters(case: Case) -> dict[str, Tensor]:
+    width, largest = case.width, case.largest
+    hidden, most = ek.elastic_hidden_features(width, largest, 3 * largest), 3 * largest
+    return {
+        "fc1_weight": corner(hidden, width, full=(most, largest), seed=1),
+        "fc1_bias": corner(hidden, full=(most,), seed=2),
+        "fc2_weight": corner(width, hidden, full=(largest, most), seed=3),
+        "fc2_bias": corner(width, full=(largest,), seed=4),
+    }
+
+
+def mlp(case: Case, residual: bool, recompute: bool) -> tuple[Operator, dict[str, Tensor]]:
+    tensors = {"x": draw(case.rows, case.width), **mlp_parameters(case)}
+    rows, scale = case.choice if residual else (None, None)
+    if residual:
+        tensors["residual"] = draw(case.tokens, case.width, seed=5)
+        tensors["gamma"] = corner(case.width, full=(case.largest,), seed=6)
+
+    def operator(x: Tensor, **parameters) -> Tensor:
+        place = {"rows": move(rows, x), "row_scale": move(scale, x)}
+        return ek.elastic_mlp(x, **parameters, **place, recompute=recompute)
+
+    return operator, tensors
+
+
+def half_parameters(case: Case) -> dict[str, Tensor]:
+    full = (case.largest,)
+    return {
+        "x": draw(case.tokens, case.width),
+        "norm_weight": 1 + corner(case.width, full=full, seed=7),
+        "norm_bias": corner(case.width, full=full, seed=8),
+        "gamma": corner(case.width, full=full, seed=9),
+    }
+
+
+def kept_rows(case: Case, groups: tuple[tuple[int, int], ...], like: Tensor) -> ek.KeptRows | None:
+    rows, scale = case.choice
+    if rows is None or scale is None:
+        return None
+    return ek.KeptRows(groups, rows.to(like.device), scale.to(like.device))
+
+
+def mlp_half(case: Case, recompute: bool) -> tuple[Operator, dict[str, Tensor]]:
+    def operator(x: Tensor, **parameters) -> Tensor:
+        kept = kept_rows(case, (), x)
+        return ek.elastic_mlp_half(x, eps=EPS, kept=kept, recompute=recompute, **parameters)
+
+    return operator, half_parameters(case) | mlp_parameters(case)
+
+
+def attention_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
+    """Sequences of 5 tokens, then one of the rest."""
+    first = case.rows // 10
+    groups = ((first, 5), (1, case.rows - 5 * first)) if case.rows else ((0, 5),)
+    tensors = half_parameters(case) | {
+        "qkv_weight": stacked(case.width, case.largest, seed=10),
+        "qkv_bias": torch.cat([corner(case.width, full=(case.largest,), seed=13 + n) for n in range(3)]),
+        "proj_weight": corner(case.width, case.width, full=(case.largest, case.largest), seed=16),
+        "proj_bias": corner(case.width, full=(case.largest,), seed=17),
+    }
+
+    def operator(x: Tensor, **parameters) -> Tensor:
+        kept = kept_rows(case, groups, x)
+        return ek.elastic_attention_half(
+            x, eps=EPS, groups=groups, head_dim=case.head_dim, kept=kept, **parameters
+        )
+
+    return operator, tensors
+
+
+def move(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.device)
+
+
+def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
+    """Every operator with every epilogue; those that choose rows only where the case does."""
+    choosing = {
+        "residual": linear_residual(case, gamma=False),
+        "residual-gamma": linear_residual(case, gamma=True),
+        "mlp-residual": mlp(case, residual=True, recompute=False),
+        "mlp-half": mlp_half(case, recompute=False),
+        "mlp-half-recompute": mlp_half(case, recompute=True),
+    }
+    if case.width % case.head_dim == 0:
+        choosing["attention-half"] = attention_half(case)
+    if case.kept is not None:
+        return choosing
+    return choosing | {
+        "linear": linear(case, bias=False, activation=None),
+        "linear-bias": linear(case, bias=True, activation=None),
+        "linear-gelu": linear(case, bias=True, activation="gelu"),
+        "qkv": qkv(case, bias=False),
+        "qkv-bias": qkv(case, bias=True),
+        "mlp": mlp(case, residual=False, recompute=False),
+        "mlp-recompute": mlp(case, residual=False, recompute=True),
+    }
+
+
+def run(operator: Operator, tensors: dict[str, Tensor], name: str, seed: int = 20) -> dict[str, Tensor]:
+    """Output and the gradient of every tensor on a backend, for a random upstream gradient."""
+    leaves = {key: t.detach().requires_grad_() for key, t in tensors.items()}
+    with backend(name):
+        y = operator(**leaves)
+        dy = draw(*y.shape, seed=seed).to(y)
+        grads = torch.autograd.grad(y, list(leaves.values()), dy)
+    return {"output": y.detach(), **{f"d{key}": g for key, g in zip(leaves, grads, strict=True)}}
+
+
+def assert_zero_outside(gradient: Tensor, tensor: Tensor) -> None:
+    """The gradient is exactly zero where the tensor was poisoned."""
+    assert not gradient[tensor.isnan()].any()
