@@ -2,6 +2,7 @@
 #   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU); RUN=folder
 #   make test          the test suite
 #   make test-gpu      the tests that need a GPU
+#   make kernel-report compile every Triton kernel for every kind of GPU, without one; WRITE=1 replaces the table
 #   make lint          ruff, ruff format, mypy
 # Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
 
@@ -10,7 +11,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu lint clean
+.PHONY: quickstart test test-gpu kernel-report lint clean
 
 quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(RUN),--out $(RUN))
@@ -20,6 +21,9 @@ test: $(VENV)/.poa-test
 
 test-gpu: $(VENV)/.poa-test
 	$(BIN)/python -m pytest -rs -k cuda
+
+kernel-report: $(VENV)/.poa-test
+	$(BIN)/python -m benchmarks.kernel_report $(if $(WRITE),--write)
 
 lint: $(VENV)/.poa-dev
 	$(BIN)/ruff check .

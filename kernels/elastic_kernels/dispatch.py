@@ -72,11 +72,17 @@ def forced() -> str | None:
     return _forced
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast makes of matrix products on a device, or None where it is off."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of `x` runs: its own, or autocast's."""
-    if x.is_floating_point() and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    return autocast_dtype(x.device) or x.dtype
 
 
 def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | None = None) -> Choice:

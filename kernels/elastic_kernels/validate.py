@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from elastic_kernels import dispatch
+
 
 def prefix(op: str, name: str, value: int, largest: int) -> None:
     """Raise ValueError unless `1 <= value <= largest`."""
@@ -21,7 +23,7 @@ def operands(op: str, **tensors: Tensor | None) -> None:
     if len({t.device for t in given.values()}) > 1:
         got = ", ".join(f"{name} on {t.device}" for name, t in given.items())
         raise ValueError(f"{op}: expected one device, got {got}")
-    if torch.is_autocast_enabled(next(iter(given.values())).device.type):
+    if dispatch.autocast_dtype(next(iter(given.values())).device) is not None:
         return
     if len({t.dtype for t in given.values()}) > 1:
         got = ", ".join(f"{name} {t.dtype}" for name, t in given.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from numerics import draw
+from numerics import assert_as_good_as_torch, draw
 from torch import Tensor
 
 from elastic_kernels import backend, packed_attention
@@ -17,6 +17,18 @@ def active_heads(groups: Groups, dim: int, heads: int = 2) -> Tensor:
     full = torch.full((tokens, 3, heads + 1, dim), torch.nan, dtype=torch.float64)
     full[:, :, :heads] = draw(tokens, 3, heads, dim)
     return full
+
+
+def assert_accurate(case: Groups, dim: int, dtype: torch.dtype, name: str, device: str = "cpu") -> None:
+    """A backend's output and gradient are as good as the reference's in the same dtype."""
+    exact = active_heads(case, dim).to(dtype).double()[:, :, :2]
+    qkv = active_heads(case, dim).to(dtype).to(device)[:, :, :2]
+    dout = draw(qkv.shape[0], 2 * dim, seed=1).to(dtype)
+    truth = run(exact, case, dout.double(), "reference")
+    ours, torchs = (run(qkv, case, dout.to(device), backend) for backend in (name, "reference"))
+    for a, b, t in zip(ours, torchs, truth, strict=True):
+        assert a.dtype == dtype
+        assert_as_good_as_torch(a.cpu(), b.cpu(), t)
 
 
 def run(qkv: Tensor, groups: Groups, dout: Tensor, name: str) -> tuple[Tensor, Tensor]:

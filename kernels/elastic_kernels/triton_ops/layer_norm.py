@@ -125,12 +125,13 @@ class RowConfig:
     warps: int
 
 
-# A thread holds 16 to 32 values, in 16-byte accesses; not timed on a GPU yet.
+# A thread holds 16 values, so that four blocks of the backward fit on a multiprocessor; not timed on a GPU
+# yet.
 CONFIGS = (
     RowConfig(block=128, rows=8, warps=2),
     RowConfig(block=512, rows=4, warps=4),
-    RowConfig(block=1024, rows=4, warps=4),
-    RowConfig(block=2048, rows=2, warps=4),
+    RowConfig(block=1024, rows=2, warps=4),
+    RowConfig(block=2048, rows=2, warps=8),
     RowConfig(block=4096, rows=1, warps=8),
 )
 

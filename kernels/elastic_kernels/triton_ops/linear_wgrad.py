@@ -170,7 +170,7 @@ def _wgrad_plan(dy: Tensor, weight: Tensor) -> _Wgrad:
     config = config_for("wgrad", width, dy)
     tiles_k = triton.cdiv(width, config.block_n)
     tiles = groups * triton.cdiv(out, config.block_m) * tiles_k
-    most = triton.cdiv(dy.shape[0], MIN_SPLIT_ROWS if dy.is_cuda else config.block_k)
+    most = triton.cdiv(dy.shape[0], config.block_k if dy.device.type == "cpu" else MIN_SPLIT_ROWS)
     return _Wgrad(config, max(min(processors(dy.device) // tiles, most), 1), tiles_k)
 
 

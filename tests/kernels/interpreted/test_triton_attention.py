@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from attention_cases import Groups, active_heads, run
-from numerics import assert_as_good_as_torch, draw, poison_outputs
+from attention_cases import Groups, assert_accurate, run
+from numerics import draw, poison_outputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -40,15 +40,7 @@ def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator
     [(case, 16) for case in CASES] + [("two-classes", 32), ("197", 64), ("edge-64", 128), ("edge-256", 64)],
 )
 def test_forward_and_gradient(case: str, dim: int, dtype: torch.dtype) -> None:
-    groups = CASES[case]
-    exact = active_heads(groups, dim).to(dtype).double()[:, :, :2]
-    qkv = active_heads(groups, dim).to(dtype)[:, :, :2]
-    dout = draw(qkv.shape[0], 2 * dim, seed=1).to(dtype)
-    truth = run(exact, groups, dout.double(), "reference")
-    ours, torchs = (run(qkv, groups, dout, name) for name in ("triton", "reference"))
-    for a, b, t in zip(ours, torchs, truth, strict=True):
-        assert a.dtype == dtype
-        assert_as_good_as_torch(a, b, t)
+    assert_accurate(CASES[case], dim, dtype, "triton")
 
 
 @pytest.mark.parametrize("layout", ["projections-first", "heads-last", "offset"])

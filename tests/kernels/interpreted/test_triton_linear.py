@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, run
 from numerics import assert_as_good_as_torch, draw, poison_outputs
 from torch import Tensor
@@ -230,3 +232,27 @@ def test_registered_operators() -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+def test_gradients_under_ddp(tmp_path: Path) -> None:
+    """Hooks of DDP see ordinary full-shape gradients, of two widths added up."""
+    torch.manual_seed(0)
+    block, inputs = ek.ElasticBlock(32, 96, 16, layer_scale=0.5), [draw(10, w).float() for w in (32, 16)]
+
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self) -> Tensor:
+            return sum(self.block(x, [(2, 5)]).sin().sum() for x in inputs)
+
+    expected = torch.autograd.grad(Both()(), list(block.parameters()))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(Both())
+        wrapped().backward()
+        for parameter, gradient in zip(block.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    finally:
+        dist.destroy_process_group()

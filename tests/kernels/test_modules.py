@@ -1,0 +1,213 @@
+"""Module wrappers and half-blocks: composed of the operators, stateless about the subnet; wrong use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import elastic_kernels as ek
+
+C, HIDDEN, HEAD = 32, 128, 16
+GROUPS = [(2, 5), (3, 2)]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+class PlainAttention(nn.Module):
+    """As timm's, in its parts that count here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = C // HEAD
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.q_norm = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, HEAD)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class PlainBlock(nn.Module):
+    """A timm-style ViT block."""
+
+    def __init__(self, layer_scale: bool = True, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(C, eps=1e-3), nn.LayerNorm(C, eps=1e-5)
+        self.attn = PlainAttention()
+        self.mlp = nn.Sequential()
+        for name, part in (
+            ("fc1", nn.Linear(C, HIDDEN)),
+            ("act", act or nn.GELU()),
+            ("fc2", nn.Linear(HIDDEN, C)),
+        ):
+            self.mlp.add_module(name, part)
+        scales = [ek.LayerScale(C, 0.1 * n) if layer_scale else nn.Identity() for n in (1, 2)]
+        self.ls1, self.ls2 = scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = [getattr(scale, "gamma", 1) for scale in (self.ls1, self.ls2)]
+        x = x + factor[0] * self.attn(self.norm1(x))
+        return x + factor[1] * self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize("layer_scale", [True, False])
+def test_block_from_a_vit_shares_its_parameters(layer_scale: bool) -> None:
+    plain = PlainBlock(layer_scale)
+    block = ek.elastic_block_from_vit(plain)
+    mine, theirs = dict(block.named_parameters()), dict(plain.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(mine[name] is theirs[name] for name in mine)
+    x = draw(2, 5, C)
+    torch.testing.assert_close(block(x.flatten(0, 1), [(2, 5)]).view(x.shape), plain(x))
+    assert block(draw(10, 16), [(2, 5)]).shape == (10, 16)
+
+
+def test_block_from_timm() -> None:
+    try:
+        from timm.models.vision_transformer import Block
+    except (ImportError, RuntimeError):
+        pytest.skip("timm does not import here")
+    plain = Block(C, C // HEAD, init_values=0.1).eval()
+    x = draw(2, 5, C)
+    torch.testing.assert_close(
+        ek.elastic_block_from_vit(plain)(x.flatten(0, 1), [(2, 5)]).view(x.shape), plain(x)
+    )
+
+
+def changed(change: Callable[[Any], None]) -> PlainBlock:
+    block = PlainBlock()
+    change(block)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: setattr(b.attn, "q_norm", nn.LayerNorm(HEAD)), "expected no q_norm, got LayerNorm"),
+        (lambda b: setattr(b.mlp, "act", nn.GELU("tanh")), "expected an exact nn.GELU, got GELU"),
+        (lambda b: setattr(b, "ls2", nn.Identity()), "both or neither, got one of them"),
+        (
+            lambda b: setattr(b.attn, "qkv", nn.Linear(C, C)),
+            r"expected qkv \[96, 32\] for 2 equal heads, got",
+        ),
+        (lambda b: setattr(b, "extra", nn.Linear(1, 1)), "differs in extra.bias, extra.weight"),
+    ],
+)
+def test_blocks_that_are_not_plain(change: Callable[[Any], None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ek.elastic_block_from_vit(changed(change))
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_modules_are_the_operators(width: int) -> None:
+    x = draw(16, width)
+    linear, norm = ek.ElasticLinear(C, 24), ek.ElasticLayerNorm(C, eps=1e-3)
+    assert torch.equal(linear(x, 7), ek.elastic_linear(x, linear.weight, linear.bias, out_features=7))
+    rows = torch.tensor([3, 1])
+    assert torch.equal(norm(x, rows), ek.elastic_layer_norm(x, norm.weight, norm.bias, 1e-3, rows=rows))
+    mlp = ek.ElasticMLP(C, HIDDEN)
+    hidden = F.gelu(F.linear(x * (C / width), mlp.fc1.weight[: 4 * width, :width], mlp.fc1.bias[: 4 * width]))
+    expected = F.linear(hidden * (C / width), mlp.fc2.weight[:width, : 4 * width], mlp.fc2.bias[:width])
+    torch.testing.assert_close(mlp(x), expected)
+    attention = ek.ElasticAttention(C, HEAD)
+    qkv = ek.elastic_qkv(x, attention.qkv.weight, attention.qkv.bias).unflatten(-1, (-1, HEAD))
+    expected = attention.proj(ek.packed_attention(qkv, GROUPS), width)
+    assert torch.equal(attention(x, GROUPS), expected)
+
+
+def test_recomputed_mlp_of_the_reference() -> None:
+    block, x = ek.ElasticBlock(C, HIDDEN, HEAD, layer_scale=0.1), draw(16, 16)
+    sums = [block(x, GROUPS, recompute_mlp=recompute).sin().sum() for recompute in (False, True)]
+    stored, again = (torch.autograd.grad(total, list(block.parameters())) for total in sums)
+    assert all(torch.equal(a, b) for a, b in zip(stored, again, strict=True))
+
+
+def test_two_widths_share_a_checkpointed_block() -> None:
+    block = ek.ElasticBlock(C, HIDDEN, HEAD)
+    inputs = [draw(16, width) for width in (C, HEAD)]
+    sums = [
+        sum(
+            (checkpoint(block, x, GROUPS, use_reentrant=False) if recompute else block(x, GROUPS)).sin().sum()
+            for x in inputs
+        )
+        for recompute in (False, True)
+    ]
+    stored, again = (torch.autograd.grad(total, list(block.parameters())) for total in sums)
+    for a, b in zip(stored, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_sum_and_norm() -> None:
+    x, r, weight, bias = draw(3, 4, 8), draw(4, 3, 8).view(3, 4, 8), draw(10), draw(11)[:10]
+    y, total = ek.elastic_add_layer_norm(x, r, weight, bias, 1e-6)
+    assert torch.equal(total, x + r)
+    assert torch.equal(y, ek.elastic_layer_norm(x + r, weight, bias, 1e-6))
+
+
+X, W = torch.zeros(4, 16), torch.zeros(32, 32)
+NORM = (torch.ones(32), torch.zeros(32), 1e-6)
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "width": (lambda: ek.elastic_linear(torch.zeros(4, 40), W), ValueError, r"in in 1\.\.32, got 40"),
+    "out": (lambda: ek.elastic_linear(X, W, out_features=33), ValueError, r"out_features in 1\.\.32, got 33"),
+    "dtype": (lambda: ek.elastic_linear(X.half(), W), TypeError, "x torch.float16, weight torch.float32"),
+    "integers": (lambda: ek.elastic_linear(X.long(), W), TypeError, "floating-point x, got torch.int64"),
+    "device": (lambda: ek.elastic_linear(X, W.to("meta")), ValueError, "x on cpu, weight on meta"),
+    "activation": (
+        lambda: ek.elastic_linear(X, W, activation="relu"),
+        ValueError,
+        "None or 'gelu', got 'relu'",
+    ),
+    "grad_out": (lambda: ek.elastic_linear(X, W, grad_out=X), ValueError, r"grad_out \(32, 32\) on cpu, got"),
+    "grad_out dtype": (lambda: ek.elastic_linear(X, W, grad_out=W.long()), TypeError, "got torch.int64"),
+    "qkv": (lambda: ek.elastic_qkv(X, W, None), ValueError, r"weight \[3 \* C, C\], got \(32, 32\)"),
+    "rows": (
+        lambda: ek.elastic_linear_residual(X, W, None, X, rows=torch.tensor([1])),
+        ValueError,
+        "expected 1 rows of x, got 4",
+    ),
+    "row indices": (
+        lambda: ek.elastic_linear_residual(X, W, None, X, rows=torch.tensor([1.0])),
+        ValueError,
+        "rows int64",
+    ),
+    "mlp": (
+        lambda: ek.elastic_mlp(X, W, None, W, None, gamma=W[0]),
+        ValueError,
+        "expected a residual beside",
+    ),
+    "norm": (lambda: ek.elastic_layer_norm(X, W[0], None, 1e-6), ValueError, "both or neither"),
+    "sum": (lambda: ek.elastic_add_layer_norm(X, X[:3], None, None, 1e-6), ValueError, r"got \(3, 16\)"),
+    "head": (
+        lambda: ek.elastic_attention_half(X, *NORM, W.repeat(3, 1), None, W, None, None, [(1, 4)], 12),
+        ValueError,
+        "multiple of head_dim 12, got 16",
+    ),
+    "groups": (
+        lambda: ek.elastic_attention_half(X, *NORM, W.repeat(3, 1), None, W, None, None, [(1, 5)], 16),
+        ValueError,
+        "cover 5 tokens, expected 4",
+    ),
+    "module": (lambda: ek.ElasticAttention(40, 16), ValueError, "multiple of head_dim 16, got 40"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use(case: str) -> None:
+    call, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_wrong_use_is_the_same_on_every_device() -> None:
+    """Checks come before the dispatch: tensors without values show it."""
+    with pytest.raises(ValueError, match=r"in in 1\.\.32, got 40"):
+        ek.elastic_linear(torch.zeros(4, 40, device="meta"), W.to("meta"))
+    assert ek.elastic_linear(X.to("meta"), W.to("meta")).shape == (4, 32)
