@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from elastic_kernels import dispatch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STORAGE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # rounding of a result near 1
 
 
@@ -26,13 +29,17 @@ def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor, label: str = "result") -> None:
-    """Our error is at most twice that of PyTorch in the same dtype, plus rounding of the result."""
+    """Our error is at most twice that of PyTorch in the same dtype, plus rounding of the result.
+
+    Triton's interpreter truncates to bfloat16 where a GPU rounds, which doubles the error.
+    """
     assert ours.shape == truth.shape
     if not truth.numel():
         return
     error = (ours.double() - truth).abs().nan_to_num(torch.inf)
     rounding = STORAGE[ours.dtype] * max(float(truth.abs().max()), 1.0)
-    limit = 2 * float((torchs.double() - truth).abs().max()) + rounding
+    factor = 2 * (2 if dispatch.INTERPRETED and ours.dtype == torch.bfloat16 else 1)
+    limit = factor * float((torchs.double() - truth).abs().max()) + rounding
     worst = int(error.argmax())
     assert float(error.max()) <= limit, (
         f"{label}, worst element {worst}: {ours.flatten()[worst]} against {truth.flatten()[worst]}, "

@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 from attention_cases import Groups, assert_accurate
+from numerics import DTYPES
 
 from elastic_kernels import backend, dispatch, elastic_linear, packed_attention
 from elastic_kernels.attention import attention_backend
@@ -22,7 +23,7 @@ CASES: dict[str, Groups] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_sdpa(case: str, dtype: torch.dtype) -> None:
     with backend("sdpa"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import Groups, active_heads, run
-from numerics import assert_as_good_as_torch, draw
+from numerics import DTYPES, assert_as_good_as_torch, draw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -17,7 +17,7 @@ CASES: dict[str, Groups] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [16, 32, 64, 128])
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradient(case: str, dim: int, dtype: torch.dtype) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from layer_norm_cases import affine, run
-from numerics import assert_as_good_as_torch, draw
+from numerics import DTYPES, assert_as_good_as_torch, draw
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [384, 640, 1024, 1000])
 @pytest.mark.parametrize("gather", [False, True], ids=["all-rows", "some-rows"])
 def test_forward_and_gradients(width: int, gather: bool, dtype: torch.dtype) -> None:

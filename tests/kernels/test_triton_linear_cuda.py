@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear_cases import Case, assert_zero_outside, forms, run
-from numerics import assert_as_good_as_torch, draw
+from numerics import DTYPES, assert_as_good_as_torch, draw
 
 import elastic_kernels as ek
 from elastic_kernels import backend
@@ -20,7 +20,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name, case in CASES.items() for form in forms(case)]
 )

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elastic_kernels.triton_ops.device import is_small_part, precision
+from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.registration import register
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
@@ -56,12 +57,12 @@ def _resident_fwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
         q = _load_rows(base, offs_m, offs_d, stride_t, mask_m)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
         s = tl.where(mask_n[None, :], s, float("-inf"))
         m = tl.max(s, 1)
         p = tl.exp2(s - m[:, None])
         z = tl.sum(p, 1)
-        o = tl.dot(p.to(v.dtype), v, input_precision=PRECISION) / z[:, None]
+        o = dot(p.to(v.dtype), v, None, PRECISION) / z[:, None]
         rows = row + offs_m
         outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
         tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=mask_m[:, None])
@@ -91,14 +92,14 @@ def _streaming_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
         k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, mask_n)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
         s = tl.where(mask_n[None, :], s, float("-inf"))
         new_m = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - new_m[:, None])
         shrink = tl.exp2(m - new_m)
         z = z * shrink + tl.sum(p, 1)
         v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, mask_n)
-        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision=PRECISION)
+        o = dot(p.to(v.dtype), v, o * shrink[:, None], PRECISION)
         m = new_m
     rows = row + offs_m
     outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
@@ -142,12 +143,12 @@ def _bwd_kernel(
             lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
             # Transposed scores [keys, queries]: padded queries get p = 0 from their infinite lse.
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+            s = dot(k, tl.trans(q), None, PRECISION) * scale_log2
             p = tl.exp2(s - lse[None, :])
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            dv = dot(p.to(do.dtype), do, dv, PRECISION)
+            dp = dot(v, tl.trans(do), None, PRECISION)
             ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            dk = dot(ds.to(q.dtype), q, dk, PRECISION)
         ends = grads + offs_n[:, None] * grad_t + offs_d[None, :]
         tl.store(ends + grad_g, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_n[:, None])
         tl.store(ends + 2 * grad_g, dv.to(dqkv_ptr.dtype.element_ty), mask=mask_n[:, None])
@@ -166,12 +167,12 @@ def _bwd_kernel(
             mask_n = offs_n < length
             k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, mask_n)
             v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, mask_n)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+            s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
             s = tl.where(mask_n[None, :], s, float("-inf"))
             p = tl.exp2(s - lse[:, None])
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            dp = dot(do, tl.trans(v), None, PRECISION)
             ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            dq = dot(ds.to(k.dtype), k, dq, PRECISION)
         ends = grads + offs_m[:, None] * grad_t + offs_d[None, :]
         tl.store(ends, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_m[:, None])
 

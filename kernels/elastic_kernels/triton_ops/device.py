@@ -31,7 +31,9 @@ def processors(device: torch.device) -> int:
 
 
 def precision(x: Tensor) -> str:
-    """TF32 only where PyTorch allows it for matrix products; has no meaning in half precision."""
+    """Of products, for `gemm.dot`: TF32 only where PyTorch allows it; has no meaning in half precision."""
+    if not x.is_cuda and x.dtype == torch.bfloat16:
+        return "upcast"
     return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 

@@ -1,4 +1,4 @@
-"""What the matrix products of `linear.py` and `linear_wgrad.py` share: tiles, launch settings, providers."""
+"""What kernels with matrix products share: the product, tiles, launch settings, who runs plain ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import capability
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """`a @ b + acc`, or without acc if None; "upcast": for the interpreter, whose bf16 products are wrong."""
+    if PRECISION == "upcast":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit

@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import precision, unit_stride
-from elastic_kernels.triton_ops.gemm import PROVIDERS, Form, config_for, halves_of, launch_options, tile_of
+from elastic_kernels.triton_ops.gemm import (
+    PROVIDERS,
+    Form,
+    config_for,
+    dot,
+    halves_of,
+    launch_options,
+    tile_of,
+)
 from elastic_kernels.triton_ops.registration import register
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
@@ -85,7 +93,7 @@ def _fwd_kernel(
         mask_k = offs_k < in_features - start
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = dot(x, w, acc, PRECISION)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
     places = offs_m.to(tl.int64)
@@ -132,7 +140,7 @@ def _dgrad_kernel(
             dy = (dy.to(tl.float32) * gamma[None, :]).to(dy.dtype)
         w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+        acc = dot(dy, w, acc, PRECISION)
     halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
     for half in tl.static_range(2):
         dx = halves[half]

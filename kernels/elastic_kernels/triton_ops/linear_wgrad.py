@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import precision, processors
-from elastic_kernels.triton_ops.gemm import GemmConfig, config_for, halves_of, launch_options, tile_of
+from elastic_kernels.triton_ops.gemm import GemmConfig, config_for, dot, halves_of, launch_options, tile_of
 from elastic_kernels.triton_ops.registration import register
 
 
@@ -82,7 +82,7 @@ def _wgrad_kernel(
             )
             x_ptrs = x_ptr + places[:, None] * stride_x + offs_k[None, :]
             x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-            acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+            acc = dot(dy, x, acc, PRECISION)
         if SPLIT:
             place = (split * tl.num_programs(1) + group).to(tl.int64) * out_features
             ends = partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :]

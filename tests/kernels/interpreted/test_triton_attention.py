@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention_cases import Groups, assert_accurate, run
-from numerics import draw, poison_outputs
+from numerics import DTYPES, draw, poison_outputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +34,7 @@ def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("case", "dim"),
     [(case, 16) for case in CASES] + [("two-classes", 32), ("197", 64), ("edge-64", 128), ("edge-256", 64)],

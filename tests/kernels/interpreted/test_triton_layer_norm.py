@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from layer_norm_cases import EPS, affine, run
-from numerics import assert_as_good_as_torch, draw, poison_outputs
+from numerics import DTYPES, assert_as_good_as_torch, draw, poison_outputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +24,7 @@ def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kept", [None, "some", "none"], ids=["all-rows", "some-rows", "no-kept-rows"])
 @pytest.mark.parametrize("with_affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_registered_operators() -> None:
                 torch.library.opcheck(backward, arguments, test_utils=checks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(7, 16), (0, 16), (5, 129)])
 def test_of_a_sum(tokens: int, width: int, dtype: torch.dtype) -> None:
     inputs = [draw(tokens, width, seed=n).to(dtype) for n in range(4)]  # x, residual, dy, dsum

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, run
-from numerics import assert_as_good_as_torch, draw, poison_outputs
+from numerics import DTYPES, assert_as_good_as_torch, draw, poison_outputs
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -59,7 +59,7 @@ def compare(case: Case, form: str, dtype: torch.dtype) -> None:
             assert_zero_outside(value, exact[key[1:]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name, case in CASES.items() for form in forms(case)]
 )
