@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 CASES: dict[str, Groups] = {
     "vit-l-crops": [(8, 197), (32, 37)],
     "one-row": [(1, 1)],
+    "odd": [(3, 33)],
     "long": [(2, 1024)],
     "edges": [(1, 64), (1, 65), (1, 128), (1, 129), (1, 256), (1, 257)],
 }
