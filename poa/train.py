@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,24 +196,9 @@ class Run:
 
     def step(self, step: int, canvases: Canvases) -> dict[str, Tensor]:
         """One optimisation step; returns losses and gradient norms, on the device."""
-        method, schedules, state = self.config.method, self.schedules, self.state
         batch = self.prepare(step, canvases)
-        with autocast(self.here.device, method.precision):
-            temperature = schedules.teacher_temperature[step]
-            targets = teacher_targets(state.teacher, batch, temperature, method.loss, state.centers)
-            intact, elastic = self.model(
-                batch, self.student_passes(step, batch), self.config.performance.recompute
-            )
-        loss, terms = tribranch_loss(intact, elastic, targets, batch, method.loss)
-        state.optimizer.zero_grad(set_to_none=True)
-        state.scaler.scale(loss).backward()
-        state.scaler.unscale_(state.optimizer)
-        norms = clip_gradients(state.student, method.optim.clip)
-        apply_schedules(state.optimizer, schedules, step)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        update_teacher(state.teacher, state.student, schedules.momentum[step])
-        return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()}
+        passes = self.student_passes(step, batch)
+        return train_step(self.model, self.state, self.config, self.schedules, step, batch, passes)
 
     def prepare(self, step: int, canvases: Canvases) -> Batch:
         """Augment decoded images on the device and draw the masks of the step."""
@@ -278,6 +263,46 @@ class Run:
         self.folder.log({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = "  ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
+
+
+def train_step(
+    model: torch.nn.Module,
+    state: TrainingState,
+    config: Config,
+    schedules: Schedules,
+    step: int,
+    batch: Batch,
+    passes: Sequence[StudentPass],
+) -> dict[str, Tensor]:
+    """One optimisation step of a chunk, in place.
+
+    Args:
+        model: `state.student`, or what wraps it.
+        state: of the training.
+        config: of the run.
+        schedules: of the run.
+        step: number of the step.
+        batch: the chunk.
+        passes: the intact student and the elastic one.
+
+    Returns:
+        The loss, its terms and the gradient norms before clipping, detached, on the device.
+    """
+    method = config.method
+    with autocast(batch.global_crops.device, method.precision):
+        temperature = schedules.teacher_temperature[step]
+        targets = teacher_targets(state.teacher, batch, temperature, method.loss, state.centers)
+        intact, elastic = model(batch, passes, config.performance.recompute)
+    loss, terms = tribranch_loss(intact, elastic, targets, batch, method.loss)
+    state.optimizer.zero_grad(set_to_none=True)
+    state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    norms = clip_gradients(state.student, method.optim.clip)
+    apply_schedules(state.optimizer, schedules, step)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    update_teacher(state.teacher, state.student, schedules.momentum[step])
+    return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()}
 
 
 class Meter:

@@ -1,0 +1,209 @@
+"""`python -m benchmarks`: measure kernels and steps side by side, and draw the tables from the rows.
+
+    python -m benchmarks --list               every case and its peers
+    python -m benchmarks kernels              all kernel cases; --case NAME, --all-widths, --provider NAME
+    python -m benchmarks step                 the training step; --images 8 64, --official PATH
+    python -m benchmarks quality              k-NN against wall time on small images; --data PATH
+    python -m benchmarks profile              the largest kernels of one step
+    python -m benchmarks roofline             the cost model of a preset
+    python -m benchmarks gpu                  GPU tests, ceilings, kernels, step: one run under 10 minutes
+    python -m benchmarks report               renew the tables and plots of the README from the rows
+
+Without a GPU everything runs tiny, to test the suite; such rows are not written and no report takes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, results, roofline
+from benchmarks.cases import ALL_WIDTHS, CASES, REAL, TINY
+from poa.config import preset
+
+ROOT = Path(__file__).parent.parent
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="list the kernel cases and their providers")
+    commands = parser.add_subparsers(dest="command")
+    for name, (function, about) in COMMANDS.items():
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(function=function)
+        for add in OPTIONS[name]:
+            add(command)
+    options = parser.parse_args(arguments)
+    if options.list:
+        return list_cases()
+    if options.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return int(options.function(options) or 0)
+    except (ValueError, OSError) as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def list_cases() -> int:
+    """Every kernel case with what it does and who computes it."""
+    for case in CASES:
+        problem = next(iter(case.problems(torch.device("cpu"), TINY)))()
+        print(f"{case.name:16} {case.about}\n{'':16} providers: {', '.join(problem.providers)}")
+    return 0
+
+
+def keep(rows: list[results.Row], out: Path | None) -> None:
+    """Write rows that were measured on a GPU."""
+    measured = [row for row in rows if row["device"] == "cuda"]
+    if measured:
+        path = out or results.FOLDER / f"{rows[0]['gpu'].lower().replace(' ', '-')}.jsonl"
+        results.append(path, measured)
+        print(f"{len(measured)} rows added to {path}")
+
+
+def kernels(options: argparse.Namespace) -> None:
+    device = device_of(options.device)
+    sizes = REAL if device.type == "cuda" else TINY
+    if options.all_widths and device.type == "cuda":
+        sizes = dataclasses.replace(sizes, widths=ALL_WIDTHS)
+    ceilings = harness.ceilings_of(device, options.seconds)
+    print(f"{ceilings.matmul / 1e12:.1f} TFLOP/s, {ceilings.copy / 1e12:.2f} TB/s ({ceilings.source})")
+    rows, unknown = [], set(options.case) - {case.name for case in CASES}
+    if unknown:
+        raise ValueError(
+            f"--case: expected one of {', '.join(c.name for c in CASES)}, got {', '.join(unknown)}"
+        )
+    for case in CASES:
+        for make in case.problems(device, sizes) if not options.case or case.name in options.case else ():
+            outcome = harness.run(make(), ceilings, options.provider, options.seconds)
+            for line in harness.table(outcome.rows):
+                print(line)
+            for name, reason in outcome.refused.items():
+                print(f"    {name:16}not measured: {reason}")
+            rows += outcome.rows
+    keep(rows, options.out)
+
+
+def step(options: argparse.Namespace) -> None:
+    from benchmarks import step as benchmark
+
+    device = device_of(options.device)
+    rows = benchmark.run(options.preset, options.images, device, options.official, options.seconds)
+    keep(rows, options.out)
+
+
+def quality(options: argparse.Namespace) -> None:
+    from benchmarks import quality as benchmark
+
+    rows = benchmark.run(
+        options.preset, options.data, device_of(options.device), options.minutes, options.official
+    )
+    keep(rows, options.out)
+
+
+def profile(options: argparse.Namespace) -> None:
+    from benchmarks import step as benchmark
+
+    print(benchmark.profile(options.preset, options.images[0], device_of(options.device)))
+
+
+def print_roofline(options: argparse.Namespace) -> None:
+    work = roofline.Workload.of(preset(options.preset).method, options.images[0])
+    print(roofline.report(work, roofline.H200))
+
+
+def gpu(options: argparse.Namespace) -> int:
+    """Tests, then kernels, then steps; a failed test stops it."""
+    if not torch.cuda.is_available():
+        raise ValueError("gpu: expected a CUDA device, got none")
+    started = time.perf_counter()
+    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda"], cwd=ROOT)
+    if tests.returncode:
+        return tests.returncode
+    official = ["--official", str(options.official)] if options.official else []
+    for arguments in (["kernels"], ["step", *official]):
+        if main(arguments):
+            return 1
+        print(f"{time.perf_counter() - started:.0f} s", flush=True)
+    return 0
+
+
+def report(options: argparse.Namespace) -> None:
+    from benchmarks import report as writer
+
+    writer.write(options.rows or sorted(results.FOLDER.glob("*.jsonl")))
+
+
+COMMANDS = {
+    "kernels": (kernels, "operators against their peers"),
+    "step": (step, "the training step against naive slicing, compiled slicing and the official code"),
+    "quality": (quality, "k-NN of teacher and subnets against wall time"),
+    "profile": (profile, "the twenty largest kernels of one step"),
+    "roofline": (print_roofline, "FLOPs, bytes and floor of a step"),
+    "gpu": (gpu, "everything a GPU is needed for, in one run"),
+    "report": (report, "tables and plots from the rows"),
+}
+
+
+def _device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    parser.add_argument("--out", type=Path, help="file of rows; default benchmarks/results/GPU.jsonl")
+    parser.add_argument("--seconds", type=float, default=harness.MEASURE, help="of measuring each provider")
+
+
+def _step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="vit-l16", help="network and method")
+    parser.add_argument("--images", type=int, nargs="+", default=[64], help="images of a step")
+
+
+def _official(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--official", type=Path, help="checkout of the official code, github.com/alipay/POA")
+
+
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--case", action="append", default=[], help="only this case; may be repeated")
+    parser.add_argument("--provider", action="append", default=[], help="only this provider")
+    parser.add_argument("--all-widths", action="store_true", help="384 to 1024 instead of three widths")
+
+
+def _quality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="small-images", help="network and method")
+    parser.add_argument("--data", default="digits", help="digits, or a folder of images")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training each")
+
+
+def _report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows; default all in benchmarks/results")
+
+
+# Groups of options of each command.
+OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
+    "kernels": (_device, _kernels),
+    "step": (_device, _step, _official),
+    "quality": (_device, _quality, _official),
+    "profile": (_device, _step),
+    "roofline": (_step,),
+    "gpu": (_official,),
+    "report": (_report,),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

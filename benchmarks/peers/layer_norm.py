@@ -1,0 +1,55 @@
+"""Other implementations of LayerNorm with a prefix of an affine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Provider, Unavailable
+
+
+def _imported(package: str, name: str, device: torch.device) -> object:
+    if device.type != "cuda":
+        raise Unavailable("runs on CUDA only")
+    if importlib.util.find_spec(package.split(".")[0]) is None:
+        raise Unavailable(f"{package.split('.')[0]} is not installed")
+    try:
+        return getattr(importlib.import_module(package), name)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"{package}.{name} does not import: {error}") from None
+
+
+def liger(eps: float, device: torch.device) -> Provider:
+    function = _imported("liger_kernel.ops.layer_norm", "LigerLayerNormFunction", device)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        width = x.shape[-1]
+        return function.apply(x, weight[:width].contiguous(), bias[:width].contiguous(), eps)  # type: ignore[attr-defined]
+
+    return norm
+
+
+def apex(eps: float, device: torch.device) -> Provider:
+    """NVIDIA Apex (from source; the package of that name on the index is another)."""
+    function = _imported("apex.normalization.fused_layer_norm", "fused_layer_norm_affine", device)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        width = x.shape[-1]
+        return function(x, weight[:width].contiguous(), bias[:width].contiguous(), (width,), eps)  # type: ignore[operator]
+
+    return norm
+
+
+def quack(eps: float, device: torch.device) -> Provider:
+    """QuACK's LayerNorm has no bias and no backward of its own."""
+    _imported("quack.rmsnorm", "layernorm_fwd", device)
+    raise Unavailable("quack has no LayerNorm with a bias and a backward")
+
+
+def peers(eps: float, device: torch.device) -> dict[str, Callable[[], Provider]]:
+    """All of them, by name."""
+    return {make.__name__: partial(make, eps, device) for make in (liger, apex, quack)}

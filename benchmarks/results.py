@@ -1,0 +1,86 @@
+"""Rows of measurements: what they say of where they were taken, written as JSON lines.
+
+A row has `op`, `provider`, `mode`, `shape`, `dtype`, times in microseconds (`p20`, `p50`, `p80`) and what
+follows from them, and of its place `device`, `gpu`, `driver`, `torch`, `triton`, `commit`, `date`. Rows of
+`op: step` have `images_per_s`, `mfu`, `peak_mib` and `batch`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+REQUIRED = ("op", "provider", "mode", "shape", "dtype", "device", "gpu", "driver", "torch", "commit", "date")
+COMMIT_VARIABLE = "BENCHMARKS_COMMIT"  # for trees that travel without their repository
+
+Row = dict[str, Any]
+
+
+@functools.lru_cache
+def place(device_type: str) -> Row:
+    """Device, versions, commit and date of this process."""
+    triton = importlib.util.find_spec("triton") is not None
+    return {
+        "device": device_type,
+        "gpu": torch.cuda.get_device_name() if device_type == "cuda" else "none",
+        "driver": _printed("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device_type == "cuda"
+        else "none",
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if triton else "none",
+        "commit": os.environ.get(COMMIT_VARIABLE) or _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _commit() -> str:
+    folder = str(FOLDER.parent)
+    commit = _printed("git", "-C", folder, "rev-parse", "--short", "HEAD")
+    dirty = _printed("git", "-C", folder, "status", "--porcelain", "--untracked-files=no")
+    return commit + ("-changed" if dirty and commit != "unknown" else "")
+
+
+def _printed(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a file, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        for row in rows:
+            file.write(json.dumps(row) + "\n")
+
+
+def load(paths: Iterable[Path]) -> list[Row]:
+    """The rows of files.
+
+    Raises:
+        ValueError: a line is no row.
+    """
+    rows = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            row = json.loads(line)
+            missing = [key for key in REQUIRED if key not in row]
+            if missing:
+                raise ValueError(
+                    f"{path}:{number}: expected a row with {', '.join(missing)}, got {line[:80]}"
+                )
+            rows.append(row)
+    return rows
