@@ -2,6 +2,7 @@
 #   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU); RUN=folder
 #   make test          the test suite
 #   make test-gpu      the tests that need a GPU
+#   make bench         measure kernels and steps against their peers on a GPU; OFFICIAL=checkout of alipay/POA
 #   make kernel-report compile every Triton kernel for every kind of GPU, without one; WRITE=1 replaces the table
 #   make lint          ruff, ruff format, mypy
 # Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
@@ -11,7 +12,7 @@ PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-gpu kernel-report lint clean
+.PHONY: quickstart test test-gpu bench kernel-report lint clean
 
 quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(RUN),--out $(RUN))
@@ -21,6 +22,9 @@ test: $(VENV)/.poa-test
 
 test-gpu: $(VENV)/.poa-test
 	$(BIN)/python -m pytest -rs -k cuda
+
+bench: $(VENV)/.poa-test
+	$(BIN)/python -m benchmarks gpu $(if $(OFFICIAL),--official $(OFFICIAL))
 
 kernel-report: $(VENV)/.poa-test
 	$(BIN)/python -m benchmarks.kernel_report $(if $(WRITE),--write)

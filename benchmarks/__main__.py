@@ -6,7 +6,7 @@
     python -m benchmarks quality              k-NN against wall time on small images; --data PATH
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
-    python -m benchmarks gpu                  GPU tests, ceilings, kernels, step: one run under 10 minutes
+    python -m benchmarks gpu                  GPU tests, ceilings, kernels, step in one run; --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
 Without a GPU everything runs tiny, to test the suite; such rows are not written and no report takes them.
@@ -134,15 +134,18 @@ def gpu(options: argparse.Namespace) -> int:
     """Tests, then kernels, then steps; a failed test stops it."""
     if not torch.cuda.is_available():
         raise ValueError("gpu: expected a CUDA device, got none")
-    started = time.perf_counter()
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda"], cwd=ROOT)
-    if tests.returncode:
-        return tests.returncode
     official = ["--official", str(options.official)] if options.official else []
-    for arguments in (["kernels"], ["step", *official]):
-        if main(arguments):
-            return 1
-        print(f"{time.perf_counter() - started:.0f} s", flush=True)
+    commands = {
+        "tests": [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda"],
+        "kernels": [sys.executable, "-m", "benchmarks", "kernels", "--seconds", "0.15"],
+        "step": [sys.executable, "-m", "benchmarks", "step", "--seconds", "1.5", *official],
+    }
+    started = time.perf_counter()
+    for part in options.parts:
+        status = subprocess.run(commands[part], cwd=ROOT).returncode
+        print(f"{part}: exit status {status}, {time.perf_counter() - started:.0f} s so far", flush=True)
+        if status:
+            return status
     return 0
 
 
@@ -190,6 +193,11 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training each")
 
 
+def _gpu(parser: argparse.ArgumentParser) -> None:
+    parts = ("tests", "kernels", "step")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="*", type=Path, help="files of rows; default all in benchmarks/results")
 
@@ -201,7 +209,7 @@ OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
     "quality": (_device, _quality, _official),
     "profile": (_device, _step),
     "roofline": (_step,),
-    "gpu": (_official,),
+    "gpu": (_gpu, _official),
     "report": (_report,),
 }
 

@@ -81,6 +81,14 @@ def results_of(provider: Provider, leaves: dict[str, Tensor], dy: Tensor | None 
     return {"output": y.detach(), **{f"d{n}": g for n, g in zip(inputs, grads, strict=True)}}
 
 
+def truth_of(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What naive PyTorch makes of a problem, in its own dtype and in float64."""
+    naive = problem.providers[TRUTH]()
+    low = results_of(naive, problem.leaves)
+    double = {name: leaf.double() for name, leaf in problem.leaves.items()}
+    return low, results_of(naive, double, upstream(low["output"]))
+
+
 def gate(
     problem: Problem, provider: Provider, low: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> str | None:
@@ -110,11 +118,7 @@ def run(
         seconds: of measuring each provider and mode.
     """
     outcome, ready = Outcome(), {}
-    naive = problem.providers[TRUTH]()
-    low = results_of(naive, problem.leaves)
-    double = {name: leaf.double() for name, leaf in problem.leaves.items()}
-    truth = results_of(naive, double, upstream(low["output"]))
-    del double
+    low, truth = truth_of(problem)
     for name, make in problem.providers.items():
         if only and name not in only:
             continue
@@ -130,7 +134,7 @@ def run(
     del low, truth
     memory = {name: peak_mib(provider, problem.leaves) for name, provider in ready.items()}
     for mode in MODES:
-        calls = {name: _call(provider, problem.leaves, mode) for name, provider in ready.items()}
+        calls = {name: call_of(provider, problem.leaves, mode) for name, provider in ready.items()}
         for name, times in interleaved(calls, problem.device, seconds).items():
             outcome.rows.append(_row(problem, name, mode, times, memory[name], ceilings))
     return outcome
@@ -141,7 +145,8 @@ def timed(call: Callable[[], object]) -> Timed:
     return lambda: call
 
 
-def _call(provider: Provider, leaves: dict[str, Tensor], mode: str) -> Timed:
+def call_of(provider: Provider, leaves: dict[str, Tensor], mode: str) -> Timed:
+    """A provider's forward, its backward (the forward prepares it), or both."""
     inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     variables = list(inputs.values())
     if mode == "fwd":
@@ -170,7 +175,7 @@ def peak_mib(provider: Provider, leaves: dict[str, Tensor]) -> float | None:
 
 def interleaved(calls: dict[str, Timed], device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Seconds of single calls, the providers taking turns so that clocks and heat are the same for all."""
-    timer = _cuda_timer() if device.type == "cuda" else _cpu_time
+    timer = timer_of(device)
     for call in calls.values():
         end = time.perf_counter() + min(WARM_UP, seconds)
         while True:
@@ -186,6 +191,11 @@ def interleaved(calls: dict[str, Timed], device: torch.device, seconds: float) -
         for name, call in calls.items():
             times[name].append(timer(call))
     return times
+
+
+def timer_of(device: torch.device) -> Callable[[Timed], float]:
+    """A function that returns the seconds of one call."""
+    return _cuda_timer() if device.type == "cuda" else _cpu_time
 
 
 def _cpu_time(call: Timed) -> float:
@@ -257,7 +267,7 @@ def ceilings_of(device: torch.device, seconds: float = MEASURE) -> Ceilings:
     target = torch.empty_like(source)
     calls = {"product": timed(lambda: a @ b), "copy": timed(lambda: target.copy_(source))}
     times = {name: min(t) for name, t in interleaved(calls, device, seconds).items()}
-    peak = DATASHEET_PEAKS.get(torch.cuda.get_device_name() if cuda else "", float("nan"))
+    peak = DATASHEET_PEAKS.get(torch.cuda.get_device_name() if cuda else "")
     return Ceilings(
         2 * size**3 / times["product"],
         2 * count / times["copy"],

@@ -35,13 +35,13 @@ class Ceilings:
     Attributes:
         matmul: FLOP/s of a large bf16 product.
         copy: bytes/s of a device copy, read and written.
-        peak: FLOP/s of the datasheet, dense bf16; the denominator of MFU.
+        peak: FLOP/s of the datasheet, dense bf16; the denominator of MFU. None where it is unknown.
         source: measured, or from where.
     """
 
     matmul: float
     copy: float
-    peak: float
+    peak: float | None
     source: str
 
 
@@ -338,9 +338,9 @@ class Summary:
             max(executed / ceilings.matmul, moved / ceilings.copy),
         )
 
-    def mfu(self, seconds: float, ceilings: Ceilings) -> float:
-        """Model FLOPs utilisation of a step that takes so long."""
-        return self.flops / seconds / ceilings.peak
+    def mfu(self, seconds: float, ceilings: Ceilings) -> float | None:
+        """Model FLOPs utilisation of a step that takes so long, where the peak is known."""
+        return self.flops / seconds / ceilings.peak if ceilings.peak else None
 
 
 def report(work: Workload, ceilings: Ceilings) -> str:
@@ -361,6 +361,9 @@ def report(work: Workload, ceilings: Ceilings) -> str:
         f"\n{total.flops / 1e12:.2f} TFLOP, {total.bytes / 1e9:.0f} GB, {total.launches:.0f} launches"
     )
     for name, seconds in (("floor", total.floor), ("overlap bound", total.overlap)):
-        rate, mfu = work.images / seconds, total.mfu(seconds, ceilings)
-        lines.append(f"{name:14} {seconds * 1e3:7.1f} ms a step, {rate:6.1f} images/s, MFU {mfu:.1%}")
+        mfu = total.mfu(seconds, ceilings)
+        lines.append(
+            f"{name:14} {seconds * 1e3:7.1f} ms a step, {work.images / seconds:6.1f} images/s"
+            + (f", MFU {mfu:.1%}" if mfu else "")
+        )
     return "\n".join(lines)

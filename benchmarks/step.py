@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from benchmarks import harness, roofline
 from benchmarks.harness import Unavailable
@@ -25,6 +26,7 @@ from benchmarks.peers.official import OfficialStep
 from benchmarks.results import Row, place
 from elastic_kernels import backend
 from poa.config import Config, preset
+from poa.data.augment import augment
 from poa.data.masking import draw_masks
 from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules, clip_gradients, update_teacher
@@ -32,7 +34,15 @@ from poa.options import override
 from poa.random import python_stream, torch_stream
 from poa.subnets import Subnet
 from poa.train import TrainingState, autocast, train_step
-from poa.tribranch import VIEWS, Batch, StudentPass, teacher_targets, tribranch_loss
+from poa.tribranch import (
+    VIEWS,
+    Batch,
+    StudentOutput,
+    StudentPass,
+    Targets,
+    teacher_targets,
+    tribranch_loss,
+)
 
 TINY = [  # what runs without a GPU, to test the suite
     "method.backbone.min_width=16",
@@ -120,14 +130,13 @@ class Ours:
             centers = self.state.centers
             targets = teacher_targets(self.state.teacher, here.batch, self.temperature, method.loss, centers)
             outputs = self.state.student(here.batch, here.passes(elastic, dropping=False))
-        return float(tribranch_loss(*outputs, targets, here.batch, method.loss)[0])
+        intact, small = outputs
+        return float(tribranch_loss(intact, small, targets, here.batch, method.loss)[0])
 
-    def step(self, elastic: Subnet) -> object:
+    def step(self, elastic: Subnet) -> None:
         """A whole step."""
         state, passes = self.state, self.passes[elastic]
-        return train_step(
-            state.student, state, self.here.config, self.schedules, STEP, self.here.batch, passes
-        )
+        train_step(state.student, state, self.here.config, self.schedules, STEP, self.here.batch, passes)
 
 
 class Official:
@@ -145,9 +154,9 @@ class Official:
         with self.official.without_stochastic_depth():
             return self.official.total(self.official.losses(self.here.batch, elastic, self.temperature))
 
-    def step(self, elastic: Subnet) -> object:
+    def step(self, elastic: Subnet) -> None:
         clip = self.here.config.method.optim.clip
-        return self.official.step(self.here.batch, elastic, self.temperature, self.momentum, clip)
+        self.official.step(self.here.batch, elastic, self.temperature, self.momentum, clip)
 
 
 Provider = Ours | Official
@@ -207,8 +216,7 @@ def run(
         images if device.type == "cuda" else [min(*images, 4) if len(images) > 1 else min(images[0], 4)]
     ):
         here = setting(config, count, device)
-        if device.type == "cuda":
-            rows += parts(Ours(here), ceilings, seconds)
+        rows += parts(Ours(here), ceilings, seconds)
         expected = None
         for which in PROVIDERS:
             try:
@@ -242,16 +250,18 @@ def measure(
         warm_up, graphs = time.perf_counter() - started, compiled() - graphs
         if here.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        times, end = [], time.perf_counter() + seconds
-        while not times or time.perf_counter() < end:
-            calls = {"step": harness.timed(partial(_steps, found, subnets))}
-            times += [t / len(subnets) for t in harness.interleaved(calls, here.device, 0.0)["step"][:1]]
+        call, timer = harness.timed(partial(_steps, found, subnets)), harness.timer_of(here.device)
+        times, end = [timer(call)], time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            times.append(timer(call))
+        times = [t / len(subnets) for t in times]
         row = _row(which, mode, here, subnets, times, ceilings)
         row |= {"graphs": graphs, "warm_up_s": warm_up}
         rows.append(row)
         print(
             f"    {which:12}{mode:10}{row['images_per_s']:9.1f} images/s  {row['p50'] / 1e3:9.2f} ms"
-            f"  MFU {row['mfu']:.1%}  {row['share_of_floor']:.1%} of floor"
+            + (f"  MFU {row['mfu']:.1%}" if row["mfu"] is not None else "")
+            + f"  {row['share_of_floor']:.1%} of floor"
             + (f"  {row['peak_mib']:.0f} MiB" if row["peak_mib"] is not None else "")
             + (f"  {graphs} graphs compiled in {warm_up:.0f} s" if graphs else ""),
             flush=True,
@@ -294,7 +304,7 @@ def _row(
         "batch": here.images,
         **spread,
         "images_per_s": here.images / seconds,
-        "mfu": sum(specified) / len(specified) / seconds / ceilings.peak,
+        "mfu": sum(specified) / len(specified) / seconds / ceilings.peak if ceilings.peak else None,
         "share_of_floor": sum(t.floor for t in totals) / len(totals) / seconds,
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
         **place(here.device.type),
@@ -307,24 +317,41 @@ def _whole(work: roofline.Workload) -> roofline.Workload:
 
 
 def parts(ours: Ours, ceilings: roofline.Ceilings, seconds: float) -> list[Row]:
-    """Time by part of our step: teacher with targets, each student's forward, backward, update."""
-    here, state, method = ours.here, ours.state, ours.here.config.method
-    subnet = chosen(here)[len(chosen(here)) // 2]
-    intact, elastic = ours.passes[subnet]
+    """Time by part of our step, for the middle subnet."""
+    here, subnet = ours.here, chosen(ours.here)[len(chosen(ours.here)) // 2]
+    rows = []
+    for name, times in harness.interleaved(_parts(ours, subnet), here.device, seconds).items():
+        rows.append(_row("ours", f"{subnet} {name}", here, (subnet,), times, ceilings))
+        rows[-1]["op"] = "step part"
+        print(f"    {name:16}{rows[-1]['p50'] / 1e3:9.2f} ms", flush=True)
+    return rows
 
-    def teacher() -> object:
+
+def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
+    """Augmentation, teacher with targets, each student's forward, losses, backward, update."""
+    here, state, method = ours.here, ours.state, ours.here.config.method
+    intact, elastic = ours.passes[subnet]
+    shape = (here.images, 3, method.canvas, method.canvas)
+    canvases = torch.randint(256, shape, dtype=torch.uint8, device=here.device)
+    sizes = torch.full((here.images, 2), method.canvas)
+
+    def data() -> object:
+        return augment(canvases, sizes, method.crops, torch_stream(0, "benchmark"))
+
+    def teacher() -> Targets:
         with autocast(here.device, method.precision):
             return teacher_targets(state.teacher, here.batch, ours.temperature, method.loss, state.centers)
 
-    def student(passes: list[StudentPass]) -> object:
+    def student(passes: list[StudentPass]) -> list[StudentOutput]:
         with autocast(here.device, method.precision):
             return state.student(here.batch, passes)
 
+    def losses() -> Callable[[], Tensor]:
+        targets, (large, small) = teacher(), student([intact, elastic])
+        return lambda: tribranch_loss(large, small, targets, here.batch, method.loss)[0]
+
     def backward() -> Callable[[], object]:
-        targets = teacher()
-        with autocast(here.device, method.precision):
-            outputs = state.student(here.batch, [intact, elastic])
-        loss = tribranch_loss(*outputs, targets, here.batch, method.loss)[0]  # type: ignore[arg-type]
+        loss = losses()()
         state.optimizer.zero_grad(set_to_none=True)
         return lambda: loss.backward()
 
@@ -338,19 +365,15 @@ def parts(ours: Ours, ceilings: roofline.Ceilings, seconds: float) -> list[Row]:
 
         return all_of_it
 
-    calls: dict[str, harness.Timed] = {
+    return {
+        "data": harness.timed(data),
         "teacher": harness.timed(teacher),
         "intact forward": harness.timed(partial(student, [intact])),
         "elastic forward": harness.timed(partial(student, [elastic])),
+        "losses": losses,
         "backward": backward,
         "update": update,
     }
-    rows = []
-    for name, times in harness.interleaved(calls, here.device, seconds).items():
-        rows.append(_row("ours", f"{subnet} {name}", here, (subnet,), times, ceilings))
-        rows[-1]["op"] = "step part"
-        print(f"    {name:16}{rows[-1]['p50'] / 1e3:9.2f} ms", flush=True)
-    return rows
 
 
 # Kernels by name, and the costs that are their floor.

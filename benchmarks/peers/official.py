@@ -196,12 +196,28 @@ class OfficialStep:
         )
         return sums + 2 * float(losses["koleo_loss"].detach() if "koleo_loss" in losses else 0.0)
 
-    def step(self, batch: Batch, elastic: Subnet, temperature: float, momentum: float, clip: float) -> None:
+    def set_rates(self, lr: float, last_layer_lr: float, weight_decay: float) -> None:
+        """Learning rates and weight decay of every group, as its trainer sets them."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = (last_layer_lr if group["is_last_layer"] else lr) * group["lr_multiplier"]
+            group["weight_decay"] = weight_decay * group["wd_multiplier"]
+
+    def step(
+        self,
+        batch: Batch,
+        elastic: Subnet,
+        temperature: float,
+        momentum: float,
+        clip: float,
+        *,
+        ibot: bool = True,
+    ) -> None:
         """A whole step as its trainer does it: losses, clip, AdamW, moving average, values for the log."""
         assert self.optimizer is not None
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch, elastic, temperature)
-        if not math.isnan(sum(float(v) for v in losses.values())):
+        losses = self.losses(batch, elastic, temperature, ibot)
+        if not math.isnan(sum(float(v.detach()) for v in losses.values())):
             for part in self.model.student.values():
                 nn.utils.clip_grad_norm_(part.parameters(), clip)
             self.optimizer.step()

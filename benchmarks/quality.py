@@ -1,0 +1,154 @@
+"""Training quality against wall time: k-NN accuracy of teacher subnets, ours and the official code.
+
+Both start from the same weights and see the same batches of the same run; evaluation does not count as time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers.official import OfficialStep
+from benchmarks.results import Row, place
+from poa.backbones import ElasticViT
+from poa.checkpoint import RunFolder
+from poa.config import Config, preset, with_run
+from poa.data.sources import open_data
+from poa.distributed import World
+from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.train import Run, train_step
+from poa.tribranch import Batch, Network
+
+POINTS = 4  # evaluations after the first
+
+
+class Ours:
+    """The trainer's step."""
+
+    def __init__(self, run: Run):
+        self.run = run
+
+    def step(self, number: int, batch: Batch) -> None:
+        run = self.run
+        passes = run.student_passes(number, batch)
+        train_step(run.model, run.state, run.config, run.schedules, number, batch, passes)
+
+    def teacher(self) -> ElasticViT:
+        return self.run.state.teacher.backbone
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+class Official:
+    """The official step on the same batches, schedules and subnets."""
+
+    def __init__(self, run: Run, checkout: Path):
+        self.run, method = run, run.config.method
+        self.official = OfficialStep(checkout, method, run.here.device)
+        self.official.load_from(run.state.student)
+        self.official.start_optimizer(method.optim)
+        print("    official code, patched:", *self.official.patches, sep="\n        ")
+        self.network = Network(method.backbone, method.head).to(run.here.device)
+
+    def step(self, number: int, batch: Batch) -> None:
+        schedules, official = self.run.schedules, self.official
+        official.set_rates(
+            schedules.lr[number], schedules.last_layer_lr[number], schedules.weight_decay[number]
+        )
+        official.step(
+            batch,
+            self.run.sampler.draw(number, 0),
+            schedules.teacher_temperature[number],
+            schedules.momentum[number],
+            self.run.config.method.optim.clip,
+            ibot=number >= schedules.ibot_start,
+        )
+
+    def teacher(self) -> ElasticViT:
+        self.official.load_into(self.network, "teacher")
+        return self.network.backbone
+
+    def close(self) -> None:
+        self.official.close()
+
+
+def run(name: str, data: str, device: torch.device, minutes: float, official: Path | None) -> list[Row]:
+    """Train for so many minutes each and evaluate on the way.
+
+    Args:
+        name: of the preset.
+        data: as `python -m poa pretrain --data`; with held-out images of known classes.
+        device: to run on.
+        minutes: of training, of each.
+        official: checkout of the official code, or None.
+
+    Raises:
+        ValueError: the data has no classes to evaluate on.
+    """
+    config = with_run(preset(name), data=data)
+    makers: dict[str, Callable[[Run], Ours | Official]] = {"ours": Ours}
+    if official is not None:
+        makers["official"] = lambda run: Official(run, official)
+    else:
+        print("    official     not measured: no checkout was named with --official")
+    rows = []
+    for which, make in makers.items():
+        rows += _train(which, make, config, device, minutes * 60)
+    return rows
+
+
+def _train(
+    which: str, make: Callable[[Run], Ours | Official], config: Config, device: torch.device, seconds: float
+) -> list[Row]:
+    source = open_data(config.run.data, config.run.holdout, config.method.seed)
+    if source.test is None:
+        raise ValueError(f"--data: expected class folders to evaluate on, got {config.run.data}")
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Run(config, RunFolder(Path(folder)), source, World(0, 1, device))
+        trainer = make(whole)
+        rows, spent, images, due = [], 0.0, 0, 0.0
+        steps = range(whole.schedules.total_steps)
+        for number, canvases in zip(steps, whole.batches(steps), strict=True):
+            if spent >= due:
+                rows += _evaluate(which, trainer, whole, spent, images)
+                due += seconds / POINTS
+            if spent >= seconds:
+                break
+            started = time.perf_counter()
+            trainer.step(number, whole.prepare(number, canvases))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            spent += time.perf_counter() - started
+            images += config.method.batch_size
+        else:
+            rows += _evaluate(which, trainer, whole, spent, images)
+        trainer.close()
+    return rows
+
+
+def _evaluate(which: str, trainer: Ours | Official, whole: Run, seconds: float, images: int) -> list[Row]:
+    subnets = [whole.space.intact, whole.space.smallest]
+    limit = whole.config.run.knn_images
+    scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, limit)
+    shown = ", ".join(f"{s} {score[REPORTED_K]:.1%}" for s, score in zip(subnets, scores, strict=True))
+    print(f"    {which:10}{seconds:8.1f} s {images:8} images  {shown}", flush=True)
+    return [
+        {
+            "op": "quality",
+            "provider": which,
+            "mode": str(subnet),
+            "shape": whole.config.run.data,
+            "dtype": whole.config.method.precision,
+            "seconds": seconds,
+            "images": images,
+            "accuracy": score[REPORTED_K],
+            "k": REPORTED_K,
+            **place(whole.here.device.type),
+        }
+        for subnet, score in zip(subnets, scores, strict=True)
+    ]

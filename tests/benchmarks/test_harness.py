@@ -1,0 +1,198 @@
+"""The harness: its gate, its timing, what it writes; every case on a CPU; the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import __main__ as command
+from benchmarks import cases, harness, results
+from benchmarks.harness import Problem, Unavailable
+from benchmarks.peers import naive
+from benchmarks.roofline import Ceilings
+from elastic_kernels import ElasticBlock, KeptRows
+
+CPU = torch.device("cpu")
+CEILINGS = Ceilings(1e12, 1e11, None, "made up for a test")
+ROOT = Path(__file__).parent.parent.parent
+
+
+def scaled(x: Tensor, w: Tensor) -> Tensor:
+    return x * w
+
+
+def problem(**more: Callable[[], harness.Provider]) -> Problem:
+    leaves = {"x": cases.draw(CPU, torch.float32, 5, 7), "w": cases.draw(CPU, torch.float32, 7, seed=1)}
+    moved = dict.fromkeys(harness.MODES, 280.0)
+    return Problem(
+        "scale", "5x7", leaves, {"ours": lambda: scaled, "naive": lambda: scaled, **more}, 35.0, moved
+    )
+
+
+def wrong_forward(x: Tensor, w: Tensor) -> Tensor:
+    return x * w * 1.001
+
+
+def wrong_gradient(x: Tensor, w: Tensor) -> Tensor:
+    return x * w.detach() + (w - w.detach()) * 0
+
+
+def crashing(x: Tensor, w: Tensor) -> Tensor:
+    raise IndexError("out of range")
+
+
+def missing() -> harness.Provider:
+    raise Unavailable("it is not installed")
+
+
+def test_gate_refuses_wrong_kernels_and_lists_missing_peers() -> None:
+    more = {"off": wrong_forward, "gradless": wrong_gradient, "crashing": crashing}
+    providers = {name: (lambda function=function: function) for name, function in more.items()}
+    outcome = harness.run(problem(**providers, absent=missing), CEILINGS, seconds=0.001)
+    assert {row["provider"] for row in outcome.rows} == {"ours", "naive"}
+    assert outcome.refused["off"].startswith("output: worst element")
+    assert outcome.refused["gradless"].startswith("dw: worst element")
+    assert outcome.refused["crashing"] == "IndexError: out of range"
+    assert outcome.refused["absent"] == "it is not installed"
+
+
+def test_rows() -> None:
+    outcome = harness.run(problem(), CEILINGS, seconds=0.001)
+    assert [row["mode"] for row in outcome.rows] == ["fwd", "fwd", "bwd", "bwd", "fwd+bwd", "fwd+bwd"]
+    for row in outcome.rows:
+        assert all(key in row for key in results.REQUIRED)
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["device"] == "cpu"
+        assert row["gb_per_s"] == pytest.approx(280 / row["p50"] / 1e3)
+        assert row["share_of_floor"] == pytest.approx(280 / 1e11 / (row["p50"] / 1e6), rel=0.05)
+        json.dumps(row)
+    assert len(list(harness.table(outcome.rows))) == 9
+
+
+def test_a_slow_provider_is_slow() -> None:
+    def slow(x: Tensor, w: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return x * w
+
+    outcome = harness.run(problem(slow=lambda: slow), CEILINGS, seconds=0.01)
+    spent = {(row["provider"], row["mode"]): row["p50"] for row in outcome.rows}
+    assert spent["slow", "fwd"] > 2000 > spent["ours", "fwd"]
+    assert spent["slow", "bwd"] < 2000  # its forward is not part of the backward
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_every_case_passes_its_gate(case: cases.Case) -> None:
+    for make in case.problems(CPU, cases.TINY):
+        outcome = harness.run(make(), CEILINGS, only=("ours", "naive", "packed"), seconds=0.001)
+        assert {"ours", "naive"} <= {row["provider"] for row in outcome.rows}
+        assert not outcome.refused
+
+
+def test_compiled_slicing_and_the_reasons_of_absent_peers() -> None:
+    """On a CPU the compiled peer runs, and each of the others says why it does not."""
+    if torch.cuda.is_available():
+        pytest.skip("about the machine without a GPU")
+    (first, *_) = next(c for c in cases.CASES if c.name == "attention").problems(CPU, cases.TINY)
+    outcome = harness.run(first(), CEILINGS, seconds=0.001)
+    assert {row["provider"] for row in outcome.rows} == {"ours", "naive", "compiled"}
+    expected = {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "varlen", "flex", "xformers", "flash4"}
+    assert outcome.refused.keys() == expected
+    assert all("CUDA" in reason or "not installed" in reason for reason in outcome.refused.values())
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_naive_block_is_the_block(width: int) -> None:
+    block = ElasticBlock(32, 128, 16, layer_scale=0.3)
+    rows = torch.tensor([5, 6, 7, 8, 9])
+    kept = KeptRows(((1, 5),), rows, torch.full((5,), 2.0))
+    x = cases.draw(CPU, torch.float32, 10, width)
+    for choice in (None, (kept, kept)):
+        expected = block(x, [(2, 5)], choice)
+        with naive.installed() as graphs:
+            torch.testing.assert_close(block(x, [(2, 5)], choice), expected)
+            assert graphs() == 0
+        assert torch.equal(block(x, [(2, 5)], choice), expected)
+
+
+def test_kernels_command_writes_no_rows_without_a_gpu(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("about the machine without a GPU")
+    out = tmp_path / "rows.jsonl"
+    arguments = ["kernels", "--case", "qkv", "--provider", "ours", "--seconds", "0.001", "--out", str(out)]
+    assert command.main(arguments) == 0
+    assert "qkv" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_wrong_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert command.main(["kernels", "--case", "softmax", "--seconds", "0.001"]) == 1
+    assert "expected one of layer_norm, attention" in capsys.readouterr().err
+    assert command.main(["step", "--official", str(tmp_path), "--seconds", "0.001"]) == 1
+    assert "expected a checkout of github.com/alipay/POA" in capsys.readouterr().err
+
+
+def test_list_and_help_explain_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    for case in cases.CASES:
+        assert f"{case.name:16} {case.about}" in listed
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"{name:12}" in printed for name in command.COMMANDS)
+
+
+SLOW = """
+import time
+from benchmarks import harness
+call_of = harness.call_of
+def slow_call_of(*arguments):
+    prepare = call_of(*arguments)
+    def prepared():
+        call = prepare()
+        return lambda: (time.sleep(0.01), call())
+    return prepared
+harness.call_of = slow_call_of
+"""
+
+
+def test_a_slowed_kernel_shows_in_a_comparison(tmp_path: Path) -> None:
+    """`pytest benchmarks --benchmark-save`, then `--benchmark-compare`, also with a kernel made slow."""
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "slow_plugin.py").write_text(SLOW)
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "kernels")])
+    }
+    options = ["-q", "-k", "layer_norm-0 and ours and not bwd", f"--benchmark-storage={tmp_path}"]
+    options += ["--benchmark-min-rounds=5", "--benchmark-max-time=0.05", "-p", "no:cacheprovider"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pytest", "benchmarks", *options, *more]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    first = run("--benchmark-save=before")
+    assert first.returncode == 0, first.stdout
+    compare = ("--benchmark-compare=0001", "--benchmark-compare-fail=min:900%")
+    again = run(*compare)
+    assert again.returncode == 0, again.stdout + again.stderr
+    slowed = run(*compare, "-p", "slow_plugin")
+    assert slowed.returncode != 0
+    assert "Performance has regressed" in slowed.stdout + slowed.stderr
+
+
+def test_sizes_are_those_of_the_step() -> None:
+    """51 of 64 images' global crops and 409 of 512 local ones are kept at a rate of 0.2."""
+    assert cases.REAL.crops["student"] == ((102, 197), (409, 37))
+    assert dataclasses.asdict(cases.REAL)["largest"] == 1024

@@ -1,0 +1,113 @@
+"""The step benchmark on a CPU, tiny; the official code where a checkout is named with POA_OFFICIAL."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from benchmarks import quality, step
+from benchmarks.peers.official import OfficialStep
+from poa.config import preset
+from poa.options import override
+from poa.subnets import Subnet
+from poa.tribranch import Centers, Network, StudentPass, teacher_targets, tribranch_loss
+
+CPU = torch.device("cpu")
+OFFICIAL = os.environ.get("POA_OFFICIAL")
+needs_official = pytest.mark.skipif(
+    not OFFICIAL, reason="needs POA_OFFICIAL, a checkout of github.com/alipay/POA"
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the machine without a GPU")
+
+
+def test_every_provider_that_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = step.run("vit-l16", [4], CPU, None, 0.01)
+    parts = [row for row in rows if row["op"] == "step part"]
+    assert [row["mode"].partition(" ")[2] for row in parts] == [
+        "data", "teacher", "intact forward", "elastic forward", "losses", "backward", "update"
+    ]  # fmt: skip
+    rows = [row for row in rows if row not in parts]
+    assert {row["provider"] for row in rows} == {"ours", "reference", "naive", "compiled"}
+    assert [row["mode"] for row in rows[:3]] == ["16x1", "32x2", "mix"]
+    for row in rows:
+        assert row["op"] == "step"
+        assert row["batch"] == 4
+        assert row["images_per_s"] == pytest.approx(4e6 / row["p50"])
+        assert 0 < row["share_of_floor"] < 1
+    assert {row["graphs"] > 0 for row in rows if row["provider"] == "compiled" and row["mode"] == "16x1"} == {
+        True
+    }
+    assert "official    not measured: no checkout was named with --official" in capsys.readouterr().out
+
+
+def test_a_provider_with_another_loss_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.peers import naive
+
+    linear = naive.linear
+    monkeypatch.setattr(step, "PROVIDERS", ("ours", "naive"))
+    monkeypatch.setattr(naive, "linear", lambda x, *rest: linear(1.2 * x, *rest))
+    rows = step.run("vit-l16", [4], CPU, None, 0.01)
+    assert {row["provider"] for row in rows} == {"ours"}
+    assert "naive       not measured: its loss is" in capsys.readouterr().out
+
+
+def test_profile() -> None:
+    printed = step.profile("vit-l16", 4, CPU)
+    assert printed.splitlines()[0].endswith("launches")
+    assert len(printed.splitlines()) > 20
+
+
+def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = quality.run("quickstart", "digits", CPU, 0.01, None)
+    assert {row["mode"] for row in rows} == {"64x4", "32x2"}
+    assert [row["images"] for row in rows] == sorted(row["images"] for row in rows)
+    assert rows[0]["images"] == 0 < rows[-1]["images"]
+    assert all(0 < row["accuracy"] < 1 for row in rows)
+
+
+@needs_official
+def test_official_step_has_our_losses() -> None:
+    assert OFFICIAL is not None
+    method = tiny_config("method.backbone.drop_path=0.0").method
+    here = step.setting(override(preset("quickstart"), step.TINY), 4, CPU)
+    torch.manual_seed(0)
+    official = OfficialStep(Path(OFFICIAL), method, CPU)
+    try:
+        student, teacher = (Network(method.backbone, method.head) for _ in range(2))
+        official.load_into(student)
+        official.load_into(teacher, "teacher")
+        subnet = Subnet(16, 1)
+        theirs = official.total(official.losses(here.batch, subnet, 0.05))
+        centers = Centers.zeros(method.head.prototypes, CPU)
+        targets = teacher_targets(teacher, here.batch, 0.05, method.loss, centers)
+        intact, elastic = student(
+            here.batch, [StudentPass(method.backbone.space.intact), StudentPass(subnet)]
+        )
+        ours = tribranch_loss(intact, elastic, targets, here.batch, method.loss)[0].detach()
+        assert float(ours) == pytest.approx(theirs, rel=1e-5)
+    finally:
+        official.close()
+
+
+@needs_official
+def test_official_code_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert OFFICIAL is not None
+    rows = step.run("vit-l16", [4], CPU, Path(OFFICIAL), 0.01)
+    assert "official" in {row["provider"] for row in rows}
+    assert "LayerNorm gets device and dtype by name" in capsys.readouterr().out
+
+
+@needs_official
+def test_official_training_follows_ours() -> None:
+    """The same weights, batches and subnets give the same accuracies at first."""
+    assert OFFICIAL is not None
+    rows = quality.run("quickstart", "digits", CPU, 0.02, Path(OFFICIAL))
+    first = {(row["provider"], row["mode"]): row["accuracy"] for row in rows if not row["images"]}
+    assert first["ours", "64x4"] == first["official", "64x4"]
