@@ -52,6 +52,7 @@ class Compiled:
     spilled_bytes: int
     shared_bytes: int
     ptx: str
+    ttir: str
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
@@ -128,7 +129,11 @@ def compile_kernel(
     options = {"num_warps": warps, "num_stages": stages}
     result = triton.compile(source, target=GPUTarget("cuda", architecture, WARP), options=options)
     registers, stack, local = _resources(result.asm["cubin"])
-    return Compiled(architecture, warps, registers, stack + local, result.metadata.shared, result.asm["ptx"])
+    asm = result.asm
+    spilled = stack + local
+    return Compiled(
+        architecture, warps, registers, spilled, result.metadata.shared, asm["ptx"], str(asm["ttir"])
+    )
 
 
 def _resources(cubin: bytes) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from typing import Any
 import triton
 
 from benchmarks.aot import PARTS, Compiled, compile_kernel
-from elastic_kernels.triton_ops import attention, gemm, layer_norm, linear, linear_wgrad
+from elastic_kernels.triton_ops import attention, gemm, layer_norm, linear, linear_wgrad, prototypes
 
 TABLE = Path(__file__).parent / "results" / "kernel_report.tsv"
 COLUMNS = (
@@ -115,7 +115,7 @@ def cases() -> list[Case]:
     found: dict[str, Case] = {}
     for part, dtypes in DTYPES.items():
         for dtype in dtypes:
-            for family in (_gemm_cases, _row_cases, _attention_cases):
+            for family in (_gemm_cases, _row_cases, _attention_cases, _prototype_cases):
                 found |= {case.key: case for case in family(part, dtype)}
     return list(found.values())
 
@@ -224,6 +224,33 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
                 config.warps, config.stages, matrix=True,
                 blocks=2 if config.resident and config.block_n == 64 else 1,
             )  # fmt: skip
+
+
+def _prototype_cases(part: int, dtype: str) -> Iterator[Case]:
+    """Losses of both students, and the passes of Sinkhorn over teacher logits of the same dtype."""
+    vectors = ("log_u_ptr", "log_v_ptr", "stats_ptr", "lse_ptr", "grad_ptr", "largest_ptr")
+    pointers = dict.fromkeys(vectors, "fp32") | {"index_ptr": "i64"}
+    config = prototypes.loss_config(ITEMSIZE[dtype], divmod(part, 10))
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    settings = f"{config.block_m}x{config.block_n}x{config.block_d}, {config.warps} warps"
+    settings += f", {config.stages} stages" + (", small tile" if config.block_m < 64 else "")
+    for kernel in (prototypes._fwd_kernel, prototypes._bwd_kernel):
+        yield Case(
+            kernel, "prototypes, two students", part, dtype, settings,
+            {"TWO": True, "PRECISION": "ieee", **blocks}, pointers,
+            ("inv_tau_s", "inv_tau_t", "dz_scale"), ("rows", "span", "start", "width"),
+            config.warps, config.stages, matrix=True,
+        )  # fmt: skip
+    passes: tuple[tuple[Any, tuple[int, int], dict[str, Any]], ...] = (
+        (prototypes._row_pass_kernel, prototypes.ROW_PASS, {}),
+        (prototypes._column_pass_kernel, prototypes.COLUMN_PASS, {"HAS_V": True}),
+    )
+    for kernel, (rows, columns), constants in passes:
+        yield Case(
+            kernel, "prototypes", part, dtype, f"{rows}x{columns}, 4 warps",
+            {"BLOCK_M": rows, "BLOCK_N": columns, **constants}, pointers,
+            ("inv_tau",), ("rows", "span"), 4, 3, blocks=2,
+        )  # fmt: skip
 
 
 def _report(case: Case) -> tuple[str, list[str]]:

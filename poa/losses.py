@@ -9,21 +9,22 @@ Source: POA (Zhang et al., ECCV 2024), section 3.4; DINOv2 (Oquab et al., 2023);
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_kernels import sinkhorn_scaling
+
 
 @torch.no_grad()
 def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) -> list[Tensor]:
     """Soft assignments of rows to prototypes with equal use of every prototype over all ranks.
 
-    Each entry of `logits` is a problem of its own. With `S = t / temperature`, the iterations alternate
-    `log u_k = -logsumexp_rows(S + log v)` and `log v_b = -logsumexp_k(S + log u)`; the result is
-    `softmax_k(S + log u)`. This is the official algorithm (its constants cancel) in the log domain, where
-    nothing overflows.
+    Each entry of `logits` is a problem of its own; see `elastic_kernels.sinkhorn_scaling`. This is the
+    official algorithm (its constants cancel) in the log domain.
 
     Args:
         logits: teacher logits `[rows_i, prototypes_i]` of each problem; the rows of this rank.
@@ -31,30 +32,17 @@ def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) 
         iterations: how often both directions are normalised.
 
     Returns:
-        Targets of the same shapes, float32, rows summing to 1.
+        Targets of the same shapes, at least float32, rows summing to 1.
     """
-    scores = [t.to(torch.promote_types(t.dtype, torch.float32)) / temperature for t in logits]
-    log_v = [s.new_zeros(s.shape[0], 1) for s in scores]
-    log_u: list[Tensor] = [s.new_zeros(s.shape[1]) for s in scores]
-    for iteration in range(iterations):
-        sums = _logsumexp_over_rows([s + v for s, v in zip(scores, log_v, strict=True)])
-        log_u = [-x for x in sums]
-        if iteration < iterations - 1:
-            log_v = [-torch.logsumexp(s + u, dim=1, keepdim=True) for s, u in zip(scores, log_u, strict=True)]
-    return [torch.softmax(s + u, dim=1) for s, u in zip(scores, log_u, strict=True)]
+    scaling = sinkhorn_scaling(logits, temperature, iterations, _reduce)
+    return [
+        torch.softmax(t.to(torch.promote_types(t.dtype, torch.float32)) / temperature + log_u, dim=1)
+        for t, log_u in zip(logits, scaling, strict=True)
+    ]
 
 
-def _logsumexp_over_rows(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Column-wise logsumexp of every problem over the rows of all ranks, one buffer for all problems."""
-    sizes = [s.shape[1] for s in scores]
-    largest = torch.cat([s.amax(0) if len(s) else s.new_full((s.shape[1],), -torch.inf) for s in scores])
-    _all_reduce(largest, dist.ReduceOp.MAX)
-    # A problem without rows on any rank has nothing to normalise; 0 keeps it finite.
-    largest = torch.where(largest.isfinite(), largest, 0.0)
-    shifted = zip(scores, largest.split(sizes), strict=True)
-    total = torch.cat([(s - m).exp().sum(0) for s, m in shifted])
-    _all_reduce(total, dist.ReduceOp.SUM)
-    return list((largest + total.log()).split(sizes))
+def _reduce(tensor: Tensor, how: Literal["max", "sum"]) -> None:
+    _all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from elastic_kernels.modules import (
     LayerScale,
     elastic_block_from_vit,
 )
+from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
 
 __all__ = [
     "ElasticAttention",
@@ -41,4 +42,6 @@ __all__ = [
     "elastic_mlp_half",
     "elastic_qkv",
     "packed_attention",
+    "prototype_cross_entropy",
+    "sinkhorn_scaling",
 ]

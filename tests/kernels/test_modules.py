@@ -154,6 +154,14 @@ def test_sum_and_norm() -> None:
 
 X, W = torch.zeros(4, 16), torch.zeros(32, 32)
 NORM = (torch.ones(32), torch.zeros(32), 1e-6)
+INDEX = torch.zeros(4, 2, dtype=torch.int64)
+
+
+def prototypes(students: list[Tensor], logits: Tensor = X[:, :8], targets: Tensor = INDEX) -> list[Tensor]:
+    weight, scale = torch.zeros(8, 16), torch.zeros(8)
+    return ek.prototype_cross_entropy(students, weight, logits, scale, targets, teacher_temperature=0.1)
+
+
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "width": (lambda: ek.elastic_linear(torch.zeros(4, 40), W), ValueError, r"in in 1\.\.32, got 40"),
     "out": (lambda: ek.elastic_linear(X, W, out_features=33), ValueError, r"out_features in 1\.\.32, got 33"),
@@ -196,6 +204,25 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "cover 5 tokens, expected 4",
     ),
     "module": (lambda: ek.ElasticAttention(40, 16), ValueError, "multiple of head_dim 16, got 40"),
+    "students": (lambda: prototypes([]), ValueError, "one or two students, got 0"),
+    "student": (lambda: prototypes([X, X[:3]]), ValueError, r"student 1 \(4, 16\), got \(3, 16\)"),
+    "student dtype": (
+        lambda: prototypes([X.half()]),
+        TypeError,
+        "student 0 torch.float16, weight torch.float32",
+    ),
+    "targets": (lambda: prototypes([X], targets=INDEX[:, :1]), ValueError, r"targets \(4, 2\), got \(4, 1\)"),
+    "target dtype": (
+        lambda: prototypes([X], targets=INDEX.int()),
+        TypeError,
+        "int64 targets, got torch.int32",
+    ),
+    "logits": (lambda: prototypes([X], logits=X), ValueError, r"teacher_logits \(4, 8\), got \(4, 16\)"),
+    "sinkhorn": (
+        lambda: ek.sinkhorn_scaling([X[0]], 0.1),
+        ValueError,
+        r"logits \[rows, prototypes\], got \(16,\)",
+    ),
 }
 
 

@@ -31,7 +31,7 @@ def test_the_committed_table_is_up_to_date(built: tuple[list[str], dict[str, lis
 def test_complaints() -> None:
     """A kernel that is wrong in every way is called so."""
     case = next(c for c in kernel_report.cases() if c.matrix and c.part == 90 and c.dtype == "bf16")
-    bad = kernel_report.Compiled(90, 8, 255, 8, 300_000, "ld.global.b32 %r1, [%rd1];")
+    bad = kernel_report.Compiled(90, 8, 255, 8, 300_000, "ld.global.b32 %r1, [%rd1];", "")
     assert case.complaints(bad) == [
         "spills 8 bytes",
         "needs 300000 bytes of shared memory, the part has 232448",
@@ -39,7 +39,7 @@ def test_complaints() -> None:
         "no wgmma instruction",
     ]
     row_case = next(c for c in kernel_report.cases() if c.rows)
-    tensor = kernel_report.Compiled(80, 4, 32, 0, 0, "mma.sync.aligned.m16n8k16 ...;")
+    tensor = kernel_report.Compiled(80, 4, 32, 0, 0, "mma.sync.aligned.m16n8k16 ...;", "")
     assert row_case.complaints(tensor) == [
         "unwanted matrix instructions {'mma': 1}",
         "no accesses of 16 bytes",

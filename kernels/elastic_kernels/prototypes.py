@@ -1,0 +1,222 @@
+"""Self-distillation over many prototypes: Sinkhorn scaling vectors, cross-entropies with dense soft targets.
+
+    targets   q = softmax(t / tau_t + log_scale)                     t: teacher logits, kept once
+    loss      sum over a row's targets of -<q, log softmax(x W^T / tau_s)>
+    distill   -<softmax(x1 W^T / tau_s), log softmax(x2 W^T / tau_s)>, the first student being the teacher
+
+Neither targets nor student logits need to exist: with Triton only teacher logits do, in the dtype they are
+given in. `log_scale` is what Sinkhorn leaves of itself (`sinkhorn_scaling`), or `-center / tau_t` for
+centering, or zero.
+
+Source: Sinkhorn-Knopp as in SwAV (Caron et al., 2020) and the official POA code, whose constants cancel;
+losses of DINO (Caron et al., 2021), iBOT (Zhou et al., 2022) and POA (Zhang et al., ECCV 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from elastic_kernels import dispatch, validate
+
+Reduce = Callable[[Tensor, Literal["max", "sum"]], object]
+
+
+@torch.no_grad()
+def sinkhorn_scaling(
+    logits: Sequence[Tensor],
+    temperature: float,
+    iterations: int = 3,
+    reduce: Reduce | None = None,
+) -> list[Tensor]:
+    """Scaling vectors of Sinkhorn-Knopp: `softmax(t / temperature + log_u)` uses every prototype equally.
+
+    The iterations alternate `log u_k = -lse_rows(S + log v)` and `log v_b = -lse_k(S + log u)`, `S = t /
+    temperature`, in the log domain, where nothing overflows.
+
+    Args:
+        logits: teacher logits `[rows_i, prototypes_i]` of each problem, floating point; rows may be none.
+        temperature: of the teacher.
+        iterations: how often both directions are normalised.
+        reduce: `reduce(tensor, "max" or "sum")` over all processes, in place; called twice an iteration with
+            one buffer for all problems. None: the rows here are all there are.
+
+    Returns:
+        float32 `[prototypes_i]` (float64 for float64 logits) of each problem.
+
+    Raises:
+        ValueError: logits that are no matrix.
+        TypeError: of no floating dtype.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: sums are fp32. Results repeat bitwise.
+
+    Example:
+        >>> t = torch.randn(6, 10)
+        >>> (log_u,) = sinkhorn_scaling([t], 0.1)
+        >>> log_u.shape
+        torch.Size([10])
+    """
+    for t in logits:
+        if t.dim() != 2:
+            raise ValueError(f"sinkhorn_scaling: expected logits [rows, prototypes], got {tuple(t.shape)}")
+        validate.operands("sinkhorn_scaling", logits=t)
+    passes = [_passes(t, temperature) for t in logits]
+    log_v: list[Tensor | None] = [None] * len(passes)
+    log_u: list[Tensor] = []
+    for iteration in range(iterations):
+        stats = [columns(v) for (columns, _), v in zip(passes, log_v, strict=True)]
+        log_u = [-lse for lse in _over_processes(stats, reduce)]
+        if iteration < iterations - 1:
+            log_v = [rows(u) for (_, rows), u in zip(passes, log_u, strict=True)]
+    return log_u
+
+
+Columns = Callable[[Tensor | None], tuple[Tensor, Tensor]]
+Rows = Callable[[Tensor], Tensor]
+
+
+def _passes(t: Tensor, tau: float) -> tuple[Columns, Rows]:
+    """The two passes over a problem's logits: (maximum, sum) of each column, and log v of each row."""
+    if dispatch.choose("sinkhorn_scaling", t).backend == "triton":
+        from elastic_kernels.triton_ops import prototypes as _  # noqa: F401, registers the operators
+
+        ops = torch.ops.elastic_kernels
+        t = t if t.stride(-1) == 1 else t.contiguous()
+        return lambda v: ops.sinkhorn_columns(t, v, tau), lambda u: ops.sinkhorn_rows(t, u, tau)
+    scores = t.to(torch.promote_types(t.dtype, torch.float32)) / tau
+
+    def columns(log_v: Tensor | None) -> tuple[Tensor, Tensor]:
+        shifted = scores if log_v is None else scores + log_v.unsqueeze(1)
+        if not len(shifted):
+            return shifted.new_full((shifted.shape[1],), -torch.inf), shifted.new_zeros(shifted.shape[1])
+        largest = shifted.amax(0)
+        return largest, (shifted - largest).exp().sum(0)
+
+    return columns, lambda log_u: -torch.logsumexp(scores + log_u, dim=1)
+
+
+def _over_processes(stats: Sequence[tuple[Tensor, Tensor]], reduce: Reduce | None) -> list[Tensor]:
+    """Log-sum-exps of all columns out of maxima and sums, one buffer for all problems and processes."""
+    if not stats:
+        return []
+    sizes = [len(largest) for largest, _ in stats]
+    here = torch.cat([largest for largest, _ in stats])
+    total = torch.cat([sums for _, sums in stats])
+    largest = here.clone()
+    if reduce is not None:
+        reduce(largest, "max")
+    # A problem without rows anywhere has nothing to normalise; 0 keeps it finite.
+    largest = torch.where(largest.isfinite(), largest, 0.0)
+    total = total * (here - largest).exp()
+    if reduce is not None:
+        reduce(total, "sum")
+    return list((largest + total.log()).split(sizes))
+
+
+def prototype_cross_entropy(
+    students: Sequence[Tensor],
+    weight: Tensor,
+    teacher_logits: Tensor,
+    log_scale: Tensor,
+    targets: Tensor,
+    *,
+    student_temperature: float = 0.1,
+    teacher_temperature: float,
+) -> list[Tensor]:
+    """Cross-entropies of one or two students' rows with targets made of teacher logits, in one pass.
+
+    Args:
+        students: one or two `[rows, d]`, usually normalised, of the dtype of `weight`; with two, row i of
+            both is the same token, and the second also learns from the first.
+        weight: `[prototypes, d]`, prototypes as the rows; trained.
+        teacher_logits: `[teacher_rows, prototypes]`, float32, float16 or bfloat16; not trained.
+        log_scale: `[prototypes]`, float32; see above. Not trained.
+        targets: int64 `[rows, 2]`: rows of `teacher_logits` that a row learns from, -1 for none. Two targets
+            are summed.
+        student_temperature, teacher_temperature: divide the logits.
+
+    Returns:
+        float32 `[rows]` for each student, and with two students the distillation loss `[rows]`, in which the
+        first student is constant. Rows without a target have a loss of 0. To weight rows, multiply the
+        result.
+
+    Raises:
+        ValueError: mismatched shapes or devices, or another number of students.
+        TypeError: students and weight of different dtypes, or `targets` of no int64.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: products of the given dtype are summed in fp32 and not rounded before the softmax; gradients are
+    fp32 sums. With Triton at most 256 MiB of student logits' gradients exist at once and no other tensor of
+    rows x prototypes; results repeat bitwise.
+
+    Example:
+        >>> x, W, t = torch.randn(4, 8), torch.randn(10, 8), torch.randn(3, 10)
+        >>> index = torch.tensor([[0, -1], [1, -1], [2, -1], [0, 1]])
+        >>> (loss,) = prototype_cross_entropy([x], W, t, torch.zeros(10), index, teacher_temperature=0.05)
+        >>> loss.shape
+        torch.Size([4])
+    """
+    op = "prototype_cross_entropy"
+    _validate(op, students, weight, teacher_logits, log_scale, targets)
+    x1, x2 = students[0], students[1] if len(students) == 2 else None
+    taus = (student_temperature, teacher_temperature)
+    if prototype_backend(x1).backend == "triton":
+        from elastic_kernels.triton_ops.prototypes import PrototypeLosses
+
+        losses = PrototypeLosses.apply(x1, x2, weight, teacher_logits, log_scale, targets, *taus)
+    else:
+        losses = _reference(x1, x2, weight, teacher_logits, log_scale, targets, *taus)
+    return list(losses[: 1 if x2 is None else 3])
+
+
+def prototype_backend(x: Tensor) -> dispatch.Choice:
+    """The backend that `prototype_cross_entropy` takes for students such as `x`, and why."""
+    return dispatch.choose("prototype_cross_entropy", x)
+
+
+def _reference(
+    x1: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    log_scale: Tensor,
+    targets: Tensor,
+    tau_s: float,
+    tau_t: float,
+) -> Tensor:
+    """The plain definition, `[3, rows]`."""
+    wide = torch.promote_types(x1.dtype, torch.float32)
+    q = torch.softmax(t.to(wide) / tau_t + log_scale, dim=-1).detach()
+    taught = targets >= 0
+    target = (q[targets.clamp(min=0)] * taught.unsqueeze(-1)).sum(1)
+    log_p = [torch.log_softmax((x @ weight.t()).to(wide) / tau_s, dim=-1) for x in (x1, x2) if x is not None]
+    losses = [-(target * lp).sum(-1) for lp in log_p]
+    if x2 is not None:
+        losses.append(-(log_p[0].detach().exp() * log_p[1]).sum(-1))
+    return torch.stack(losses)
+
+
+def _validate(
+    op: str, students: Sequence[Tensor], weight: Tensor, t: Tensor, log_scale: Tensor, targets: Tensor
+) -> None:
+    if len(students) not in (1, 2):
+        raise ValueError(f"{op}: expected one or two students, got {len(students)}")
+    validate.operands(op, **{f"student {i}": x for i, x in enumerate(students)}, weight=weight)
+    rows, (prototypes, dim) = len(students[0]), weight.shape
+    expected = {
+        **{f"student {i}": (x, (rows, dim)) for i, x in enumerate(students)},
+        "teacher_logits": (t, (len(t), prototypes)),
+        "log_scale": (log_scale, (prototypes,)),
+        "targets": (targets, (rows, 2)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{op}: expected {name} {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{op}: expected {name} on {weight.device}, got {tensor.device}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"{op}: expected int64 targets, got {targets.dtype}")

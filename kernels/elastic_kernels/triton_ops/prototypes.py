@@ -1,0 +1,482 @@
+"""Triton kernels of Sinkhorn's scaling vectors and of cross-entropies over prototypes, without the logits.
+
+    log u_k = -lse_b(t_bk / tau + log v_b),  log v_b = -lse_k(t_bk / tau + log u_k)
+    s_i = x_i W^T / tau_s,  y_j = t_j / tau + log u,  q_j = softmax(y_j),  p_i = softmax(s_i)
+    ce_i = sum_{j in targets of i} lse(s_i) - <q_j, s_i>,  distill_i = lse(s2_i) - <p1_i, s2_i>
+    dz1 = g1 / tau_s (n p1 - sum_j q_j),  dz2 = g2 / tau_s (n p2 - sum_j q_j) + gd / tau_s (p2 - p1)
+
+Forward, flash style: a program holds rows of both students and goes over a range of prototypes with running
+maxima and sums; teacher logits are read, student logits never written; the ranges are merged in a fixed
+order. Backward makes the logits again and writes dz of a bounded range of prototypes, from which cuBLAS makes
+dx and dW.
+
+Saved for backward: x, W, the teacher's logits, and four log-sum-exps of each row. Bytes: forward reads x, W
+once a row block, and the rows of t; backward the same, and writes and reads dz.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
+from elastic_kernels.triton_ops.gemm import dot
+from elastic_kernels.triton_ops.registration import register
+
+STATS = 13  # of a row in a range: m1 z1 m2 z2, and of each target m z a1 a2, and the distillation's sum
+DZ_BYTES = 256 << 20  # of the gradient of both students' logits that exists at once
+DZ_SCALE = 1024.0  # dz is stored relative to the largest upstream gradient, times this: fp16 keeps its digits
+
+
+@triton.jit
+def _grow(m, z, y):
+    """Running maximum and sum of exponentials with `y` taken in; also the factor of earlier sums."""
+    new_m = tl.maximum(m, tl.max(y, 1))
+    safe = tl.where(new_m == float("-inf"), 0.0, new_m)
+    e = tl.exp(y - safe[:, None])
+    shrink = tl.exp(m - safe)
+    return new_m, z * shrink + tl.sum(e, 1), e, shrink
+
+
+@triton.jit
+def _target(t_ptr, log_u, row, offs_k, mask_k, stride_t, inv_tau):
+    mask = (row >= 0)[:, None] & mask_k[None, :]
+    t = tl.load(t_ptr + row[:, None] * stride_t + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, t * inv_tau + log_u[None, :], float("-inf"))
+
+
+@triton.jit
+def _logits(
+    x1_ptr, x2_ptr, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau,
+    TWO: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Both students' logits over the temperature; the prototypes are read once for both."""
+    s1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    s2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    at_x = offs_m.to(tl.int64)[:, None] * dim
+    at_w = offs_k.to(tl.int64)[None, :] * dim
+    for start in range(0, dim, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < dim
+        mask_x = mask_m[:, None] & mask_d[None, :]
+        w = tl.load(weight_ptr + at_w + offs_d[:, None], mask=mask_k[None, :] & mask_d[:, None], other=0.0)
+        x1 = tl.load(x1_ptr + at_x + offs_d[None, :], mask=mask_x, other=0.0)
+        s1 = dot(x1, w, s1, PRECISION)
+        if TWO:
+            x2 = tl.load(x2_ptr + at_x + offs_d[None, :], mask=mask_x, other=0.0)
+            s2 = dot(x2, w, s2, PRECISION)
+    return s1 * inv_tau, s2 * inv_tau
+
+
+@triton.jit(do_not_specialize=["rows", "span"])
+def _fwd_kernel(
+    x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, stats_ptr,
+    rows, prototypes, span, dim,
+    stride_t,
+    inv_tau_s, inv_tau_t,
+    TWO: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < rows
+    row_a = tl.load(index_ptr + 2 * offs_m, mask=mask_m, other=-1)
+    row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
+    m1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    ma = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    mb = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    z1 = tl.zeros([BLOCK_M], tl.float32)
+    z2 = tl.zeros([BLOCK_M], tl.float32)
+    za = tl.zeros([BLOCK_M], tl.float32)
+    zb = tl.zeros([BLOCK_M], tl.float32)
+    a1 = tl.zeros([BLOCK_M], tl.float32)
+    a2 = tl.zeros([BLOCK_M], tl.float32)
+    b1 = tl.zeros([BLOCK_M], tl.float32)
+    b2 = tl.zeros([BLOCK_M], tl.float32)
+    across = tl.zeros([BLOCK_M], tl.float32)
+    first = tl.program_id(1) * span
+    for start in range(first, tl.minimum(first + span, prototypes), BLOCK_N):
+        offs_k = start + tl.arange(0, BLOCK_N)
+        mask_k = offs_k < prototypes
+        log_u = tl.load(log_u_ptr + offs_k, mask=mask_k, other=0.0)
+        s1, s2 = _logits(
+            x1_ptr, x2_ptr, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau_s,
+            TWO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        ya = _target(t_ptr, log_u, row_a, offs_k, mask_k, stride_t, inv_tau_t)
+        yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
+        ma, za, ea, shrink_a = _grow(ma, za, ya)
+        mb, zb, eb, shrink_b = _grow(mb, zb, yb)
+        a1 = a1 * shrink_a + tl.sum(ea * s1, 1)
+        b1 = b1 * shrink_b + tl.sum(eb * s1, 1)
+        m1, z1, e1, shrink_1 = _grow(m1, z1, tl.where(mask_k[None, :], s1, float("-inf")))
+        if TWO:
+            a2 = a2 * shrink_a + tl.sum(ea * s2, 1)
+            b2 = b2 * shrink_b + tl.sum(eb * s2, 1)
+            across = across * shrink_1 + tl.sum(e1 * s2, 1)
+            m2, z2, _, _ = _grow(m2, z2, tl.where(mask_k[None, :], s2, float("-inf")))
+    out = stats_ptr + tl.program_id(1).to(tl.int64) * 13 * rows + offs_m
+    tl.store(out, m1, mask=mask_m)
+    tl.store(out + rows, z1, mask=mask_m)
+    tl.store(out + 2 * rows, m2, mask=mask_m)
+    tl.store(out + 3 * rows, z2, mask=mask_m)
+    tl.store(out + 4 * rows, ma, mask=mask_m)
+    tl.store(out + 5 * rows, za, mask=mask_m)
+    tl.store(out + 6 * rows, a1, mask=mask_m)
+    tl.store(out + 7 * rows, a2, mask=mask_m)
+    tl.store(out + 8 * rows, mb, mask=mask_m)
+    tl.store(out + 9 * rows, zb, mask=mask_m)
+    tl.store(out + 10 * rows, b1, mask=mask_m)
+    tl.store(out + 11 * rows, b2, mask=mask_m)
+    tl.store(out + 12 * rows, across, mask=mask_m)
+
+
+@triton.jit
+def _probabilities(y, lse_ptr, offs_m, mask, rows):
+    """exp(y - lse), the log-sum-exp in two parts, maximum and the rest, which keeps the digits of both."""
+    m = tl.load(lse_ptr + offs_m, mask=mask, other=0.0)
+    rest = tl.load(lse_ptr + 4 * rows + offs_m, mask=mask, other=0.0)
+    return tl.exp((y - m[:, None]) - rest[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "start", "width"])
+def _bwd_kernel(
+    x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, lse_ptr, grad_ptr, largest_ptr, dz1_ptr, dz2_ptr,
+    rows, prototypes, start, width, dim,
+    stride_t,
+    inv_tau_s, inv_tau_t, dz_scale,
+    TWO: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """dz of prototypes `start` .. `start + width`, over the largest upstream gradient times `dz_scale`."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = start + offs_c
+    mask_m, mask_k = offs_m < rows, (offs_c < width) & (offs_k < prototypes)
+    s1, s2 = _logits(
+        x1_ptr, x2_ptr, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau_s,
+        TWO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    log_u = tl.load(log_u_ptr + offs_k, mask=mask_k, other=0.0)
+    row_a = tl.load(index_ptr + 2 * offs_m, mask=mask_m, other=-1)
+    row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
+    count = (row_a >= 0).to(tl.float32) + (row_b >= 0).to(tl.float32)
+    factor = inv_tau_s * dz_scale / tl.load(largest_ptr)
+    ya = _target(t_ptr, log_u, row_a, offs_k, mask_k, stride_t, inv_tau_t)
+    yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
+    q = _probabilities(ya, lse_ptr + 2 * rows, offs_m, (row_a >= 0) & mask_m, rows)
+    q += _probabilities(yb, lse_ptr + 3 * rows, offs_m, (row_b >= 0) & mask_m, rows)
+    p1 = _probabilities(s1, lse_ptr, offs_m, mask_m, rows)
+    g1 = tl.load(grad_ptr + offs_m, mask=mask_m, other=0.0) * factor
+    out = offs_m.to(tl.int64)[:, None] * width + offs_c[None, :]
+    mask = mask_m[:, None] & mask_k[None, :]
+    dz1 = g1[:, None] * (count[:, None] * p1 - q)
+    tl.store(dz1_ptr + out, dz1.to(dz1_ptr.dtype.element_ty), mask=mask)
+    if TWO:
+        g2 = tl.load(grad_ptr + rows + offs_m, mask=mask_m, other=0.0) * factor
+        gd = tl.load(grad_ptr + 2 * rows + offs_m, mask=mask_m, other=0.0) * factor
+        p2 = _probabilities(s2, lse_ptr + rows, offs_m, mask_m, rows)
+        dz2 = g2[:, None] * (count[:, None] * p2 - q) + gd[:, None] * (p2 - p1)
+        tl.store(dz2_ptr + out, dz2.to(dz2_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _row_pass_kernel(
+    t_ptr, log_u_ptr, log_v_ptr,
+    rows, prototypes,
+    stride_t,
+    inv_tau,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """log v of each row: minus the log-sum-exp over prototypes."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < rows
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_M], tl.float32)
+    base = t_ptr + offs_m.to(tl.int64)[:, None] * stride_t
+    for start in range(0, prototypes, BLOCK_N):
+        offs_k = start + tl.arange(0, BLOCK_N)
+        mask = mask_m[:, None] & (offs_k < prototypes)[None, :]
+        t = tl.load(base + offs_k[None, :], mask=mask, other=0.0).to(tl.float32) * inv_tau
+        log_u = tl.load(log_u_ptr + offs_k, mask=offs_k < prototypes, other=0.0)
+        m, z, _, _ = _grow(m, z, tl.where(mask, t + log_u[None, :], float("-inf")))
+    tl.store(log_v_ptr + offs_m, -(m + tl.log(tl.where(mask_m, z, 1.0))), mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["rows", "span"])
+def _column_pass_kernel(
+    t_ptr, log_v_ptr, stats_ptr,
+    rows, span, prototypes,
+    stride_t,
+    inv_tau,
+    HAS_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sum of exponentials over a range of rows, for each prototype: `[ranges, 2, prototypes]`."""
+    offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_k = offs_k < prototypes
+    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    z = tl.zeros([BLOCK_N], tl.float32)
+    begin = tl.program_id(1) * span
+    for start in range(begin, tl.minimum(begin + span, rows), BLOCK_M):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < tl.minimum(begin + span, rows)
+        mask = mask_k[:, None] & mask_m[None, :]
+        at = offs_m.to(tl.int64)[None, :] * stride_t + offs_k[:, None]
+        y = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32) * inv_tau
+        if HAS_V:
+            y += tl.load(log_v_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
+        m, z, _, _ = _grow(m, z, tl.where(mask, y, float("-inf")))
+    out = stats_ptr + tl.program_id(1).to(tl.int64) * 2 * prototypes + offs_k
+    tl.store(out, m, mask=mask_k)
+    tl.store(out + prototypes, z, mask=mask_k)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Launch settings: rows of a program, prototypes and channels of a step."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+# Not timed on a GPU yet; the largest tiles that compile without spilling. Running sums of two students with
+# two targets take most registers.
+_FP32 = LossConfig(32, 32, 32, warps=8, stages=1)
+_HALF = LossConfig(32, 64, 64, warps=8, stages=2)
+_HALF_WARP_GROUP = LossConfig(64, 64, 64, warps=8, stages=3)  # where matrix units read shared memory
+ROW_PASS, COLUMN_PASS = (4, 1024), (32, 128)  # rows and prototypes of a tile
+
+
+def loss_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
+    """Settings of both loss kernels, on a part of a compute capability."""
+    if itemsize == 4:
+        return _FP32
+    return _HALF_WARP_GROUP if capability[0] in (9, 10) else _HALF
+
+
+def _launch_options(config: LossConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+
+
+def prototype_losses_fwd(
+    x1: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    log_u: Tensor,
+    index: Tensor,
+    tau_s: float,
+    tau_t: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses `[3, rows]` (of x1, x2, distillation; 0 without x2), log-sum-exps `[8, rows]` in two parts."""
+    rows, (prototypes, dim) = x1.shape[0], weight.shape
+    config = loss_config(x1.dtype.itemsize, capability(x1.device))
+    blocks = triton.cdiv(rows, config.block_m)
+    ranges = max(
+        min(2 * processors(x1.device) // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1
+    )
+    span = triton.cdiv(triton.cdiv(prototypes, ranges), config.block_n) * config.block_n
+    ranges = triton.cdiv(prototypes, span)
+    stats = torch.empty(ranges, STATS, rows, dtype=torch.float32, device=x1.device)
+    if rows:
+        _fwd_kernel[(blocks, ranges)](
+            x1, x2, weight, t, log_u, index, stats,
+            rows, prototypes, span, dim,
+            t.stride(0),
+            1 / tau_s, 1 / tau_t,
+            TWO=x2 is not None, PRECISION=precision(x1),
+            **_launch_options(config),
+        )  # fmt: skip
+    return _merge(stats, index, x2 is not None)
+
+
+def _merge(stats: Tensor, index: Tensor, two: bool) -> tuple[Tensor, Tensor]:
+    """One result out of the ranges' maxima and sums."""
+    m1, z1, m2, z2, ma, za, a1, a2, mb, zb, b1, b2, across = stats.unbind(1)
+
+    def merged(m: Tensor, z: Tensor, *sums: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        largest = m.amax(0)
+        factor = (m - largest.nan_to_num(neginf=0.0)).exp()
+        total = (z * factor).sum(0)
+        return largest, total.log(), [(s * factor).sum(0) / total for s in sums]
+
+    def cross_entropy(lse: Tensor, qa: Tensor, qb: Tensor) -> Tensor:
+        return torch.where(has_a, lse - qa, 0.0) + torch.where(has_b, lse - qb, 0.0)
+
+    has_a, has_b = (index >= 0).unbind(1)
+    top1, rest1, means = merged(m1, z1, *((across,) if two else ()))
+    top_a, rest_a, (qa1, qa2) = merged(ma, za, a1, a2)
+    top_b, rest_b, (qb1, qb2) = merged(mb, zb, b1, b2)
+    losses = torch.zeros(3, stats.shape[2], dtype=torch.float32, device=stats.device)
+    losses[0] = cross_entropy(top1 + rest1, qa1, qb1)
+    top2, rest2 = torch.zeros_like(top1), torch.zeros_like(top1)
+    if two:
+        top2, rest2, _ = merged(m2, z2)
+        losses[1] = cross_entropy(top2 + rest2, qa2, qb2)
+        losses[2] = top2 + rest2 - means[0]
+    return losses, torch.stack([top1, top2, top_a, top_b, rest1, rest2, rest_a, rest_b])
+
+
+def prototype_losses_bwd(
+    grad: Tensor,
+    x1: Tensor,
+    x2: Tensor | None,
+    weight: Tensor,
+    t: Tensor,
+    log_u: Tensor,
+    index: Tensor,
+    lse: Tensor,
+    tau_s: float,
+    tau_t: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 gradients of x1, x2 (empty without it) and weight, for `grad` `[3, rows]` of the losses."""
+    rows, (prototypes, dim) = x1.shape[0], weight.shape
+    config = loss_config(x1.dtype.itemsize, capability(x1.device))
+    fp32, device = torch.float32, x1.device
+    students = [x for x in (x1, x2) if x is not None]
+    width = min(dz_prototypes(rows, len(students), x1.dtype.itemsize), prototypes)
+    largest = grad.abs().max().clamp(min=1e-30) if grad.numel() else grad.new_ones(())
+    dz = [torch.empty(rows, width, dtype=x1.dtype, device=device) for _ in students]
+    dx = [torch.zeros(rows, dim, dtype=fp32, device=device) for _ in students]
+    dweight = torch.zeros(prototypes, dim, dtype=fp32, device=device)
+    for start in range(0, prototypes if rows else 0, width):
+        count = min(width, prototypes - start)
+        parts = [d.flatten()[: rows * count].view(rows, count) for d in dz]
+        _bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
+            x1, x2, weight, t, log_u, index, lse, grad, largest, parts[0], parts[-1],
+            rows, prototypes, start, count, dim,
+            t.stride(0),
+            1 / tau_s, 1 / tau_t, DZ_SCALE,
+            TWO=x2 is not None, PRECISION=precision(x1),
+            **_launch_options(config),
+        )  # fmt: skip
+        corner = weight[start : start + count]
+        for part, x, gradient in zip(parts, students, dx, strict=True):
+            gradient += _product(part, corner)
+            dweight[start : start + count] += _product(part.t(), x)
+    scale = largest / DZ_SCALE
+    dx = [gradient * scale for gradient in dx]
+    return dx[0], dx[1] if x2 is not None else grad.new_empty(0), dweight * scale
+
+
+def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
+    """Prototypes whose dz exists at once: within `DZ_BYTES`, a multiple of 128."""
+    return max(DZ_BYTES // (max(rows, 1) * students * itemsize) // 128 * 128, 128)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in fp32, however narrow the operands."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
+def sinkhorn_rows(t: Tensor, log_u: Tensor, tau: float) -> Tensor:
+    """log v `[rows]` of `t` `[rows, prototypes]`."""
+    rows, prototypes = t.shape
+    log_v = torch.empty(rows, dtype=torch.float32, device=t.device)
+    if rows:
+        block_m, block_n = ROW_PASS
+        _row_pass_kernel[(triton.cdiv(rows, block_m),)](
+            t, log_u, log_v,
+            rows, prototypes,
+            t.stride(0),
+            1 / tau,
+            BLOCK_M=block_m, BLOCK_N=block_n,
+        )  # fmt: skip
+    return log_v
+
+
+def sinkhorn_columns(t: Tensor, log_v: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+    """Maximum `[prototypes]` over rows of `t / tau + log_v`, and the sum of exponentials relative to it."""
+    rows, prototypes = t.shape
+    block_m, block_n = COLUMN_PASS
+    tiles = triton.cdiv(prototypes, block_n)
+    ranges = max(min(4 * processors(t.device) // tiles, triton.cdiv(rows, block_m)), 1)
+    span = triton.cdiv(triton.cdiv(max(rows, 1), ranges), block_m) * block_m
+    stats = torch.empty(ranges, 2, prototypes, dtype=torch.float32, device=t.device)
+    _column_pass_kernel[(tiles, ranges)](
+        t, log_v, stats,
+        rows, span, prototypes,
+        t.stride(0),
+        1 / tau,
+        HAS_V=log_v is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+    )  # fmt: skip
+    largest = stats[:, 0].amax(0)
+    factor = (stats[:, 0] - largest.nan_to_num(neginf=0.0)).exp()
+    return largest, (stats[:, 1] * factor).sum(0)
+
+
+register(
+    "prototype_losses_fwd(Tensor x1, Tensor? x2, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
+    " float tau_s, float tau_t) -> (Tensor, Tensor)",
+    prototype_losses_fwd,
+    lambda x1, *rest: tuple(x1.new_empty(n, x1.shape[0], dtype=torch.float32) for n in (3, 8)),
+)
+register(
+    "prototype_losses_bwd(Tensor grad, Tensor x1, Tensor? x2, Tensor weight, Tensor t, Tensor log_u,"
+    " Tensor index, Tensor lse, float tau_s, float tau_t) -> (Tensor, Tensor, Tensor)",
+    prototype_losses_bwd,
+    lambda grad, x1, x2, weight, *rest: (
+        grad.new_empty(x1.shape),
+        grad.new_empty(0 if x2 is None else x1.shape),
+        grad.new_empty(weight.shape),
+    ),
+)
+register(
+    "sinkhorn_rows(Tensor t, Tensor log_u, float tau) -> Tensor",
+    sinkhorn_rows,
+    lambda t, log_u, tau: t.new_empty(t.shape[0], dtype=torch.float32),
+)
+register(
+    "sinkhorn_columns(Tensor t, Tensor? log_v, float tau) -> (Tensor, Tensor)",
+    sinkhorn_columns,
+    lambda t, *rest: tuple(t.new_empty(t.shape[1], dtype=torch.float32) for _ in range(2)),
+)
+
+
+class PrototypeLosses(torch.autograd.Function):
+    """The three losses of each row, `[3, rows]`; outside of the registered operators: less host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x1: Tensor,
+        x2: Tensor | None,
+        weight: Tensor,
+        t: Tensor,
+        log_u: Tensor,
+        index: Tensor,
+        tau_s: float,
+        tau_t: float,
+    ) -> Tensor:
+        x1, weight, index = x1.contiguous(), weight.contiguous(), index.contiguous()
+        x2, t, log_u = None if x2 is None else x2.contiguous(), unit_stride(t), log_u.float().contiguous()
+        losses, lse = torch.ops.elastic_kernels.prototype_losses_fwd(
+            x1, x2, weight, t, log_u, index, tau_s, tau_t
+        )
+        ctx.save_for_backward(x1, x2, weight, t, log_u, index, lse)
+        ctx.temperatures = (tau_s, tau_t)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x1, x2, weight, *rest = ctx.saved_tensors
+        dx1, dx2, dweight = torch.ops.elastic_kernels.prototype_losses_bwd(
+            grad.float().contiguous(), x1, x2, weight, *rest, *ctx.temperatures
+        )
+        return dx1, dx2 if x2 is not None else None, dweight, None, None, None, None, None

@@ -1,0 +1,179 @@
+"""The Triton prototype losses and Sinkhorn passes under Triton's interpreter, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from numerics import DTYPES, draw, poison_outputs
+from prototype_cases import TAU_S, TAU_T, Case, assert_accurate, assert_sinkhorn, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import elastic_kernels.triton_ops.prototypes as kernels
+from elastic_kernels import backend, prototype_cross_entropy, sinkhorn_scaling
+
+# By code path: one row, none, primes, more rows and prototypes than a tile, several ranges, wide bottlenecks.
+CASES = {
+    "one-row": Case(1, 40, 16),
+    "no-rows": Case(0, 40, 16),
+    "prime": Case(17, 131, 24),
+    "tiles": Case(65, 300, 16),
+    "wide": Case(3, 20, 70),
+    "one-student": Case(19, 70, 16, students=1),
+    "one-teacher-row": Case(5, 33, 8, teacher_rows=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    poison_outputs(monkeypatch)
+    with backend("triton"):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_losses_and_gradients(case: str, dtype: torch.dtype) -> None:
+    assert_accurate(CASES[case], dtype, dtype)
+
+
+def test_half_teacher_logits_beside_fp32_students() -> None:
+    assert_accurate(CASES["prime"], torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_that_overflow_a_plain_exponential(teacher_dtype: torch.dtype) -> None:
+    """Spread over +-10, the logits reach 250 after the teacher's temperature."""
+    case = Case(9, 70, 16, spread=10.0)
+    inputs = case.inputs(torch.float32, teacher_dtype)
+    assert not (inputs["teacher"].float() / TAU_T).exp().isfinite().all()
+    assert_accurate(case, torch.float32, teacher_dtype)
+    assert_sinkhorn(inputs["teacher"])
+
+
+def test_gradients_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few prototypes fit into the bound, the gradients are the same."""
+    case = CASES["tiles"]
+    inputs = case.inputs(torch.float32, torch.float32)
+    whole = run(inputs, "triton")
+    monkeypatch.setattr(kernels, "DZ_BYTES", 1)
+    assert kernels.dz_prototypes(case.rows, 2, 4) == 128 < case.prototypes
+    for name, value in run(inputs, "triton").items():
+        torch.testing.assert_close(value, whole[name])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_rows_times_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(64, 1024, 8, teacher_rows=3)
+    inputs = case.inputs(torch.float32, torch.float16)
+    monkeypatch.setattr(kernels, "DZ_BYTES", 2 * 64 * 128 * 4)
+    with Largest() as seen:
+        run(inputs, "triton")
+    assert 64 * 128 <= seen.elements < 64 * 1024
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "prototypes"), [(1, 40), (37, 131), (70, 260)])
+def test_sinkhorn(rows: int, prototypes: int, dtype: torch.dtype) -> None:
+    assert_sinkhorn(draw(rows, prototypes).tanh().to(dtype))
+
+
+def test_sinkhorn_of_no_rows_and_of_strided_logits() -> None:
+    with_none = sinkhorn_scaling([torch.zeros(0, 7), draw(5, 9).float()], TAU_T)
+    (alone,) = sinkhorn_scaling([draw(5, 9).float()], TAU_T)
+    assert torch.equal(with_none[1], alone)
+    wide = draw(5, 20).float()
+    assert torch.equal(
+        *(sinkhorn_scaling([t], TAU_T)[0] for t in (wide[:, 3:12], wide[:, 3:12].contiguous()))
+    )
+
+
+def test_sinkhorn_over_processes_is_that_of_the_union() -> None:
+    """Each process's statistics are reduced as `torch.distributed` would."""
+    parts = [draw(n, 30, seed=n).float() for n in (4, 0, 9)]
+    (union,) = sinkhorn_scaling([torch.cat(parts)], TAU_T)
+    pending: list[list[torch.Tensor]] = []
+
+    class Stop(Exception):
+        pass
+
+    def recording(known: list[torch.Tensor]) -> Any:
+        replies = iter(known)
+
+        def reduce(tensor: torch.Tensor, how: str) -> None:
+            reply = next(replies, None)
+            if reply is None:
+                pending[-1].append(tensor.clone())
+                raise Stop
+            tensor.copy_(reply)
+
+        return reduce
+
+    known: list[torch.Tensor] = []
+    results = []
+    for step in range(7):  # three iterations of two reductions, then the end
+        pending.append([])
+        results = []
+        for part in parts:
+            try:
+                results.append(sinkhorn_scaling([part], TAU_T, reduce=recording(known))[0])
+            except Stop:
+                continue
+        if len(results) == len(parts):
+            break
+        stacked = torch.stack(pending[-1])
+        known.append(stacked.amax(0) if step % 2 == 0 else stacked.sum(0))
+    assert len(known) == 6
+    for result in results:
+        torch.testing.assert_close(result, union, rtol=1e-5, atol=1e-5)
+
+
+def test_registered_operators() -> None:
+    inputs = CASES["prime"].inputs(torch.float32, torch.float32)
+    shared = [inputs[n] for n in ("weight", "teacher", "log_scale", "targets")]
+    ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
+    for second in (None, inputs["x1"]):
+        arguments = (inputs["x0"], second, *shared, TAU_S, TAU_T)
+        torch.library.opcheck(ops.prototype_losses_fwd, arguments, test_utils=checks)
+        _, lse = ops.prototype_losses_fwd(*arguments)
+        arguments = (torch.ones(3, 17), inputs["x0"], second, *shared, lse.nan_to_num(), TAU_S, TAU_T)
+        torch.library.opcheck(ops.prototype_losses_bwd, arguments, test_utils=checks)
+    t, log_u = inputs["teacher"], inputs["log_scale"]
+    torch.library.opcheck(ops.sinkhorn_rows, (t, log_u, TAU_T), test_utils=checks)
+    torch.library.opcheck(ops.sinkhorn_columns, (t, None, TAU_T), test_utils=checks)
+    torch.library.opcheck(ops.sinkhorn_columns, (t, torch.zeros(5), TAU_T), test_utils=checks)
+
+
+def test_repeats_bitwise() -> None:
+    inputs = CASES["tiles"].inputs(torch.float16, torch.float16)
+    first, second = (run(inputs, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_compiled_equals_eager() -> None:
+    inputs = CASES["prime"].inputs(torch.float32, torch.float32)
+    x, weight = (inputs[n].requires_grad_() for n in ("x0", "weight"))
+
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        (losses,) = prototype_cross_entropy(
+            [x], weight, inputs["teacher"], inputs["log_scale"], inputs["targets"], teacher_temperature=TAU_T
+        )
+        return losses.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, got = (torch.autograd.grad(f(x, weight), (x, weight)) for f in (loss, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
