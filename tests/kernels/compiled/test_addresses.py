@@ -1,4 +1,4 @@
-"""Rows times prototypes pass 2^31 elements: offsets of rows are 64 bits wide, seen in the compiled kernels."""
+"""Rows times prototypes pass 2^31 elements: offsets of rows are 64 bits wide, in compiled kernels."""
 
 from __future__ import annotations
 
