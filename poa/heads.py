@@ -8,8 +8,8 @@ Source: POA (Zhang et al., ECCV 2024), section 3.4; official `MDINOHead`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,10 +48,9 @@ class Prototypes(nn.Module):
         with torch.no_grad():
             self.weight_v.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[rows, features]` -> logits `[rows, count]`."""
-        norm = self.weight_v.norm(dim=1, keepdim=True)
-        return F.linear(x, self.weight_v * (self.weight_g / norm))
+    def matrix(self) -> Tensor:
+        """The prototypes `[count, features]` as they multiply features."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
 
 
 class ProjectionHead(nn.Module):
@@ -74,16 +73,19 @@ class ProjectionHead(nn.Module):
         self.rest = nn.ModuleList(layers[1:])
         self.prototypes = Prototypes(config.bottleneck, prototypes, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens `[rows, w]` of any width up to the intact one -> logits `[rows, prototypes]`."""
+    def embed(self, x: Tensor) -> Tensor:
+        """Tokens `[rows, w]` of any width up to the intact one -> unit features `[rows, bottleneck]`."""
         first = self.first
         x = elastic_linear(x, first.weight, first.bias)
         for layer in self.rest:
             x = layer(F.gelu(x))
         with torch.autocast(x.device.type, enabled=False):
-            # Half-precision logits would be wrong by 10 % after the softmax at a temperature of 0.04.
-            x = F.normalize(x.to(self.prototypes.weight_v.dtype), dim=-1, eps=1e-12)
-            return self.prototypes(x)
+            return F.normalize(x.to(self.prototypes.weight_v.dtype), dim=-1, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens `[rows, w]` -> logits `[rows, prototypes]`, float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(self.embed(x), self.prototypes.matrix())
 
 
 class ProjectionHeads(nn.Module):
@@ -104,8 +106,15 @@ class ProjectionHeads(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """`[rows, w]` -> the logits `[rows, prototypes_i]` of each head."""
-        return [head(x) for head in self.heads]
+        return [head(x) for head in self._heads()]
 
-    def split(self, x: Tensor, rows: Sequence[int]) -> list[tuple[Tensor, ...]]:
-        """As `forward`, the logits of each head split into parts of the given numbers of rows."""
-        return [logits.split(list(rows)) for logits in self(x)]
+    def embed(self, x: Tensor) -> list[Tensor]:
+        """`[rows, w]` -> unit features `[rows, bottleneck]` of each head."""
+        return [head.embed(x) for head in self._heads()]
+
+    def matrices(self) -> list[Tensor]:
+        """The prototypes `[prototypes_i, bottleneck]` of each head."""
+        return [head.prototypes.matrix() for head in self._heads()]
+
+    def _heads(self) -> list[ProjectionHead]:
+        return [cast(ProjectionHead, head) for head in self.heads]

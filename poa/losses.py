@@ -1,4 +1,4 @@
-"""Targets and losses: Sinkhorn-Knopp, centering, cross-entropy, KoLeo.
+"""Targets and KoLeo; the cross-entropies are `elastic_kernels.prototype_cross_entropy`.
 
 Logits are float32 `[rows, prototypes]`. Reductions over ranks go through `torch.distributed` when a process
 group is initialised; the rows of a rank may be any number, also none.
@@ -9,6 +9,7 @@ Source: POA (Zhang et al., ECCV 2024), section 3.4; DINOv2 (Oquab et al., 2023);
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,8 +20,27 @@ from torch import Tensor
 from elastic_kernels import sinkhorn_scaling
 
 
-@torch.no_grad()
-def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) -> list[Tensor]:
+@dataclass(frozen=True)
+class SoftTargets:
+    """Targets of one head, kept as what they are made of: `softmax(logits / temperature + log_scale)`.
+
+    Attributes:
+        logits: of the teacher, `[rows, prototypes]`.
+        log_scale: `[prototypes]`, at least float32.
+        temperature: of the teacher.
+    """
+
+    logits: Tensor
+    log_scale: Tensor
+    temperature: float
+
+    def dense(self) -> Tensor:
+        """The targets themselves, at least float32, rows summing to 1."""
+        wide = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32))
+        return torch.softmax(wide / self.temperature + self.log_scale, dim=-1)
+
+
+def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) -> list[SoftTargets]:
     """Soft assignments of rows to prototypes with equal use of every prototype over all ranks.
 
     Each entry of `logits` is a problem of its own; see `elastic_kernels.sinkhorn_scaling`. This is the
@@ -30,25 +50,18 @@ def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) 
         logits: teacher logits `[rows_i, prototypes_i]` of each problem; the rows of this rank.
         temperature: of the teacher.
         iterations: how often both directions are normalised.
-
-    Returns:
-        Targets of the same shapes, at least float32, rows summing to 1.
     """
     scaling = sinkhorn_scaling(logits, temperature, iterations, _reduce)
-    return [
-        torch.softmax(t.to(torch.promote_types(t.dtype, torch.float32)) / temperature + log_u, dim=1)
-        for t, log_u in zip(logits, scaling, strict=True)
-    ]
+    return [SoftTargets(t, log_u, temperature) for t, log_u in zip(logits, scaling, strict=True)]
 
 
 def _reduce(tensor: Tensor, how: Literal["max", "sum"]) -> None:
     _all_reduce(tensor, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
 
 
-@torch.no_grad()
-def centered(logits: Sequence[Tensor], centers: Sequence[Tensor], temperature: float) -> list[Tensor]:
+def centered(logits: Sequence[Tensor], centers: Sequence[Tensor], temperature: float) -> list[SoftTargets]:
     """Targets `softmax((t - center) / temperature)` of each head."""
-    return [torch.softmax((t - c) / temperature, dim=-1) for t, c in zip(logits, centers, strict=True)]
+    return [SoftTargets(t, -c / temperature, temperature) for t, c in zip(logits, centers, strict=True)]
 
 
 @torch.no_grad()
@@ -83,16 +96,6 @@ def update_centers(
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op)
-
-
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """`log_softmax(logits / temperature)` in at least float32."""
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, dim=-1)
-
-
-def cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy `-sum_k target_k log_p_k` of each row; leading dimensions broadcast."""
-    return -(target * log_p).sum(-1)
 
 
 def koleo(x: Tensor) -> Tensor:

@@ -18,17 +18,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_kernels import prototype_cross_entropy
 from poa import losses
 from poa.backbones import ElasticViT, ViTConfig
 from poa.data.masking import Masks
 from poa.heads import HeadConfig, ProjectionHeads
+from poa.losses import SoftTargets
 from poa.multicrop import StochasticDepth
 from poa.options import option
 from poa.subnets import Subnet
 
 VIEWS = 2  # global crops of an image
+OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class LossConfig:
     student_temperature: float = option(0.1, "temperature of both students")
     targets: Literal["sinkhorn", "centering"] = option("sinkhorn", "how teacher logits become targets")
     center_momentum: float = option(0.9, "momentum of the centers (centering)")
+    operands: Literal["fp32", "fp16"] = option(
+        "fp32", "dtype of features and prototypes in their products, and of the teacher logits that are kept"
+    )
     center_weighting: Literal["exact", "official"] = option(
         "exact", "centers over ranks: mean over all rows, or mean of the ranks' means"
     )
@@ -69,10 +76,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the students learn, per head: `cls` `[2 B, K_i]` (views swapped), `patches` `[masked, K_i]`."""
+    """What the students learn, per head: of `cls` rows `2 B` (views swapped), of `patches` rows `masked`."""
 
-    cls: list[Tensor]
-    patches: list[Tensor]
+    cls: list[SoftTargets]
+    patches: list[SoftTargets]
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,16 @@ class StudentPass:
 
 @dataclass(frozen=True)
 class StudentOutput:
-    """Logits of a student, per head, and its class tokens `[2 B, w]` of the global crops."""
+    """What the losses need of a student.
 
-    local: list[Tensor]
-    cls: list[Tensor]
-    patches: list[Tensor]
+    Attributes:
+        features: `[L B + 2 B + masked, bottleneck]` of each head: local crops, global crops, masked patches.
+        prototypes: `[prototypes_i, bottleneck]` of each head, the same for all students of a step.
+        tokens: class tokens `[2 B, w]` of the global crops.
+    """
+
+    features: list[Tensor]
+    prototypes: list[Tensor]
     tokens: Tensor
 
 
@@ -105,9 +117,12 @@ class Network(nn.Module):
         self, batch: Batch, passes: Sequence[StudentPass], recompute: bool = False
     ) -> list[StudentOutput]:
         """Run the students, one pass each; one call per step, so that DDP sees one forward."""
-        return [self._student(batch, p, recompute) for p in passes]
+        prototypes = self.head.matrices()
+        return [self._student(batch, p, prototypes, recompute) for p in passes]
 
-    def _student(self, batch: Batch, run: StudentPass, recompute: bool) -> StudentOutput:
+    def _student(
+        self, batch: Batch, run: StudentPass, prototypes: list[Tensor], recompute: bool
+    ) -> StudentOutput:
         crops, masks = [batch.global_crops], [batch.masks.mask, None]
         if batch.local_views:
             crops.append(batch.local_crops)
@@ -116,18 +131,24 @@ class Network(nn.Module):
         )
         local = parts[0].cls if parts else whole.cls[:0]
         masked = whole.patches.flatten(0, 1).index_select(0, batch.masks.indices)
-        rows = [local.shape[0], whole.cls.shape[0], masked.shape[0]]
-        logits = self.head.split(torch.cat([local, whole.cls, masked]), rows)
-        by_part = [[head[part] for head in logits] for part in range(3)]
-        return StudentOutput(by_part[0], by_part[1], by_part[2], whole.cls)
+        features = self.head.embed(torch.cat([local, whole.cls, masked]))
+        return StudentOutput(features, prototypes, whole.cls)
 
     @torch.no_grad()
-    def teacher_logits(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """Logits of the class tokens, views swapped so that A teaches B, and of the masked patches."""
+    def teacher_logits(self, batch: Batch, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of the class tokens, views swapped so that A teaches B, and of the masked patches.
+
+        They are products of operands in `dtype`, and kept in it.
+        """
         (features,) = self.backbone([batch.global_crops])
         cls = torch.cat(features.cls.chunk(VIEWS)[::-1])
         masked = features.patches.flatten(0, 1).index_select(0, batch.masks.indices)
-        logits = self.head.split(torch.cat([cls, masked]), [cls.shape[0], masked.shape[0]])
+        embedded = self.head.embed(torch.cat([cls, masked]))
+        with torch.autocast(cls.device.type, enabled=False):
+            logits = [
+                F.linear(x.to(dtype), w.to(dtype)).split([len(cls), len(masked)])
+                for x, w in zip(embedded, self.head.matrices(), strict=True)
+            ]
         return [c for c, _ in logits], [p for _, p in logits]
 
 
@@ -148,7 +169,7 @@ def teacher_targets(
     teacher: Network, batch: Batch, temperature: float, config: LossConfig, centers: Centers
 ) -> Targets:
     """Targets of a chunk. With centering, the centers are those before this chunk and then move."""
-    cls, patches = teacher.teacher_logits(batch)
+    cls, patches = teacher.teacher_logits(batch, OPERANDS[config.operands])
     if config.targets == "sinkhorn":
         both = losses.sinkhorn([*cls, *patches], temperature)
         return Targets(both[: len(cls)], both[len(cls) :])
@@ -176,12 +197,12 @@ def tribranch_loss(
         `elastic.distill.3`) and `koleo`.
     """
     terms: dict[str, Tensor] = {}
-    share = {"intact": config.intact, "elastic": 1 - config.intact}
-    heads = len(targets.cls)
     total = intact.tokens.new_zeros((), dtype=torch.float32)
-    for head in range(heads):
-        weighted, head_terms = _head_loss(head, intact, elastic, targets, batch, config, share)
-        total = total + weighted / heads
+    heads = range(len(targets.cls))
+    rows = _TargetRows.of(batch)
+    for head in heads:
+        weighted, head_terms = _head_loss(head, intact, elastic, targets, batch, rows, config)
+        total = total + weighted / len(heads)
         terms |= head_terms
     if config.koleo:
         views = [view for s in (intact, elastic) for view in s.tokens.chunk(VIEWS)]
@@ -190,62 +211,92 @@ def tribranch_loss(
     return total, {name: term.detach() for name, term in terms.items()}
 
 
+@dataclass(frozen=True)
+class _TargetRows:
+    """Which targets each row of a student learns from, `[rows, 2]`, -1 for none.
+
+    Attributes:
+        classes: local crops learn from both views of their image, global ones from the other view, whose
+            target stands in their own row.
+        patches: each from its own.
+    """
+
+    classes: Tensor
+    patches: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> _TargetRows:
+        device, images = batch.global_crops.device, batch.global_crops.shape[0] // VIEWS
+        both = torch.arange(VIEWS * images, device=device).view(VIEWS, images).t()
+        return cls(
+            torch.cat([both.repeat(batch.local_views, 1), _own(VIEWS * images, device)]),
+            _own(len(batch.masks.indices), device),
+        )
+
+
+def _own(rows: int, device: torch.device) -> Tensor:
+    own = torch.arange(rows, device=device)
+    return torch.stack([own, torch.full_like(own, -1)], dim=1)
+
+
 def _head_loss(
     head: int,
     intact: StudentOutput,
     elastic: StudentOutput,
     targets: Targets,
     batch: Batch,
+    rows: _TargetRows,
     config: LossConfig,
-    share: dict[str, float],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one head and its unweighted terms."""
-    log_p = {
-        name: [
-            losses.log_probabilities(logits[head], config.student_temperature)
-            for logits in (student.local, student.cls, student.patches)
-        ]
-        for name, student in (("intact", intact), ("elastic", elastic))
-    }
-    terms = {}
-    for name, (local, cls, patches) in log_p.items():
-        terms[f"{name}.dino.{head}"] = _dino(local, cls, targets.cls[head], batch.local_views)
-        terms[f"{name}.ibot.{head}"] = _ibot(patches, targets.patches[head], batch.masks)
-    terms[f"elastic.distill.{head}"] = _distill(log_p["elastic"][:2], log_p["intact"][:2])
+    count, names = len(rows.classes), ("intact", "elastic")
+    students = [student.features[head] for student in (intact, elastic)]
+
+    def losses_of(part: slice, target: SoftTargets, index: Tensor) -> list[Tensor]:
+        dtype = OPERANDS[config.operands]
+        return prototype_cross_entropy(
+            [x[part].to(dtype) for x in students], intact.prototypes[head].to(dtype),
+            target.logits, target.log_scale, index,
+            student_temperature=config.student_temperature, teacher_temperature=target.temperature,
+        )  # fmt: skip
+
+    with torch.autocast(intact.tokens.device.type, enabled=False):
+        *classes, distilled = losses_of(slice(count), targets.cls[head], rows.classes)
+        patches = losses_of(slice(count, None), targets.patches[head], rows.patches)
+    terms, shares = {}, (config.intact, 1 - config.intact)
+    for name, by_class, by_patch in zip(names, classes, patches[:2], strict=True):
+        terms[f"{name}.dino.{head}"] = _dino(by_class, batch)
+        terms[f"{name}.ibot.{head}"] = _ibot(by_patch, batch.masks)
+    terms[f"elastic.distill.{head}"] = _distill(distilled, batch)
     weighted = sum(
-        share[name]
-        * (config.dino * terms[f"{name}.dino.{head}"] + config.ibot * terms[f"{name}.ibot.{head}"])
-        for name in log_p
+        share * (config.dino * terms[f"{name}.dino.{head}"] + config.ibot * terms[f"{name}.ibot.{head}"])
+        for name, share in zip(names, shares, strict=True)
     )
-    return weighted + share["elastic"] * terms[f"elastic.distill.{head}"], terms
+    return weighted + shares[1] * terms[f"elastic.distill.{head}"], terms
 
 
-def _dino(local: Tensor, cls: Tensor, target: Tensor, local_views: int) -> Tensor:
+def _dino(losses: Tensor, batch: Batch) -> Tensor:
     """Cross-view loss of the class tokens: every local crop against both views, each view against the other.
 
     The sum over pairs is divided by their number as the official code counts it: the global pairs twice.
     """
-    pairs = VIEWS + max(VIEWS * local_views, 1)
-    loss = VIEWS * losses.cross_entropy(cls, target).mean()
-    if local_views:
-        both_views = target.unflatten(0, (VIEWS, -1)).sum(0)
-        loss = loss + losses.cross_entropy(local.unflatten(0, (local_views, -1)), both_views).mean(1).sum()
+    pairs = VIEWS + max(VIEWS * batch.local_views, 1)
+    local, whole = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]])
+    loss = VIEWS * whole.mean()
+    if batch.local_views:
+        loss = loss + local.unflatten(0, (batch.local_views, -1)).mean(1).sum()
     return loss / pairs
 
 
-def _ibot(patches: Tensor, target: Tensor, masks: Masks) -> Tensor:
+def _ibot(losses: Tensor, masks: Masks) -> Tensor:
     """Masked-patch loss: mean over an image's masked patches, then over all global crops, masked or not."""
-    return (losses.cross_entropy(patches, target) * masks.weights).sum() / masks.mask.shape[0]
+    return (losses * masks.weights).sum() / masks.mask.shape[0]
 
 
-def _distill(elastic: Sequence[Tensor], intact: Sequence[Tensor]) -> Tensor:
+def _distill(losses: Tensor, batch: Batch) -> Tensor:
     """Same-view distillation of the class tokens: the elastic student follows the intact one.
 
     Local and global crops count alike; the target is the intact student's plain softmax.
     """
-    parts = [
-        losses.cross_entropy(student, teacher.detach().exp()).mean()
-        for student, teacher in zip(elastic, intact, strict=True)
-        if len(student)
-    ]
-    return torch.stack(parts).sum()
+    parts = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]])
+    return torch.stack([part.mean() for part in parts if len(part)]).sum()

@@ -17,7 +17,7 @@ from poa.checkpoint import RunFolder, read_checkpoint
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError
-from poa.losses import sinkhorn
+from poa.losses import SoftTargets, sinkhorn
 from poa.optim import clip_gradients
 from poa.train import Run, initial_network, pretrain
 from poa.tribranch import Targets, tribranch_loss
@@ -190,7 +190,12 @@ def _targets_of_the_union(logits: list[Any], temperature: float) -> list[Targets
     for kind in range(2):  # class tokens, patches
         heads = [torch.cat(chunks) for chunks in zip(*(chunk[kind] for chunk in logits), strict=True)]
         sizes = [len(chunk[kind][0]) for chunk in logits]
-        parts.append([target.split(sizes) for target in sinkhorn(heads, temperature)])
+        parts.append(
+            [
+                [SoftTargets(t, target.log_scale, temperature) for t in target.logits.split(sizes)]
+                for target in sinkhorn(heads, temperature)
+            ]
+        )
     return [Targets(*([head[n] for head in kind] for kind in parts)) for n in range(len(logits))]
 
 
@@ -209,7 +214,7 @@ def test_two_processes_equal_one_with_two_chunks(sampling: str, tmp_path: Path) 
     student, teacher = chunks[0].state.student, chunks[0].state.teacher
     batches = [run.prepare(0, next(run.batches(range(1)))) for run in chunks]
     assert len(batches[0].masks.indices) != len(batches[1].masks.indices)
-    logits = [teacher.teacher_logits(batch) for batch in batches]
+    logits = [teacher.teacher_logits(batch, torch.float32) for batch in batches]
     targets = _targets_of_the_union(logits, chunks[0].schedules.teacher_temperature[0])
     losses = []
     for run, batch, target in zip(chunks, batches, targets, strict=True):

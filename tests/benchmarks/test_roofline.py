@@ -11,11 +11,10 @@ from benchmarks import roofline
 from benchmarks.roofline import H200, Summary, Workload
 from poa.config import preset
 from poa.data.masking import draw_masks
-from poa.losses import cross_entropy
 from poa.multicrop import draw_stochastic_depth
 from poa.random import python_stream, torch_stream
 from poa.subnets import Subnet
-from poa.tribranch import Batch, Network, StudentPass
+from poa.tribranch import Batch, Centers, Network, StudentPass, teacher_targets, tribranch_loss
 
 METHOD = preset("vit-s16").method
 IMAGES = 5  # so that stochastic depth keeps whole crops: 8 of 10 and 32 of 40
@@ -38,10 +37,10 @@ def counted_flops(subnet: Subnet) -> int:
             masks,
         )
         with FlopCounterMode(display=False) as counter:
-            teacher.teacher_logits(batch)
-            outputs = student(batch, passes)
-            logits = [x for o in outputs for part in (o.local, o.cls, o.patches) for x in part]
-            sum(cross_entropy(x, x.detach()).sum() for x in logits).backward()
+            centers = Centers.zeros(METHOD.head.prototypes, torch.device("cpu"))
+            targets = teacher_targets(teacher, batch, 0.05, METHOD.loss, centers)
+            intact, elastic = student(batch, passes)
+            tribranch_loss(intact, elastic, targets, batch, METHOD.loss)[0].backward()
     return counter.get_total_flops()
 
 
