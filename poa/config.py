@@ -270,7 +270,7 @@ def _small_images() -> Config:
 def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Config:
     """The published recipe for a ViT with patches of 16 pixels."""
     backbone = ViTConfig(min_width=min_width, max_width=max_width, min_depth=min_depth, max_depth=max_depth)
-    return Config(method=MethodConfig(backbone=backbone))
+    return Config(method=MethodConfig(backbone=backbone, loss=LossConfig(operands="fp16")))
 
 
 PRESETS: dict[str, tuple[Callable[[], Config], str]] = {

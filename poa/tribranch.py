@@ -250,13 +250,13 @@ def _head_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one head and its unweighted terms."""
     count, names = len(rows.classes), ("intact", "elastic")
-    students = [student.features[head] for student in (intact, elastic)]
+    dtype = OPERANDS[config.operands]
+    students = [student.features[head].to(dtype) for student in (intact, elastic)]
+    prototypes = intact.prototypes[head].to(dtype)
 
     def losses_of(part: slice, target: SoftTargets, index: Tensor) -> list[Tensor]:
-        dtype = OPERANDS[config.operands]
         return prototype_cross_entropy(
-            [x[part].to(dtype) for x in students], intact.prototypes[head].to(dtype),
-            target.logits, target.log_scale, index,
+            [x[part] for x in students], prototypes, target.logits, target.log_scale, index,
             student_temperature=config.student_temperature, teacher_temperature=target.temperature,
         )  # fmt: skip
 

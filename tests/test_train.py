@@ -102,6 +102,16 @@ def test_precisions_agree_on_the_first_losses(precision: str, tmp_path: Path) ->
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
+def test_half_precision_prototypes_agree_on_the_losses(targets: str, tmp_path: Path) -> None:
+    for name in ("fp32", "fp16"):
+        changes = [f"method.loss.operands={name}", f"method.loss.targets={targets}"]
+        pretrain(tiny_config(*changes), tmp_path / name)
+    exact, rounded = (rows(tmp_path / name)[0]["loss"] for name in ("fp32", "fp16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=1e-3)
+
+
 def test_metrics_and_evaluation_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(tiny_config("run.evaluate_every=3", "run.knn_images=60"), tmp_path / "run")
     logged = rows(tmp_path / "run")

@@ -193,7 +193,8 @@ def _reference(
     q = torch.softmax(t.to(wide) / tau_t + log_scale, dim=-1).detach()
     taught = targets >= 0
     target = (q[targets.clamp(min=0)] * taught.unsqueeze(-1)).sum(1)
-    log_p = [torch.log_softmax((x @ weight.t()).to(wide) / tau_s, dim=-1) for x in (x1, x2) if x is not None]
+    columns = weight.to(wide).t()
+    log_p = [torch.log_softmax(x.to(wide) @ columns / tau_s, dim=-1) for x in (x1, x2) if x is not None]
     losses = [-(target * lp).sum(-1) for lp in log_p]
     if x2 is not None:
         losses.append(-(log_p[0].detach().exp() * log_p[1]).sum(-1))

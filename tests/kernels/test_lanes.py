@@ -18,7 +18,8 @@ ROOT = Path(__file__).parent.parent.parent
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 LANES = {
     "interpreted": ("tests/kernels/interpreted", INTERPRETED),
-    "golden-interpreted": ("tests/test_golden_vit.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
+    "golden-vit": ("tests/test_golden_vit.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
+    "golden-method": ("tests/test_golden_method.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
     "compiled": ("tests/kernels/compiled", {"ELASTIC_KERNELS_LANE": "compiled"}),
 }
 
