@@ -170,6 +170,10 @@ def _subnets(names: Sequence[str], space: SearchSpace) -> list[Subnet]:
     if list(names) == ["all"]:
         return list(space)
     parts = [part for name in names for part in name.split(",") if part]
+    if not parts:
+        raise InputError(
+            f"--subnets: expected subnets such as {space.smallest}, or all, got {' '.join(names)!r}"
+        )
     return [space.require(Subnet.parse(part)) for part in parts]
 
 

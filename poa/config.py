@@ -47,6 +47,10 @@ class CropsConfig:
     mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "of the pixels, in 0..1")
     std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "of the pixels, in 0..1")
 
+    def eval_resize(self, size: int | None = None) -> int:
+        """Pixels of the shorter side before the centre crop of `size` (default: `global_size`) pixels."""
+        return round((size or self.global_size) / self.eval_share)
+
     def __post_init__(self) -> None:
         for name in ("global_scale", "local_scale"):
             low, high = getattr(self, name)

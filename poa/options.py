@@ -36,6 +36,8 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     Raises:
         InputError: an unknown key (with a suggestion), or a value of the wrong type.
     """
+    if not isinstance(values, dict):
+        raise InputError(f"{path or 'options'}: expected an object of options, got {json.dumps(values)[:60]}")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
     arguments = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from poa.config import PRESETS, Config, preset
@@ -95,3 +97,11 @@ def test_first_difference() -> None:
 def test_unknown_preset() -> None:
     with pytest.raises(InputError, match="preset: expected one of quickstart"):
         preset("vit-xxl")
+
+
+@pytest.mark.parametrize("values", [[], "text", 3, None])
+def test_what_is_no_object_is_one_line(values: Any) -> None:
+    with pytest.raises(InputError, match="options: expected an object of options, got"):
+        from_dict(Config, values)
+    with pytest.raises(InputError, match="method: expected an object of options, got"):
+        from_dict(Config, {"method": values})

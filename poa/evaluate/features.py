@@ -68,7 +68,7 @@ def apply_to_images(
             crops.global_size,
             crops.mean,
             crops.std,
-            resize=round(crops.global_size / crops.eval_share),
+            resize=crops.eval_resize(),
         )
         for collected, function in zip(results, functions, strict=True):
             collected.append(function(batch).cpu())

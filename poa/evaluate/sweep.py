@@ -122,7 +122,7 @@ def evaluation_settings(data: DataSplit, config: Config) -> dict[str, Any]:
         "bank_images": len(data.train),
         "query_images": len(data.test or ()),
         "image_size": crops.global_size,
-        "resize": round(crops.global_size / crops.eval_share),
+        "resize": crops.eval_resize(),
         "mean": list(crops.mean),
         "std": list(crops.std),
     }
