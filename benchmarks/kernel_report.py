@@ -19,7 +19,7 @@ from typing import Any
 import triton
 
 from benchmarks.aot import PARTS, Compiled, compile_kernel
-from elastic_kernels.triton_ops import attention, gemm, layer_norm, linear, linear_wgrad, prototypes
+from elastic_kernels.triton_ops import attention, gemm, layer_norm, linear, linear_wgrad, prototypes, sinkhorn
 
 TABLE = Path(__file__).parent / "results" / "kernel_report.tsv"
 COLUMNS = (
@@ -242,8 +242,8 @@ def _prototype_cases(part: int, dtype: str) -> Iterator[Case]:
             config.warps, config.stages, matrix=True,
         )  # fmt: skip
     passes: tuple[tuple[Any, tuple[int, int], dict[str, Any]], ...] = (
-        (prototypes._row_pass_kernel, prototypes.ROW_PASS, {}),
-        (prototypes._column_pass_kernel, prototypes.COLUMN_PASS, {"HAS_V": True}),
+        (sinkhorn._row_pass_kernel, sinkhorn.ROW_PASS, {}),
+        (sinkhorn._column_pass_kernel, sinkhorn.COLUMN_PASS, {"HAS_V": True}),
     )
     for kernel, (rows, columns), constants in passes:
         yield Case(

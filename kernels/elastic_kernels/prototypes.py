@@ -82,7 +82,7 @@ Rows = Callable[[Tensor], Tensor]
 def _passes(t: Tensor, tau: float) -> tuple[Columns, Rows]:
     """The two passes over a problem's logits: (maximum, sum) of each column, and log v of each row."""
     if dispatch.choose("sinkhorn_scaling", t).backend == "triton":
-        from elastic_kernels.triton_ops import prototypes as _  # noqa: F401, registers the operators
+        from elastic_kernels.triton_ops import sinkhorn as _  # noqa: F401, registers the operators
 
         ops = torch.ops.elastic_kernels
         t = t if t.stride(-1) == 1 else t.contiguous()

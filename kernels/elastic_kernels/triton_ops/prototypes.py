@@ -1,6 +1,5 @@
-"""Triton kernels of Sinkhorn's scaling vectors and of cross-entropies over prototypes, without the logits.
+"""Triton kernels of cross-entropies over prototypes, without the students' logits.
 
-    log u_k = -lse_b(t_bk / tau + log v_b),  log v_b = -lse_k(t_bk / tau + log u_k)
     s_i = x_i W^T / tau_s,  y_j = t_j / tau + log u,  q_j = softmax(y_j),  p_i = softmax(s_i)
     ce_i = sum_{j in targets of i} lse(s_i) - <q_j, s_i>,  distill_i = lse(s2_i) - <p1_i, s2_i>
     dz1 = g1 / tau_s (n p1 - sum_j q_j),  dz2 = g2 / tau_s (n p2 - sum_j q_j) + gd / tau_s (p2 - p1)
@@ -28,20 +27,11 @@ from torch.autograd.function import once_differentiable
 from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.registration import register
+from elastic_kernels.triton_ops.sinkhorn import grow
 
 STATS = 13  # of a row in a range: m1 z1 m2 z2, and of each target m z a1 a2, and the distillation's sum
 DZ_BYTES = 256 << 20  # of the gradient of both students' logits that exists at once
 DZ_SCALE = 1024.0  # dz is stored relative to the largest upstream gradient, times this: fp16 keeps its digits
-
-
-@triton.jit
-def _grow(m, z, y):
-    """Running maximum and sum of exponentials with `y` taken in; also the factor of earlier sums."""
-    new_m = tl.maximum(m, tl.max(y, 1))
-    safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-    e = tl.exp(y - safe[:, None])
-    shrink = tl.exp(m - safe)
-    return new_m, z * shrink + tl.sum(e, 1), e, shrink
 
 
 @triton.jit
@@ -112,16 +102,16 @@ def _fwd_kernel(
         )  # fmt: skip
         ya = _target(t_ptr, log_u, row_a, offs_k, mask_k, stride_t, inv_tau_t)
         yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
-        ma, za, ea, shrink_a = _grow(ma, za, ya)
-        mb, zb, eb, shrink_b = _grow(mb, zb, yb)
+        ma, za, ea, shrink_a = grow(ma, za, ya)
+        mb, zb, eb, shrink_b = grow(mb, zb, yb)
         a1 = a1 * shrink_a + tl.sum(ea * s1, 1)
         b1 = b1 * shrink_b + tl.sum(eb * s1, 1)
-        m1, z1, e1, shrink_1 = _grow(m1, z1, tl.where(mask_k[None, :], s1, float("-inf")))
+        m1, z1, e1, shrink_1 = grow(m1, z1, tl.where(mask_k[None, :], s1, float("-inf")))
         if TWO:
             a2 = a2 * shrink_a + tl.sum(ea * s2, 1)
             b2 = b2 * shrink_b + tl.sum(eb * s2, 1)
             across = across * shrink_1 + tl.sum(e1 * s2, 1)
-            m2, z2, _, _ = _grow(m2, z2, tl.where(mask_k[None, :], s2, float("-inf")))
+            m2, z2, _, _ = grow(m2, z2, tl.where(mask_k[None, :], s2, float("-inf")))
     out = stats_ptr + tl.program_id(1).to(tl.int64) * 13 * rows + offs_m
     tl.store(out, m1, mask=mask_m)
     tl.store(out + rows, z1, mask=mask_m)
@@ -187,57 +177,6 @@ def _bwd_kernel(
         tl.store(dz2_ptr + out, dz2.to(dz2_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _row_pass_kernel(
-    t_ptr, log_u_ptr, log_v_ptr,
-    rows, prototypes,
-    stride_t,
-    inv_tau,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """log v of each row: minus the log-sum-exp over prototypes."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < rows
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    z = tl.zeros([BLOCK_M], tl.float32)
-    base = t_ptr + offs_m.to(tl.int64)[:, None] * stride_t
-    for start in range(0, prototypes, BLOCK_N):
-        offs_k = start + tl.arange(0, BLOCK_N)
-        mask = mask_m[:, None] & (offs_k < prototypes)[None, :]
-        t = tl.load(base + offs_k[None, :], mask=mask, other=0.0).to(tl.float32) * inv_tau
-        log_u = tl.load(log_u_ptr + offs_k, mask=offs_k < prototypes, other=0.0)
-        m, z, _, _ = _grow(m, z, tl.where(mask, t + log_u[None, :], float("-inf")))
-    tl.store(log_v_ptr + offs_m, -(m + tl.log(tl.where(mask_m, z, 1.0))), mask=mask_m)
-
-
-@triton.jit(do_not_specialize=["rows", "span"])
-def _column_pass_kernel(
-    t_ptr, log_v_ptr, stats_ptr,
-    rows, span, prototypes,
-    stride_t,
-    inv_tau,
-    HAS_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Maximum and sum of exponentials over a range of rows, for each prototype: `[ranges, 2, prototypes]`."""
-    offs_k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_k = offs_k < prototypes
-    m = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    z = tl.zeros([BLOCK_N], tl.float32)
-    begin = tl.program_id(1) * span
-    for start in range(begin, tl.minimum(begin + span, rows), BLOCK_M):
-        offs_m = start + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < tl.minimum(begin + span, rows)
-        mask = mask_k[:, None] & mask_m[None, :]
-        at = offs_m.to(tl.int64)[None, :] * stride_t + offs_k[:, None]
-        y = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32) * inv_tau
-        if HAS_V:
-            y += tl.load(log_v_ptr + offs_m, mask=mask_m, other=0.0)[None, :]
-        m, z, _, _ = _grow(m, z, tl.where(mask, y, float("-inf")))
-    out = stats_ptr + tl.program_id(1).to(tl.int64) * 2 * prototypes + offs_k
-    tl.store(out, m, mask=mask_k)
-    tl.store(out + prototypes, z, mask=mask_k)
-
-
 @dataclass(frozen=True)
 class LossConfig:
     """Launch settings: rows of a program, prototypes and channels of a step."""
@@ -254,7 +193,6 @@ class LossConfig:
 _FP32 = LossConfig(32, 32, 32, warps=8, stages=1)
 _HALF = LossConfig(32, 64, 64, warps=8, stages=2)
 _HALF_WARP_GROUP = LossConfig(64, 64, 64, warps=8, stages=3)  # where matrix units read shared memory
-ROW_PASS, COLUMN_PASS = (4, 1024), (32, 128)  # rows and prototypes of a tile
 
 
 def loss_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
@@ -384,42 +322,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def sinkhorn_rows(t: Tensor, log_u: Tensor, tau: float) -> Tensor:
-    """log v `[rows]` of `t` `[rows, prototypes]`."""
-    rows, prototypes = t.shape
-    log_v = torch.empty(rows, dtype=torch.float32, device=t.device)
-    if rows:
-        block_m, block_n = ROW_PASS
-        _row_pass_kernel[(triton.cdiv(rows, block_m),)](
-            t, log_u, log_v,
-            rows, prototypes,
-            t.stride(0),
-            1 / tau,
-            BLOCK_M=block_m, BLOCK_N=block_n,
-        )  # fmt: skip
-    return log_v
-
-
-def sinkhorn_columns(t: Tensor, log_v: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
-    """Maximum `[prototypes]` over rows of `t / tau + log_v`, and the sum of exponentials relative to it."""
-    rows, prototypes = t.shape
-    block_m, block_n = COLUMN_PASS
-    tiles = triton.cdiv(prototypes, block_n)
-    ranges = max(min(4 * processors(t.device) // tiles, triton.cdiv(rows, block_m)), 1)
-    span = triton.cdiv(triton.cdiv(max(rows, 1), ranges), block_m) * block_m
-    stats = torch.empty(ranges, 2, prototypes, dtype=torch.float32, device=t.device)
-    _column_pass_kernel[(tiles, ranges)](
-        t, log_v, stats,
-        rows, span, prototypes,
-        t.stride(0),
-        1 / tau,
-        HAS_V=log_v is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-    )  # fmt: skip
-    largest = stats[:, 0].amax(0)
-    factor = (stats[:, 0] - largest.nan_to_num(neginf=0.0)).exp()
-    return largest, (stats[:, 1] * factor).sum(0)
-
-
 register(
     "prototype_losses_fwd(Tensor x1, Tensor? x2, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
     " float tau_s, float tau_t) -> (Tensor, Tensor)",
@@ -435,16 +337,6 @@ register(
         grad.new_empty(0 if x2 is None else x1.shape),
         grad.new_empty(weight.shape),
     ),
-)
-register(
-    "sinkhorn_rows(Tensor t, Tensor log_u, float tau) -> Tensor",
-    sinkhorn_rows,
-    lambda t, log_u, tau: t.new_empty(t.shape[0], dtype=torch.float32),
-)
-register(
-    "sinkhorn_columns(Tensor t, Tensor? log_v, float tau) -> (Tensor, Tensor)",
-    sinkhorn_columns,
-    lambda t, *rest: tuple(t.new_empty(t.shape[1], dtype=torch.float32) for _ in range(2)),
 )
 
 

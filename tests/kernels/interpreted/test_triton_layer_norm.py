@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from layer_norm_cases import EPS, affine, run
-from numerics import DTYPES, assert_as_good_as_torch, draw, poison_outputs
+from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -15,13 +13,6 @@ import elastic_kernels.triton_ops.layer_norm  # noqa: F401, registers the operat
 from elastic_kernels import backend, elastic_add_layer_norm, elastic_layer_norm
 
 LARGEST = 600
-
-
-@pytest.fixture(autouse=True)
-def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    poison_outputs(monkeypatch)
-    with backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, run
-from numerics import DTYPES, assert_as_good_as_torch, draw, poison_outputs
+from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -31,13 +30,6 @@ CASES = {
     "kept": Case(31, 32, 48, kept=31),
     "none-kept": Case(0, 16, 16, kept=0),
 }
-
-
-@pytest.fixture(autouse=True)
-def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    poison_outputs(monkeypatch)
-    with backend("triton"):
-        yield
 
 
 @pytest.fixture(params=["cublas", "triton"])

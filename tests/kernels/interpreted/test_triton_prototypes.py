@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from numerics import DTYPES, draw, poison_outputs
+from numerics import DTYPES, draw
 from prototype_cases import TAU_S, TAU_T, Case, assert_accurate, assert_sinkhorn, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_kernels.triton_ops.prototypes as kernels
-from elastic_kernels import backend, prototype_cross_entropy, sinkhorn_scaling
+from elastic_kernels import prototype_cross_entropy, sinkhorn_scaling
 
 # By code path: one row, none, primes, more rows and prototypes than a tile, several ranges, wide bottlenecks.
 CASES = {
@@ -24,13 +23,6 @@ CASES = {
     "one-student": Case(19, 70, 16, students=1),
     "one-teacher-row": Case(5, 33, 8, teacher_rows=1),
 }
-
-
-@pytest.fixture(autouse=True)
-def on_triton_with_poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    poison_outputs(monkeypatch)
-    with backend("triton"):
-        yield
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
