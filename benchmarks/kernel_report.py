@@ -125,7 +125,11 @@ def _gemm_cases(part: int, dtype: str) -> Iterator[Case]:
     everything = {"HAS_GAMMA": True, "HAS_INDEX": True, "HAS_ROW_SCALE": True}
     nothing = {"HAS_GAMMA": False, "HAS_INDEX": False, "HAS_ROW_SCALE": False}
     none = dict.fromkeys(("gamma_ptr", "index_ptr", "row_scale_ptr", "residual_ptr"))
-    fwd, dgrad, wgrad = linear._fwd_kernel, linear._dgrad_kernel, linear_wgrad._wgrad_kernel
+    fwd, dgrad, wgrad = (
+        linear._linear_fwd_kernel,
+        linear._linear_dgrad_kernel,
+        linear_wgrad._linear_wgrad_kernel,
+    )
     summed = {"HAS_BIAS": True, "HAS_GAMMA": True, "ACCUMULATE": True}
     forms: list[tuple[gemm.Form, str, Any, dict[str, Any]]] = [
         ("linear", "bias", fwd, {"EPILOGUE": "linear", "act_ptr": None, **none, **nothing}),
@@ -188,16 +192,17 @@ def _row_cases(part: int, dtype: str) -> Iterator[Case]:
     )  # fmt: skip
     block_n, block_k = linear_wgrad.FINISH_BLOCKS
     yield Case(
-        linear_wgrad._wgrad_finish_kernel, "gamma, accumulate", part, dtype, f"{block_n}x{block_k}, 4 warps",
+        linear_wgrad._linear_wgrad_finish_kernel, "gamma, accumulate", part, dtype,
+        f"{block_n}x{block_k}, 4 warps",
         {"HAS_GAMMA": True, "ACCUMULATE": True, "BLOCK_N": block_n, "BLOCK_K": block_k, "stride_wk": 1},
         dict.fromkeys(("partial_ptr", "gamma_ptr", "dweight_ptr", "gamma_shares_ptr"), "fp32"),
         (), ("splits",), 4, 3, rows=True,
     )  # fmt: skip
     vector = linear_wgrad.VECTOR_BLOCK
     yield Case(
-        linear_wgrad._vector_grads_kernel, "bias, gamma", part, dtype, f"{vector}, 4 warps",
+        linear_wgrad._linear_vector_grads_kernel, "bias, gamma", part, dtype, f"{vector}, 4 warps",
         {"HAS_BIAS": True, "HAS_GAMMA": True, "BLOCK": vector},
-        dict.fromkeys(linear_wgrad._vector_grads_kernel.arg_names, "fp32"),
+        dict.fromkeys(linear_wgrad._linear_vector_grads_kernel.arg_names, "fp32"),
         (), ("splits", "tiles"), 4, 3,
     )  # fmt: skip
 
@@ -208,10 +213,15 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
     for head_dim in (16, 32, 64, 128) if (part, dtype) == (90, "fp16") else (64,):
         configs = [attention.fwd_config(n, head_dim, ITEMSIZE[dtype], small) for n in (37, 128, 197, 600)]
         forwards = [
-            (attention._resident_fwd_kernel if c.resident else attention._streaming_fwd_kernel, c)
+            (
+                attention._attention_resident_fwd_kernel
+                if c.resident
+                else attention._attention_streaming_fwd_kernel,
+                c,
+            )
             for c in configs
         ]
-        backward = (attention._bwd_kernel, attention.bwd_config(head_dim, ITEMSIZE[dtype], small))
+        backward = (attention._attention_bwd_kernel, attention.bwd_config(head_dim, ITEMSIZE[dtype], small))
         for kernel, config in (*forwards, backward):
             settings = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
             if config.block_m < 64:
@@ -234,7 +244,7 @@ def _prototype_cases(part: int, dtype: str) -> Iterator[Case]:
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
     settings = f"{config.block_m}x{config.block_n}x{config.block_d}, {config.warps} warps"
     settings += f", {config.stages} stages" + (", small tile" if config.block_m < 64 else "")
-    for kernel in (prototypes._fwd_kernel, prototypes._bwd_kernel):
+    for kernel in (prototypes._losses_fwd_kernel, prototypes._losses_bwd_kernel):
         yield Case(
             kernel, "prototypes, two students", part, dtype, settings,
             {"TWO": True, "PRECISION": "ieee", **blocks}, pointers,

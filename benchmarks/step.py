@@ -378,9 +378,10 @@ def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
 
 # Kernels by name, and the costs that are their floor.
 FAMILIES = (
-    ("norms", r"layer_norm|branch_grad", r"norm"),
-    ("attention", r"_resident_fwd|_streaming_fwd|^_bwd_kernel|flash|fmha|softmax", r"attention"),
-    ("products", r"gemm|cutlass|nvjet|_fwd_kernel|_dgrad_kernel|_wgrad", r"qkv|proj|fc|embed|head MLP|proto"),
+    ("norms", r"^_layer_norm|^_branch_grad", r"norm (1|2)|last norm"),
+    ("attention", r"^_attention|flash|fmha", r"attention"),
+    ("products", r"gemm|cutlass|nvjet|^_linear", r"qkv|proj|fc|embed|head MLP"),
+    ("losses", r"^_losses|^_(row|column)_pass", r"prototypes|losses|Sinkhorn"),
     ("optimiser", r"adam|multi_tensor|lerp|foreach", r"AdamW|gradient norm"),
 )
 

@@ -37,7 +37,7 @@ def _load_rows(base, offs_n, offs_d, stride_t, mask):
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
-def _resident_fwd_kernel(
+def _attention_resident_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr,
     first_token, length, heads,
     stride_t, stride_g, stride_h,
@@ -70,7 +70,7 @@ def _resident_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
-def _streaming_fwd_kernel(
+def _attention_streaming_fwd_kernel(
     qkv_ptr, out_ptr, lse_ptr,
     first_token, length, heads,
     stride_t, stride_g, stride_h,
@@ -108,7 +108,7 @@ def _streaming_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
-def _bwd_kernel(
+def _attention_bwd_kernel(
     qkv_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr,
     first_token, length, heads,
     stride_t, stride_g, stride_h,
@@ -234,7 +234,7 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
     for first, count, length in _spans(groups):
         config = fwd_config(length, dim, qkv.dtype.itemsize, is_small_part(qkv.device))
-        kernel = _resident_fwd_kernel if config.resident else _streaming_fwd_kernel
+        kernel = _attention_resident_fwd_kernel if config.resident else _attention_streaming_fwd_kernel
         tiles = 1 if config.resident else triton.cdiv(length, config.block_m)
         kernel[(count * heads, tiles)](
             qkv, out, lse,
@@ -253,7 +253,7 @@ def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: S
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     config = bwd_config(dim, qkv.dtype.itemsize, is_small_part(qkv.device))
     for first, count, length in _spans(groups):
-        _bwd_kernel[(count * heads,)](
+        _attention_bwd_kernel[(count * heads,)](
             qkv, out, dout, lse, dqkv,
             first, length, heads,
             *qkv.stride()[:3],

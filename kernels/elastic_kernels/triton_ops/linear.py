@@ -71,7 +71,7 @@ def _fwd_epilogue(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _fwd_kernel(
+def _linear_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, act_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
     rows, out_features, in_features,
     stride_x, stride_wg, stride_wn, stride_wk, stride_bg, stride_y, stride_yg, stride_r,
@@ -112,7 +112,7 @@ def _fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _dgrad_kernel(
+def _linear_dgrad_kernel(
     dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr,
     rows, groups, out_features, in_features,
     stride_y, stride_yg, stride_wg, stride_wn, stride_wk,
@@ -198,7 +198,7 @@ def _fwd(
     form: Form = "residual" if residual is not None else "linear" if activation is None else "gelu"
     config = config_for(form, out, x)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out, config.block_n)
-    _fwd_kernel[(tiles, groups)](
+    _linear_fwd_kernel[(tiles, groups)](
         x, weight, bias, y, activation, residual, gamma, index, row_scale,
         rows, out, width,
         x.stride(0), *weight.stride(), 0 if bias is None else bias.stride(0),
@@ -269,7 +269,7 @@ def _dgrad(
     if rows:
         form: Form = "dgrad" if u is None else "dgrad_gelu"
         config = config_for(form, width, dy)
-        _dgrad_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+        _linear_dgrad_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
             dy, weight, gamma, u, dx, activation,
             rows, groups, out, width,
             dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),

@@ -42,7 +42,7 @@ def _finish_weight_tile(
 
 
 @triton.jit(do_not_specialize=["rows", "split_rows"])
-def _wgrad_kernel(
+def _linear_wgrad_kernel(
     dy_ptr, x_ptr, weight_ptr, gamma_ptr, dweight_ptr, bias_shares_ptr, gamma_shares_ptr, partial_ptr,
     rows, split_rows, out_features, in_features,
     stride_y, stride_yg, stride_x, stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
@@ -100,7 +100,7 @@ def _wgrad_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _wgrad_finish_kernel(
+def _linear_wgrad_finish_kernel(
     partial_ptr, weight_ptr, gamma_ptr, dweight_ptr, gamma_shares_ptr,
     splits, out_features, in_features,
     stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
@@ -126,7 +126,7 @@ def _wgrad_finish_kernel(
 
 
 @triton.jit(do_not_specialize=["splits", "tiles"])
-def _vector_grads_kernel(
+def _linear_vector_grads_kernel(
     bias_shares_ptr, gamma_shares_ptr, bias_ptr, gamma_ptr, dbias_ptr, dgamma_ptr,
     splits, tiles, out_features, largest,
     HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, BLOCK: tl.constexpr,
@@ -152,7 +152,7 @@ def _vector_grads_kernel(
         tl.store(dbias_ptr + group * largest + offs, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
 
 
-FINISH_BLOCKS = (32, 128)  # output and input features of a tile of `_wgrad_finish_kernel`
+FINISH_BLOCKS = (32, 128)  # output and input features of a tile of `_linear_wgrad_finish_kernel`
 VECTOR_BLOCK = 256
 MIN_SPLIT_ROWS = 1024  # of a wgrad: below, writing the shares costs more than idle processors
 
@@ -199,7 +199,7 @@ def _wgrad(
     gamma_shares = torch.empty(shares, out, dtype=fp32, device=device)
     targets = (into.stride(0), into.stride(1), *weight.stride())
     columns = triton.cdiv(out, config.block_m) * (tiles_k + bias_grad)
-    _wgrad_kernel[(columns, groups, splits)](
+    _linear_wgrad_kernel[(columns, groups, splits)](
         dy, x, weight, gamma, into, bias_shares, gamma_shares, partial,
         rows, triton.cdiv(rows, splits), out, width,
         dy.stride(0), dy.stride(1) if groups > 1 else 0, x.stride(0), *targets,
@@ -209,7 +209,7 @@ def _wgrad(
     )  # fmt: skip
     if splits > 1:
         grid = (triton.cdiv(width, FINISH_BLOCKS[1]), triton.cdiv(out, FINISH_BLOCKS[0]), groups)
-        _wgrad_finish_kernel[grid](
+        _linear_wgrad_finish_kernel[grid](
             partial, weight, gamma, into, gamma_shares,
             splits, out, width,
             *targets,
@@ -219,7 +219,7 @@ def _wgrad(
     dbias = torch.empty(groups * out_max if bias_grad else 0, dtype=dtype, device=dy.device)
     dgamma = torch.empty(out_max if gamma is not None else 0, dtype=dtype, device=dy.device)
     if bias_grad or gamma is not None:
-        _vector_grads_kernel[(triton.cdiv(out_max, VECTOR_BLOCK), groups)](
+        _linear_vector_grads_kernel[(triton.cdiv(out_max, VECTOR_BLOCK), groups)](
             bias_shares, gamma_shares, bias, gamma, dbias, dgamma,
             splits, shares, out, out_max,
             HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, BLOCK=VECTOR_BLOCK,

@@ -66,7 +66,7 @@ def _logits(
 
 
 @triton.jit(do_not_specialize=["rows", "span"])
-def _fwd_kernel(
+def _losses_fwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, stats_ptr,
     rows, prototypes, span, dim,
     stride_t,
@@ -137,7 +137,7 @@ def _probabilities(y, lse_ptr, offs_m, mask, rows):
 
 
 @triton.jit(do_not_specialize=["rows", "start", "width"])
-def _bwd_kernel(
+def _losses_bwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, lse_ptr, grad_ptr, largest_ptr, dz1_ptr, dz2_ptr,
     rows, prototypes, start, width, dim,
     stride_t,
@@ -230,7 +230,7 @@ def prototype_losses_fwd(
     ranges = triton.cdiv(prototypes, span)
     stats = torch.empty(ranges, STATS, rows, dtype=torch.float32, device=x1.device)
     if rows:
-        _fwd_kernel[(blocks, ranges)](
+        _losses_fwd_kernel[(blocks, ranges)](
             x1, x2, weight, t, log_u, index, stats,
             rows, prototypes, span, dim,
             t.stride(0),
@@ -293,7 +293,7 @@ def prototype_losses_bwd(
     for start in range(0, prototypes if rows else 0, width):
         count = min(width, prototypes - start)
         parts = [d.flatten()[: rows * count].view(rows, count) for d in dz]
-        _bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
+        _losses_bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
             x1, x2, weight, t, log_u, index, lse, grad, largest, parts[0], parts[-1],
             rows, prototypes, start, count, dim,
             t.stride(0),
