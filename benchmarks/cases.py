@@ -35,7 +35,9 @@ class Sizes:
         largest: of the shared weights.
         head_dim: channels of a head.
         crops: crop groups by name.
-        dtype: of every tensor.
+        dtype: of every tensor; the products of prototypes are in float16 where it is bfloat16.
+        masked: patches that learn from the teacher's.
+        prototypes, bottleneck: of a head.
     """
 
     widths: tuple[int, ...]
@@ -43,13 +45,32 @@ class Sizes:
     head_dim: int
     crops: dict[str, Groups]
     dtype: torch.dtype
+    masked: int
+    prototypes: tuple[int, ...]
+    bottleneck: int
 
 
 REAL = Sizes(
-    (1024, 640, 384), 1024, 64, {"student": ((102, 197), (409, 37)), "teacher": ((128, 197),)}, torch.bfloat16
+    widths=(1024, 640, 384),
+    largest=1024,
+    head_dim=64,
+    crops={"student": ((102, 197), (409, 37)), "teacher": ((128, 197),)},
+    dtype=torch.bfloat16,
+    masked=3726,
+    prototypes=(8192, 65536),
+    bottleneck=256,
 )
 ALL_WIDTHS = tuple(range(1024, 383, -64))
-TINY = Sizes((32, 16), 32, 16, {"student": ((3, 7), (4, 3)), "teacher": ((2, 7),)}, torch.float32)
+TINY = Sizes(
+    widths=(32, 16),
+    largest=32,
+    head_dim=16,
+    crops={"student": ((3, 7), (4, 3)), "teacher": ((2, 7),)},
+    dtype=torch.float32,
+    masked=5,
+    prototypes=(40,),
+    bottleneck=8,
+)
 
 
 @dataclass(frozen=True)
@@ -61,17 +82,19 @@ class Case:
         about: one line.
         build: problems on a device for a crop group set and a width.
         crops: names of the crop groups it is measured on.
+        of_heads: measured for numbers of prototypes instead of widths.
     """
 
     name: str
     about: str
     build: Callable[[torch.device, Sizes, Groups, int], Problem]
     crops: tuple[str, ...] = ("student",)
+    of_heads: bool = False
 
     def problems(self, device: torch.device, sizes: Sizes) -> Iterator[Callable[[], Problem]]:
         """One at a time: inputs are made when called."""
         for name in self.crops:
-            for width in sizes.widths:
+            for width in sizes.prototypes if self.of_heads else sizes.widths:
                 yield partial(self.build, device, sizes, sizes.crops[name], width)
 
 
@@ -270,6 +293,40 @@ def block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Pro
     return Problem("block", _shape(groups, width), leaves, _providers(ours, plain), flops, moved)
 
 
+def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: int) -> Problem:
+    """Masked patches of both students; the naive way keeps every logit and target."""
+    rows, dim = sizes.masked, sizes.bottleneck
+    dtype = torch.float16 if sizes.dtype == torch.bfloat16 else sizes.dtype
+    leaves = {
+        "x1": F.normalize(draw(device, torch.float32, rows, dim), dim=1).to(dtype),
+        "x2": F.normalize(draw(device, torch.float32, rows, dim, seed=1), dim=1).to(dtype),
+        "weight": F.normalize(draw(device, torch.float32, count, dim, seed=2), dim=1).to(dtype),
+    }
+    teacher = draw(device, torch.float32, rows, count, seed=3).tanh().to(dtype)
+    scale = draw(device, torch.float32, count, seed=4)
+    own = torch.arange(rows, device=device)
+    index = torch.stack([own, torch.full_like(own, -1)], dim=1)
+
+    def ours(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
+        losses = ek.prototype_cross_entropy([x1, x2], weight, teacher, scale, index, teacher_temperature=0.05)
+        return torch.stack(losses)
+
+    def plain(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(x1.dtype, torch.float32)
+        target = torch.softmax(teacher.to(wide) / 0.05 + scale, dim=-1)
+        s1, s2 = (torch.log_softmax(F.linear(x, weight).to(wide) / 0.1, dim=-1) for x in (x1, x2))
+        return torch.stack(
+            [-(q * s).sum(-1) for q, s in ((target, s1), (target, s2), (s1.detach().exp(), s2))]
+        )
+
+    flops, size = 4.0 * rows * count * dim, dtype.itemsize
+    forward = size * (2 * rows * dim + count * dim + rows * count)
+    moved = {"fwd": forward, "bwd": 2.0 * forward + 4 * size * rows * count, "fwd+bwd": 0.0}
+    moved["fwd+bwd"] = moved["fwd"] + moved["bwd"]
+    shape = f"2x{rows} {dim}x{count}"
+    return Problem("prototype_losses", shape, leaves, _providers(ours, plain), flops, moved)
+
+
 CASES: Sequence[Case] = (
     Case("layer_norm", "LayerNorm with affine", layer_norm),
     Case("attention", "attention within packed crops", attention, ("teacher", "student")),
@@ -279,4 +336,10 @@ CASES: Sequence[Case] = (
     Case("linear_residual", "proj with bias, LayerScale and residual", linear_residual),
     Case("mlp", "fc1, GELU, fc2", mlp),
     Case("block", "a transformer block", block),
+    Case(
+        "prototype_losses",
+        "losses of both students' masked patches with a head",
+        prototype_losses,
+        of_heads=True,
+    ),
 )
