@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.official import OfficialStep
+from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from poa.backbones import ElasticViT
 from poa.checkpoint import RunFolder
@@ -88,8 +88,10 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
         official: checkout of the official code, or None.
 
     Raises:
-        ValueError: the data has no classes to evaluate on.
+        ValueError: the data has no classes to evaluate on, or `official` is no such checkout.
     """
+    if official is not None:
+        require_checkout(official)
     config = with_run(preset(name), data=data)
     makers: dict[str, Callable[[Run], Ours | Official]] = {"ours": Ours}
     if official is not None:

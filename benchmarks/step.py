@@ -22,7 +22,7 @@ from torch import Tensor
 from benchmarks import harness, roofline
 from benchmarks.harness import Unavailable
 from benchmarks.peers import naive
-from benchmarks.peers.official import OfficialStep
+from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from elastic_kernels import backend
 from poa.config import Config, preset
@@ -209,7 +209,12 @@ def run(
         device: to run on.
         official: checkout of the official code, or None.
         seconds: of measuring each provider and subnet.
+
+    Raises:
+        ValueError: `official` is no such checkout.
     """
+    if official is not None:
+        require_checkout(official)
     config = preset(name) if device.type == "cuda" else override(preset("quickstart"), TINY)
     ceilings, rows = harness.ceilings_of(device, min(seconds, harness.MEASURE)), []
     for count in (
@@ -227,8 +232,11 @@ def run(
                     if abs(loss - expected) > tolerance * abs(expected):
                         raise Unavailable(f"its loss is {loss:.5f}, expected {expected:.5f}")
                     rows += measure(which, found, here, compiled, ceilings, seconds)
-            except (Unavailable, torch.OutOfMemoryError) as reason:
-                print(f"    {which:12}not measured: {str(reason).splitlines()[0]}")
+            except Exception as error:  # peers fail in their own ways; ours may only run out of memory
+                if which == "ours" and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+                print(f"    {which:12}not measured: {kind}{str(error).partition(chr(10))[0]}")
     return rows
 
 

@@ -40,6 +40,12 @@ STUBS = (
 )
 
 
+def require_checkout(folder: Path) -> None:
+    """Raise ValueError unless a folder holds the official code."""
+    if not (folder / "poa" / "train" / "ssl_meta_arch.py").is_file():
+        raise ValueError(f"--official: expected a checkout of github.com/alipay/POA, got {folder}")
+
+
 class OfficialStep:
     """A training step of the official code with the weights of one of ours.
 
@@ -58,8 +64,7 @@ class OfficialStep:
     def __init__(self, checkout: Path, method: MethodConfig, device: torch.device):
         self.method, self.device = method, device
         self.patches: list[str] = []
-        if not (checkout / "poa" / "train" / "ssl_meta_arch.py").is_file():
-            raise ValueError(f"--official: expected a checkout of github.com/alipay/POA, got {checkout}")
+        require_checkout(checkout)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with self._imported(checkout) as module:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiler import HAS_COMPILER
 from torch import Tensor
 
 from benchmarks import __main__ as command
@@ -98,6 +99,7 @@ def test_every_case_passes_its_gate(case: cases.Case) -> None:
         assert not outcome.refused
 
 
+@pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
 def test_compiled_slicing_and_the_reasons_of_absent_peers() -> None:
     """On a CPU the compiled peer runs, and each of the others says why it does not."""
     if torch.cuda.is_available():
