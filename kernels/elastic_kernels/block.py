@@ -84,7 +84,13 @@ def elastic_attention_half(
         from elastic_kernels.triton_ops.units import AttentionHalfFunction, HalfSpec
 
         weights = {"qkv_weight": (qkv_weight, qkv_grad), "proj_weight": (proj_weight, proj_grad)}
-        _validate(op, x, norm_weight, weights)
+        _validate(op, x, (norm_weight, norm_bias), weights, kept)
+        largest = qkv_weight.shape[1]
+        if qkv_weight.shape[0] != 3 * largest or tuple(proj_weight.shape) != (largest, largest):
+            shapes = f"{tuple(qkv_weight.shape)} and {tuple(proj_weight.shape)}"
+            raise ValueError(f"{op}: expected qkv_weight [3 * C, C] and proj_weight [C, C], got {shapes}")
+        lengths = {"proj_bias": (proj_bias, largest), "gamma": (gamma, largest)}
+        validate.vectors(op, x, qkv_bias=(qkv_bias, 3 * largest), **lengths)
         spec = HalfSpec(
             eps,
             layer_spec(x, qkv_weight, width, groups=3, grad_out=qkv_grad),
@@ -139,7 +145,8 @@ def elastic_mlp_half(
 
         fc1_grad, fc2_grad = grad_out or (None, None)
         weights = {"fc1_weight": (fc1_weight, fc1_grad), "fc2_weight": (fc2_weight, fc2_grad)}
-        _validate(op, x, norm_weight, weights)
+        _validate(op, x, (norm_weight, norm_bias), weights, kept)
+        validate.mlp(op, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
         hidden = elastic_hidden_features(x.shape[1], fc1_weight.shape[1], fc1_weight.shape[0])
         spec = HalfSpec(
             eps,
@@ -164,12 +171,21 @@ def _fused(op: str, x: Tensor) -> bool:
 
 
 def _validate(
-    op: str, x: Tensor, norm_weight: Tensor | None, weights: dict[str, tuple[Tensor, Tensor | None]]
+    op: str,
+    x: Tensor,
+    norm: tuple[Tensor | None, Tensor | None],
+    weights: dict[str, tuple[Tensor, Tensor | None]],
+    kept: KeptRows | None,
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: expected x [tokens, width], got {tuple(x.shape)}")
     largest = min(weight.shape[1] for weight, _ in weights.values())
     validate.prefix(op, "width", x.shape[1], largest)
-    validate.operands(op, x=x, norm_weight=norm_weight, **{name: w for name, (w, _) in weights.items()})
+    validate.operands(op, x=x, norm_weight=norm[0], **{name: w for name, (w, _) in weights.items()})
+    if norm[0] is not None:
+        longest = weights[next(iter(weights))][0].shape[1]
+        validate.vectors(op, x, norm_weight=(norm[0], longest), norm_bias=(norm[1], longest))
+    if kept is not None:
+        validate.vectors(op, x, rows=(kept.rows, len(kept.rows)), row_scale=(kept.scale, len(kept.rows)))
     for weight, buffer in weights.values():
         validate.grad_out(op, buffer, weight)

@@ -101,6 +101,8 @@ def _validate(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
     if weight is not None:
         validate.prefix(op, "width", x.shape[-1], weight.shape[0])
     validate.operands(op, x=x, weight=weight, bias=bias)
+    if weight is not None:
+        validate.vectors(op, x, weight=(weight, weight.shape[0]), bias=(bias, weight.shape[0]))
 
 
 def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

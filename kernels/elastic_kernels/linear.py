@@ -66,6 +66,7 @@ def elastic_linear(
     validate.prefix("elastic_linear", "in", width, weight.shape[1])
     validate.prefix("elastic_linear", "out_features", rows, weight.shape[0])
     validate.operands("elastic_linear", x=x, weight=weight, bias=bias)
+    validate.vectors("elastic_linear", x, bias=(bias, weight.shape[0]))
     if activation not in (None, "gelu"):
         raise ValueError(f"elastic_linear: expected activation None or 'gelu', got {activation!r}")
     validate.grad_out("elastic_linear", grad_out, weight)
@@ -116,10 +117,12 @@ def elastic_linear_residual(
         >>> elastic_linear_residual(x, W, None, r, rows=torch.tensor([0, 3]))[1].abs().sum()
         tensor(0.)
     """
-    validate.branch_rows("elastic_linear_residual", x, residual, rows)
+    validate.branch_rows("elastic_linear_residual", x, residual, rows, row_scale)
     validate.prefix("elastic_linear_residual", "in", x.shape[1], weight.shape[1])
     validate.prefix("elastic_linear_residual", "width", residual.shape[1], weight.shape[0])
     validate.operands("elastic_linear_residual", x=x, weight=weight, bias=bias)
+    lengths = {"bias": (bias, weight.shape[0]), "gamma": (gamma, weight.shape[0])}
+    validate.vectors("elastic_linear_residual", x, **lengths)
     validate.grad_out("elastic_linear_residual", grad_out, weight)
     if linear_backend("elastic_linear_residual", x).backend == "triton":
         from elastic_kernels.triton_ops.units import LinearResidualFunction
@@ -166,6 +169,7 @@ def elastic_qkv(
         raise ValueError(f"elastic_qkv: expected weight [3 * C, C], got {tuple(weight.shape)}")
     validate.prefix("elastic_qkv", "width", width, largest)
     validate.operands("elastic_qkv", x=x, weight=weight, bias=bias)
+    validate.vectors("elastic_qkv", x, bias=(bias, weight.shape[0]))
     validate.grad_out("elastic_qkv", grad_out, weight)
     if linear_backend("elastic_qkv", x).backend == "triton":
         from elastic_kernels.triton_ops.units import LinearFunction

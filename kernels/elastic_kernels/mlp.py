@@ -53,12 +53,13 @@ def elastic_mlp(
         ValueError, TypeError, RuntimeError: as `elastic_linear_residual`.
     """
     if residual is not None:
-        validate.branch_rows("elastic_mlp", x, residual, rows)
+        validate.branch_rows("elastic_mlp", x, residual, rows, row_scale)
     elif not (gamma is rows is row_scale is None):
         raise ValueError("elastic_mlp: expected a residual beside gamma, rows and row_scale, got None")
     (max_hidden, max_width), width = fc1_weight.shape, x.shape[-1]
     validate.prefix("elastic_mlp", "width", width, max_width)
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+    validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
     hidden = elastic_hidden_features(width, max_width, max_hidden)
     buffers = grad_out or (None, None)
     validate.grad_out("elastic_mlp", buffers[0], fc1_weight)

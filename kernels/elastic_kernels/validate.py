@@ -43,8 +43,22 @@ def grad_out(op: str, buffer: Tensor | None, weight: Tensor) -> None:
         raise TypeError(f"{op}: expected a floating-point grad_out without a gradient, got {buffer.dtype}")
 
 
-def branch_rows(op: str, x: Tensor, residual: Tensor, rows: Tensor | None) -> None:
-    """Raise ValueError unless `x` is a matrix with a row for each of `rows`, or of `residual`."""
+def vectors(op: str, x: Tensor, **expected: tuple[Tensor | None, int]) -> None:
+    """Raise ValueError unless given tensors are vectors of the expected lengths, on the device of `x`.
+
+    A kernel would read beyond a shorter one.
+    """
+    for name, (tensor, length) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != (length,):
+            raise ValueError(f"{op}: expected {name} [{length}], got {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
+
+
+def branch_rows(op: str, x: Tensor, residual: Tensor, rows: Tensor | None, row_scale: Tensor | None) -> None:
+    """Raise ValueError unless matrix `x` has a row (and a factor) for each of `rows`, or of `residual`."""
     if x.dim() != 2 or residual.dim() != 2:
         raise ValueError(f"{op}: expected matrices, got x {tuple(x.shape)}, residual {tuple(residual.shape)}")
     if rows is not None and (rows.dtype != torch.int64 or rows.dim() != 1):
@@ -52,3 +66,22 @@ def branch_rows(op: str, x: Tensor, residual: Tensor, rows: Tensor | None) -> No
     kept = residual.shape[0] if rows is None else rows.shape[0]
     if x.shape[0] != kept:
         raise ValueError(f"{op}: expected {kept} rows of x, got {x.shape[0]}")
+    vectors(op, x, rows=(rows, kept), row_scale=(row_scale, kept))
+    if residual.device != x.device:
+        raise ValueError(f"{op}: expected residual on {x.device}, got {residual.device}")
+
+
+def mlp(
+    op: str,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    gamma: Tensor | None,
+) -> None:
+    """Raise ValueError unless the layers of an MLP fit each other, and their vectors them."""
+    hidden, width = fc1_weight.shape
+    if tuple(fc2_weight.shape) != (width, hidden):
+        raise ValueError(f"{op}: expected fc2_weight {(width, hidden)}, got {tuple(fc2_weight.shape)}")
+    vectors(op, x, fc1_bias=(fc1_bias, hidden), fc2_bias=(fc2_bias, width), gamma=(gamma, width))

@@ -159,7 +159,7 @@ class LinearFunction(torch.autograd.Function):
         (x, u), (layer,) = _kept(ctx)
         dy = unit_stride(dy if u is None else torch.ops.aten.gelu_backward(dy, u))
         dx = layer.dgrad(dy) if ctx.needs_input_grad[0] else None
-        dweight, dbias, _ = layer.wgrad(dy, x) if ctx.needs_input_grad[1] else (None, None, None)
+        dweight, dbias, _ = layer.wgrad(dy, x) if any(ctx.needs_input_grad[1:3]) else (None, None, None)
         return dx, dweight, dbias, None, None
 
 

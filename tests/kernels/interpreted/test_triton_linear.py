@@ -248,3 +248,23 @@ def test_gradients_under_ddp(tmp_path: Path) -> None:
             torch.testing.assert_close(parameter.grad, gradient)
     finally:
         dist.destroy_process_group()
+
+
+def test_a_bias_learns_beside_a_frozen_weight() -> None:
+    case = CASES["prime"]
+    operator, exact = linear(case, bias=True, activation=None)
+    tensors = {key: t.float() for key, t in exact.items()}
+    bias = tensors["bias"].requires_grad_()
+    y = operator(**tensors)
+    dy = draw(*y.shape, seed=20).float()
+    (gradient,) = torch.autograd.grad(y, bias, dy)
+    torch.testing.assert_close(gradient[: case.out], dy.sum(0))
+
+
+@pytest.mark.parametrize("half", ["attention-half", "mlp-half"])
+def test_short_vectors_are_refused_before_a_kernel_reads_beyond_them(half: str) -> None:
+    operator, exact = forms(CASES["prime"])[half]
+    tensors = {key: t.float() for key, t in exact.items()}
+    for name in [key for key, t in tensors.items() if t.dim() == 1]:
+        with pytest.raises(ValueError, match=rf"expected {name} \["):
+            operator(**(tensors | {name: tensors[name][:-1]}))
