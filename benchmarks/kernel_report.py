@@ -17,9 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 
 from benchmarks.aot import PARTS, Compiled, compile_kernel
-from elastic_kernels.triton_ops import attention, gemm, layer_norm, linear, linear_wgrad, prototypes, sinkhorn
+from elastic_kernels.triton_ops import (
+    attention,
+    gemm,
+    layer_norm,
+    linear,
+    linear_wgrad,
+    optimizer,
+    prototypes,
+    sinkhorn,
+)
 
 TABLE = Path(__file__).parent / "results" / "kernel_report.tsv"
 COLUMNS = (
@@ -117,6 +127,7 @@ def cases() -> list[Case]:
         for dtype in dtypes:
             for family in (_gemm_cases, _row_cases, _attention_cases, _prototype_cases):
                 found |= {case.key: case for case in family(part, dtype)}
+        found |= {case.key: case for case in _optimizer_cases(part)}
     return list(found.values())
 
 
@@ -251,15 +262,55 @@ def _prototype_cases(part: int, dtype: str) -> Iterator[Case]:
             ("inv_tau_s", "inv_tau_t", "dz_scale"), ("rows", "span", "start", "width"),
             config.warps, config.stages, matrix=True,
         )  # fmt: skip
-    passes: tuple[tuple[Any, tuple[int, int], dict[str, Any]], ...] = (
-        (sinkhorn._row_pass_kernel, sinkhorn.ROW_PASS, {}),
-        (sinkhorn._column_pass_kernel, sinkhorn.COLUMN_PASS, {"HAS_V": True}),
+    table = ("stride", "rows", "prototypes", "first_row", "first_prototype", "stats_at", "starts", "logits")
+    pointers = dict.fromkeys((*vectors, "largest_ptr", "sums_ptr"), "fp32")
+    pointers |= dict.fromkeys((f"{name}_ptr" for name in table), "i64")
+    logits = {
+        "P": 8,
+        "EVEN": True,
+        "T": getattr(tl, {"fp32": "float32", "fp16": "float16"}.get(dtype, "bfloat16")),
+    }
+    passes: tuple[tuple[Any, str, dict[str, Any]], ...] = (
+        (sinkhorn._row_pass_kernel, "prototypes", _tile(*sinkhorn.ROW_PASS) | logits),
+        (
+            sinkhorn._column_pass_kernel,
+            "prototypes",
+            _tile(*sinkhorn.COLUMN_PASS) | logits | {"HAS_V": True, "SPAN": sinkhorn.SPAN},
+        ),
+        (sinkhorn._column_merge_kernel, "spans", {"P": 8, "SPAN": sinkhorn.SPAN, "BLOCK": sinkhorn.MERGE}),
     )
-    for kernel, (rows, columns), constants in passes:
+    for kernel, form, constants in passes:
+        size = "x".join(str(constants[k]) for k in ("BLOCK_M", "BLOCK_N", "BLOCK") if k in constants)
         yield Case(
-            kernel, "prototypes", part, dtype, f"{rows}x{columns}, 4 warps",
-            {"BLOCK_M": rows, "BLOCK_N": columns, **constants}, pointers,
-            ("inv_tau",), ("rows", "span"), 4, 3, blocks=2,
+            kernel, form, part, dtype, f"{size}, 4 warps", constants, pointers,
+            ("inv_tau",), ("problems",), 4, 3, blocks=2,
+        )  # fmt: skip
+
+
+def _tile(rows: int, columns: int) -> dict[str, Any]:
+    return {"BLOCK_M": rows, "BLOCK_N": columns}
+
+
+def _optimizer_cases(part: int) -> Iterator[Case]:
+    """A step of tensors found by address, all in fp32, with copies in bf16."""
+    launch = {"CHUNK": optimizer.CHUNK, "BLOCK": optimizer.BLOCK}
+    names = optimizer._adamw_kernel.arg_names + optimizer._adamw_coefficients_kernel.arg_names
+    pointers = {name: "i64" for name in names if name.endswith("s_ptr")}
+    pointers |= {"numel_ptr": "i64", "group_ptr": "i64", "part_ptr": "i64", "chunks_ptr": "i32"}
+    pointers |= dict.fromkeys(("clips_ptr", "steps_ptr", "trains_ptr", "eps_ptr", "group_eps_ptr"), "fp32")
+    rates = ("lr_ptr", "weight_decay_ptr", "beta1_ptr", "beta2_ptr", "group_eps_ptr")
+    pointers |= dict.fromkeys(rates, "fp64") | {"finite_ptr": "i1"}
+    settings = f"chunks of {optimizer.CHUNK}, {optimizer.BLOCK}, {optimizer.WARPS} warps"
+    kernels: tuple[tuple[Any, str, dict[str, Any], bool], ...] = (
+        (optimizer._adamw_norms_kernel, settings, {"ALIGNED": True, **launch}, False),
+        (optimizer._adamw_kernel, settings, {"ALIGNED": True, "COPY": tl.bfloat16, **launch}, True),
+        (optimizer._adamw_coefficients_kernel, "4 warps", {"TENSORS": optimizer.TENSORS}, False),
+    )
+    for kernel, how, constants, rows in kernels:
+        yield Case(
+            kernel, "optimizer", part, "fp32", how, constants, pointers,
+            ("one_minus_momentum",), ("tensors",), 4 if "TENSORS" in constants else optimizer.WARPS, 3,
+            rows=rows, blocks=2,
         )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from poa.config import Config, preset
 from poa.data.augment import augment
 from poa.data.masking import draw_masks
 from poa.multicrop import draw_stochastic_depth
-from poa.optim import Schedules, clip_gradients, update_teacher
+from poa.optim import Schedules, update_weights
 from poa.options import override
 from poa.random import python_stream, torch_stream
 from poa.subnets import Subnet
@@ -367,9 +367,8 @@ def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
         backward()()
 
         def all_of_it() -> None:
-            clip_gradients(state.student, method.optim.clip)
-            state.optimizer.step()
-            update_teacher(state.teacher, state.student, ours.schedules.momentum[STEP])
+            clip, momentum = method.optim.clip, ours.schedules.momentum[STEP]
+            update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
 
         return all_of_it
 

@@ -14,7 +14,7 @@ from typing import Literal
 from poa.backbones import ViTConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
-from poa.optim import OptimConfig
+from poa.optim import OptimConfig, OptimizerKind
 from poa.options import option, section
 from poa.tribranch import LossConfig
 
@@ -122,6 +122,10 @@ class PerformanceConfig:
 
     workers: int = option(4, "processes that decode images, at most one a CPU; 0: in the training process")
     recompute: bool = option(False, "recompute blocks in backward: less memory, more time")
+    optimizer: OptimizerKind = option(
+        "fused",
+        "AdamW in one pass with clipping and the teacher's average, or PyTorch's, or apex's FusedAdam",
+    )
     threads: int | None = option(None, "CPU threads of PyTorch; none: its own choice")
 
 

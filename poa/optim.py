@@ -14,9 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from elastic_kernels import FusedAdamW
 from poa.errors import InputError
 from poa.options import option
 from poa.tribranch import Network
+
+OptimizerKind = Literal["fused", "torch", "apex"]
 
 
 @dataclass(frozen=True)
@@ -181,11 +184,76 @@ def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float
     return list(groups.values())
 
 
-def build_optimizer(network: Network, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step."""
-    groups = parameter_groups(network, config.layer_decay, config.patch_embed_lr)
-    fused = next(network.parameters()).device.type == "cuda"
-    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), eps=1e-8, fused=fused)
+def build_optimizer(
+    student: Network, teacher: Network, config: OptimConfig, kind: OptimizerKind = "fused"
+) -> torch.optim.Optimizer:
+    """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step.
+
+    Raises:
+        InputError: apex was asked for and is not there.
+    """
+    groups = parameter_groups(student, config.layer_decay, config.patch_embed_lr)
+    options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": 1e-8}
+    if kind == "fused":
+        parts = {name: part.parameters() for name, part in student.named_children()}
+        averages: dict[Tensor, Tensor] = dict(zip(student.parameters(), teacher.parameters(), strict=True))
+        return FusedAdamW(groups, **options, parts=parts, averages=averages)
+    if kind == "torch":
+        on_gpu = next(student.parameters()).is_cuda
+        return torch.optim.AdamW(groups, **options, fused=on_gpu)
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise InputError(
+            f"performance.optimizer: expected NVIDIA's apex for 'apex', but it does not import: {error}"
+        ) from None
+    return FusedAdam(groups, **options, adam_w_mode=True)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], name: str) -> None:
+    """Load the state of an AdamW, also of one that ran in another way.
+
+    Raises:
+        InputError: it was apex's and this one is not, or the reverse; they count steps differently.
+    """
+    mine, theirs = "bias_correction" in optimizer.defaults, "bias_correction" in state["param_groups"][0]
+    if mine != theirs:
+        kinds = ("PyTorch's or the fused", "apex's")
+        raise InputError(
+            f"{name}: expected the state of {kinds[mine]} optimizer, got {kinds[theirs]}; "
+            "resume with the performance.optimizer it was saved with"
+        )
+    how = {k: v for k, v in optimizer.defaults.items() if k in ("foreach", "fused", "capturable")}
+    groups = [group | how for group in state["param_groups"]]
+    optimizer.load_state_dict(state | {"param_groups": groups})
+
+
+def update_weights(
+    optimizer: torch.optim.Optimizer, student: Network, teacher: Network, clip: float, momentum: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Clip, step and move the teacher; gradients that are no numbers change no weight.
+
+    Args:
+        optimizer: of `build_optimizer`.
+        student, teacher: as there.
+        clip: largest gradient norm of backbone and of heads; 0: no clipping.
+        momentum: of the teacher's moving average.
+
+    Returns:
+        The gradient norms before clipping, and whether all are numbers; on the device.
+    """
+    if isinstance(optimizer, FusedAdamW):
+        optimizer.step(max_norm=clip or None, momentum=momentum)
+        return optimizer.norms, optimizer.finite
+    norms = clip_gradients(student, clip)
+    finite = torch.stack(list(norms.values())).isfinite().all()
+    if optimizer.defaults.get("fused"):  # PyTorch's obeys a flag on the device
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
+    update_teacher(teacher, student, momentum)
+    return norms, finite
 
 
 def apply_schedules(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:

@@ -24,7 +24,7 @@ from poa.distributed import World, world
 from poa.errors import InputError
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.multicrop import draw_stochastic_depth
-from poa.optim import Schedules, apply_schedules, build_optimizer, clip_gradients, update_teacher
+from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.subnets import SubnetSampler
@@ -62,7 +62,7 @@ class TrainingState:
         return cls(
             student,
             teacher,
-            build_optimizer(student, method.optim),
+            build_optimizer(student, teacher, method.optim, config.performance.optimizer),
             Centers.zeros(method.head.prototypes, device),
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
         )
@@ -79,7 +79,7 @@ class TrainingState:
     def load_state_dict(self, state: dict[str, Any], name: str) -> None:
         load_strictly(self.student, state["student"], name)
         load_strictly(self.teacher, state["teacher"], name)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"], name)
         for mine, theirs in zip(
             [*self.centers.cls, *self.centers.patches], sum(state["centers"], []), strict=True
         ):
@@ -297,11 +297,10 @@ def train_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
-    norms = clip_gradients(state.student, method.optim.clip)
     apply_schedules(state.optimizer, schedules, step)
-    state.scaler.step(state.optimizer)
+    clip, momentum = method.optim.clip, schedules.momentum[step]
+    norms, _ = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
     state.scaler.update()
-    update_teacher(state.teacher, state.student, schedules.momentum[step])
     return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()}
 
 

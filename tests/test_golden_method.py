@@ -15,7 +15,7 @@ from poa import losses
 from poa.data.masking import Masks
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.official import head_name, network_name
-from poa.optim import clip_gradients, parameter_groups, set_rates, update_teacher
+from poa.optim import OptimConfig, OptimizerKind, build_optimizer, clip_gradients, set_rates, update_weights
 from poa.subnets import Subnet
 from poa.tribranch import (
     Batch,
@@ -261,25 +261,32 @@ def test_golden_step_centering() -> None:
             torch.testing.assert_close(shown[name], value, rtol=2e-5, atol=1e-7, msg=name)
 
 
-def _optimise(steps: list[dict[str, Any]], fill: bool = False) -> list[dict[str, dict[str, Tensor]]]:
+OPTIMIZERS = pytest.mark.parametrize("kind", ["fused", "torch"])
+
+
+def _optimise(
+    steps: list[dict[str, Any]], kind: OptimizerKind, fill: bool = False
+) -> list[dict[str, dict[str, Tensor]]]:
     """Run recorded gradients through clip, AdamW and EMA; `fill` gives absent gradients as zeros."""
     case = golden.case("step_optim")
     networks = {branch: golden.step_network(branch) for branch in ("student", "teacher")}
-    student = networks["student"]
-    groups = parameter_groups(student, case["layerwise_decay"], case["patch_embed_lr_mult"])
-    optimizer = torch.optim.AdamW(groups, betas=tuple(case["adamw"]["betas"]), eps=case["adamw"]["eps"])
+    student, teacher = networks.values()
+    beta1, beta2 = case["adamw"]["betas"]
+    assert case["adamw"]["eps"] == 1e-8
+    rates = {"layer_decay": case["layerwise_decay"], "patch_embed_lr": case["patch_embed_lr_mult"]}
+    optimizer = build_optimizer(student, teacher, OptimConfig(beta1=beta1, beta2=beta2, **rates), kind)
     states = []
     for step in steps:
         recorded = _gradients(step["grads"])
         for name, parameter in student.named_parameters():
             absent = torch.zeros_like(parameter) if fill else None
             parameter.grad = recorded[name].clone() if name in recorded else absent
-        for name, norm in clip_gradients(student, case["clip_grad"]).items():
+        set_rates(optimizer, step["lr"], step["last_layer_lr"], step["wd"])
+        norms, finite = update_weights(optimizer, student, teacher, case["clip_grad"], step["ema_m"])
+        assert finite
+        for name, norm in norms.items():
             expected = step["grad_norm_before_clip"][OFFICIAL_PARTS[name]]
             torch.testing.assert_close(float(norm), expected, rtol=2e-5, atol=0)
-        set_rates(optimizer, step["lr"], step["last_layer_lr"], step["wd"])
-        optimizer.step()
-        update_teacher(networks["teacher"], student, step["ema_m"])
         states.append({b: {k: v.clone() for k, v in n.state_dict().items()} for b, n in networks.items()})
     return states
 
@@ -303,24 +310,27 @@ def _optim_steps() -> list[dict[str, Any]]:
     return [case["step1"], case["step2"]]
 
 
-def test_golden_step_optim() -> None:
-    for number, state in enumerate(_optimise(_optim_steps()), 1):
+@OPTIMIZERS
+def test_golden_step_optim(kind: OptimizerKind) -> None:
+    for number, state in enumerate(_optimise(_optim_steps(), kind), 1):
         for branch in ("student", "teacher"):
             _assert_state(state[branch], golden.tensors("step_optim", f"{branch}_after{number}"))
 
 
-def test_golden_step_optim_zero_gradients() -> None:
+@OPTIMIZERS
+def test_golden_step_optim_zero_gradients(kind: OptimizerKind) -> None:
     """Zero gradients for unused parameters, as the official FSDP run has them, still move them."""
-    state = _optimise(_optim_steps(), fill=True)[-1]
+    state = _optimise(_optim_steps(), kind, fill=True)[-1]
     for name, value in golden.tensors("step_optim", "fsdp_zero_grad_after2").items():
         branch, _, parameter = name.partition(".")
         _assert_state(state[branch], {parameter: value})
 
 
-def test_golden_step_optim_last_layer() -> None:
+@OPTIMIZERS
+def test_golden_step_optim_last_layer(kind: OptimizerKind) -> None:
     recorded = sorted((golden.ROOT / "step_optim").glob("lastlayer_lr*_after1.safetensors"))
     assert recorded
     for file in recorded:
         rate, branch = re.fullmatch(r"lastlayer_lr(.+)_(student|teacher)_after1", file.stem).groups()
-        (state,) = _optimise([_optim_steps()[0] | {"last_layer_lr": float(rate)}])
+        (state,) = _optimise([_optim_steps()[0] | {"last_layer_lr": float(rate)}], kind)
         _assert_state(state[branch], golden.tensors("step_optim", file.stem))

@@ -20,6 +20,7 @@ from elastic_kernels.modules import (
     LayerScale,
     elastic_block_from_vit,
 )
+from elastic_kernels.optimizer import FusedAdamW
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ElasticLayerNorm",
     "ElasticLinear",
     "ElasticMLP",
+    "FusedAdamW",
     "KeptRows",
     "LayerScale",
     "backend",

@@ -41,18 +41,20 @@ def sinkhorn_scaling(
         logits: teacher logits `[rows_i, prototypes_i]` of each problem, floating point; rows may be none.
         temperature: of the teacher.
         iterations: how often both directions are normalised.
-        reduce: `reduce(tensor, "max" or "sum")` over all processes, in place; called twice an iteration with
-            one buffer for all problems. None: the rows here are all there are.
+        reduce: `reduce(tensor, "max" or "sum")` over all processes, in place: a maximum at the beginning,
+            then a sum in every iteration, each of one buffer for all problems. None: the rows here are all
+            there are.
 
     Returns:
         float32 `[prototypes_i]` (float64 for float64 logits) of each problem.
 
     Raises:
-        ValueError: logits that are no matrix.
-        TypeError: of no floating dtype.
+        ValueError: logits that are no matrix, or of several devices.
+        TypeError: of no floating dtype, or of several.
         RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
 
-    Numerics: sums are fp32. Results repeat bitwise.
+    Numerics: exponentials are summed in fp32, over processes in float64. A prototype that is farther than 700
+    below every row's others moves by 700 an iteration. Results repeat bitwise.
 
     Example:
         >>> t = torch.randn(6, 10)
@@ -60,61 +62,85 @@ def sinkhorn_scaling(
         >>> log_u.shape
         torch.Size([10])
     """
+    if not logits:
+        return []
     for t in logits:
         if t.dim() != 2:
             raise ValueError(f"sinkhorn_scaling: expected logits [rows, prototypes], got {tuple(t.shape)}")
-        validate.operands("sinkhorn_scaling", logits=t)
-    passes = [_passes(t, temperature) for t in logits]
-    log_v: list[Tensor | None] = [None] * len(passes)
-    log_u: list[Tensor] = []
-    for iteration in range(iterations):
-        stats = [columns(v) for (columns, _), v in zip(passes, log_v, strict=True)]
-        log_u = [-lse for lse in _over_processes(stats, reduce)]
-        if iteration < iterations - 1:
-            log_v = [rows(u) for (_, rows), u in zip(passes, log_u, strict=True)]
-    return log_u
+    validate.operands("sinkhorn_scaling", **{f"logits {i}": t for i, t in enumerate(logits)})
+    columns, rows = _passes(list(logits), temperature)
+    log_u: Tensor | None = None
+    log_v: Tensor | None = None
+    for _ in range(iterations):
+        if log_u is not None:
+            log_v = rows(log_u)
+        log_u = -_over_processes(*columns(log_v), log_u, reduce)
+    sizes = [t.shape[1] for t in logits]
+    if log_u is None:
+        return [torch.zeros(size, device=logits[0].device) for size in sizes]
+    return list(log_u.split(sizes))
 
 
 Columns = Callable[[Tensor | None], tuple[Tensor, Tensor]]
 Rows = Callable[[Tensor], Tensor]
 
 
-def _passes(t: Tensor, tau: float) -> tuple[Columns, Rows]:
-    """The two passes over a problem's logits: (maximum, sum) of each column, and log v of each row."""
-    if dispatch.choose("sinkhorn_scaling", t).backend == "triton":
+def _passes(logits: list[Tensor], tau: float) -> tuple[Columns, Rows]:
+    """The two passes over all problems, whose vectors lie one after the other: (maximum, sum) of each column,
+    and log v of each row."""
+    if dispatch.choose("sinkhorn_scaling", logits[0]).backend == "triton":
         from elastic_kernels.triton_ops import sinkhorn as _  # noqa: F401, registers the operators
 
         ops = torch.ops.elastic_kernels
-        t = t if t.stride(-1) == 1 else t.contiguous()
-        return lambda v: ops.sinkhorn_columns(t, v, tau), lambda u: ops.sinkhorn_rows(t, u, tau)
-    scores = t.to(torch.promote_types(t.dtype, torch.float32)) / tau
+        logits = [t if t.stride(-1) == 1 else t.contiguous() for t in logits]
+        table = ops.sinkhorn_table(logits)
+        return (
+            lambda v: ops.sinkhorn_columns(logits, table, v, tau),
+            lambda u: ops.sinkhorn_rows(logits, table, u, tau),
+        )
+    scores = [t.to(torch.promote_types(t.dtype, torch.float32)) / tau for t in logits]
+    (heights, widths) = ([t.shape[d] for t in logits] for d in range(2))
 
     def columns(log_v: Tensor | None) -> tuple[Tensor, Tensor]:
-        shifted = scores if log_v is None else scores + log_v.unsqueeze(1)
-        if not len(shifted):
-            return shifted.new_full((shifted.shape[1],), -torch.inf), shifted.new_zeros(shifted.shape[1])
-        largest = shifted.amax(0)
-        return largest, (shifted - largest).exp().sum(0)
+        parts = [None] * len(scores) if log_v is None else log_v.split(heights)
+        found = [_column_sums(s, v) for s, v in zip(scores, parts, strict=True)]
+        return torch.cat([m for m, _ in found]), torch.cat([z for _, z in found])
 
-    return columns, lambda log_u: -torch.logsumexp(scores + log_u, dim=1)
+    def rows(log_u: Tensor) -> Tensor:
+        parts = zip(scores, log_u.split(widths), strict=True)
+        return torch.cat([-torch.logsumexp(s + u, dim=1) for s, u in parts])
+
+    return columns, rows
 
 
-def _over_processes(stats: Sequence[tuple[Tensor, Tensor]], reduce: Reduce | None) -> list[Tensor]:
-    """Log-sum-exps of all columns out of maxima and sums, one buffer for all problems and processes."""
-    if not stats:
-        return []
-    sizes = [len(largest) for largest, _ in stats]
-    here = torch.cat([largest for largest, _ in stats])
-    total = torch.cat([sums for _, sums in stats])
-    largest = here.clone()
-    if reduce is not None:
-        reduce(largest, "max")
-    # A problem without rows anywhere has nothing to normalise; 0 keeps it finite.
-    largest = torch.where(largest.isfinite(), largest, 0.0)
-    total = total * (here - largest).exp()
+def _column_sums(scores: Tensor, log_v: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Maximum of each column, and the sum of exponentials relative to it."""
+    shifted = scores if log_v is None else scores + log_v.unsqueeze(1)
+    if not len(shifted):
+        return shifted.new_full((shifted.shape[1],), -torch.inf), shifted.new_zeros(shifted.shape[1])
+    largest = shifted.amax(0)
+    return largest, (shifted - largest).exp().sum(0)
+
+
+def _over_processes(largest: Tensor, sums: Tensor, log_u: Tensor | None, reduce: Reduce | None) -> Tensor:
+    """Log-sum-exps of all columns over all processes.
+
+    The sums of processes must be relative to the same numbers. At first these are the common maxima. Later
+    they are `-log_u` of the iteration before: `log v_b = -lse(S_b + log u) <= -(S_bk + log u_k)`, so that no
+    `S_bk + log v_b` is larger, and no maximum has to be asked for.
+    """
+    if log_u is not None:
+        common = -log_u
+    else:
+        common = largest.clone()
+        if reduce is not None:
+            reduce(common, "max")
+    common = torch.where(common.isfinite(), common, 0.0)  # a problem without rows anywhere
+    total = sums.double() * (largest - common).double().exp()
     if reduce is not None:
         reduce(total, "sum")
-    return list((largest + total.log()).split(sizes))
+    tiny = torch.finfo(torch.float64).tiny
+    return (common + total.clamp(min=tiny).log()).to(sums.dtype)
 
 
 def prototype_cross_entropy(

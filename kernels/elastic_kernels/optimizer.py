@@ -1,0 +1,281 @@
+"""AdamW that also clips, keeps a moving average of the weights and low-precision copies, in one pass.
+
+    g *= min(1, max_norm / |g|)                    |g| over all tensors of a part of the network
+    p, m, v = AdamW(p, g, m, v)
+    a = momentum a + (1 - momentum) p              of the weights that have an average
+    copies of p and a are rounded from them
+
+Source: Loshchilov and Hutter, 2019, as `torch.optim.AdamW` computes it; moving average as in DINO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from elastic_kernels import dispatch
+
+if TYPE_CHECKING:
+    from elastic_kernels.triton_ops.optimizer import Tables
+
+OP = "FusedAdamW"
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` with clipping, moving average and low-precision copies in its step.
+
+    Without any of them a step is that of `torch.optim.AdamW`, whose `state_dict` it reads and writes.
+
+    Args:
+        params, lr, betas, eps, weight_decay: as of `torch.optim.AdamW`; rates may change between steps.
+        parts: parameters that are clipped by one norm, by name; every parameter in one part. Default: all in
+            a part "all".
+        averages: of parameters, of their shape, dtype and device; changed in place.
+        copies: of parameters and of averages, float16 or bfloat16, of their shape and device.
+
+    Attributes:
+        norms: norm of each part's gradients before clipping, after a step; on the device.
+        finite: whether all of them were numbers; bool, on the device.
+
+    Raises:
+        ValueError: parameters in no part or in two; averages or copies of other shapes or devices.
+        TypeError: averages of another dtype, copies of several or of none of the two.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here: it takes contiguous
+            float32 parameters.
+
+    Numerics: everything is float32, what is the same for a whole tensor float64. A step with a gradient that
+    is no number changes neither weights nor moments nor counts; averages move, copies are written. Results
+    repeat bitwise. Gradients are undefined after a step. With Triton nothing waits for the device.
+
+    Example:
+        >>> layer, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).requires_grad_(False)
+        >>> pairs = dict(zip(layer.parameters(), average.parameters()))
+        >>> optimizer = FusedAdamW(layer.parameters(), averages=pairs)
+        >>> layer(torch.ones(1, 3)).sum().backward()
+        >>> optimizer.step(max_norm=1.0, momentum=0.99)
+        >>> optimizer.norms["all"].shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        parts: Mapping[str, Iterable[Tensor]] | None = None,
+        averages: Mapping[Tensor, Tensor] | None = None,
+        copies: Mapping[Tensor, Tensor] | None = None,
+    ):
+        super().__init__(params, lr, betas, eps, weight_decay)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self._parts = {"all": everything} if parts is None else {k: list(v) for k, v in parts.items()}
+        self._averages, self._copies = dict(averages or {}), dict(copies or {})
+        _validate(everything, self._parts, self._averages, self._copies)
+        self.norms: dict[str, Tensor] = {}
+        self.finite = torch.ones((), dtype=torch.bool)
+        self._plan: _Plan | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Also of `torch.optim.AdamW`, however that runs."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.update(foreach=None, fused=None, capturable=False)
+        self._plan = None
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | None = None,
+        momentum: float | None = None,
+    ) -> Any:
+        """Take a step.
+
+        Args:
+            closure: computes loss and gradients again; its result is returned.
+            max_norm: clip the gradients of each part to it.
+            momentum: of the averages; None leaves them.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        first = self.param_groups[0]["params"][0]
+        if dispatch.choose(OP, first, _obstacle(self)).backend == "triton":
+            self._triton_step(max_norm, momentum)
+        else:
+            self._reference_step(max_norm, momentum)
+        return loss
+
+    def _reference_step(self, max_norm: float | None, momentum: float | None) -> None:
+        """The plain definition; on a GPU it waits for the device."""
+        limit = float("inf") if max_norm is None else max_norm
+        clip = torch.nn.utils.clip_grad_norm_
+        self.norms = {name: clip(part, limit) for name, part in self._parts.items()}
+        self.finite = torch.stack(list(self.norms.values())).isfinite().all()
+        if self.finite:
+            super().step()
+        if momentum is not None and self._averages:
+            torch._foreach_lerp_(list(self._averages.values()), list(self._averages), 1 - momentum)
+        for source, copy in self._copies.items():
+            copy.copy_(source)
+
+    def _triton_step(self, max_norm: float | None, momentum: float | None) -> None:
+        from elastic_kernels.triton_ops import optimizer as ops
+        from elastic_kernels.triton_ops.device import upload
+
+        if self._plan is None or not self._plan.holds():
+            self._plan = _Plan.build(self)
+        plan = self._plan
+        grads = [None if p.grad is None else _dense(p) for p in plan.params]
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        device = plan.params[0].device
+        table = upload(torch.tensor(addresses), device)
+        rates = upload(_rates(self.param_groups), device)
+        aligned = plan.aligned and not any(a % 16 for a in addresses)
+        squares = ops.squares(table, plan.tables, aligned)
+        norms = torch.stack([s.sum(dtype=torch.float64) for s in squares.split(plan.chunks_of_parts)]).sqrt()
+        norms = norms.float()
+        clips = torch.ones_like(norms) if max_norm is None else (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        self.norms = dict(zip(self._parts, norms.unbind(), strict=True))
+        self.finite = norms.isfinite().all()
+        averaging = 1.0 if momentum is None else momentum
+        ops.update(table, plan.tables, rates, clips, self.finite, averaging, plan.copy_dtype, aligned)
+
+
+def _dense(parameter: Tensor) -> Tensor:
+    """The gradient as the kernel reads it."""
+    grad = parameter.grad
+    assert grad is not None
+    if grad.layout != torch.strided or grad.dtype != torch.float32:
+        raise TypeError(f"{OP}: expected dense float32 gradients, got {grad.layout} {grad.dtype}")
+    if not grad.is_contiguous():
+        parameter.grad = grad = grad.contiguous()
+    return grad
+
+
+def _rates(groups: Sequence[dict[str, Any]]) -> Tensor:
+    """float64 `[5, groups]`: lr, weight decay, beta1, beta2, eps."""
+    rows = [[g["lr"], g["weight_decay"], *g["betas"], g["eps"]] for g in groups]
+    return torch.tensor(rows, dtype=torch.float64).t().contiguous()
+
+
+def _obstacle(optimizer: FusedAdamW) -> str | None:
+    """Why the kernel cannot take these parameters."""
+    for group in optimizer.param_groups:
+        if group["amsgrad"] or group["maximize"]:
+            return "the kernel knows neither amsgrad nor maximize"
+        for p in group["params"]:
+            if p.dtype != torch.float32 or not p.is_contiguous():
+                return f"the kernel takes contiguous float32 parameters, got {p.dtype}, strides {p.stride()}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where the tensors of an optimiser lie, part by part."""
+
+    params: list[Tensor]
+    addresses: list[int]
+    tables: Tables
+    chunks_of_parts: list[int]
+    copy_dtype: torch.dtype | None
+    aligned: bool
+    holders: list[Tensor]
+
+    def holds(self) -> bool:
+        """Whether every tensor still lies there."""
+        return self.addresses == [t.data_ptr() for t in self.holders]
+
+    @classmethod
+    def build(cls, optimizer: FusedAdamW) -> _Plan:
+        from elastic_kernels.triton_ops import optimizer as ops
+
+        params = [p for part in optimizer._parts.values() for p in part]
+        device = params[0].device
+        groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        states = [_state(optimizer, p) for p in params]
+        steps = torch.stack([s["step"].to(device, torch.float32) for s in states])
+        for state, step in zip(states, steps.unbind(), strict=True):
+            state["step"] = step
+        averages, copies = optimizer._averages, optimizer._copies
+        columns: list[list[Tensor | None]] = [
+            list(params),
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [averages.get(p) for p in params],
+            [copies.get(p) for p in params],
+            [copies.get(averages[p]) if p in averages else None for p in params],
+        ]
+        addresses = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
+        chunks = [-(-p.numel() // ops.CHUNK) for p in params]
+        sizes = [len(part) for part in optimizer._parts.values()]
+        part_of = [i for i, size in enumerate(sizes) for _ in range(size)]
+        numbers = [[p.numel() for p in params], [groups[p] for p in params], part_of]
+        pairs = [(i, n) for i, count in enumerate(chunks) for n in range(count)]
+        holders = [t for column in columns for t in column if t is not None]
+        return cls(
+            params,
+            [t.data_ptr() for t in holders],
+            ops.Tables._make(
+                [
+                    *torch.tensor([*numbers, *addresses], device=device),
+                    torch.tensor(pairs, dtype=torch.int32, device=device).reshape(-1, 2),
+                    steps,
+                ]
+            ),
+            [sum(c for c, part in zip(chunks, part_of, strict=True) if part == n) for n in range(len(sizes))],
+            next((c.dtype for c in copies.values()), None),
+            not any(a % 16 for column in addresses for a in column),
+            holders,
+        )
+
+
+def _state(optimizer: FusedAdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """Of a parameter, as `torch.optim.AdamW` would begin it."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros(())
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state
+
+
+def _validate(
+    params: Sequence[Tensor],
+    parts: Mapping[str, Sequence[Tensor]],
+    averages: Mapping[Tensor, Tensor],
+    copies: Mapping[Tensor, Tensor],
+) -> None:
+    placed = [p for part in parts.values() for p in part]
+    if len(placed) != len(params) or set(placed) != set(params):
+        raise ValueError(
+            f"{OP}: expected every one of {len(params)} parameters in one part, got {len(placed)} in "
+            + ", ".join(f"{name} {len(part)}" for name, part in parts.items())
+        )
+    if unknown := [t for t in averages if t not in set(params)]:
+        raise ValueError(f"{OP}: expected averages of its parameters, got one of {tuple(unknown[0].shape)}")
+    if unknown := [t for t in copies if t not in {*params, *averages.values()}]:
+        raise ValueError(
+            f"{OP}: expected copies of parameters and averages, got one of {tuple(unknown[0].shape)}"
+        )
+    for name, pairs in (("average", averages), ("copy", copies)):
+        for source, other in pairs.items():
+            if other.shape != source.shape or other.device != source.device or not other.is_contiguous():
+                raise ValueError(
+                    f"{OP}: expected a contiguous {name} {tuple(source.shape)} on {source.device}, "
+                    f"got {tuple(other.shape)} on {other.device}"
+                )
+            if name == "average" and other.dtype != source.dtype:
+                raise TypeError(f"{OP}: expected an average of {source.dtype}, got {other.dtype}")
+    dtypes = {c.dtype for c in copies.values()}
+    if dtypes not in (set(), {torch.bfloat16}, {torch.float16}):
+        raise TypeError(f"{OP}: expected copies all bfloat16 or all float16, got {dtypes}")
