@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from benchmarks.harness import Problem, Provider
 from benchmarks.peers import attention as attention_peers
 from benchmarks.peers import layer_norm as layer_norm_peers
 from benchmarks.peers import naive
+from benchmarks.peers import optimizer as optimizer_peers
+from poa.config import preset
+from poa.tribranch import Network
 
 EPS = 1e-6
 Groups = tuple[tuple[int, int], ...]
@@ -38,6 +42,8 @@ class Sizes:
         dtype: of every tensor; the products of prototypes are in float16 where it is bfloat16.
         masked: patches that learn from the teacher's.
         prototypes, bottleneck: of a head.
+        preset: whose parameters the optimiser steps, and whose heads Sinkhorn normalises.
+        images: of a step.
     """
 
     widths: tuple[int, ...]
@@ -48,6 +54,8 @@ class Sizes:
     masked: int
     prototypes: tuple[int, ...]
     bottleneck: int
+    preset: str
+    images: int
 
 
 REAL = Sizes(
@@ -59,6 +67,8 @@ REAL = Sizes(
     masked=3726,
     prototypes=(8192, 65536),
     bottleneck=256,
+    preset="vit-l16",
+    images=64,
 )
 ALL_WIDTHS = tuple(range(1024, 383, -64))
 TINY = Sizes(
@@ -70,6 +80,8 @@ TINY = Sizes(
     masked=5,
     prototypes=(40,),
     bottleneck=8,
+    preset="quickstart",
+    images=3,
 )
 
 
@@ -82,19 +94,20 @@ class Case:
         about: one line.
         build: problems on a device for a crop group set and a width.
         crops: names of the crop groups it is measured on.
-        of_heads: measured for numbers of prototypes instead of widths.
+        of: what it is measured for: every width, numbers of prototypes, or the network as a whole.
     """
 
     name: str
     about: str
     build: Callable[[torch.device, Sizes, Groups, int], Problem]
     crops: tuple[str, ...] = ("student",)
-    of_heads: bool = False
+    of: Literal["widths", "heads", "network"] = "widths"
 
     def problems(self, device: torch.device, sizes: Sizes) -> Iterator[Callable[[], Problem]]:
         """One at a time: inputs are made when called."""
+        numbers = {"widths": sizes.widths, "heads": sizes.prototypes, "network": (sizes.largest,)}[self.of]
         for name in self.crops:
-            for width in sizes.prototypes if self.of_heads else sizes.widths:
+            for width in numbers:
                 yield partial(self.build, device, sizes, sizes.crops[name], width)
 
 
@@ -327,6 +340,41 @@ def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: 
     return Problem("prototype_losses", shape, leaves, _providers(ours, plain), flops, moved)
 
 
+def sinkhorn(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
+    """Three iterations; the naive way keeps the assignments in fp32 and normalises them in place."""
+    dtype = torch.float16 if sizes.dtype == torch.bfloat16 else sizes.dtype
+    counts = preset(sizes.preset).method.head.prototypes
+    shapes = [(rows, count) for rows in (2 * sizes.images, sizes.masked) for count in counts]
+    leaves = {
+        f"logits_{n}": draw(device, torch.float32, *shape, seed=n).tanh().to(dtype)
+        for n, shape in enumerate(shapes)
+    }
+
+    def ours(**logits: Tensor) -> Tensor:
+        return torch.cat(ek.sinkhorn_scaling(list(logits.values()), 0.05))
+
+    def plain(**logits: Tensor) -> Tensor:
+        return torch.cat([naive.sinkhorn(t, 0.05) for t in logits.values()])
+
+    elements = sum(rows * count for rows, count in shapes)
+    moved = {"fwd": 5.0 * dtype.itemsize * elements}  # every row sum and column sum reads all of them
+    shape = f"{'+'.join(str(rows) for rows in (2 * sizes.images, sizes.masked))} {'+'.join(map(str, counts))}"
+    return Problem("sinkhorn", shape, leaves, _providers(ours, plain), 0.0, moved, trains=False)
+
+
+def optimizer(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
+    method = preset(sizes.preset).method
+    with torch.device("meta"):
+        counts = [p.numel() for p in Network(method.backbone, method.head).parameters()]
+    padded = [-(-count // 4) * 4 for count in counts]  # tensors of their own begin at multiples of 16 bytes
+    names = ("params", "grads", "averages")
+    leaves = {name: draw(device, torch.float32, sum(padded), seed=n) for n, name in enumerate(names)}
+    # Gradients twice; weights, moments and average read and written.
+    moved = {"fwd": 10.0 * torch.float32.itemsize * sum(padded)}
+    shape = f"{sum(counts)} in {len(counts)}"
+    return Problem("optimizer", shape, leaves, optimizer_peers.providers(padded), 0.0, moved, trains=False)
+
+
 CASES: Sequence[Case] = (
     Case("layer_norm", "LayerNorm with affine", layer_norm),
     Case("attention", "attention within packed crops", attention, ("teacher", "student")),
@@ -340,6 +388,8 @@ CASES: Sequence[Case] = (
         "prototype_losses",
         "losses of both students' masked patches with a head",
         prototype_losses,
-        of_heads=True,
+        of="heads",
     ),
+    Case("sinkhorn", "scaling vectors of all heads, class tokens and patches", sinkhorn, of="network"),
+    Case("optimizer", "clipping, AdamW and moving average of all weights", optimizer, of="network"),
 )

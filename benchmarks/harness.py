@@ -42,6 +42,7 @@ class Problem:
             `Unavailable`.
         flops: of the forward; the backward counts twice.
         bytes: by mode, the fewest.
+        trains: whether there is a backward.
     """
 
     op: str
@@ -50,6 +51,11 @@ class Problem:
     providers: dict[str, Callable[[], Provider]]
     flops: float
     bytes: dict[str, float]
+    trains: bool = True
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return MODES if self.trains else MODES[:1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,8 +79,12 @@ def upstream(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32).to(y.dtype)
 
 
-def results_of(provider: Provider, leaves: dict[str, Tensor], dy: Tensor | None = None) -> dict[str, Tensor]:
+def results_of(
+    provider: Provider, leaves: dict[str, Tensor], trains: bool, dy: Tensor | None = None
+) -> dict[str, Tensor]:
     """Output and gradients, detached."""
+    if not trains:
+        return {"output": provider(**leaves).detach()}
     inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     y = provider(**inputs)
     grads = torch.autograd.grad(y, list(inputs.values()), upstream(y) if dy is None else dy.to(y))
@@ -84,9 +94,9 @@ def results_of(provider: Provider, leaves: dict[str, Tensor], dy: Tensor | None 
 def truth_of(problem: Problem) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What naive PyTorch makes of a problem, in its own dtype and in float64."""
     naive = problem.providers[TRUTH]()
-    low = results_of(naive, problem.leaves)
+    low = results_of(naive, problem.leaves, problem.trains)
     double = {name: leaf.double() for name, leaf in problem.leaves.items()}
-    return low, results_of(naive, double, upstream(low["output"]))
+    return low, results_of(naive, double, problem.trains, upstream(low["output"]))
 
 
 def gate(
@@ -94,7 +104,7 @@ def gate(
 ) -> str | None:
     """What is wrong with a provider's numbers, or None."""
     try:
-        ours = results_of(provider, problem.leaves, upstream(low["output"]))
+        ours = results_of(provider, problem.leaves, problem.trains, upstream(low["output"]))
     except Unavailable:
         raise
     except Exception as error:  # peers fail in their own ways; the reason goes into the list
@@ -132,9 +142,9 @@ def run(
         else:
             ready[name] = provider
     del low, truth
-    memory = {name: peak_mib(provider, problem.leaves) for name, provider in ready.items()}
-    for mode in MODES:
-        calls = {name: call_of(provider, problem.leaves, mode) for name, provider in ready.items()}
+    memory = {name: peak_mib(provider, problem) for name, provider in ready.items()}
+    for mode in problem.modes:
+        calls = {name: call_of(provider, problem, mode) for name, provider in ready.items()}
         for name, times in interleaved(calls, problem.device, seconds).items():
             outcome.rows.append(_row(problem, name, mode, times, memory[name], ceilings))
     return outcome
@@ -145,9 +155,11 @@ def timed(call: Callable[[], object]) -> Timed:
     return lambda: call
 
 
-def call_of(provider: Provider, leaves: dict[str, Tensor], mode: str) -> Timed:
+def call_of(provider: Provider, problem: Problem, mode: str) -> Timed:
     """A provider's forward, its backward (the forward prepares it), or both."""
-    inputs = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    if not problem.trains:
+        return timed(lambda: provider(**problem.leaves))
+    inputs = {name: leaf.detach().requires_grad_() for name, leaf in problem.leaves.items()}
     variables = list(inputs.values())
     if mode == "fwd":
         return timed(lambda: provider(**inputs))
@@ -162,14 +174,14 @@ def call_of(provider: Provider, leaves: dict[str, Tensor], mode: str) -> Timed:
     return backward
 
 
-def peak_mib(provider: Provider, leaves: dict[str, Tensor]) -> float | None:
+def peak_mib(provider: Provider, problem: Problem) -> float | None:
     """Memory of a forward and backward beyond its inputs, in MiB; None without a GPU."""
-    if next(iter(leaves.values())).device.type != "cuda":
+    if problem.device.type != "cuda":
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    results_of(provider, leaves)
+    results_of(provider, problem.leaves, problem.trains)
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 

@@ -388,7 +388,7 @@ FAMILIES = (
     ("norms", r"^_layer_norm|^_branch_grad", r"norm (1|2)|last norm"),
     ("attention", r"^_attention|flash|fmha", r"attention"),
     ("products", r"gemm|cutlass|nvjet|^_linear", r"qkv|proj|fc|embed|head MLP"),
-    ("losses", r"^_losses|^_(row|column)_pass", r"prototypes|losses|Sinkhorn"),
+    ("losses", r"^_losses|^_(row|column)_(pass|merge)", r"prototypes|losses|Sinkhorn"),
     ("optimiser", r"adam|multi_tensor|lerp|foreach", r"AdamW|gradient norm"),
 )
 

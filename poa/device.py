@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -36,3 +39,26 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The stream of a GPU for work that runs beside the main one; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+def beside(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Work in a side stream, after everything started so far; `join` before its results are used.
+
+    What is allocated there must be used up before the next `beside`, which waits for all readers.
+    """
+    if stream is None:
+        return nullcontext()
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    return torch.cuda.stream(stream)
+
+
+def join(stream: torch.cuda.Stream | None) -> None:
+    """What is started from here on comes after the work of a side stream."""
+    if stream is not None:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)

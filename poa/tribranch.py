@@ -25,6 +25,7 @@ from elastic_kernels import prototype_cross_entropy
 from poa import losses
 from poa.backbones import ElasticViT, ViTConfig
 from poa.data.masking import Masks
+from poa.device import beside, join, side_stream
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import SoftTargets
 from poa.multicrop import StochasticDepth
@@ -76,10 +77,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the students learn, per head: of `cls` rows `2 B` (views swapped), of `patches` rows `masked`."""
+    """What the students learn, per head: of `cls` rows `2 B` (views swapped), of `patches` rows `masked`.
+
+    On a GPU the scaling vectors come out of `stream`, which has to be joined before they are used.
+    """
 
     cls: list[SoftTargets]
     patches: list[SoftTargets]
+    stream: torch.cuda.Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -168,11 +173,16 @@ class Centers:
 def teacher_targets(
     teacher: Network, batch: Batch, temperature: float, config: LossConfig, centers: Centers
 ) -> Targets:
-    """Targets of a chunk. With centering, the centers are those before this chunk and then move."""
+    """Targets of a chunk. With centering, the centers are those before this chunk and then move.
+
+    Sinkhorn, with its reductions over processes, runs beside what follows.
+    """
     cls, patches = teacher.teacher_logits(batch, OPERANDS[config.operands])
     if config.targets == "sinkhorn":
-        both = losses.sinkhorn([*cls, *patches], temperature)
-        return Targets(both[: len(cls)], both[len(cls) :])
+        stream = side_stream(batch.global_crops.device)
+        with beside(stream):
+            both = losses.sinkhorn([*cls, *patches], temperature)
+        return Targets(both[: len(cls)], both[len(cls) :], stream)
     targets = Targets(
         losses.centered(cls, centers.cls, temperature),
         losses.centered(patches, centers.patches, temperature),
@@ -196,6 +206,7 @@ def tribranch_loss(
         The scalar to differentiate, and detached unweighted terms named `STUDENT.TERM.HEAD` (`intact.dino.0`,
         `elastic.distill.3`) and `koleo`.
     """
+    join(targets.stream)
     terms: dict[str, Tensor] = {}
     total = intact.tokens.new_zeros((), dtype=torch.float32)
     heads = range(len(targets.cls))

@@ -83,6 +83,18 @@ def block(
     return residual(x, h, self.ls2.gamma if self.ls2 else None, second)
 
 
+def sinkhorn(t: Tensor, tau: float, iterations: int = 3) -> Tensor:
+    """Scaling vector of the prototypes, by normalising all assignments in place."""
+    q = (t.to(torch.promote_types(t.dtype, torch.float32)) / tau).exp()
+    log_u = torch.zeros_like(q[0])
+    for _ in range(iterations):
+        used = q.sum(0)
+        log_u = log_u - used.log()
+        q = q / used
+        q = q / q.sum(1, keepdim=True)
+    return log_u
+
+
 @contextmanager
 def installed(compiled: bool = False) -> Iterator[Callable[[], int]]:
     """Make every `ElasticBlock` naive while the context lasts.
