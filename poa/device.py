@@ -1,4 +1,4 @@
-"""Choosing the training device and moving tensors to it."""
+"""Choosing the training device; work beside the main stream of a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from poa.errors import InputError
 
@@ -32,13 +31,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     elif device.type != "cpu":
         raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     return device
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to the device; to a GPU without waiting for it."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache

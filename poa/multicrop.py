@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import KeptRows
-from poa.device import upload
+from elastic_kernels.transfer import upload
 
 Groups = tuple[tuple[int, int], ...]
 """`(crops, tokens a crop)` of each crop group, in packing order."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import dispatch
+from elastic_kernels.transfer import upload
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.optimizer import Tables
@@ -82,6 +83,12 @@ class FusedAdamW(torch.optim.AdamW):
         self.finite = torch.ones((), dtype=torch.bool)
         self._plan: _Plan | None = None
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only at construction: a later parameter would belong to no part."""
+        if "_parts" in self.__dict__:
+            raise RuntimeError(f"{OP}: expected all parameters at construction, got another group")
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Also of `torch.optim.AdamW`, however that runs."""
         super().load_state_dict(state_dict)
@@ -130,7 +137,6 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _triton_step(self, max_norm: float | None, momentum: float | None) -> None:
         from elastic_kernels.triton_ops import optimizer as ops
-        from elastic_kernels.triton_ops.device import upload
 
         if self._plan is None or not self._plan.holds():
             self._plan = _Plan.build(self)

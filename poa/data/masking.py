@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poa.device import upload
+from elastic_kernels.transfer import upload
 
 MIN_PATCHES = 4  # of the rectangle a mask is built from
 ASPECT = 0.3  # aspect ratios are drawn from ASPECT..1/ASPECT

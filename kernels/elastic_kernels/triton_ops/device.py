@@ -40,8 +40,3 @@ def precision(x: Tensor) -> str:
 def unit_stride(x: Tensor) -> Tensor:
     """`x`, copied if its last dimension is not contiguous: the kernels read whole lines of it."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def upload(table: Tensor, device: torch.device) -> Tensor:
-    """A small CPU tensor on the device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -6,6 +6,8 @@ and written once, low-precision copies written: 4 + 40 bytes a parameter with an
 Tensors are found through a table of addresses, so that the number of launches does not grow with theirs: a
 program takes a chunk of one tensor. What differs between tensors and not within them is worked out in float64
 by one small program: bias corrections, clip coefficient, and whether anything happens at all.
+
+Not registered with `torch.library`: what the kernels change, they find by address, which no schema can say.
 """
 
 from __future__ import annotations
