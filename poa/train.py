@@ -229,12 +229,20 @@ class Run:
         return passes
 
     def log(self, done: int, meter: Meter, progress: Progress) -> None:
-        """Write the means since the last log; stop a run whose loss is no number."""
+        """Write the means since the last log; stop a run whose loss or gradients are no numbers.
+
+        With a loss scale (fp16) some steps are skipped by design.
+        """
         row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1]}
         if not math.isfinite(row["loss"]):
             raise FloatingPointError(
                 f"step {done}: the loss is {row['loss']}; lower method.optim.base_lr, "
                 "or use method.precision=bf16 instead of fp16"
+            )
+        if row["skipped"] and not self.state.scaler.is_enabled():
+            raise FloatingPointError(
+                f"step {done}: the gradients were no numbers in {row['skipped']:.0%} of the steps since the "
+                "last line of metrics; lower method.optim.base_lr"
             )
         if self.here.is_main:
             self.folder.log(row)
@@ -286,7 +294,8 @@ def train_step(
         passes: the intact student and the elastic one.
 
     Returns:
-        The loss, its terms and the gradient norms before clipping, detached, on the device.
+        The loss, its terms, the gradient norms before clipping, and whether the step was skipped because they
+        are no numbers; detached, on the device.
     """
     method = config.method
     with autocast(batch.global_crops.device, method.precision):
@@ -299,9 +308,10 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     apply_schedules(state.optimizer, schedules, step)
     clip, momentum = method.optim.clip, schedules.momentum[step]
-    norms, _ = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
+    norms, finite = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
     state.scaler.update()
-    return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()}
+    skipped = {"skipped": (~finite).float()}
+    return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()} | skipped
 
 
 class Meter:

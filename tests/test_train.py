@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,16 +15,23 @@ import torch
 from tiny import OVERRIDES, tiny_config
 
 from poa.checkpoint import RunFolder, read_checkpoint
+from poa.config import Config
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError
 from poa.losses import SoftTargets, sinkhorn
-from poa.optim import clip_gradients
+from poa.optim import clip_gradients, restore_optimizer
 from poa.train import Run, initial_network, pretrain
 from poa.tribranch import Targets, tribranch_loss
 
 ROOT = Path(__file__).parent.parent
 TIMINGS = ("seconds", "images_per_s", "data_wait")
+
+
+def _run_of(config: Config, folder: Path, rank: int = 0, size: int = 1) -> Run:
+    """A process of a run on the CPU, before its beginning."""
+    data = open_data(config.run.data, config.run.holdout, config.method.seed)
+    return Run(config, RunFolder(folder), data, World(rank, size, torch.device("cpu")))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -82,13 +90,15 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["performance.recompute=true", "performance.workers=2"])
+@pytest.mark.parametrize(
+    "change", ["performance.recompute=true", "performance.workers=2", "performance.optimizer=torch"]
+)
 def test_performance_options_do_not_change_results(change: str, tmp_path: Path) -> None:
     for name, changes in (("plain", []), ("changed", [change])):
         pretrain(tiny_config("method.backbone.drop_path=0.3", *changes), tmp_path / name)
     plain, changed = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("plain", "changed"))
     assert_same(changed["teacher"], plain["teacher"])
-    assert_same(changed["optimizer"], plain["optimizer"])
+    assert_same(changed["optimizer"]["state"], plain["optimizer"]["state"])
     assert rows(tmp_path / "changed") == rows(tmp_path / "plain")
 
 
@@ -141,11 +151,62 @@ def test_prototypes_are_frozen_at_first(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Run.step
-    bad = {"loss": torch.tensor(float("nan"))}
+    bad = {"loss": torch.tensor(float("nan")), "skipped": torch.tensor(1.0)}
     monkeypatch.setattr(Run, "step", lambda self, n, c: step(self, n, c) if n < 4 else bad)
     with pytest.raises(FloatingPointError, match="step 5: the loss is nan"):
         pretrain(tiny_config(), tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 3
+
+
+def test_gradients_that_are_no_numbers_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is skipped; a finite loss alone does not let the run go on."""
+    step = Run.step
+
+    def poisoned(self: Run, number: int, canvases: Any) -> Any:
+        if number == 4:
+            parameter = next(self.state.student.parameters())
+            handle = parameter.register_hook(lambda grad: grad * torch.nan)
+            before = parameter.detach().clone()
+        values = step(self, number, canvases)
+        if number == 4:
+            handle.remove()
+            assert values["loss"].isfinite() and torch.equal(parameter, before)
+        return values
+
+    monkeypatch.setattr(Run, "step", poisoned)
+    with pytest.raises(FloatingPointError, match="step 5: the gradients were no numbers in 100%"):
+        pretrain(tiny_config(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kinds", [("torch", "fused"), ("fused", "torch")])
+def test_a_run_goes_on_with_another_optimizer(kinds: tuple[str, str], tmp_path: Path) -> None:
+    config = tiny_config()
+    pretrain(config, tmp_path / "whole")
+    start, rest = (tiny_config(f"performance.optimizer={kind}") for kind in kinds)
+    run = _run_of(start, tmp_path / "parts")
+    run.begin(resume=False)
+    for step, canvases in zip(range(3), run.batches(range(3)), strict=True):
+        run.step(step, canvases)
+    run.save(3)
+    pretrain(rest, tmp_path / "parts", resume=True)
+    whole, parts = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    assert_same(parts["student"], whole["student"])
+
+
+def test_apex_where_it_is_not(tmp_path: Path) -> None:
+    if importlib.util.find_spec("apex") is not None:
+        pytest.skip("about an environment without apex")
+    with pytest.raises(InputError, match="expected NVIDIA's apex for 'apex', but it does not import"):
+        pretrain(tiny_config("performance.optimizer=apex"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_state_of_apexs_optimizer_is_refused(tmp_path: Path) -> None:
+    optimizer = _run_of(tiny_config(), tmp_path).state.optimizer
+    state = optimizer.state_dict()
+    state["param_groups"] = [group | {"bias_correction": True} for group in state["param_groups"]]
+    with pytest.raises(InputError, match="checkpoint.pt: expected the state of PyTorch's or the fused"):
+        restore_optimizer(optimizer, state, "checkpoint.pt")
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
@@ -219,8 +280,7 @@ def test_two_processes_equal_one_with_two_chunks(sampling: str, tmp_path: Path) 
     (logged,) = rows(tmp_path / "run")
 
     config = tiny_config(*one_step, f"method.sampling={sampling}")
-    data, cpu = open_data("digits", config.run.holdout, config.method.seed), torch.device("cpu")
-    chunks = [Run(config, RunFolder(tmp_path), data, World(rank, 2, cpu)) for rank in range(2)]
+    chunks = [_run_of(config, tmp_path, rank, 2) for rank in range(2)]
     student, teacher = chunks[0].state.student, chunks[0].state.teacher
     batches = [run.prepare(0, next(run.batches(range(1)))) for run in chunks]
     assert len(batches[0].masks.indices) != len(batches[1].masks.indices)
