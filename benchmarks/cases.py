@@ -369,8 +369,8 @@ def optimizer(device: torch.device, sizes: Sizes, groups: Groups, width: int) ->
     padded = [-(-count // 4) * 4 for count in counts]  # tensors of their own begin at multiples of 16 bytes
     names = ("params", "grads", "averages")
     leaves = {name: draw(device, torch.float32, sum(padded), seed=n) for n, name in enumerate(names)}
-    # Gradients twice; weights, moments and average read and written.
-    moved = {"fwd": 10.0 * torch.float32.itemsize * sum(padded)}
+    # Gradients twice; weights, moments and average read and written; two copies written.
+    moved = {"fwd": (10.0 * torch.float32.itemsize + 2 * torch.bfloat16.itemsize) * sum(padded)}
     shape = f"{sum(counts)} in {len(counts)}"
     return Problem("optimizer", shape, leaves, optimizer_peers.providers(padded), 0.0, moved, trains=False)
 
@@ -391,5 +391,7 @@ CASES: Sequence[Case] = (
         of="heads",
     ),
     Case("sinkhorn", "scaling vectors of all heads, class tokens and patches", sinkhorn, of="network"),
-    Case("optimizer", "clipping, AdamW and moving average of all weights", optimizer, of="network"),
+    Case(
+        "optimizer", "clipping, AdamW, moving average and bf16 copies of all weights", optimizer, of="network"
+    ),
 )

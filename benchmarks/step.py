@@ -28,6 +28,7 @@ from elastic_kernels import backend
 from poa.config import Config, preset
 from poa.data.augment import augment
 from poa.data.masking import draw_masks
+from poa.device import join
 from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules, update_weights
 from poa.options import override
@@ -348,7 +349,9 @@ def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
 
     def teacher() -> Targets:
         with autocast(here.device, method.precision):
-            return teacher_targets(state.teacher, here.batch, ours.temperature, method.loss, state.centers)
+            targets = teacher_targets(state.teacher, here.batch, ours.temperature, method.loss, state.centers)
+        join(targets.stream)  # timed to their end
+        return targets
 
     def student(passes: list[StudentPass]) -> list[StudentOutput]:
         with autocast(here.device, method.precision):

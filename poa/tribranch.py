@@ -79,7 +79,7 @@ class Batch:
 class Targets:
     """What the students learn, per head: of `cls` rows `2 B` (views swapped), of `patches` rows `masked`.
 
-    On a GPU the scaling vectors come out of `stream`, which has to be joined before they are used.
+    On a GPU the scaling vectors come out of `stream`, to be joined before anything here is used or dropped.
     """
 
     cls: list[SoftTargets]

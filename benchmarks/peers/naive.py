@@ -90,8 +90,8 @@ def sinkhorn(t: Tensor, tau: float, iterations: int = 3) -> Tensor:
     for _ in range(iterations):
         used = q.sum(0)
         log_u = log_u - used.log()
-        q = q / used
-        q = q / q.sum(1, keepdim=True)
+        q /= used
+        q /= q.sum(1, keepdim=True)
     return log_u
 
 

@@ -1,4 +1,4 @@
-"""Other ways to clip, take a step of AdamW and move an average of the weights."""
+"""Other ways to clip, take a step of AdamW, move an average of the weights and round both to bfloat16."""
 
 from __future__ import annotations
 
@@ -36,18 +36,26 @@ def provider(sizes: Sequence[int], make: MakeStep) -> Provider:
     return step
 
 
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, dtype=torch.bfloat16, requires_grad=False) for t in tensors]
+
+
 def ours(leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
     pairs: dict[Tensor, Tensor] = dict(zip(leaves, averages, strict=True))
-    optimizer = FusedAdamW(leaves, **RATES, averages=pairs)
+    copies = dict(zip([*leaves, *averages], _copies([*leaves, *averages]), strict=True))
+    optimizer = FusedAdamW(leaves, **RATES, averages=pairs, copies=copies)
     return lambda: optimizer.step(max_norm=CLIP, momentum=MOMENTUM)
 
 
 def _separate(optimizer: torch.optim.Optimizer, leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
+    sources = [leaf.detach() for leaf in leaves]
+    copies = _copies([*sources, *averages])
+
     def step() -> None:
         nn.utils.clip_grad_norm_(leaves, CLIP)
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, [leaf.detach() for leaf in leaves], 1 - MOMENTUM)
+        torch._foreach_lerp_(averages, sources, 1 - MOMENTUM)
+        torch._foreach_copy_(copies, [*sources, *averages])
 
     return step
 
