@@ -18,7 +18,12 @@ from poa.options import override
 from poa.train import pretrain
 
 CUDA = torch.cuda.is_available()
-STEPS = 200
+# Three interpreted steps differ by at most 3.2e-6 of a loss, and by 3.3e-5 in weights: AdamW divides small
+# gradients by themselves. A GPU adds in other orders.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-5, 1e-4
+# What rounding alone does in 200 steps, measured with one and two CPU threads and three seeds: 0.31 % of the
+# mean loss of 20 steps, 3.3 points of a k-NN accuracy.
+STEPS, CURVE_TOLERANCE, KNN_TOLERANCE = 200, 0.01, 0.033
 
 
 def train(config: Config, out: Path, name: str) -> list[dict]:
@@ -39,24 +44,27 @@ def test_three_steps(changes: list[str], tmp_path: Path) -> None:
     assert [row["step"] for row in fused] == [1, 2, 3] and fused[2]["intact.ibot.0"] > 0
     for ours, theirs in zip(fused, plain, strict=True):
         for name in theirs.keys() - {"seconds", "images_per_s", "data_wait"}:
-            assert math.isclose(ours[name], theirs[name], rel_tol=1e-4, abs_tol=1e-5), name
+            assert math.isclose(ours[name], theirs[name], rel_tol=LOSS_TOLERANCE, abs_tol=1e-6), name
     for branch in ("student", "teacher"):
         networks = [RunFolder(tmp_path / name).network(branch) for name in runs]
         for ours, theirs in zip(*(network.parameters() for network in networks), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
-@pytest.mark.parametrize("seed", range(3))
-def test_many_steps_on_digits(seed: int, tmp_path: Path) -> None:
-    """The loss stays within 2 % of the plain path's, averaged over 20 steps, and k-NN within 4 points."""
-    changes = ["run.device=cuda", f"method.seed={seed}", f"method.optim.epochs={STEPS / 21:.4f}"]
-    changes += [f"run.evaluate_every={STEPS}", "run.log_every=20", "method.optim.warmup_epochs=1"]
-    config = override(preset("quickstart"), changes)
-    runs = [train(config, tmp_path / name, name) for name in ("reference", "triton")]
-    plain, fused = ([row["loss"] for row in rows if "loss" in row] for rows in runs)
-    assert len(fused) >= STEPS // 20
-    assert fused == pytest.approx(plain, rel=0.02)
-    last = [[row["knn"] for row in rows if "knn" in row][-1] for rows in runs]
-    for name, score in last[0].items():
-        assert last[1][name] == pytest.approx(score, abs=0.04 if name != "k" else 0), name
+def test_many_steps_on_digits(tmp_path: Path) -> None:
+    """Each seed's loss curve, and k-NN averaged over three seeds."""
+    changes = ["run.device=cuda", "run.log_every=20", "method.optim.warmup_epochs=1"]
+    changes += [f"run.evaluate_every={STEPS}", f"method.optim.epochs={STEPS / 21:.4f}"]
+    scores: dict[str, dict[str, float]] = {"reference": {}, "triton": {}}
+    for seed in range(3):
+        config = override(preset("quickstart"), [*changes, f"method.seed={seed}"])
+        curves = []
+        for name, sums in scores.items():
+            rows = train(config, tmp_path / f"{name}-{seed}", name)
+            curves.append([row["loss"] for row in rows if "loss" in row])
+            last = [row["knn"] for row in rows if "knn" in row][-1]
+            sums |= {subnet: sums.get(subnet, 0) + score / 3 for subnet, score in last.items()}
+        assert len(curves[1]) == STEPS // 20
+        assert curves[1] == pytest.approx(curves[0], rel=CURVE_TOLERANCE)
+    assert scores["triton"] == pytest.approx(scores["reference"], abs=KNN_TOLERANCE)

@@ -7,6 +7,7 @@ import importlib.util
 
 import torch
 
+from elastic_kernels import dispatch
 from elastic_kernels.attention import attention_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
@@ -29,6 +30,10 @@ def main() -> None:
     choices |= {op: layer_norm_backend(x) for op in ("elastic_layer_norm", "elastic_add_layer_norm")}
     choices |= {
         op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
+    }
+    choices |= {
+        op: dispatch.choose(op, x.float() if op == "FusedAdamW" else x)
+        for op in ("prototype_cross_entropy", "sinkhorn_scaling", "FusedAdamW")
     }
     for op, choice in choices.items():
         print(f"  {op:<24} {choice.backend:<11} {choice.reason}")

@@ -49,7 +49,7 @@ def sinkhorn_scaling(
         float32 `[prototypes_i]` (float64 for float64 logits) of each problem.
 
     Raises:
-        ValueError: logits that are no matrix, or of several devices.
+        ValueError: no iteration; logits that are no matrix, or of several devices.
         TypeError: of no floating dtype, or of several.
         RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
 
@@ -62,6 +62,8 @@ def sinkhorn_scaling(
         >>> log_u.shape
         torch.Size([10])
     """
+    if iterations < 1:
+        raise ValueError(f"sinkhorn_scaling: expected at least 1 iteration, got {iterations}")
     if not logits:
         return []
     for t in logits:
@@ -69,16 +71,10 @@ def sinkhorn_scaling(
             raise ValueError(f"sinkhorn_scaling: expected logits [rows, prototypes], got {tuple(t.shape)}")
     validate.operands("sinkhorn_scaling", **{f"logits {i}": t for i, t in enumerate(logits)})
     columns, rows = _passes(list(logits), temperature)
-    log_u: Tensor | None = None
-    log_v: Tensor | None = None
-    for _ in range(iterations):
-        if log_u is not None:
-            log_v = rows(log_u)
-        log_u = -_over_processes(*columns(log_v), log_u, reduce)
-    sizes = [t.shape[1] for t in logits]
-    if log_u is None:
-        return [torch.zeros(size, device=logits[0].device) for size in sizes]
-    return list(log_u.split(sizes))
+    log_u = -_over_processes(*columns(None), None, reduce)
+    for _ in range(iterations - 1):
+        log_u = -_over_processes(*columns(rows(log_u)), log_u, reduce)
+    return list(log_u.split([t.shape[1] for t in logits]))
 
 
 Columns = Callable[[Tensor | None], tuple[Tensor, Tensor]]
@@ -177,7 +173,8 @@ def prototype_cross_entropy(
 
     Numerics: products of the given dtype are summed in fp32 and not rounded before the softmax; gradients are
     fp32 sums. With Triton at most 256 MiB of student logits' gradients exist at once and no other tensor of
-    rows x prototypes; results repeat bitwise.
+    rows x prototypes; the rest of the peak is a few fp32 tensors of the sizes of students and weight. Results
+    repeat bitwise.
 
     Example:
         >>> x, W, t = torch.randn(4, 8), torch.randn(10, 8), torch.randn(3, 10)
@@ -190,18 +187,13 @@ def prototype_cross_entropy(
     _validate(op, students, weight, teacher_logits, log_scale, targets)
     x1, x2 = students[0], students[1] if len(students) == 2 else None
     taus = (student_temperature, teacher_temperature)
-    if prototype_backend(x1).backend == "triton":
+    if dispatch.choose(op, x1).backend == "triton":
         from elastic_kernels.triton_ops.prototypes import PrototypeLosses
 
         losses = PrototypeLosses.apply(x1, x2, weight, teacher_logits, log_scale, targets, *taus)
     else:
         losses = _reference(x1, x2, weight, teacher_logits, log_scale, targets, *taus)
     return list(losses[: 1 if x2 is None else 3])
-
-
-def prototype_backend(x: Tensor) -> dispatch.Choice:
-    """The backend that `prototype_cross_entropy` takes for students such as `x`, and why."""
-    return dispatch.choose("prototype_cross_entropy", x)
 
 
 def _reference(

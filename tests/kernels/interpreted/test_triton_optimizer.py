@@ -105,6 +105,14 @@ def test_repeats_bitwise() -> None:
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_sparse_gradients_are_refused() -> None:
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = FusedAdamW(table.parameters())
+    table(torch.tensor([1])).sum().backward()
+    with backend("triton"), pytest.raises(TypeError, match="dense float32 gradients, got torch.sparse_coo"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     ("dtype", "options", "message"),
     [

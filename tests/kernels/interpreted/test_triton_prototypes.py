@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import DTYPES, draw
 from prototype_cases import TAU_S, TAU_T, Case, assert_accurate, assert_sinkhorn, run
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_kernels.triton_ops.prototypes as kernels
@@ -20,6 +21,7 @@ CASES = {
     "prime": Case(17, 131, 24),
     "tiles": Case(65, 300, 16),
     "wide": Case(3, 20, 70),
+    "widest": Case(3, 20, 512),
     "one-student": Case(19, 70, 16, students=1),
     "one-teacher-row": Case(5, 33, 8, teacher_rows=1),
 }
@@ -56,32 +58,48 @@ def test_gradients_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(value, whole[name])
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that an operator made."""
+class Allocations(TorchDispatchMode):
+    """Remembers the largest tensor that an operator made, and the most bytes that lived at once."""
 
-    elements = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.peak = 0, 0
+        self.living: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
+                storage = tensor.untyped_storage()
+                self.living[StorageWeakRef(storage)] = storage.nbytes()
+        self.living = {ref: size for ref, size in self.living.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(self.living.values()))
         return out
 
 
 def test_no_tensor_of_rows_times_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most the bound of gradients of logits, and a few tensors of the sizes of students and weight."""
     case = Case(64, 1024, 8, teacher_rows=3)
     inputs = case.inputs(torch.float32, torch.float16)
-    monkeypatch.setattr(kernels, "DZ_BYTES", 2 * 64 * 128 * 4)
-    with Largest() as seen:
+    bound = 2 * 64 * 128 * 4
+    monkeypatch.setattr(kernels, "DZ_BYTES", bound)
+    with Allocations() as seen:
         run(inputs, "triton")
     assert 64 * 128 <= seen.elements < 64 * 1024
+    few = 5 * 4 * (64 * 8 * 2 + 1024 * 8)
+    assert bound < seen.peak < bound + few < 64 * 1024 * 4
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "prototypes"), [(1, 40), (37, 131), (70, 260)])
 def test_sinkhorn(rows: int, prototypes: int, dtype: torch.dtype) -> None:
     assert_sinkhorn(draw(rows, prototypes).tanh().to(dtype))
+
+
+def test_sinkhorn_without_iterations_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 iteration, got 0"):
+        sinkhorn_scaling([torch.zeros(2, 3)], TAU_T, iterations=0)
 
 
 def test_sinkhorn_of_no_rows_and_of_strided_logits() -> None:
