@@ -23,6 +23,7 @@ from benchmarks.peers import attention as attention_peers
 from benchmarks.peers import layer_norm as layer_norm_peers
 from benchmarks.peers import naive
 from benchmarks.peers import optimizer as optimizer_peers
+from benchmarks.peers import prototypes as prototype_peers
 from poa.config import preset
 from poa.tribranch import Network
 
@@ -337,7 +338,8 @@ def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: 
     moved = {"fwd": forward, "bwd": 2.0 * forward + 4 * size * rows * count, "fwd+bwd": 0.0}
     moved["fwd+bwd"] = moved["fwd"] + moved["bwd"]
     shape = f"2x{rows} {dim}x{count}"
-    return Problem("prototype_losses", shape, leaves, _providers(ours, plain), flops, moved)
+    providers = _providers(ours, plain, liger=prototype_peers.liger)
+    return Problem("prototype_losses", shape, leaves, providers, flops, moved)
 
 
 def sinkhorn(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:

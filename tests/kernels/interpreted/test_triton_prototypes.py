@@ -37,7 +37,7 @@ def test_half_teacher_logits_beside_fp32_students() -> None:
     assert_accurate(CASES["prime"], torch.float32, torch.float16)
 
 
-@pytest.mark.parametrize("teacher_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
 def test_logits_that_overflow_a_plain_exponential(teacher_dtype: torch.dtype) -> None:
     """Spread over +-10, the logits reach 250 after the teacher's temperature."""
     case = Case(9, 70, 16, spread=10.0)
