@@ -20,8 +20,9 @@ from poa.config import Config, preset, with_run
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
-from poa.train import Run, train_step
-from poa.tribranch import Batch, Network
+from poa.step import Chunk, train_step
+from poa.train import Run
+from poa.tribranch import Network
 
 POINTS = 4  # evaluations after the first
 
@@ -32,10 +33,9 @@ class Ours:
     def __init__(self, run: Run):
         self.run = run
 
-    def step(self, number: int, batch: Batch) -> None:
+    def step(self, number: int, chunk: Chunk) -> None:
         run = self.run
-        passes = run.student_passes(number, batch)
-        train_step(run.model, run.state, run.config, run.schedules, number, batch, passes)
+        train_step(run.model, run.state, run.config, run.schedules, number, [chunk])
 
     def teacher(self) -> ElasticViT:
         return self.run.state.teacher.backbone
@@ -55,13 +55,13 @@ class Official:
         print("    official code, patched:", *self.official.patches, sep="\n        ")
         self.network = Network(method.backbone, method.head).to(run.here.device)
 
-    def step(self, number: int, batch: Batch) -> None:
+    def step(self, number: int, chunk: Chunk) -> None:
         schedules, official = self.run.schedules, self.official
         official.set_rates(
             schedules.lr[number], schedules.last_layer_lr[number], schedules.weight_decay[number]
         )
         official.step(
-            batch,
+            chunk.batch,
             self.run.sampler.draw(number, 0),
             schedules.teacher_temperature[number],
             schedules.momentum[number],
@@ -115,14 +115,14 @@ def _train(
         trainer = make(whole)
         rows, spent, images, due = [], 0.0, 0, 0.0
         steps = range(whole.schedules.total_steps)
-        for number, canvases in zip(steps, whole.batches(steps), strict=True):
+        for number, (canvases,) in zip(steps, whole.batches(steps), strict=True):
             if spent >= due:
                 rows += _evaluate(which, trainer, whole, spent, images)
                 due += seconds / POINTS
             if spent >= seconds:
                 break
             started = time.perf_counter()
-            trainer.step(number, whole.prepare(number, canvases))
+            trainer.step(number, whole.prepare(number, 0, canvases))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             spent += time.perf_counter() - started

@@ -33,8 +33,8 @@ from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules, update_weights
 from poa.options import override
 from poa.random import python_stream, torch_stream
+from poa.step import Chunk, TrainingState, autocast, train_step
 from poa.subnets import Subnet
-from poa.train import TrainingState, autocast, train_step
 from poa.tribranch import (
     VIEWS,
     Batch,
@@ -129,7 +129,9 @@ class Ours:
         here, method = self.here, self.here.config.method
         with autocast(here.device, method.precision), torch.no_grad():
             centers = self.state.centers
-            targets = teacher_targets(self.state.teacher, here.batch, self.temperature, method.loss, centers)
+            (targets,) = teacher_targets(
+                self.state.teacher, [here.batch], self.temperature, method.loss, centers
+            )
             outputs = self.state.student(here.batch, here.passes(elastic, dropping=False))
         intact, small = outputs
         return float(tribranch_loss(intact, small, targets, here.batch, method.loss)[0])
@@ -137,7 +139,8 @@ class Ours:
     def step(self, elastic: Subnet) -> None:
         """A whole step."""
         state, passes = self.state, self.passes[elastic]
-        train_step(state.student, state, self.here.config, self.schedules, STEP, self.here.batch, passes)
+        chunk = Chunk(self.here.batch, passes)
+        train_step(state.student, state, self.here.config, self.schedules, STEP, [chunk])
 
 
 class Official:
@@ -349,7 +352,9 @@ def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
 
     def teacher() -> Targets:
         with autocast(here.device, method.precision):
-            targets = teacher_targets(state.teacher, here.batch, ours.temperature, method.loss, state.centers)
+            (targets,) = teacher_targets(
+                state.teacher, [here.batch], ours.temperature, method.loss, state.centers
+            )
         join(targets.stream)  # timed to their end
         return targets
 

@@ -15,17 +15,24 @@ from poa.checkpoint import RunFolder
 from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
 from poa.device import choose_device
-from poa.errors import InputError
+from poa.errors import DivergenceError, InputError, PeerError, Preempted
 from poa.evaluate import evaluate_subnets, require_matplotlib
 from poa.export import extract
 from poa.options import describe, from_dict, override
 from poa.quickstart import quickstart
+from poa.step import initial_network
 from poa.subnets import SearchSpace, Subnet
-from poa.train import initial_network, pretrain
+from poa.train import pretrain
+
+REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; wrong input is one line on standard error and exit code 2."""
+    """Run a command; what ends it early is one line on standard error.
+
+    Exit codes: 2 for wrong input, 1 where training cannot go on, 75 where a signal stopped a run that was
+    saved and can go on, 130 for Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     try:
@@ -36,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = str(error).strip().splitlines()[-1].removeprefix("poa.errors.InputError: ")
         print(f"poa: error: {line}", file=sys.stderr)
         return 2
+    except (DivergenceError, PeerError) as error:
+        print(f"poa: error: {error}", file=sys.stderr)
+        return 1
+    except Preempted as stop:
+        print(f"poa: {stop}; saved, goes on with pretrain --resume RUN", file=sys.stderr)
+        return REQUEUE
     except KeyboardInterrupt:
         print("poa: interrupted; a run continues with pretrain --resume RUN", file=sys.stderr)
         return 130
@@ -59,15 +72,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _pretrain(options: argparse.Namespace) -> None:
     if options.resume:
-        if options.preset or options.config or options.out:
-            raise InputError("--resume: expected no --preset, --config or --out beside it")
+        if options.preset or options.config or options.out or options.auto_resume:
+            raise InputError("--resume: expected no --preset, --config, --out or --auto-resume beside it")
         folder = RunFolder(Path(options.resume))
         config = _overridden(folder.config(), options)
         pretrain(config, folder.path, resume=True)
         return
     if not options.out:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")
-    pretrain(_new_config(options), Path(options.out))
+    out = RunFolder(Path(options.out))
+    pretrain(_new_config(options), out.path, resume=options.auto_resume and bool(out.checkpoints()))
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -88,15 +102,15 @@ def _extract(options: argparse.Namespace) -> None:
     subnets = _subnets(options.subnets, backbone_config.space)
     if options.image_size is not None:
         backbone_config.grid(options.image_size)
-    backbone = folder.network(options.branch).backbone
+    network, checkpoint = folder.network(options.branch, options.step)
     for subnet in subnets:
         path = extract(
-            backbone,
+            network.backbone,
             subnet,
             Path(options.out or folder.path / "models"),
             config.method.crops,
             image_size=options.image_size,
-            source=f"{folder.checkpoint} ({options.branch})",
+            source=f"{checkpoint.path} ({options.branch})",
         )
         print(path)
 
@@ -111,7 +125,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         require_matplotlib()
     device = choose_device(options.device)
     data = open_data(config.run.data, config.run.holdout, config.method.seed)
-    backbone = folder.network(options.branch).backbone.to(device)
+    network, _ = folder.network(options.branch, options.step)
+    backbone = network.backbone.to(device)
     initial = initial_network(config).backbone.to(device) if options.initial else None
     report = evaluate_subnets(backbone, subnets, data, config, initial=initial)
     print(report.table())
@@ -207,6 +222,7 @@ def _add_pretrain(commands: argparse._SubParsersAction[_Parser], arguments: Sequ
     command.add_argument("--data", help="digits, or a folder of images (run.data)")
     command.add_argument("--out", help="run folder, new")
     command.add_argument("--resume", metavar="RUN", help="continue this run from its checkpoint")
+    command.add_argument("--auto-resume", action="store_true", help="continue --out where it holds a run")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N (run.device)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any option below")
     command.set_defaults(command=_pretrain)
@@ -230,6 +246,11 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     which["help"] = "subnets such as 384x12, or all"
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
     branch["help"] = "whose weights"
+    step: dict[str, Any] = {
+        "type": int,
+        "metavar": "N",
+        "help": "checkpoint of this step; default the newest",
+    }
 
     command = commands.add_parser("extract", help="write subnets as safetensors files in timm's naming")
     command.add_argument("run", help=run_help)
@@ -237,6 +258,7 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--out", help="folder; default RUN/models")
     command.add_argument("--image-size", type=int, help="bake position embeddings for this size, pixels")
     command.add_argument("--branch", **branch)
+    command.add_argument("--step", **step)
     command.set_defaults(command=_extract)
 
     command = commands.add_parser("evaluate", help="k-NN accuracy of subnets on held-out images")
@@ -248,6 +270,7 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     command.add_argument("--branch", **branch)
+    command.add_argument("--step", **step)
     command.set_defaults(command=_evaluate)
 
     command = commands.add_parser("subnets", help="list the subnets of a run or preset with their sizes")

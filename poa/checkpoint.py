@@ -1,20 +1,25 @@
-"""The folder of a run: its configuration, its metrics and its checkpoint.
+"""The folder of a run: its configuration, its metrics and its checkpoints.
 
-    config.json       the resolved configuration
-    metrics.jsonl     a line per logged step and per evaluation
-    checkpoint.pt     everything needed to go on, or to extract and evaluate subnets
+    config.json                               the configuration
+    metrics.jsonl                             a line per logged step, evaluation and alarm
+    checkpoints/00001000-0123456789abcdef.pt  everything needed to go on, or to extract and evaluate subnets
 
-Files are replaced atomically. Loading reads weights and plain values only, never pickled code.
+The name of a checkpoint is its step and the beginning of its SHA-256, so that one atomic renaming makes it
+whole and findable, and a damaged one is noticed. Loading reads weights and plain values only, never pickled
+code.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,7 +29,32 @@ from poa.options import first_difference, from_dict, to_dict
 from poa.tribranch import Network
 from poa.weights import load_strictly, read_weights
 
-FORMAT = "poa-checkpoint-1"
+FORMAT = "poa-checkpoint-2"
+DIGITS = 16  # of the checksum in a name
+NAME = re.compile(rf"(\d{{8,}})-([0-9a-f]{{{DIGITS}}})\.pt")
+PARTIAL, DAMAGED = ".partial", ".damaged"
+
+log = logging.getLogger("poa")
+
+
+@dataclass(frozen=True, order=True)
+class Checkpoint:
+    """A checkpoint file, known by its name."""
+
+    step: int
+    path: Path
+    checksum: str
+
+    def damage(self) -> str | None:
+        """What is wrong with the file, if anything."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+        got = digest.hexdigest()[:DIGITS]
+        if got == self.checksum:
+            return None
+        return f"expected checksum {self.checksum}, got {got} of {self.path.stat().st_size:,} bytes"
 
 
 @dataclass(frozen=True)
@@ -34,21 +64,26 @@ class RunFolder:
     path: Path
 
     @property
-    def checkpoint(self) -> Path:
-        return self.path / "checkpoint.pt"
-
-    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def _store(self) -> Path:
+        return self.path / "checkpoints"
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """All checkpoints by step, whole or not."""
+        names = [NAME.fullmatch(path.name) for path in self._store.glob("*.pt")]
+        return sorted(Checkpoint(int(m[1]), self._store / m[0], m[2]) for m in names if m)
+
     def create(self, config: Config) -> None:
         """Make the folder of a new run; refuse one with a checkpoint, start a run without one again."""
-        if self.checkpoint.exists():
+        if self.checkpoints():
             raise InputError(
                 f"out: expected a new folder, got {self.path}, which holds a run; "
                 f"continue it with --resume {self.path}"
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._store.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
         write_json(self.path / "config.json", to_dict(config))
 
@@ -63,50 +98,125 @@ class RunFolder:
             raise InputError(f"{file}: expected JSON, got: {error}") from None
 
     def save(self, state: Mapping[str, Any], config: Config) -> None:
-        """Replace the checkpoint."""
-        content = {"format": FORMAT, "config": to_dict(config), **state}
-        partial = self.checkpoint.with_suffix(".partial")
-        torch.save(content, partial)
-        os.replace(partial, self.checkpoint)
+        """Write the checkpoint of `state["step"]` and delete those that need not be kept.
 
-    def load(self, config: Config, *, mapped: bool = False) -> dict[str, Any]:
-        """Read the checkpoint of this configuration.
+        Raises:
+            OSError: it could not be written; what was there before is there still.
+        """
+        content = {"format": FORMAT, "config": to_dict(config), **state}
+        partial = self._store / f"{state['step']:08}{PARTIAL}"
+        try:
+            with partial.open("wb") as file:
+                hashed = _Hashed(file)
+                torch.save(content, hashed)  # type: ignore[arg-type]
+                file.flush()
+                os.fsync(file.fileno())
+            checksum = hashed.digest.hexdigest()[:DIGITS]
+            newest = partial.rename(self._store / f"{state['step']:08}-{checksum}.pt")
+            _sync_folder(self._store)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self._delete_old(Checkpoint(state["step"], newest, checksum), config)
+
+    def _delete_old(self, newest: Checkpoint, config: Config) -> None:
+        """Keep the newest checkpoints and milestones; leave no rest of an interrupted save."""
+        steps = sorted({c.step for c in self.checkpoints()})
+        kept = {*steps[-config.run.keep_last :]}
+        if config.run.keep_every:
+            kept |= {step for step in steps if step % config.run.keep_every == 0}
+        for checkpoint in self.checkpoints():
+            again = checkpoint.step == newest.step and checkpoint != newest
+            if checkpoint.step not in kept or again:
+                checkpoint.path.unlink()
+        for rest in self._store.glob(f"*{PARTIAL}"):
+            rest.unlink()
+
+    def newest(self, step: int | None = None) -> Checkpoint:
+        """The newest whole checkpoint, or the one of a step. Damaged ones are passed over with a warning.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = [c for c in self.checkpoints() if step is None or c.step == step]
+        damages: list[str] = []
+        for checkpoint in reversed(found):
+            damage = checkpoint.damage()
+            if damage is None:
+                for line in damages:
+                    log.warning("%s; using the checkpoint of step %d", line, checkpoint.step)
+                return checkpoint
+            damages.append(f"{checkpoint.path} is damaged: {damage}")
+        steps = ", ".join(str(c.step) for c in self.checkpoints()) or "none"
+        which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
+        got = "; ".join(damages) or f"checkpoints of steps: {steps}"
+        raise InputError(f"{self.path}: expected {which}, got {got}")
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, which are damaged, so that they are not asked for again."""
+        for checkpoint in self.checkpoints():
+            if checkpoint.step > step:
+                checkpoint.path.rename(checkpoint.path.with_suffix(DAMAGED))
+
+    def load(self, checkpoint: Checkpoint, config: Config, *, mapped: bool = False) -> dict[str, Any]:
+        """Read a checkpoint of this configuration.
 
         Args:
-            config: its `method` must be the checkpoint's.
+            checkpoint: see `newest`.
+            config: its `method` must be the checkpoint's, apart from `chunks`.
             mapped: leave the tensors in the file until they are used.
 
         Raises:
-            InputError: none there, not readable as weights, or of another `method`.
+            InputError: not readable as weights, or of another `method`.
         """
-        content = read_checkpoint(self.checkpoint, mapped=mapped)
+        content = read_checkpoint(checkpoint.path, mapped=mapped)
         theirs = from_dict(Config, content["config"])
-        if difference := first_difference(config.method, theirs.method):
+        if difference := first_difference(config.method, theirs.method, leave_out=("chunks",)):
             raise InputError(
-                f"{self.checkpoint}: expected a checkpoint of this configuration, got another: "
+                f"{checkpoint.path}: expected a checkpoint of this configuration, got another: "
                 f"method.{difference} in the checkpoint"
             )
         return content
 
-    def network(self, branch: str = "teacher") -> Network:
-        """The trained teacher or student, on the CPU, in evaluation mode."""
-        config = self.config()
+    def network(self, branch: str = "teacher", step: int | None = None) -> tuple[Network, Checkpoint]:
+        """The trained teacher or student, on the CPU, in evaluation mode; and where it comes from."""
+        config, checkpoint = self.config(), self.newest(step)
         network = Network(config.method.backbone, config.method.head)
-        load_strictly(network, self.load(config, mapped=True)[branch], str(self.checkpoint))
-        return network.eval()
+        content = self.load(checkpoint, config, mapped=True)
+        load_strictly(network, content[branch], str(checkpoint.path))
+        return network.eval(), checkpoint
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
         with self.metrics.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of the metrics; a last one that was interrupted is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines of steps that are about to be repeated."""
-        if not self.metrics.exists():
-            return
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        replace_text(self.metrics, "".join(kept))
+        kept = [row for row in self.rows() if row["step"] <= step]
+        replace_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+class _Hashed:
+    """A file that knows the SHA-256 of what was written to it."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -125,6 +235,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text)
     os.replace(partial, path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a renaming in it survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

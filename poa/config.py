@@ -19,6 +19,7 @@ from poa.options import option, section
 from poa.tribranch import LossConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Destination = Literal["tensorboard", "wandb"]
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,13 @@ class MethodConfig:
     """Everything that changes results."""
 
     seed: int = option(0, "of every random choice")
-    batch_size: int = option(64, "images of a chunk: of one device in one step")
+    batch_size: int = option(64, "images of a chunk, which a device takes at once")
+    chunks: int | None = option(
+        None, "chunks of a step; with fewer processes each takes several in turn; none: one a process"
+    )
     precision: Precision = option("bf16", "of the matrix products; weights and loss are fp32")
     sampling: Literal["per-rank", "shared", "balanced"] = option(
-        "per-rank", "elastic subnet of each rank: its own, one for all, or of about equal cost"
+        "per-rank", "elastic subnet of each chunk: its own, one for all, or of about equal cost"
     )
     canvas: int = option(256, "images are shrunk to fit a square of this many pixels when decoded")
     backbone: ViTConfig = section(ViTConfig(), "the elastic ViT")
@@ -107,6 +111,8 @@ class MethodConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch_size: expected at least 1, got {self.batch_size}")
+        if self.chunks is not None and self.chunks < 1:
+            raise InputError(f"chunks: expected at least 1, got {self.chunks}")
         if self.crops.global_size != self.backbone.image_size:
             raise InputError(
                 f"crops.global_size: expected backbone.image_size {self.backbone.image_size}, "
@@ -138,11 +144,16 @@ class RunConfig:
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress")
     save_every: int = option(1000, "steps between checkpoints; the last step is always saved")
+    keep_last: int = option(2, "this many of the newest checkpoints are kept")
+    keep_every: int = option(0, "and those of every so many steps, for good; 0: none")
     evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never")
     knn_images: int = option(10000, "at most this many bank and query images in k-NN during training")
+    skip_limit: int = option(30, "a run stops after so many skipped steps (gradients no numbers) in a row")
+    timeout: float = option(600.0, "seconds to wait for another process before it is missed")
+    log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every"):
+        for name in ("log_every", "save_every", "keep_last", "skip_limit"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0 < self.holdout < 1:

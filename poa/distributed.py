@@ -1,32 +1,55 @@
-"""The processes of a run: one, or those that `torchrun` starts."""
+"""The processes of a run: one, or those that `torchrun` or `srun` starts."""
 
 from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401, see `world`
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from poa.device import choose_device
+from poa.errors import InputError, PeerError
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 5.0  # what the living get to say so when a process is missed
+LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "store")  # in what torch raises then
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes, and its device."""
+    """This process among all processes, and its device.
+
+    Attributes:
+        rank, size: of this process, and of all.
+        device: that this process trains on.
+        hosts: process group for what lies in CPU memory; None for a single process.
+        store: that all processes share; None for a single process.
+    """
 
     rank: int
     size: int
     device: torch.device
+    hosts: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def share(self, parts: int) -> range:
+        """The parts of a whole that are this process's: neighbours, as many for each as can be."""
+        return range(self.rank * parts // self.size, (self.rank + 1) * parts // self.size)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over all processes, in place."""
@@ -35,10 +58,81 @@ class World:
             values /= self.size
         return values
 
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What the main process makes, in all of them; an `InputError` of it is raised in all."""
+        if self.size == 1:
+            return make()
+        made: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                made[0] = make()
+            except InputError as error:
+                made[1] = str(error)
+        dist.broadcast_object_list(made, group=self.hosts)
+        if made[1] is not None:
+            raise InputError(made[1])
+        return made[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, in all of them. Small things only: they are pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
+    def gather_rows(self, rows: Tensor) -> Tensor | None:
+        """The rows of all processes one after the other, on the main process; None on the others.
+
+        Args:
+            rows: CPU tensor `[N, ...]`; N may differ between processes, the rest may not.
+        """
+        if self.size == 1:
+            return rows
+        counts = self.gather(len(rows))
+        rows = rows.contiguous()
+        if not self.is_main:
+            if len(rows):
+                dist.send(rows, 0, group=self.hosts)
+            return None
+        parts = [rows]
+        for rank, count in enumerate(counts[1:], start=1):
+            part = rows.new_empty(count, *rows.shape[1:])
+            if count:
+                dist.recv(part, rank, group=self.hosts)
+            parts.append(part)
+        return torch.cat(parts)
+
+
+class Poll:
+    """Yes or no, asked in every step: whether any process said yes, known one step later.
+
+    It goes between the CPUs while the step runs, so that nobody waits for a device.
+    """
+
+    def __init__(self, here: World):
+        self.here = here
+        self.asked: tuple[dist.Work | None, Tensor] | None = None
+
+    def ask(self, answer: bool) -> bool:
+        """Give this process's answer; return whether any gave a yes in the call before (here: in this one,
+        for a process alone)."""
+        if self.here.size == 1:
+            return answer
+        before = self.asked
+        vote = torch.tensor([int(answer)])
+        work = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.here.hosts, async_op=True)
+        self.asked = (work, vote)
+        if before is None:
+            return False
+        if before[0] is not None:
+            before[0].wait()
+        return bool(before[1].item())
+
 
 @contextmanager
-def world(device_name: str) -> Iterator[World]:
-    """Join the processes that `torchrun` started, or be the only one.
+def world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
+    """Join the processes that a launcher started, or be the only one.
 
     Uses NCCL on GPUs and gloo on CPUs, and leaves the process group in the end.
 
@@ -46,6 +140,13 @@ def world(device_name: str) -> Iterator[World]:
     interpreter aborts the process. So a DDP module must not outlive the context, and
     `torch.distributed.nn.functional`, whose default arguments keep the group of the moment, is
     imported early.
+
+    Args:
+        device_name: see `choose_device`.
+        timeout: seconds to wait for another process before it is missed.
+
+    Raises:
+        PeerError: another process is dead or does not answer.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -55,9 +156,48 @@ def world(device_name: str) -> Iterator[World]:
     if size == 1:
         yield World(rank, size, device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    patience = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://"))
+    # The CPUs talk in every step; they notice first, and can say so, where NCCL would abort the process.
+    backend, wait = ("nccl", 2 * patience) if device.type == "cuda" else ("gloo", patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     try:
-        yield World(rank, size, device)
+        hosts = dist.new_group(backend="gloo", timeout=patience)
+        with _missing_peers(here := World(rank, size, device, hosts, dist.PrefixStore("poa", store))):
+            yield here
+        del here, hosts
     finally:
         gc.collect()  # DDP modules lie in reference cycles
         dist.destroy_process_group()
+
+
+@contextmanager
+def _missing_peers(here: World) -> Iterator[None]:
+    """Turn an error of the process group into one that names the processes that do not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).strip() or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError) or not any(word in text.lower() for word in LOST):
+            raise
+        silent = _silent(here)
+        who = ", ".join(str(rank) for rank in silent) or "none, but a connection broke"
+        reason = text.splitlines()[0]
+        raise PeerError(
+            f"rank {here.rank} of {here.size}: another process is missed; without an answer: {who} ({reason})"
+        ) from None
+
+
+def _silent(here: World) -> Sequence[int]:
+    """The processes that do not answer within `ANSWER_SECONDS`: all that miss one ask at about one time."""
+    assert here.store is not None
+    missing = set(range(here.size)) - {here.rank}
+    try:
+        here.store.set(f"alive {here.rank}", "yes")
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while missing and time.monotonic() < deadline:
+            missing = {rank for rank in missing if not here.store.check([f"alive {rank}"])}
+            time.sleep(0.1)
+    except RuntimeError:  # the store went with the process that kept it
+        pass
+    return sorted(missing)

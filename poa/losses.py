@@ -70,25 +70,31 @@ def update_centers(
     logits: Sequence[Tensor],
     momentum: float = 0.9,
     *,
-    equal_ranks: bool = False,
+    chunks: Sequence[int] | None = None,
 ) -> None:
     """Move each center in place towards the mean logit over all ranks.
+
+    A mean that is no number, and no rows anywhere, leave the centers as they are.
 
     Args:
         centers: `[prototypes_i]` of each head.
         logits: `[rows, prototypes_i]` of each head; the rows of this rank, the same number for all heads.
         momentum: what a center keeps of itself.
-        equal_ranks: average the ranks' means (official), instead of all rows (exact, the two differ when
-            ranks hold different numbers of rows). A rank without rows is left out either way, and without
-            rows anywhere the centers stay.
+        chunks: rows of each chunk of this rank: average the chunks' means (official, where a rank is a
+            chunk); None: average all rows (exact; the two differ when chunks hold different numbers of rows).
+            A chunk without rows is left out either way.
     """
-    rows = logits[0].shape[0]
-    weight = (1.0 / max(rows, 1)) if equal_ranks else 1.0
-    count = torch.tensor([float(rows > 0) if equal_ranks else float(rows)], device=logits[0].device)
-    total = torch.cat([count, *(t.float().sum(0) * weight for t in logits)])
+    wide = [t.float() for t in logits]
+    if chunks is None:
+        count, sums = float(logits[0].shape[0]), [t.sum(0) for t in wide]
+    else:
+        filled = [rows for rows in chunks if rows]
+        count = float(len(filled))
+        sums = [sum((part.mean(0) for part in t.split(filled)), t.new_zeros(t.shape[1])) for t in wide]
+    total = torch.cat([wide[0].new_full((1,), count), *sums])
     _all_reduce(total, dist.ReduceOp.SUM)
-    share = torch.where(total[0] > 0, 1 - momentum, 0.0)
-    mean = total[1:] / total[0].clamp(min=1)
+    share = torch.where((total[0] > 0) & total.isfinite().all(), 1 - momentum, 0.0)
+    mean = (total[1:] / total[0].clamp(min=1)).nan_to_num(0.0, 0.0, 0.0)
     for center, batch_mean in zip(centers, mean.split([c.numel() for c in centers]), strict=True):
         center.lerp_(batch_mean.to(center.dtype), share.to(center.dtype))
 

@@ -90,10 +90,10 @@ def describe(options: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]
             yield key, _type_name(hints[field.name]), value, field.metadata.get("help", "")
 
 
-def first_difference(a: Any, b: Any) -> str | None:
+def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | None:
     """The first option in which two groups of one type differ, as `key: value against value`."""
     for (key, _, left, _), (_, _, right, _) in zip(describe(a), describe(b), strict=True):
-        if left != right:
+        if left != right and key not in leave_out:
             return f"{key}: {left} against {right}"
     return None
 
@@ -107,7 +107,7 @@ def _unknown(key: str, known: Sequence[str]) -> InputError:
 
 def _parse(text: str, current: Any) -> Any:
     if isinstance(current, list) and not text.startswith("["):
-        text = f"[{text}]"
+        return [_parse(part, None) for part in text.split(",") if part]
     if text.lower() in ("none", "true", "false"):
         text = {"none": "null"}.get(text.lower(), text.lower())
     try:

@@ -14,7 +14,8 @@ from poa.config import Config
 from poa.data.sources import open_data
 from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels, require_matplotlib
 from poa.export import extract
-from poa.train import initial_network, pretrain
+from poa.step import initial_network
+from poa.train import pretrain
 
 
 def quickstart(config: Config, out: Path) -> None:
@@ -28,10 +29,11 @@ def quickstart(config: Config, out: Path) -> None:
     started = time.perf_counter()
     pretrain(config, out)
     folder = RunFolder(out)
-    backbone = folder.network("teacher").backbone
+    network, checkpoint = folder.network("teacher")
+    backbone = network.backbone
     subnets = list(backbone.space)
     models = [
-        extract(backbone, s, out / "models", config.method.crops, source=str(folder.checkpoint))
+        extract(backbone, s, out / "models", config.method.crops, source=str(checkpoint.path))
         for s in subnets
     ]
     data = open_data(config.run.data, config.run.holdout, config.method.seed)
@@ -43,7 +45,7 @@ def quickstart(config: Config, out: Path) -> None:
     write_json(out / "summary.json", _summary(report, pixels, time.perf_counter() - started))
     print(report.table())
     print(f"raw pixels, k={REPORTED_K}: {pixels:.1%}   (init: k={REPORTED_K} before training)")
-    files = [folder.checkpoint, folder.metrics, *models, out / "evaluation.json", out / "accuracy.png"]
+    files = [checkpoint.path, folder.metrics, *models, out / "evaluation.json", out / "accuracy.png"]
     print("\n".join(str(path) for path in [*files, out / "summary.json"]))
 
 

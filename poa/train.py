@@ -2,95 +2,37 @@
 
 from __future__ import annotations
 
-import math
-import time
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from poa.checkpoint import RunFolder
-from poa.config import Config, Precision
+from poa.checkpoint import RunFolder, log
+from poa.config import Config
 from poa.data.augment import augment
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.masking import Masks, draw_masks
 from poa.data.sources import DataSplit, open_data
-from poa.distributed import World, world
-from poa.errors import InputError
+from poa.distributed import Poll, World, world
+from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.health import Watch
+from poa.metrics import Guard, Meter, flat, open_writers, require_writers
 from poa.multicrop import draw_stochastic_depth
-from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
+from poa.optim import Schedules
+from poa.options import to_dict
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
+from poa.signals import StopSignals
+from poa.step import Chunk, StepReport, TrainingState, train_step
 from poa.subnets import SubnetSampler
-from poa.tribranch import (
-    VIEWS,
-    Batch,
-    Centers,
-    Network,
-    StudentPass,
-    teacher_targets,
-    tribranch_loss,
-)
-from poa.weights import load_strictly
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class TrainingState:
-    """Everything that a step changes; with the step number it determines the rest of the run."""
-
-    student: Network
-    teacher: Network
-    optimizer: torch.optim.Optimizer
-    centers: Centers
-    scaler: torch.amp.GradScaler
-
-    @classmethod
-    def start(cls, config: Config, device: torch.device) -> TrainingState:
-        """Networks as the seed initialises them; the teacher begins as a copy of the student."""
-        method = config.method
-        student = initial_network(config).to(device)
-        teacher = Network(method.backbone, method.head).to(device).requires_grad_(False)
-        teacher.load_state_dict(student.state_dict())
-        return cls(
-            student,
-            teacher,
-            build_optimizer(student, teacher, method.optim, config.performance.optimizer),
-            Centers.zeros(method.head.prototypes, device),
-            torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "centers": [self.centers.cls, self.centers.patches],
-            "scaler": self.scaler.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any], name: str) -> None:
-        load_strictly(self.student, state["student"], name)
-        load_strictly(self.teacher, state["teacher"], name)
-        restore_optimizer(self.optimizer, state["optimizer"], name)
-        for mine, theirs in zip(
-            [*self.centers.cls, *self.centers.patches], sum(state["centers"], []), strict=True
-        ):
-            mine.copy_(theirs)
-        self.scaler.load_state_dict(state["scaler"])
-
-
-def initial_network(config: Config) -> Network:
-    """The network before training, a function of the configuration alone."""
-    generator = torch_stream(config.method.seed, "initial weights")
-    return Network(config.method.backbone, config.method.head, generator)
+from poa.tribranch import VIEWS, Batch, StudentPass
 
 
 def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
@@ -99,21 +41,65 @@ def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
     Args:
         config: of the run.
         out: the run folder; new, or with `resume` one with a checkpoint.
-        resume: go on from the checkpoint.
+        resume: go on from the newest checkpoint.
 
     Raises:
         InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
+        DivergenceError: losses or gradients are no numbers any more.
+        PeerError: another process is dead or does not answer.
+        Preempted: SIGTERM or SIGUSR1 came, and the run was saved.
     """
     if config.performance.threads:
         torch.set_num_threads(config.performance.threads)
-    with world(config.run.device) as here:
-        data = open_data(config.run.data, config.run.holdout, config.method.seed)
-        _train(Run(config, RunFolder(out), data, here), resume)
+    require_writers(config.run.log_to)
+    with world(config.run.device, config.run.timeout) as here:
+        _train(config, RunFolder(out), here, resume)
 
 
-def _train(run: Run, resume: bool) -> None:
-    run.begin(resume)
+def _train(config: Config, folder: RunFolder, here: World, resume: bool) -> None:
+    """Everything that may hold the process group, gone when this returns."""
+    content = None
+    if resume:
+        checkpoint = here.from_main(folder.newest)
+        content = folder.load(checkpoint, config)
+    run = Run(
+        config, folder, open_data(config.run.data, config.run.holdout, config.method.seed), here, content
+    )
+    run.begin()
     run.train()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does in which step; kept by its checkpoints.
+
+    Attributes:
+        chunks: of a step, over all processes.
+        epoch_steps: steps of an epoch.
+        start: position in the endless sequence of images of what would be step 0; not 0 where the number of
+            chunks changed on the way.
+    """
+
+    chunks: int
+    epoch_steps: int
+    start: int = 0
+
+    @classmethod
+    def new(cls, config: Config, images: int, processes: int) -> Plan:
+        method = config.method
+        chunks = method.chunks or processes
+        epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * chunks), 1)
+        return cls(chunks, epoch_steps)
+
+    @classmethod
+    def resumed(cls, config: Config, content: dict[str, Any]) -> Plan:
+        """As it was, unless the configuration asks for another number of chunks than it did."""
+        before = cls(**content["plan"])
+        wanted = config.method.chunks
+        if wanted in (None, before.chunks, content["config"]["method"]["chunks"]):
+            return before
+        moved = content["step"] * (before.chunks - wanted) * config.method.batch_size
+        return cls(wanted, before.epoch_steps, before.start + moved)
 
 
 class Run:
@@ -123,86 +109,154 @@ class Run:
         config: of the run.
         folder: of the run; nothing is written before `begin`.
         data: images to train on, and to test on.
-        here: this process; it trains the chunk with the number of its rank.
+        here: this process.
+        content: of the checkpoint to go on from; None for a new run.
+
+    Raises:
+        InputError: more processes than chunks, or a checkpoint that does not fit.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, data: DataSplit, here: World):
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        data: DataSplit,
+        here: World,
+        content: dict[str, Any] | None = None,
+    ):
         method = config.method
-        self.config, self.folder, self.data, self.here = config, folder, data, here
+        self.config, self.folder, self.data, self.here, self.content = config, folder, data, here, content
+        new = Plan.new(config, len(data.train), here.size)
+        self.plan = Plan.resumed(config, content) if content else new
+        if self.plan.chunks < here.size:
+            raise InputError(
+                f"method.chunks: expected at least one for each of {here.size} processes, "
+                f"got {self.plan.chunks}"
+            )
         self.space = method.backbone.space
-        images = method.batch_size * here.size
-        epoch_steps = method.optim.epoch_steps or max(len(data.train) // images, 1)
-        self.schedules = Schedules.build(method.optim, epoch_steps, images)
+        self.chunks = here.share(self.plan.chunks)
+        self.schedules = Schedules.build(method.optim, self.plan.epoch_steps, self.step_images)
         self.sampler = SubnetSampler(
-            self.space, method.sampling, method.seed, here.size, method.backbone.flops
+            self.space, method.sampling, method.seed, self.plan.chunks, method.backbone.flops
         )
         self.state = TrainingState.start(config, here.device)
-        self.model: torch.nn.Module = self.state.student
+        self.guard = Guard(here, config.run.skip_limit)
+        self.watch = Watch(method.batch_size)
         self.first_step = 0
+        if content:
+            self.first_step = content["step"]
+            self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
+            self.guard.load_state_dict(content["skipped"])
+            self.watch.load_state_dict(content["watch"])
+        self.model: torch.nn.Module = self.state.student
 
-    def begin(self, resume: bool) -> None:
-        """Write the folder of a new run, or read the checkpoint of an old one."""
-        if resume:
-            self._continue(self.folder.load(self.config))
-        elif self.here.is_main:
-            self.folder.create(self.config)
+    @property
+    def step_images(self) -> int:
+        """Images of a step, over all processes."""
+        return self.plan.chunks * self.config.method.batch_size
+
+    def begin(self) -> None:
+        """Write the folder of a new run, or take up that of an old one."""
+        self.here.from_main(self._begin_folder)
+        self.wrap()
+
+    def wrap(self) -> None:
+        """Let DDP reduce the gradients of several processes."""
         if self.here.size > 1:
             devices = [self.here.device] if self.here.device.type == "cuda" else None
             self.model = DistributedDataParallel(self.state.student, device_ids=devices)
 
-    def _continue(self, content: dict[str, Any]) -> None:
-        if content["processes"] != self.here.size:
-            raise InputError(
-                f"resume: expected {content['processes']} processes as before, got {self.here.size}"
+    def _begin_folder(self) -> None:
+        if self.content is None:
+            self.folder.create(self.config)
+            return
+        self.folder.set_aside_after(self.first_step)
+        self.folder.forget_metrics_after(self.first_step)
+        before = self.content["plan"]["chunks"], self.content["processes"]
+        now = self.plan.chunks, self.here.size
+        if before != now:
+            same = "the same steps" if before[0] == now[0] else f"{self.step_images} images a step"
+            log.warning(
+                "step %d: going on with %d chunks on %d processes instead of %d on %d: %s, "
+                "no image is repeated",
+                *(self.first_step, *now, *before, same),
             )
-        self.state.load_state_dict(content, str(self.folder.checkpoint))
-        self.first_step = content["step"]
-        if self.here.is_main:
-            self.folder.forget_metrics_after(self.first_step)
 
     def train(self) -> None:
         """All remaining steps, with logging, evaluation and checkpoints."""
         total, options = self.schedules.total_steps, self.config.run
-        meter = Meter(self.here, self.config.method.batch_size)
-        with Progress(total, self.first_step, self.here.is_main) as progress:
+        meter, poll = Meter(self.here, self.step_images), Poll(self.here)
+        with Progress(total, self.first_step, self.here.is_main) as progress, ExitStack() as stack:
+            signals = stack.enter_context(StopSignals())
+            self._open_writers(stack)
             if self.first_step == 0 and options.evaluate_every:
                 self.evaluate(0, progress)
             steps = range(self.first_step, total)
             for step, canvases in zip(steps, meter.timed(self.batches(steps)), strict=True):
-                meter.add(self.step(step, canvases))
-                progress.step()
                 done = step + 1
                 logs, saves, evaluates = (
                     every > 0 and (done % every == 0 or done == total)
                     for every in (options.log_every, options.save_every, options.evaluate_every)
                 )
-                if logs or saves or evaluates:
+                logs = logs or saves or evaluates
+                report = self.step(step, canvases, observed=logs)
+                meter.add(report)
+                self.guard.add(done, report)
+                progress.step()
+                stops = poll.ask(signals.received is not None) and done < total
+                if logs or stops:
                     self.log(done, meter, progress)
-                if saves:
+                if saves or stops:
                     self.save(done)
+                if stops:
+                    raise Preempted(f"step {done}: stopped by {signals.received or 'a signal elsewhere'}")
                 if evaluates:
                     self.evaluate(done, progress)
                 if saves or evaluates:
                     meter.reset()  # neither counts as training time
 
-    def batches(self, steps: range) -> Iterator[Canvases]:
-        """Decoded images of this process, a batch per step."""
+    def _open_writers(self, stack: ExitStack) -> None:
+        options = self.config.run
+        names = options.log_to if self.here.is_main else ()
+        self.writers = open_writers(names, self.folder.path, to_dict(self.config), self.first_step)
+        for writer in self.writers:
+            stack.callback(writer.close)
+
+    def batches(self, steps: range) -> Iterator[list[Canvases]]:
+        """Decoded images of this process's chunks, step by step."""
         method, source = self.config.method, self.data.train
         stream = SampleStream(
-            len(source), method.batch_size, self.here.rank, self.here.size, steps, method.seed
+            len(source),
+            method.batch_size,
+            self.chunks,
+            self.plan.chunks,
+            steps,
+            method.seed,
+            self.plan.start,
         )
-        workers = self.config.performance.workers
-        return iter(training_batches(source, stream, method.canvas, workers))
+        loaded = iter(training_batches(source, stream, method.canvas, self.config.performance.workers))
+        return iter(lambda: list(itertools.islice(loaded, len(self.chunks))), [])
 
-    def step(self, step: int, canvases: Canvases) -> dict[str, Tensor]:
-        """One optimisation step; returns losses and gradient norms, on the device."""
-        batch = self.prepare(step, canvases)
-        passes = self.student_passes(step, batch)
-        return train_step(self.model, self.state, self.config, self.schedules, step, batch, passes)
+    def step(self, step: int, canvases: Sequence[Canvases], observed: bool = False) -> StepReport:
+        """One optimisation step on this process's chunks."""
+        chunks = [
+            self.prepare(step, chunk, decoded) for chunk, decoded in zip(self.chunks, canvases, strict=True)
+        ]
+        weight = self.here.size / self.plan.chunks  # DDP takes the mean over processes
+        return train_step(
+            self.model,
+            self.state,
+            self.config,
+            self.schedules,
+            step,
+            chunks,
+            weight=weight,
+            observed=observed,
+        )
 
-    def prepare(self, step: int, canvases: Canvases) -> Batch:
-        """Augment decoded images on the device and draw the masks of the step."""
-        method, chunk = self.config.method, self.here.rank
+    def prepare(self, step: int, chunk: int, canvases: Canvases) -> Chunk:
+        """Augment decoded images on the device; draw masks, subnet and stochastic depth of the chunk."""
+        method = self.config.method
         images, sizes = canvases
         images = images.to(self.here.device, non_blocking=True)
         draw = torch_stream(method.seed, "augment", step, chunk)
@@ -213,11 +267,12 @@ class Run:
         if step >= self.schedules.ibot_start and method.loss.ibot:
             dice = python_stream(method.seed, "masks", step, chunk)
             masks = draw_masks(crops, (side, side), method.masks.probability, method.masks.ratio, dice)
-        return Batch(global_crops, local_crops, masks.to(self.here.device))
+        batch = Batch(global_crops, local_crops, masks.to(self.here.device))
+        return Chunk(batch, self._student_passes(step, chunk, batch))
 
-    def student_passes(self, step: int, batch: Batch) -> list[StudentPass]:
+    def _student_passes(self, step: int, chunk: int, batch: Batch) -> list[StudentPass]:
         """The intact student and this chunk's elastic one, with their stochastic depth."""
-        method, chunk = self.config.method, self.here.rank
+        method = self.config.method
         backbone = self.state.student.backbone
         shapes = [batch.global_crops, batch.local_crops][: 2 if batch.local_views else 1]
         groups = tuple((len(c), 1 + method.backbone.grid(c.shape[-1]) ** 2) for c in shapes)
@@ -229,30 +284,48 @@ class Run:
         return passes
 
     def log(self, done: int, meter: Meter, progress: Progress) -> None:
-        """Write the means since the last log; stop a run whose loss or gradients are no numbers.
+        """Write the means since the last log, and alarms; stop a run that lost its numbers."""
+        steps = range(done - meter.steps, done)
+        drawn = Counter(str(self.sampler.draw(s, c)) for s in steps for c in range(self.plan.chunks))
+        row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1], "subnets": dict(drawn)}
+        row["skipped_steps"] = self.guard.check(done)
+        loss = row["loss"]
+        if loss is None and row["skipped"] < 1:
+            raise DivergenceError(
+                f"step {done}: the loss is no number, though gradients are; lower method.optim.base_lr"
+            )
+        self.write(row)
+        shown = {
+            "loss": "no number" if loss is None else f"{loss:.4f}",
+            "speed": f"{row['images_per_s']:.3g} img/s",
+            "data wait": f"{row['data_wait']:.0%}",
+        }
+        if row["skipped"]:
+            shown["skipped"] = f"{row['skipped']:.0%}"
+        progress.show(done, shown)
+        for alarm, figures in self.watch.look(done, {k: v for k, v in row.items() if isinstance(v, float)}):
+            self.write({"step": done, "alarm": alarm.name, "figures": figures, "advice": alarm.advice})
+            progress.say(f"step {done}: ALARM: {alarm.name} ({figures}): {alarm.advice}")
 
-        With a loss scale (fp16) some steps are skipped by design.
-        """
-        row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1]}
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"step {done}: the loss is {row['loss']}; lower method.optim.base_lr, "
-                "or use method.precision=bf16 instead of fp16"
-            )
-        if row["skipped"] and not self.state.scaler.is_enabled():
-            raise FloatingPointError(
-                f"step {done}: the gradients were no numbers in {row['skipped']:.0%} of the steps since the "
-                "last line of metrics; lower method.optim.base_lr"
-            )
-        if self.here.is_main:
-            self.folder.log(row)
-        speed, wait = f"{row['images_per_s']:.3g} img/s", f"{row['data_wait']:.0%}"
-        progress.show(done, {"loss": f"{row['loss']:.4f}", "speed": speed, "data wait": wait})
+    def write(self, row: dict[str, Any]) -> None:
+        """Put a row into the metrics and wherever else they go."""
+        if not self.here.is_main:
+            return
+        self.folder.log(row)
+        for writer in self.writers:
+            writer.write(row["step"], {k: v for k, v in flat(row).items() if k != "step"})
 
     def save(self, done: int) -> None:
-        """Replace the checkpoint."""
+        """Write a checkpoint."""
         if self.here.is_main:
-            state = {"step": done, "processes": self.here.size, **self.state.state_dict()}
+            state = {
+                "step": done,
+                "processes": self.here.size,
+                "plan": vars(self.plan),
+                "skipped": self.guard.state_dict(),
+                "watch": self.watch.state_dict(),
+                **self.state.state_dict(),
+            }
             self.folder.save(state, self.config)
 
     def evaluate(self, done: int, progress: Progress) -> None:
@@ -268,100 +341,6 @@ class Run:
             f"teacher {extremes[1]}": teacher[1][REPORTED_K],
             f"student {extremes[0]}": student[REPORTED_K],
         }
-        self.folder.log({"step": done, "knn": {"k": REPORTED_K, **scores}})
+        self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = "  ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
-
-
-def train_step(
-    model: torch.nn.Module,
-    state: TrainingState,
-    config: Config,
-    schedules: Schedules,
-    step: int,
-    batch: Batch,
-    passes: Sequence[StudentPass],
-) -> dict[str, Tensor]:
-    """One optimisation step of a chunk, in place.
-
-    Args:
-        model: `state.student`, or what wraps it.
-        state: of the training.
-        config: of the run.
-        schedules: of the run.
-        step: number of the step.
-        batch: the chunk.
-        passes: the intact student and the elastic one.
-
-    Returns:
-        The loss, its terms, the gradient norms before clipping, and whether the step was skipped because they
-        are no numbers; detached, on the device.
-    """
-    method = config.method
-    with autocast(batch.global_crops.device, method.precision):
-        temperature = schedules.teacher_temperature[step]
-        targets = teacher_targets(state.teacher, batch, temperature, method.loss, state.centers)
-        intact, elastic = model(batch, passes, config.performance.recompute)
-    loss, terms = tribranch_loss(intact, elastic, targets, batch, method.loss)
-    state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(loss).backward()
-    state.scaler.unscale_(state.optimizer)
-    apply_schedules(state.optimizer, schedules, step)
-    clip, momentum = method.optim.clip, schedules.momentum[step]
-    norms, finite = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
-    state.scaler.update()
-    skipped = {"skipped": (~finite).float()}
-    return {"loss": loss.detach(), **terms} | {f"grad_norm.{k}": v for k, v in norms.items()} | skipped
-
-
-class Meter:
-    """Means over the steps since the last `collect`, summed on the device without waiting for it."""
-
-    def __init__(self, here: World, batch_size: int):
-        self.here = here
-        self.batch_size = batch_size
-        self.started = time.perf_counter()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was counted; the clock starts now."""
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
-
-    def timed(self, batches: Iterator[Canvases]) -> Iterator[Canvases]:
-        """Pass batches on and count the time spent waiting for them."""
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - start
-            yield batch
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step."""
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.float()
-        self.steps += 1
-
-    def collect(self) -> dict[str, float]:
-        """Means over steps and processes, seconds since the start, images a second, share of time waiting."""
-        means = self.here.mean(torch.stack(list(self.sums.values())) / self.steps).tolist()
-        row = dict(zip(self.sums, means, strict=True))
-        now = time.perf_counter()
-        seconds = now - self.since
-        row["seconds"] = now - self.started
-        row["images_per_s"] = self.steps * self.batch_size * self.here.size / seconds
-        row["data_wait"] = self.waited / seconds
-        self.reset()
-        return row
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """The context in which networks run."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, AUTOCAST[precision])

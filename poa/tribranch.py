@@ -13,8 +13,8 @@ Source: POA (Zhang et al., ECCV 2024), algorithm 1; official `SSLMetaArch.forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,7 +51,7 @@ class LossConfig:
         "fp32", "dtype of features and prototypes in their products, and of the teacher logits that are kept"
     )
     center_weighting: Literal["exact", "official"] = option(
-        "exact", "centers over ranks: mean over all rows, or mean of the ranks' means"
+        "exact", "centers: from the mean over all rows of a step, or the mean of its chunks' means"
     )
 
 
@@ -171,26 +171,40 @@ class Centers:
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: Network, batch: Batch, temperature: float, config: LossConfig, centers: Centers
-) -> Targets:
-    """Targets of a chunk. With centering, the centers are those before this chunk and then move.
+    teacher: Network, batches: Sequence[Batch], temperature: float, config: LossConfig, centers: Centers
+) -> list[Targets]:
+    """Targets of this process's chunks of a step, over all chunks of all processes.
 
-    Sinkhorn, with its reductions over processes, runs beside what follows.
+    With centering, the centers are those before this step and then move. Sinkhorn, with its reductions over
+    processes, runs beside what follows.
     """
-    cls, patches = teacher.teacher_logits(batch, OPERANDS[config.operands])
+    logits = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
+    kinds = [[_rows(parts) for parts in zip(*kind, strict=True)] for kind in zip(*logits, strict=True)]
+    cls, patches = kinds
+    sizes = [[len(chunk[kind][0]) for chunk in logits] for kind in range(2)]
+    stream = None
     if config.targets == "sinkhorn":
-        stream = side_stream(batch.global_crops.device)
+        stream = side_stream(batches[0].global_crops.device)
         with beside(stream):
             both = losses.sinkhorn([*cls, *patches], temperature)
-        return Targets(both[: len(cls)], both[len(cls) :], stream)
-    targets = Targets(
-        losses.centered(cls, centers.cls, temperature),
-        losses.centered(patches, centers.patches, temperature),
-    )
-    equal = config.center_weighting == "official"
-    losses.update_centers(centers.cls, cls, config.center_momentum, equal_ranks=equal)
-    losses.update_centers(centers.patches, patches, config.center_momentum, equal_ranks=equal)
-    return targets
+    else:
+        both = losses.centered([*cls, *patches], [*centers.cls, *centers.patches], temperature)
+        equal = config.center_weighting == "official"
+        for mine, kind, rows in zip((centers.cls, centers.patches), kinds, sizes, strict=True):
+            losses.update_centers(mine, kind, config.center_momentum, chunks=rows if equal else None)
+    heads = len(cls)
+    by_chunk = zip(_split(both[:heads], sizes[0]), _split(both[heads:], sizes[1]), strict=True)
+    return [Targets(of_classes, of_patches, stream) for of_classes, of_patches in by_chunk]
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _split(heads: Sequence[SoftTargets], sizes: list[int]) -> Iterator[list[SoftTargets]]:
+    """The targets of each chunk, given those of all their rows."""
+    for parts in zip(*(head.logits.split(sizes) for head in heads), strict=True):
+        yield [replace(head, logits=part) for head, part in zip(heads, parts, strict=True)]
 
 
 def tribranch_loss(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from tiny import OVERRIDES
 
 from poa.__main__ import main
+from poa.checkpoint import RunFolder
 from poa.config import preset
 from poa.options import describe
 
@@ -83,7 +86,7 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["--preset", "vit-xxl"], "preset: expected one of"),
         (["--config", "nowhere.json"], "config: expected a JSON file"),
         (["--flag"], "unrecognized arguments: --flag"),
-        (["--resume", "somewhere"], "--resume: expected no --preset, --config or --out"),
+        (["--resume", "somewhere"], "--resume: expected no --preset, --config, --out or --auto-resume"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -133,9 +136,28 @@ def test_wrong_image_size(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert contents(run) == before
 
 
+def checkpoint(run: Run) -> Path:
+    """The only or newest checkpoint."""
+    return RunFolder(run).checkpoints()[-1].path
+
+
+def replace_checkpoints(run: Run, content: bytes) -> None:
+    """One with a valid name in the place of all."""
+    for old in RunFolder(run).checkpoints():
+        old.path.unlink()
+    (run / "checkpoints" / f"00000006-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
+
+
+def saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
 def damage_truncate(run: Run) -> None:
-    content = (run / "checkpoint.pt").read_bytes()
-    (run / "checkpoint.pt").write_bytes(content[: len(content) // 2])
+    for whole in RunFolder(run).checkpoints():
+        content = whole.path.read_bytes()
+        whole.path.write_bytes(content[: len(content) // 2])
 
 
 class Trap:
@@ -149,15 +171,15 @@ class Trap:
 
 
 def damage_pickle(run: Run) -> None:
-    (run / "checkpoint.pt").write_bytes(pickle.dumps({"teacher": Trap(run / "sprung")}))
+    replace_checkpoints(run, pickle.dumps({"teacher": Trap(run / "sprung")}))
 
 
 def damage_torch_pickle(run: Run) -> None:
-    torch.save({"teacher": Trap(run / "sprung")}, run / "checkpoint.pt")
+    replace_checkpoints(run, saved({"teacher": Trap(run / "sprung")}))
 
 
 def damage_foreign(run: Run) -> None:
-    torch.save({"weights": torch.zeros(3)}, run / "checkpoint.pt")
+    replace_checkpoints(run, saved({"weights": torch.zeros(3)}))
 
 
 def damage_config(run: Run) -> None:
@@ -167,7 +189,7 @@ def damage_config(run: Run) -> None:
 
 
 def damage_missing(run: Run) -> None:
-    (run / "checkpoint.pt").unlink()
+    shutil.rmtree(run / "checkpoints")
 
 
 def damage_no_config(run: Run) -> None:
@@ -177,12 +199,12 @@ def damage_no_config(run: Run) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_truncate, "expected a complete file of weights only, got a damaged"),
+        (damage_truncate, "is damaged: expected checksum"),
         (damage_pickle, "expected a complete file of weights only, got a damaged or foreign"),
         (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
-        (damage_foreign, "expected a checkpoint of format poa-checkpoint-1, got None"),
+        (damage_foreign, "expected a checkpoint of format poa-checkpoint-2, got None"),
         (damage_config, "got another: method.optim.clip: 9.0 against 1.5 in the checkpoint"),
-        (damage_missing, "expected a file of weights, got no such file"),
+        (damage_missing, "expected a checkpoint, got checkpoints of steps: none"),
         (damage_no_config, "expected a run folder"),
     ],
 )
@@ -217,7 +239,7 @@ def test_out_that_holds_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(run: Run) -> None:
     expected = contents(run)
-    (run / "checkpoint.pt").unlink()
+    shutil.rmtree(run / "checkpoints")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5')
     assert main(pretrain(run)) == 0
@@ -279,7 +301,7 @@ def test_config_of_another_run(run: Run, tmp_path: Path) -> None:
     again = tmp_path / "again"
     assert main(["pretrain", "--config", str(run / "config.json"), "--out", str(again)]) == 0
     assert (again / "config.json").read_bytes() == (run / "config.json").read_bytes()
-    first, second = (torch.load(folder / "checkpoint.pt") for folder in (run, again))
+    first, second = (torch.load(checkpoint(folder)) for folder in (run, again))
     assert all(torch.equal(first["teacher"][k], second["teacher"][k]) for k in first["teacher"])
 
 

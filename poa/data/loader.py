@@ -43,7 +43,7 @@ def collate_canvases(images: Sequence[np.ndarray]) -> Canvases:
 
 
 class SampleStream:
-    """Indices of every step of one chunk: an endless sequence of shuffles, cut into batches.
+    """Indices of one process's chunks of every step: an endless sequence of shuffles, cut into chunks.
 
     The chunks of a step take neighbouring parts of the sequence, so the images of a step do not depend on how
     many processes share it. Position in the sequence is a function of the step.
@@ -51,27 +51,40 @@ class SampleStream:
     Args:
         images: how many there are.
         batch_size: images of a chunk.
-        chunk, chunks: which one this is, of how many.
+        chunks: which chunks of a step are this process's.
+        step_chunks: chunks of a step, over all processes.
         steps: range of steps to produce.
         seed: of the run.
+        start: position in the sequence of the first image of step 0; may be negative.
     """
 
-    def __init__(self, images: int, batch_size: int, chunk: int, chunks: int, steps: range, seed: int):
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        chunks: Sequence[int],
+        step_chunks: int,
+        steps: range,
+        seed: int,
+        start: int = 0,
+    ):
         self.images = images
         self.batch_size = batch_size
-        self.chunk = chunk
         self.chunks = chunks
+        self.step_chunks = step_chunks
         self.steps = steps
         self.seed = seed
+        self.start = start
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     def __len__(self) -> int:
-        return len(self.steps)
+        return len(self.steps) * len(self.chunks)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            start = (step * self.chunks + self.chunk) * self.batch_size
-            yield [self._at(position) for position in range(start, start + self.batch_size)]
+            for chunk in self.chunks:
+                first = self.start + (step * self.step_chunks + chunk) * self.batch_size
+                yield [self._at(position) for position in range(first, first + self.batch_size)]
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.images)
@@ -84,7 +97,7 @@ class SampleStream:
 def training_batches(
     source: ImageSource, stream: SampleStream, canvas: int, workers: int
 ) -> DataLoader[np.ndarray]:
-    """A loader of one `Canvases` batch per step of the stream."""
+    """A loader of one `Canvases` batch per chunk of the stream."""
     return DataLoader(
         DecodedImages(source, canvas),
         batch_sampler=stream,

@@ -38,7 +38,7 @@ def counted_flops(subnet: Subnet) -> int:
         )
         with FlopCounterMode(display=False) as counter:
             centers = Centers.zeros(METHOD.head.prototypes, torch.device("cpu"))
-            targets = teacher_targets(teacher, batch, 0.05, METHOD.loss, centers)
+            (targets,) = teacher_targets(teacher, [batch], 0.05, METHOD.loss, centers)
             intact, elastic = student(batch, passes)
             tribranch_loss(intact, elastic, targets, batch, METHOD.loss)[0].backward()
     return counter.get_total_flops()

@@ -88,7 +88,7 @@ def test_official_step_has_our_losses() -> None:
         subnet = Subnet(16, 1)
         theirs = official.total(official.losses(here.batch, subnet, 0.05))
         centers = Centers.zeros(method.head.prototypes, CPU)
-        targets = teacher_targets(teacher, here.batch, 0.05, method.loss, centers)
+        (targets,) = teacher_targets(teacher, [here.batch], 0.05, method.loss, centers)
         intact, elastic = student(
             here.batch, [StudentPass(method.backbone.space.intact), StudentPass(subnet)]
         )

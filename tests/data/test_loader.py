@@ -28,7 +28,7 @@ def test_collated_images_lie_in_the_top_left_corner() -> None:
 
 
 def stream(images: int, batch: int, chunk: int = 0, chunks: int = 1, steps: range = range(30), seed: int = 0):
-    return list(SampleStream(images, batch, chunk, chunks, steps, seed))
+    return list(SampleStream(images, batch, [chunk], chunks, steps, seed))
 
 
 @pytest.mark.parametrize("images", [5, 24, 100])
@@ -53,7 +53,7 @@ def test_position_is_a_function_of_the_step() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches(workers: int) -> None:
     images = source(10)
-    chosen = SampleStream(10, 4, 0, 1, range(5), 0)
+    chosen = SampleStream(10, 4, [0], 1, range(5), 0)
     batches = list(training_batches(images, chosen, 32, workers))
     assert len(batches) == 5
     for (canvas, sizes), indices in zip(batches, chosen, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor
 from poa.data.sources import open_data
 from poa.errors import InputError
 from poa.evaluate import evaluate_subnets, knn_accuracy, knn_of_pixels, knn_of_subnets
-from poa.train import initial_network
+from poa.step import initial_network
 
 
 def clusters(count: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:

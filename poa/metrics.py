@@ -1,0 +1,227 @@
+"""What a run tells about itself: means over steps, skipped steps, and where the figures go."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from poa.config import Destination
+from poa.distributed import World
+from poa.errors import DivergenceError, InputError
+from poa.step import StepReport
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Means over the steps since the last `collect`, summed on the device without waiting for it.
+
+    Values that are no numbers do not count. What the newest observed step saw of its health comes with the
+    means.
+    """
+
+    def __init__(self, here: World, step_images: int):
+        self.here = here
+        self.step_images = step_images
+        self.started = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was counted; the clock starts now."""
+        self.names: list[str] = []
+        self.sums: Tensor | None = None  # of values and how often they were numbers, [2, values]
+        self.skipped: Tensor | float = 0.0
+        self.health: dict[str, Tensor] = {}
+        self.steps = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def timed(self, batches: Iterator[T]) -> Iterator[T]:
+        """Pass batches on and count the time spent waiting for them."""
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def add(self, report: StepReport) -> None:
+        """Count one step."""
+        self.names = list(report.values)
+        values = torch.stack([v.float() for v in report.values.values()])
+        numbers = values.isfinite()
+        counted = torch.stack([torch.where(numbers, values, 0.0), numbers.float()])
+        self.sums = counted if self.sums is None else self.sums + counted
+        self.skipped = self.skipped + (~report.finite).float()
+        self.health = report.health or self.health
+        self.steps += 1
+
+    def collect(self) -> dict[str, Any]:
+        """Means over steps and processes, share of skipped steps, seconds since the start, images a second,
+        share of time waiting. The mean of what never was a number is None."""
+        assert self.sums is not None and isinstance(self.skipped, Tensor)
+        scalars = torch.stack([self.skipped / self.steps, *(v.float() for v in self.health.values())])
+        sums, counts, (skipped, *health) = (
+            part.tolist()
+            for part in self.here.mean(torch.cat([self.sums.flatten(), scalars])).split(
+                [len(self.names), len(self.names), len(scalars)]
+            )
+        )
+        row: dict[str, Any] = {
+            name: value / count if count else None
+            for name, value, count in zip(self.names, sums, counts, strict=True)
+        }
+        row |= {"skipped": skipped, **dict(zip(self.health, health, strict=True))}
+        now = time.perf_counter()
+        seconds = now - self.since
+        row["seconds"] = now - self.started
+        row["images_per_s"] = self.steps * self.step_images / seconds
+        row["data_wait"] = self.waited / seconds
+        self.reset()
+        return row
+
+
+class Guard:
+    """Counts the steps that were skipped because gradients are no numbers, and ends a run that skips on.
+
+    Gradients are reduced before they are judged, so that all processes agree on every step. Everything is
+    counted on the device; `check` alone waits for it.
+    """
+
+    def __init__(self, here: World, limit: int):
+        self.here = here
+        self.limit = limit
+        self.names: list[str] = []
+        self.counts = torch.zeros(
+            3, dtype=torch.int64, device=here.device
+        )  # skipped, in a row, first of these
+        self.bad = torch.zeros(0, dtype=torch.bool, device=here.device)
+
+    def add(self, step: int, report: StepReport) -> None:
+        """Count a step; `step` is its number from 1."""
+        if not self.names:
+            self.names = list(report.values)
+            self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=self.here.device)
+        skipped = ~report.finite
+        total, row, first = self.counts
+        begins = skipped & (row == 0)
+        values = torch.stack([v.float() for v in report.values.values()])
+        self.bad = torch.where(begins, ~values.isfinite(), self.bad)
+        self.counts = torch.stack(
+            [total + skipped, torch.where(skipped, row + 1, 0), torch.where(begins, step, first)]
+        )
+
+    def check(self, step: int) -> int:
+        """How many steps were skipped so far.
+
+        Raises:
+            DivergenceError: too many in a row; the message names the first, and what was no number in it on
+                which rank. Raised in all processes.
+        """
+        total, row, first = self.counts.tolist()
+        if row < self.limit:
+            return total
+        mine = [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
+        lost = [name for name in mine if not name.startswith("grad_norm.")]
+        found = [
+            f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.here.gather(lost)) if names
+        ]
+        raise DivergenceError(
+            f"step {step}: the last {row} steps were skipped, because gradients are no numbers since step "
+            f"{first}; no number in that step: {'; '.join(found) or 'no loss on any rank, only gradients'}. "
+            "Weights are those before; lower method.optim.base_lr, warm up longer, or use "
+            "method.precision=bf16 instead of fp16"
+        )
+
+    def state_dict(self) -> list[int]:
+        return self.counts.tolist()
+
+    def load_state_dict(self, counts: list[int]) -> None:
+        self.counts.copy_(torch.tensor(counts))
+
+
+class Writer(Protocol):
+    """Somewhere figures go, besides `metrics.jsonl`."""
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """The figures after a step, by dotted names."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name.replace(".", "/"), value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases named as the folder; one that goes on keeps its identity."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        import wandb
+
+        file = folder / "wandb.id"
+        if not file.exists():
+            file.write_text(wandb.util.generate_id())
+        name = folder.resolve().name
+        self.run = wandb.init(
+            project="poa", name=name, dir=folder, id=file.read_text(), resume="allow", config=dict(config)
+        )
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        self.run.log(dict(figures), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def require_writers(names: tuple[Destination, ...]) -> None:
+    """Raise InputError for what is not installed, before a run begins."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"run.log_to: expected {name} to be installed; pip install {name}")
+
+
+def open_writers(
+    names: tuple[Destination, ...], folder: Path, config: Mapping[str, Any], first_step: int
+) -> list[Writer]:
+    """The writers of a run that begins after `first_step` steps."""
+    made: dict[str, Any] = {
+        "tensorboard": lambda: TensorBoard(folder, first_step),
+        "wandb": lambda: Wandb(folder, config),
+    }
+    return [made[name]() for name in names]
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a row by dotted names; lists give their mean and largest."""
+    found: dict[str, float] = {}
+    for key, value in row.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{name}.")
+        elif isinstance(value, list) and value:
+            found |= {f"{name}.mean": sum(value) / len(value), f"{name}.max": max(value)}
+        elif isinstance(value, int | float):
+            found[name] = value
+    return found

@@ -1,0 +1,188 @@
+"""One optimisation step: what it changes, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from poa.config import Config, Precision
+from poa.health import observe
+from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
+from poa.random import torch_stream
+from poa.tribranch import (
+    Batch,
+    Centers,
+    Network,
+    StudentOutput,
+    StudentPass,
+    Targets,
+    teacher_targets,
+    tribranch_loss,
+)
+from poa.weights import load_strictly
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class TrainingState:
+    """Everything that a step changes; with the step number it determines the rest of the run."""
+
+    student: Network
+    teacher: Network
+    optimizer: torch.optim.Optimizer
+    centers: Centers
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def start(cls, config: Config, device: torch.device) -> TrainingState:
+        """Networks as the seed initialises them; the teacher begins as a copy of the student."""
+        method = config.method
+        student = initial_network(config).to(device)
+        teacher = Network(method.backbone, method.head).to(device).requires_grad_(False)
+        teacher.load_state_dict(student.state_dict())
+        return cls(
+            student,
+            teacher,
+            build_optimizer(student, teacher, method.optim, config.performance.optimizer),
+            Centers.zeros(method.head.prototypes, device),
+            torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "centers": [self.centers.cls, self.centers.patches],
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], name: str) -> None:
+        load_strictly(self.student, state["student"], name)
+        load_strictly(self.teacher, state["teacher"], name)
+        restore_optimizer(self.optimizer, state["optimizer"], name)
+        for mine, theirs in zip(
+            [*self.centers.cls, *self.centers.patches], sum(state["centers"], []), strict=True
+        ):
+            mine.copy_(theirs)
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def initial_network(config: Config) -> Network:
+    """The network before training, a function of the configuration alone."""
+    generator = torch_stream(config.method.seed, "initial weights")
+    return Network(config.method.backbone, config.method.head, generator)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What a process takes at once: images, and the students that see them (intact, elastic)."""
+
+    batch: Batch
+    passes: Sequence[StudentPass]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step tells, on the device.
+
+    Attributes:
+        values: the loss, its terms and the gradient norms before clipping; scalars, means over chunks.
+        finite: bool scalar, the same in all processes: whether the gradients are numbers. Where they are not,
+            the step changed no weight.
+        health: see `poa.health.observe`; empty in steps that were not observed.
+    """
+
+    values: dict[str, Tensor]
+    finite: Tensor
+    health: dict[str, Tensor] = field(default_factory=dict)
+
+
+def train_step(
+    model: torch.nn.Module,
+    state: TrainingState,
+    config: Config,
+    schedules: Schedules,
+    step: int,
+    chunks: Sequence[Chunk],
+    *,
+    weight: float | None = None,
+    observed: bool = False,
+) -> StepReport:
+    """One optimisation step, in place. The teacher's logits of all chunks come before the first loss.
+
+    Args:
+        model: `state.student`, or what wraps it.
+        state: of the training.
+        config: of the run.
+        schedules: of the run.
+        step: number of the step.
+        chunks: of this process, one after the other.
+        weight: of a chunk in the mean over this process's chunks; other than 1 / chunks where processes have
+            different numbers of them.
+        observed: look at the health of the run too.
+    """
+    method, first = config.method, chunks[0].batch
+    weight = 1 / len(chunks) if weight is None else weight
+    with autocast(first.global_crops.device, method.precision):
+        targets = teacher_targets(
+            state.teacher,
+            [chunk.batch for chunk in chunks],
+            schedules.teacher_temperature[step],
+            method.loss,
+            state.centers,
+        )
+    state.optimizer.zero_grad(set_to_none=True)
+    values: dict[str, Tensor] = {}
+    health: dict[str, Tensor] = {}
+    for number, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
+        with _reduced_later(model, later=number < len(chunks) - 1):
+            terms, outputs = _backward(model, state, config, chunk, target, weight)
+        values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
+        if observed:
+            seen = observe(target, outputs)
+            health = {name: health.get(name, 0.0) + weight * figure for name, figure in seen.items()}
+    state.scaler.unscale_(state.optimizer)
+    apply_schedules(state.optimizer, schedules, step)
+    clip, momentum = method.optim.clip, schedules.momentum[step]
+    norms, finite = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
+    state.scaler.update()
+    return StepReport(values | {f"grad_norm.{k}": v for k, v in norms.items()}, finite, health)
+
+
+def _backward(
+    model: torch.nn.Module,
+    state: TrainingState,
+    config: Config,
+    chunk: Chunk,
+    targets: Targets,
+    weight: float,
+) -> tuple[dict[str, Tensor], list[StudentOutput]]:
+    """Both students on one chunk; adds the gradients of its weighted loss."""
+    with autocast(chunk.batch.global_crops.device, config.method.precision):
+        outputs = model(chunk.batch, chunk.passes, config.performance.recompute)
+    intact, elastic = outputs
+    loss, terms = tribranch_loss(intact, elastic, targets, chunk.batch, config.method.loss)
+    state.scaler.scale(weight * loss).backward()
+    return {"loss": loss.detach(), **terms}, outputs
+
+
+def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManager[None]:
+    """Gradients of all but the last chunk stay in this process."""
+    if later and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
+    """The context in which networks run."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, AUTOCAST[precision])

@@ -1,0 +1,28 @@
+"""`python stop_after.py FOLDER STEPS`: a tiny run that gets SIGTERM in that step; see test_processes.py."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from tiny import tiny_config
+
+from poa.errors import Preempted
+from poa.train import Run, pretrain
+
+step = Run.step
+
+
+def stopped(self: Run, number: int, *rest: object, **options: object) -> object:
+    # Several processes agree on a stop one step later.
+    if number + 1 == int(sys.argv[2]) - (self.here.size > 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, number, *rest, **options)
+
+
+Run.step = stopped
+try:
+    pretrain(tiny_config("run.save_every=100"), Path(sys.argv[1]))
+except Preempted:
+    sys.exit(0)
+sys.exit(1)
