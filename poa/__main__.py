@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = str(error).strip().splitlines()[-1].removeprefix("poa.errors.InputError: ")
         print(f"poa: error: {line}", file=sys.stderr)
         return 2
-    except (DivergenceError, PeerError) as error:
+    except (DivergenceError, PeerError, OSError) as error:
         print(f"poa: error: {error}", file=sys.stderr)
         return 1
     except Preempted as stop:

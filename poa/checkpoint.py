@@ -101,7 +101,7 @@ class RunFolder:
         """Write the checkpoint of `state["step"]` and delete those that need not be kept.
 
         Raises:
-            OSError: it could not be written; what was there before is there still.
+            OSError: it could not be written; those before are there still.
         """
         content = {"format": FORMAT, "config": to_dict(config), **state}
         partial = self._store / f"{state['step']:08}{PARTIAL}"
@@ -114,9 +114,13 @@ class RunFolder:
             checksum = hashed.digest.hexdigest()[:DIGITS]
             newest = partial.rename(self._store / f"{state['step']:08}-{checksum}.pt")
             _sync_folder(self._store)
-        except OSError:
+        except OSError as error:
             partial.unlink(missing_ok=True)
-            raise
+            before = self.checkpoints()
+            newest_one = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
+            raise OSError(
+                f"the checkpoint of step {state['step']} was not written: {error}; {newest_one}"
+            ) from error
         self._delete_old(Checkpoint(state["step"], newest, checksum), config)
 
     def _delete_old(self, newest: Checkpoint, config: Config) -> None:

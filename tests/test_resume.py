@@ -1,0 +1,159 @@
+"""Runs that die and go on, and the folder they live in."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch
+from kill_repeatedly import OPTIONS
+from runs import assert_same_run, newest, rows
+from tiny import tiny_config
+
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+from poa.errors import InputError, Preempted
+from poa.options import to_dict
+from poa.train import Run, pretrain
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    pretrain(tiny_config(*OPTIONS), out)
+    return out
+
+
+def test_killed_ten_times(uninterrupted: Path, tmp_path: Path) -> None:
+    """At random steps, within a save, between a save and what follows, within a line of metrics."""
+    out = tmp_path / "run"
+    ((_, printed, _),) = processes.run(1, str(TESTS / "kill_repeatedly.py"), str(out), "0")
+    assert printed.count("killed: ") == 10, printed
+    assert {"killed: write", "killed: step"} <= {line.rpartition(" ")[0] for line in printed.splitlines()}
+    assert_same_run(out, uninterrupted)
+    assert not list(out.glob("**/*.partial"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "empty"])
+def test_a_damaged_newest_checkpoint_falls_back(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(tiny_config("run.save_every=2"), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    expected, logged = newest(folder.path), rows(folder.path)
+    assert [c.step for c in folder.checkpoints()] == [4, 6]
+    path = folder.checkpoints()[-1].path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes({"truncated": content[: len(content) // 2], "changed": content, "empty": b""}[damage])
+    caplog.set_level(logging.WARNING)
+    pretrain(folder.config(), folder.path, resume=True)
+    assert f"{path} is damaged: expected checksum {path.stem[9:]}, got " in caplog.text
+    assert "using the checkpoint of step 4" in caplog.text
+    assert [c.step for c in folder.checkpoints()] == [4, 6]
+    torch.testing.assert_close(newest(folder.path)["teacher"], expected["teacher"], rtol=0, atol=0)
+    assert rows(folder.path) == logged
+    assert path.with_suffix(".damaged").exists()  # nothing is thrown away
+
+
+def test_nothing_whole_to_go_on_from(tmp_path: Path) -> None:
+    pretrain(tiny_config(), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    for checkpoint in folder.checkpoints():
+        checkpoint.path.write_bytes(b"")
+    with pytest.raises(InputError, match="expected a checkpoint, got .*00000006.* is damaged.*00000003"):
+        pretrain(folder.config(), folder.path, resume=True)
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    pretrain(tiny_config("run.save_every=1", "run.keep_last=2", "run.keep_every=3"), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    assert [c.step for c in folder.checkpoints()] == [3, 5, 6]
+    assert folder.newest().step == 6
+    assert folder.network(step=3)[1].step == 3
+    with pytest.raises(InputError, match="a checkpoint of step 4, got checkpoints of steps: 3, 5, 6"):
+        folder.network(step=4)
+
+
+def test_a_milestone_is_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pretrain(tiny_config("run.save_every=2", "run.keep_last=3"), tmp_path / "run")
+    arguments = ["extract", str(tmp_path / "run"), "--subnets", "16x1", "--step", "2"]
+    assert main(arguments) == 0
+    (info,) = (tmp_path / "run" / "models").glob("*.json")
+    assert "00000002-" in json.loads(info.read_text())["source"]
+
+
+def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save = RunFolder.save
+
+    def fails_later(self: RunFolder, state: Any, config: Any) -> None:
+        if state["step"] == 4:
+            monkeypatch.setattr(os, "fsync", full)
+        save(self, state, config)
+
+    monkeypatch.setattr(RunFolder, "save", fails_later)
+    with pytest.raises(OSError, match="step 4.*not written.*No space left.*step 2 is the newest"):
+        pretrain(tiny_config("run.save_every=2"), tmp_path / "run")
+    assert newest(tmp_path / "run")["step"] == 2
+    assert not list((tmp_path / "run").glob("**/*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+def test_a_signal_saves_and_asks_to_be_queued_again(
+    number: signal.Signals, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out, step = tmp_path / "run", Run.step
+
+    def asked(self: Run, index: int, *rest: Any, **options: Any) -> Any:
+        if index == 7:
+            os.kill(os.getpid(), number)
+        return step(self, index, *rest, **options)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "step", asked)
+        with pytest.raises(Preempted, match=f"step 8: stopped by {number.name}"):
+            pretrain(tiny_config(*OPTIONS), out)
+    assert signal.getsignal(number) == before
+    assert newest(out)["step"] == 8
+    again = ["pretrain", "--auto-resume", "--config", str(out / "config.json"), "--out", str(out)]
+    assert main(again) == 0
+    assert_same_run(out, uninterrupted)
+
+
+def test_the_exit_code_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    step = Run.step
+
+    def asked(self: Run, *rest: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *rest, **options)
+
+    monkeypatch.setattr(Run, "step", asked)
+    (tmp_path / "c.json").write_text(json.dumps(to_dict(tiny_config())))
+    arguments = ["pretrain", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
+    assert main(arguments) == 75
+    assert (
+        "poa: step 1: stopped by SIGTERM; saved, goes on with pretrain --resume RUN"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_run_outside_of_the_main_thread(tmp_path: Path) -> None:
+    """Signals cannot be caught there; everything else works."""
+    thread = threading.Thread(target=pretrain, args=(tiny_config(), tmp_path / "run"))
+    thread.start()
+    thread.join()
+    assert newest(tmp_path / "run")["step"] == 6
