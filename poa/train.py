@@ -189,8 +189,8 @@ class Run:
         with Progress(total, self.first_step, self.here.is_main) as progress, ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
             self._open_writers(stack)
-            if self.first_step == 0 and options.evaluate_every:
-                self.evaluate(0, progress)
+            if self.here.from_main(self._misses_evaluation):
+                self.evaluate(self.first_step, progress)
             steps = range(self.first_step, total)
             for step, canvases in zip(steps, meter.timed(self.batches(steps)), strict=True):
                 done = step + 1
@@ -206,14 +206,21 @@ class Run:
                 stops = poll.ask(signals.received is not None) and done < total
                 if logs or stops:
                     self.log(done, meter, progress)
+                if evaluates and not stops:
+                    self.evaluate(done, progress)
                 if saves or stops:
-                    self.save(done)
+                    self.save(done)  # last, as what comes before would not be repeated
                 if stops:
                     raise Preempted(f"step {done}: stopped by {signals.received or 'a signal elsewhere'}")
-                if evaluates:
-                    self.evaluate(done, progress)
                 if saves or evaluates:
                     meter.reset()  # neither counts as training time
+
+    def _misses_evaluation(self) -> bool:
+        """Whether the state the run begins with should have been evaluated and was not."""
+        every, step = self.config.run.evaluate_every, self.first_step
+        if every == 0 or (step % every and step != self.schedules.total_steps):
+            return False
+        return not any("knn" in row and row["step"] == step for row in self.folder.rows())
 
     def _open_writers(self, stack: ExitStack) -> None:
         options = self.config.run
