@@ -136,7 +136,8 @@ def _train(
 def _evaluate(which: str, trainer: Ours | Official, whole: Run, seconds: float, images: int) -> list[Row]:
     subnets = [whole.space.intact, whole.space.smallest]
     limit = whole.config.run.knn_images
-    scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, limit)
+    scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, whole.here, limit)
+    assert scores is not None
     shown = ", ".join(f"{s} {score[REPORTED_K]:.1%}" for s, score in zip(subnets, scores, strict=True))
     print(f"    {which:10}{seconds:8.1f} s {images:8} images  {shown}", flush=True)
     return [

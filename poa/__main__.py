@@ -14,7 +14,7 @@ from typing import Any
 from poa.checkpoint import RunFolder
 from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
-from poa.device import choose_device
+from poa.distributed import world
 from poa.errors import DivergenceError, InputError, PeerError, Preempted
 from poa.evaluate import evaluate_subnets, require_matplotlib
 from poa.export import extract
@@ -123,12 +123,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     subnets = _subnets(options.subnets, config.method.backbone.space)
     if options.plot:
         require_matplotlib()
-    device = choose_device(options.device)
-    data = open_data(config.run.data, config.run.holdout, config.method.seed)
-    network, _ = folder.network(options.branch, options.step)
-    backbone = network.backbone.to(device)
-    initial = initial_network(config).backbone.to(device) if options.initial else None
-    report = evaluate_subnets(backbone, subnets, data, config, initial=initial)
+    with world(options.device, config.run.timeout) as here:
+        data = open_data(config.run.data, config.run.holdout, config.method.seed, config.run.unreadable_share)
+        network, _ = folder.network(options.branch, options.step)
+        backbone = network.backbone.to(here.device)
+        initial = initial_network(config).backbone.to(here.device) if options.initial else None
+        report = evaluate_subnets(
+            backbone, subnets, data, config, here, initial=initial, linear=options.linear
+        )
+    if report is None:
+        return  # not the main process
     print(report.table())
     out = Path(options.out or folder.path / "evaluation.json")
     report.write(out)
@@ -261,11 +265,12 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--step", **step)
     command.set_defaults(command=_extract)
 
-    command = commands.add_parser("evaluate", help="k-NN accuracy of subnets on held-out images")
+    command = commands.add_parser("evaluate", help="k-NN and linear accuracy of subnets on held-out images")
     command.add_argument("run", help=run_help)
     command.add_argument("--subnets", default=["all"], **which)
     command.add_argument("--data", help="digits or a folder; default: the run's own")
     command.add_argument("--initial", action="store_true", help="also score the weights before training")
+    command.add_argument("--linear", action="store_true", help="train linear classifiers too")
     command.add_argument("--out", help="JSON file; default RUN/evaluation.json")
     command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

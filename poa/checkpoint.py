@@ -2,6 +2,7 @@
 
     config.json                               the configuration
     metrics.jsonl                             a line per logged step, evaluation and alarm
+    unreadable.jsonl                          a line per image that could not be read, if there are any
     checkpoints/00001000-0123456789abcdef.pt  everything needed to go on, or to extract and evaluate subnets
 
 The name of a checkpoint is its step and the beginning of its SHA-256, so that one atomic renaming makes it
@@ -68,6 +69,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def unreadable(self) -> Path:
+        return self.path / "unreadable.jsonl"
+
+    @property
     def _store(self) -> Path:
         return self.path / "checkpoints"
 
@@ -85,6 +90,7 @@ class RunFolder:
             )
         self._store.mkdir(parents=True, exist_ok=True)
         self.metrics.unlink(missing_ok=True)
+        self.unreadable.unlink(missing_ok=True)
         write_json(self.path / "config.json", to_dict(config))
 
     def config(self) -> Config:

@@ -100,6 +100,10 @@ class MethodConfig:
     sampling: Literal["per-rank", "shared", "balanced"] = option(
         "per-rank", "elastic subnet of each chunk: its own, one for all, or of about equal cost"
     )
+    shuffle_block: int = option(
+        1,
+        "neighbouring images that stay near to each other when shuffled, for storage that is slow at random",
+    )
     canvas: int = option(256, "images are shrunk to fit a square of this many pixels when decoded")
     backbone: ViTConfig = section(ViTConfig(), "the elastic ViT")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
@@ -113,6 +117,8 @@ class MethodConfig:
             raise InputError(f"batch_size: expected at least 1, got {self.batch_size}")
         if self.chunks is not None and self.chunks < 1:
             raise InputError(f"chunks: expected at least 1, got {self.chunks}")
+        if self.shuffle_block < 1:
+            raise InputError(f"shuffle_block: expected at least 1, got {self.shuffle_block}")
         if self.crops.global_size != self.backbone.image_size:
             raise InputError(
                 f"crops.global_size: expected backbone.image_size {self.backbone.image_size}, "
@@ -139,8 +145,9 @@ class PerformanceConfig:
 class RunConfig:
     """What happens around the training."""
 
-    data: str = option("digits", "digits, or a folder of images (see README)")
+    data: str = option("digits", "digits, or where the images are (see README)")
     holdout: float = option(0.25, "share of the images held out for k-NN where data has no test folder")
+    unreadable_share: float = option(0.01, "share of images, and of shards, that may be unreadable")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress")
     save_every: int = option(1000, "steps between checkpoints; the last step is always saved")
@@ -148,6 +155,9 @@ class RunConfig:
     keep_every: int = option(0, "and those of every so many steps, for good; 0: none")
     evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never")
     knn_images: int = option(10000, "at most this many bank and query images in k-NN during training")
+    knn_subnets: tuple[str, ...] = option(
+        (), "subnets of the teacher for them, such as 384x12,192x6; none: the intact one and the smallest"
+    )
     skip_limit: int = option(30, "a run stops after so many skipped steps (gradients no numbers) in a row")
     timeout: float = option(600.0, "seconds to wait for another process before it is missed")
     log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
@@ -156,6 +166,8 @@ class RunConfig:
         for name in ("log_every", "save_every", "keep_last", "skip_limit"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.unreadable_share <= 1:
+            raise InputError(f"unreadable_share: expected a share in [0, 1], got {self.unreadable_share}")
         if not 0 < self.holdout < 1:
             raise InputError(f"holdout: expected a share in (0, 1), got {self.holdout}")
 

@@ -89,19 +89,20 @@ class World:
         """
         if self.size == 1:
             return rows
-        counts = self.gather(len(rows))
-        rows = rows.contiguous()
+        shapes = self.gather(tuple(rows.shape))
         if not self.is_main:
             if len(rows):
-                dist.send(rows, 0, group=self.hosts)
+                dist.send(rows.contiguous(), 0, group=self.hosts)
             return None
-        parts = [rows]
-        for rank, count in enumerate(counts[1:], start=1):
-            part = rows.new_empty(count, *rows.shape[1:])
-            if count:
-                dist.recv(part, rank, group=self.hosts)
-            parts.append(part)
-        return torch.cat(parts)
+        rest = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
+        whole = rows.new_empty(sum(shape[0] for shape in shapes), *rest)
+        whole[: len(rows)] = rows
+        start = len(rows)
+        for rank, shape in enumerate(shapes[1:], start=1):
+            if shape[0]:
+                dist.recv(whole[start : start + shape[0]], rank, group=self.hosts)
+            start += shape[0]
+        return whole
 
 
 class Poll:

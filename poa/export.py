@@ -27,7 +27,7 @@ from elastic_kernels import ElasticBlock, elastic_hidden_features
 from poa.backbones import ElasticViT, ViTConfig
 from poa.checkpoint import write_json
 from poa.config import CropsConfig
-from poa.data.loader import collate_canvases
+from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
 from poa.options import from_dict, to_dict
@@ -59,7 +59,7 @@ class ExportedModel(nn.Module):
         """Pictures of any size -> normalised centre crops `[B, 3, S, S]`, as in evaluation."""
         pictures = [images] if isinstance(images, Image.Image) else images
         arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
-        canvas, sizes = collate_canvases(arrays)
+        canvas, sizes = place_on_canvases(arrays)
         wanted = self.info["preprocessing"]
         crops = eval_crop(
             canvas, sizes, wanted["size"], wanted["mean"], wanted["std"], resize=wanted["resize"]

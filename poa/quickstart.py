@@ -9,9 +9,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import torch
+
 from poa.checkpoint import RunFolder, write_json
 from poa.config import Config
 from poa.data.sources import open_data
+from poa.distributed import World
 from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels, require_matplotlib
 from poa.export import extract
 from poa.step import initial_network
@@ -38,7 +41,9 @@ def quickstart(config: Config, out: Path) -> None:
     ]
     data = open_data(config.run.data, config.run.holdout, config.method.seed)
     initial = initial_network(config).backbone
-    report = evaluate_subnets(backbone, subnets, data, config, initial=initial)
+    here = World(0, 1, torch.device("cpu"))
+    report = evaluate_subnets(backbone, subnets, data, config, here, initial=initial)
+    assert report is not None
     pixels = knn_of_pixels(data, config)[REPORTED_K]
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))

@@ -19,6 +19,7 @@ from poa.data.augment import augment
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.masking import Masks, draw_masks
 from poa.data.sources import DataSplit, open_data
+from poa.data.unreadable import Unreadable
 from poa.distributed import Poll, World, world
 from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
@@ -31,7 +32,7 @@ from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
 from poa.step import Chunk, StepReport, TrainingState, train_step
-from poa.subnets import SubnetSampler
+from poa.subnets import Subnet, SubnetSampler
 from poa.tribranch import VIEWS, Batch, StudentPass
 
 
@@ -62,11 +63,24 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool) -> None
     if resume:
         checkpoint = here.from_main(folder.newest)
         content = folder.load(checkpoint, config)
-    run = Run(
-        config, folder, open_data(config.run.data, config.run.holdout, config.method.seed), here, content
-    )
+    run = Run(config, folder, _open_data(config, here), here, content)
     run.begin()
     run.train()
+
+
+def _open_data(config: Config, here: World) -> DataSplit:
+    """The images of a run; the main process opens them first, so that shards are listed once."""
+    options = config.run
+
+    def opened() -> DataSplit:
+        return open_data(options.data, options.holdout, config.method.seed, options.unreadable_share)
+
+    here.from_main(lambda: len(opened().train))
+    data = opened()
+    if here.is_main:
+        for line in data.lost:
+            log.warning("data: %s; going on without it", line)
+    return data
 
 
 @dataclass(frozen=True)
@@ -135,6 +149,8 @@ class Run:
             )
         self.space = method.backbone.space
         self.chunks = here.share(self.plan.chunks)
+        chosen = [self.space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
+        self.evaluated = chosen or [self.space.intact, self.space.smallest]
         self.schedules = Schedules.build(method.optim, self.plan.epoch_steps, self.step_images)
         self.sampler = SubnetSampler(
             self.space, method.sampling, method.seed, self.plan.chunks, method.backbone.flops
@@ -142,12 +158,14 @@ class Run:
         self.state = TrainingState.start(config, here.device)
         self.guard = Guard(here, config.run.skip_limit)
         self.watch = Watch(method.batch_size)
+        self.unreadable = Unreadable(folder.unreadable, here, config.run.unreadable_share)
         self.first_step = 0
         if content:
             self.first_step = content["step"]
             self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
             self.guard.load_state_dict(content["skipped"])
             self.watch.load_state_dict(content["watch"])
+            self.unreadable.count = content["unreadable"]
         self.model: torch.nn.Module = self.state.student
 
     @property
@@ -240,6 +258,7 @@ class Run:
             steps,
             method.seed,
             self.plan.start,
+            method.shuffle_block,
         )
         loaded = iter(training_batches(source, stream, method.canvas, self.config.performance.workers))
         return iter(lambda: list(itertools.islice(loaded, len(self.chunks))), [])
@@ -264,10 +283,10 @@ class Run:
     def prepare(self, step: int, chunk: int, canvases: Canvases) -> Chunk:
         """Augment decoded images on the device; draw masks, subnet and stochastic depth of the chunk."""
         method = self.config.method
-        images, sizes = canvases
-        images = images.to(self.here.device, non_blocking=True)
+        self.unreadable.add(canvases.unreadable)
+        images = canvases.images.to(self.here.device, non_blocking=True)
         draw = torch_stream(method.seed, "augment", step, chunk)
-        global_crops, local_crops = augment(images, sizes, method.crops, draw)
+        global_crops, local_crops = augment(images, canvases.sizes, method.crops, draw)
         side = method.backbone.grid(method.crops.global_size)
         crops = VIEWS * len(images)
         masks = Masks.none(crops, side * side)
@@ -296,6 +315,7 @@ class Run:
         drawn = Counter(str(self.sampler.draw(s, c)) for s in steps for c in range(self.plan.chunks))
         row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1], "subnets": dict(drawn)}
         row["skipped_steps"] = self.guard.check(done)
+        row["unreadable"] = self.unreadable.settle(done, self.plan.start + done * self.step_images)
         loss = row["loss"]
         if loss is None and row["skipped"] < 1:
             raise DivergenceError(
@@ -309,6 +329,8 @@ class Run:
         }
         if row["skipped"]:
             shown["skipped"] = f"{row['skipped']:.0%}"
+        if row["unreadable"]:
+            shown["unreadable"] = str(row["unreadable"])
         progress.show(done, shown)
         for alarm, figures in self.watch.look(done, {k: v for k, v in row.items() if isinstance(v, float)}):
             self.write({"step": done, "alarm": alarm.name, "figures": figures, "advice": alarm.advice})
@@ -331,23 +353,22 @@ class Run:
                 "plan": vars(self.plan),
                 "skipped": self.guard.state_dict(),
                 "watch": self.watch.state_dict(),
+                "unreadable": self.unreadable.count,
                 **self.state.state_dict(),
             }
             self.folder.save(state, self.config)
 
     def evaluate(self, done: int, progress: Progress) -> None:
-        """k-NN of the teacher's extremes and of the intact student."""
-        if self.data.test is None or not self.here.is_main:
+        """k-NN of the teacher's chosen subnets and of the intact student."""
+        if self.data.test is None:
             return
-        extremes = [self.space.intact, self.space.smallest]
-        limit = self.config.run.knn_images
-        teacher = knn_of_subnets(self.state.teacher.backbone, extremes, self.data, self.config, limit)
-        (student,) = knn_of_subnets(self.state.student.backbone, extremes[:1], self.data, self.config, limit)
-        scores = {
-            f"teacher {extremes[0]}": teacher[0][REPORTED_K],
-            f"teacher {extremes[1]}": teacher[1][REPORTED_K],
-            f"student {extremes[0]}": student[REPORTED_K],
-        }
+        intact, state, limit = self.space.intact, self.state, self.config.run.knn_images
+        branches = {"teacher": (state.teacher, self.evaluated), "student": (state.student, [intact])}
+        scores = {}
+        for branch, (network, subnets) in branches.items():
+            found = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.here, limit)
+            for subnet, score in zip(subnets, found or (), strict=False):
+                scores[f"{branch} {subnet}"] = score[REPORTED_K]
         self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = "  ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")

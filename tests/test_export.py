@@ -16,7 +16,7 @@ import poa
 from poa import export
 from poa.backbones import ElasticViT
 from poa.config import CropsConfig
-from poa.data.loader import collate_canvases
+from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
 from poa.subnets import Subnet
@@ -124,7 +124,7 @@ def test_wrong_requests(backbone: ElasticViT, tmp_path: Path) -> None:
 def test_preprocessing_is_that_of_evaluation(backbone: ElasticViT, tmp_path: Path) -> None:
     model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path, CROPS))
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    canvas, sizes = collate_canvases([pixels])
+    canvas, sizes = place_on_canvases([pixels])
     size = backbone.config.image_size
     resize = round(size / CROPS.eval_share)
     expected = eval_crop(canvas, sizes, size, CROPS.mean, CROPS.std, resize=resize)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
 from poa.errors import InputError
-from poa.multicrop import StochasticDepth, pack, unpack
+from poa.multicrop import Groups, StochasticDepth, pack, unpack
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet, active_blocks
 
@@ -221,6 +221,21 @@ class ElasticViT(nn.Module):
                 x = checkpoint(block, x, groups, kept, use_reentrant=False)
             else:
                 x = block(x, groups, kept)
+        return self._features(x, groups)
+
+    def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
+        """The `Features` after each of the last `count` blocks, in order; a shallow subnet has fewer.
+
+        Args:
+            images: `[B, 3, H, W]`, as for `forward`.
+            subnet: which network.
+            count: of blocks.
+        """
+        x, groups = pack([self.embed(images, self.space.require(subnet).width)])
+        outputs = [x := block(x, groups, None) for block in self.active_blocks(subnet)]
+        return [self._features(output, groups)[0] for output in outputs[-count:]]
+
+    def _features(self, x: Tensor, groups: Groups) -> list[Features]:
         tokens, normed = unpack(x, groups), unpack(self.normalise(x), groups)
         return [Features(n[:, 0], n[:, 1:], t) for t, n in zip(tokens, normed, strict=True)]
 

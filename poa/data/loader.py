@@ -5,45 +5,70 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from poa.data.decode import ImageError
 from poa.data.sources import ImageSource
+from poa.errors import InputError
 from poa.random import stream_seed
 
-Canvases = tuple[Tensor, Tensor]
-"""uint8 `[B, 3, H, W]` with images in the top-left corners, int64 `[B, 2]` their (height, width)."""
+SUBSTITUTES = 20  # tried in the place of an unreadable image
+WINDOW = 8  # blocks that a block shuffle mixes
 
 
-class DecodedImages(Dataset[np.ndarray]):
-    """The images of a source, decoded to fit a canvas."""
+class Canvases(NamedTuple):
+    """Decoded images.
 
-    def __init__(self, source: ImageSource, canvas: int):
-        self.source = source
-        self.canvas = canvas
+    Attributes:
+        images: uint8 `[B, 3, H, W]`, each in the top-left corner.
+        sizes: int64 `[B, 2]`, their (height, width).
+        positions: int64 `[B]`, in the source.
+        unreadable: messages about images that could not be read.
+    """
 
-    def __len__(self) -> int:
-        return len(self.source)
+    images: Tensor
+    sizes: Tensor
+    positions: Tensor
+    unreadable: list[str]
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.source.read(index, self.canvas)
+
+class Decoded(NamedTuple):
+    """One image `[H, W, 3]` or none, its position in the source, and what could not be read on the way."""
+
+    image: np.ndarray | None
+    position: int
+    unreadable: list[str]
 
 
-def collate_canvases(images: Sequence[np.ndarray]) -> Canvases:
-    """Put images `[H, W, 3]` of any sizes on zero-padded canvases as large as the largest of them."""
-    sizes = torch.tensor([image.shape[:2] for image in images])
-    height, width = sizes.amax(0).tolist()
+def place_on_canvases(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Put images `[H, W, 3]` of any sizes on zero-padded canvases as large as the largest of them.
+
+    Returns:
+        uint8 `[B, 3, H, W]` with images in the top-left corners, int64 `[B, 2]` their (height, width).
+    """
+    sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).view(-1, 2)
+    height, width = sizes.amax(0).tolist() if images else (0, 0)
     canvas = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
     for place, image in zip(canvas, images, strict=True):
         place[: image.shape[0], : image.shape[1]] = torch.from_numpy(image.copy())
     return canvas.permute(0, 3, 1, 2).contiguous(), sizes
 
 
+def collate(samples: Sequence[Decoded]) -> Canvases:
+    """A batch of the images that could be read."""
+    readable = [s for s in samples if s.image is not None]
+    images, sizes = place_on_canvases([s.image for s in readable if s.image is not None])
+    positions = torch.tensor([s.position for s in readable], dtype=torch.int64)
+    return Canvases(images, sizes, positions, sum((s.unreadable for s in samples), []))
+
+
 class SampleStream:
-    """Indices of one process's chunks of every step: an endless sequence of shuffles, cut into chunks.
+    """Which images one process's chunks of every step take: an endless sequence of shuffles, cut into chunks.
 
     The chunks of a step take neighbouring parts of the sequence, so the images of a step do not depend on how
     many processes share it. Position in the sequence is a function of the step.
@@ -56,6 +81,8 @@ class SampleStream:
         steps: range of steps to produce.
         seed: of the run.
         start: position in the sequence of the first image of step 0; may be negative.
+        block: neighbouring images that stay near to each other in a shuffle: blocks are shuffled, then the
+            images of every `WINDOW` blocks. 1: a full shuffle.
     """
 
     def __init__(
@@ -67,6 +94,7 @@ class SampleStream:
         steps: range,
         seed: int,
         start: int = 0,
+        block: int = 1,
     ):
         self.images = images
         self.batch_size = batch_size
@@ -75,34 +103,85 @@ class SampleStream:
         self.steps = steps
         self.seed = seed
         self.start = start
+        self.block = block
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     def __len__(self) -> int:
         return len(self.steps) * len(self.chunks)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Lists of (position in the sequence, image)."""
         for step in self.steps:
             for chunk in self.chunks:
                 first = self.start + (step * self.step_chunks + chunk) * self.batch_size
-                yield [self._at(position) for position in range(first, first + self.batch_size)]
+                yield [(position, self._at(position)) for position in range(first, first + self.batch_size)]
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.images)
         return int(self._order(epoch)[offset])
 
     def _shuffle(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(stream_seed(self.seed, "order", epoch)).permutation(self.images)
+        draw = np.random.default_rng(stream_seed(self.seed, "order", epoch))
+        if self.block == 1:
+            return draw.permutation(self.images)
+        blocks = draw.permutation(-(-self.images // self.block))
+        order = (blocks[:, None] * self.block + np.arange(self.block)).ravel()
+        order = order[order < self.images]
+        window = WINDOW * self.block
+        return np.concatenate([draw.permutation(order[i : i + window]) for i in range(0, len(order), window)])
+
+
+class _TrainingImages(Dataset[Decoded]):
+    """Images by (position in the sequence, image). In the place of an unreadable one comes another, which the
+    position in the sequence draws."""
+
+    def __init__(self, source: ImageSource, canvas: int, seed: int):
+        self.source = source
+        self.canvas = canvas
+        self.seed = seed
+
+    def __getitem__(self, sample: tuple[int, int]) -> Decoded:
+        position, index = sample
+        unreadable: list[str] = []
+        draw = None
+        for _ in range(SUBSTITUTES):
+            try:
+                return Decoded(self.source.read(index, self.canvas), index, unreadable)
+            except ImageError as error:
+                unreadable.append(str(error))
+            draw = draw or np.random.default_rng(stream_seed(self.seed, "substitute", abs(position)))
+            index = int(draw.integers(len(self.source)))
+        raise InputError(
+            f"data: expected readable images, got {SUBSTITUTES} in a row that are not: {unreadable[-1]}"
+        )
+
+
+class _AllImages(Dataset[Decoded]):
+    """Images in order; unreadable ones are none."""
+
+    def __init__(self, source: ImageSource, canvas: int):
+        self.source = source
+        self.canvas = canvas
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Decoded:
+        try:
+            return Decoded(self.source.read(index, self.canvas), index, [])
+        except ImageError as error:
+            return Decoded(None, index, [str(error)])
 
 
 def training_batches(
     source: ImageSource, stream: SampleStream, canvas: int, workers: int
-) -> DataLoader[np.ndarray]:
+) -> DataLoader[Decoded]:
     """A loader of one `Canvases` batch per chunk of the stream."""
     return DataLoader(
-        DecodedImages(source, canvas),
+        _TrainingImages(source, canvas, stream.seed),
         batch_sampler=stream,
-        num_workers=_useful(workers),
-        collate_fn=collate_canvases,
+        num_workers=useful_workers(workers),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=False,
     )
@@ -110,17 +189,17 @@ def training_batches(
 
 def evaluation_batches(
     source: ImageSource, canvas: int, workers: int, batch_size: int = 256
-) -> DataLoader[np.ndarray]:
-    """A loader of all images once, in order, as `Canvases` batches."""
+) -> DataLoader[Decoded]:
+    """A loader of all readable images once, in order, as `Canvases` batches."""
     return DataLoader(
-        DecodedImages(source, canvas),
+        _AllImages(source, canvas),
         batch_size=batch_size,
-        num_workers=_useful(workers),
-        collate_fn=collate_canvases,
+        num_workers=useful_workers(workers),
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def _useful(workers: int) -> int:
+def useful_workers(workers: int) -> int:
     """No more processes than there are CPUs for them."""
     return min(workers, os.cpu_count() or 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,64 +14,123 @@ from poa.config import CropsConfig
 from poa.data.loader import evaluation_batches
 from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource
+from poa.distributed import World
 from poa.subnets import Subnet
+
+MEMORY = 8 << 30  # bytes of features that may lie in memory at once; more go to a file
+LAST_BLOCKS = 4
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of all readable images of a source, in order.
+
+    Attributes:
+        features: `[images, channels_i]` on the CPU, of each function.
+        labels: int64 `[images]`; empty where the source has none.
+        unreadable: images left out.
+    """
+
+    features: list[Tensor]
+    labels: Tensor
+    unreadable: int
+
+
+def class_token(backbone: ElasticViT, subnet: Subnet) -> Function:
+    """Class-token features `[B, width]` of a subnet."""
+    return lambda images: backbone([images], subnet)[0].cls.float()
+
+
+def probe_input(backbone: ElasticViT, subnet: Subnet) -> Function:
+    """`[B, (blocks + 1) * width]` float16: class tokens of the last blocks, mean patch token of the last."""
+
+    def function(images: Tensor) -> Tensor:
+        outputs = backbone.last_blocks(images, subnet, LAST_BLOCKS)
+        return torch.cat([*(f.cls for f in outputs), outputs[-1].patches.mean(1)], dim=1).half()
+
+    return function
+
+
+def pixels(crops: CropsConfig) -> Function:
+    """The pixels of the centre crops themselves, `[B, 3 * size * size]`: a baseline without a model."""
+    std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
+    return lambda images: (images * std + mean).flatten(1)
 
 
 @torch.no_grad()
-def subnet_features(
-    backbone: ElasticViT,
-    subnets: Sequence[Subnet],
+def extract_features(
+    functions: Sequence[Function],
     source: ImageSource,
     crops: CropsConfig,
+    here: World,
     *,
     canvas: int,
     workers: int = 0,
-) -> list[Tensor]:
-    """Class-token features of every image for every subnet.
+) -> FeatureSet | None:
+    """Results of each function on the normalised centre crops of all readable images.
 
     Args:
-        backbone: the shared weights; computed in their precision, on their device.
-        subnets: which networks.
-        source: the images.
+        functions: of normalised images `[B, 3, S, S]` on the device of `here`.
+        source: the images; every process takes a part of them.
         crops: gives the size of the centre crop and the normalisation.
+        here: this process.
         canvas: largest side of a decoded image, pixels.
         workers: decoding processes.
 
     Returns:
-        float32 CPU tensors `[images, width]`, one per subnet.
+        On the main process; None on the others.
     """
-    functions = [lambda images, s=subnet: backbone([images], s)[0].cls.float() for subnet in subnets]
-    device = backbone.cls_token.device
-    return apply_to_images(functions, source, crops, device, canvas=canvas, workers=workers)
-
-
-def pixel_features(source: ImageSource, crops: CropsConfig, *, canvas: int) -> Tensor:
-    """The pixels of the centre crops themselves, `[images, 3 * size * size]`: a baseline without a model."""
-    plain = torch.tensor(crops.std)[:, None, None], torch.tensor(crops.mean)[:, None, None]
-    functions = [lambda images: (images * plain[0] + plain[1]).flatten(1)]
-    return apply_to_images(functions, source, crops, torch.device("cpu"), canvas=canvas)[0]
-
-
-def apply_to_images(
-    functions: Sequence[Callable[[Tensor], Tensor]],
-    source: ImageSource,
-    crops: CropsConfig,
-    device: torch.device,
-    *,
-    canvas: int,
-    workers: int = 0,
-) -> list[Tensor]:
-    """Results of each function on the normalised centre crops of all images, on the CPU."""
-    results: list[list[Tensor]] = [[] for _ in functions]
-    for images, sizes in evaluation_batches(source, canvas, workers):
-        batch = eval_crop(
-            images.to(device, non_blocking=True),
-            sizes,
+    positions = torch.as_tensor(here.share(len(source)))
+    mine = source.subset(positions.numpy())
+    banks = [_Bank(len(mine)) for _ in functions]
+    kept, unreadable = [positions[:0]], 0
+    for batch in evaluation_batches(mine, canvas, workers):
+        kept.append(batch.positions)
+        unreadable += len(batch.unreadable)
+        if not len(batch.images):
+            continue
+        images = eval_crop(
+            batch.images.to(here.device, non_blocking=True),
+            batch.sizes,
             crops.global_size,
             crops.mean,
             crops.std,
             resize=crops.eval_resize(),
         )
-        for collected, function in zip(results, functions, strict=True):
-            collected.append(function(batch).cpu())
-    return [torch.cat(collected) for collected in results]
+        for bank, function in zip(banks, functions, strict=True):
+            bank.add(function(images).cpu())
+    read = torch.cat(kept)
+    labels = torch.zeros(0, dtype=torch.int64) if mine.labels is None else torch.from_numpy(mine.labels)[read]
+    gathered = [here.gather_rows(rows) for rows in [labels, *(bank.rows() for bank in banks)]]
+    lost = sum(here.gather(unreadable))
+    if not here.is_main:
+        return None
+    whole = [rows for rows in gathered if rows is not None]
+    return FeatureSet(whole[1:], whole[0], lost)
+
+
+class _Bank:
+    """Rows that come in batches, in memory or, where they are too many, in a file that is gone with them."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.filled = 0
+        self.storage: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        if self.storage is None:
+            shape = (self.most, *rows.shape[1:])
+            count = self.most * rows[0].numel()
+            if count * rows.element_size() <= MEMORY:
+                self.storage = rows.new_empty(shape)
+            else:
+                with tempfile.NamedTemporaryFile() as file:
+                    self.storage = torch.from_file(file.name, shared=True, size=count, dtype=rows.dtype)
+                    self.storage = self.storage.view(shape)
+        self.storage[self.filled : self.filled + len(rows)] = rows
+        self.filled += len(rows)
+
+    def rows(self) -> Tensor:
+        return torch.zeros(0) if self.storage is None else self.storage[: self.filled]

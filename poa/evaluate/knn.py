@@ -15,7 +15,8 @@ from poa.errors import InputError
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-CHUNK = 1024  # queries compared with the bank at a time
+CHUNK = 1024  # queries compared at a time
+BANK_CHUNK = 1 << 17  # with so many images of the bank
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def knn_accuracy(
     query_labels: Tensor,
     neighbours: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
+    device: torch.device | None = None,
 ) -> dict[int, float]:
     """Top-1 accuracy of weighted k-NN for several k.
 
@@ -36,6 +38,7 @@ def knn_accuracy(
         query_labels: int64 `[M]`.
         neighbours: values of k; a k above N counts all N.
         temperature: of the weights.
+        device: to compute on, which holds a part of the bank at a time; default that of the features.
 
     Returns:
         `{k: accuracy in 0..1}`.
@@ -50,16 +53,30 @@ def knn_accuracy(
             f"k-NN: expected a label per feature, got {len(bank_labels)} for {len(bank)} "
             f"and {len(query_labels)} for {len(queries)}"
         )
-    bank = F.normalize(bank.float(), dim=1)
+    device = bank.device if device is None else device
     classes = int(torch.maximum(bank_labels.max(), query_labels.max())) + 1
     correct = dict.fromkeys(neighbours, 0)
+    votes_of = bank_labels.to(device)
     for start in range(0, len(queries), CHUNK):
-        part = F.normalize(queries[start : start + CHUNK].float(), dim=1)
-        similarity, index = (part @ bank.t()).topk(min(max(neighbours), len(bank)), dim=1)
-        weights, votes = (similarity / temperature).exp(), bank_labels[index]
-        truth = query_labels[start : start + CHUNK]
+        part = F.normalize(queries[start : start + CHUNK].to(device).float(), dim=1)
+        similarity, index = _nearest(part, bank, min(max(neighbours), len(bank)))
+        weights, votes = (similarity / temperature).exp(), votes_of[index]
+        truth = query_labels[start : start + CHUNK].to(device)
         for k in neighbours:
             score = weights.new_zeros(len(part), classes)
             score.scatter_add_(1, votes[:, :k], weights[:, :k])
             correct[k] += int((score.argmax(1) == truth).sum())
     return {k: hits / len(queries) for k, hits in correct.items()}
+
+
+def _nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and positions of the nearest `count` of the bank, nearest first."""
+    best, positions = queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+    positions = positions.to(queries.device)
+    for start in range(0, len(bank), BANK_CHUNK):
+        part = F.normalize(bank[start : start + BANK_CHUNK].to(queries.device).float(), dim=1)
+        found, index = (queries @ part.t()).topk(min(count, len(part)), dim=1)
+        best, positions = torch.cat([best, found], 1), torch.cat([positions, index + start], 1)
+        best, order = best.topk(min(count, best.shape[1]), dim=1)
+        positions = positions.gather(1, order)
+    return best, positions

@@ -1,24 +1,34 @@
-"""k-NN of many subnets: scores, table, JSON and a plot of accuracy against size."""
+"""Accuracies of many subnets: scores, table, JSON and a plot of accuracy against size."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from poa.backbones import ElasticViT
 from poa.checkpoint import write_json
 from poa.config import Config
 from poa.data.sources import DataSplit, ImageSource
+from poa.distributed import World
 from poa.errors import InputError
-from poa.evaluate.features import pixel_features, subnet_features
-from poa.evaluate.knn import NEIGHBOURS, TEMPERATURE, knn_accuracy
+from poa.evaluate.features import (
+    MEMORY,
+    FeatureSet,
+    Function,
+    class_token,
+    extract_features,
+    pixels,
+    probe_input,
+)
+from poa.evaluate.knn import TEMPERATURE, knn_accuracy
+from poa.evaluate.linear import LinearScore, linear_accuracy
+from poa.evaluate.linear import protocol as linear_protocol
 from poa.subnets import Subnet
 
 REPORTED_K = 20
@@ -27,13 +37,21 @@ REPORTED_K = 20
 
 @dataclass(frozen=True)
 class SubnetScore:
-    """Size and accuracy of one subnet; `initial` is the accuracy before training, if it was asked for."""
+    """Size and accuracy of one subnet.
+
+    Attributes:
+        subnet, parameters, flops: which, and its size.
+        knn: accuracy by k.
+        initial: the same before training, if it was asked for.
+        linear: linear classifiers, best first, if they were asked for.
+    """
 
     subnet: Subnet
     parameters: int
     flops: int
     knn: dict[int, float]
     initial: dict[int, float] | None = None
+    linear: list[LinearScore] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,17 +65,23 @@ class Report:
         """A text table: the settings, then one line per subnet."""
         ks = list(self.scores[0].knn)
         before = "    init" if self.scores[0].initial else ""
+        probe = "  linear" if self.scores[0].linear else ""
         s = self.settings
         lines = [
             f"{s['protocol']}, T={s['temperature']}; {s['data']}: {s['bank_images']} bank and "
             f"{s['query_images']} query images of {s['image_size']} px",
-            f"{'subnet':>9} {'params':>11} {'GFLOPs':>8}" + "".join(f"  {f'k={k}':>6}" for k in ks) + before,
+            f"{'subnet':>9} {'params':>11} {'GFLOPs':>8}"
+            + "".join(f"  {f'k={k}':>6}" for k in ks)
+            + before
+            + probe,
         ]
         for score in self.scores:
             line = f"{score.subnet!s:>9} {score.parameters:>11,} {score.flops / 1e9:>8.3f}"
             line += "".join(f"  {score.knn[k]:>6.1%}" for k in ks)
             if score.initial:
                 line += f"  {score.initial[REPORTED_K]:>6.1%}"
+            if score.linear:
+                line += f"  {score.linear[0].accuracy:>6.1%}"
             lines.append(line)
         return "\n".join(lines)
 
@@ -71,6 +95,7 @@ class Report:
                 "flops": s.flops,
                 "knn": {str(k): v for k, v in s.knn.items()},
                 **({"knn_init": {str(k): v for k, v in s.initial.items()}} if s.initial else {}),
+                **({"linear": [vars(probe) for probe in s.linear]} if s.linear else {}),
             }
             for s in self.scores
         ]
@@ -91,31 +116,49 @@ def evaluate_subnets(
     subnets: Sequence[Subnet],
     data: DataSplit,
     config: Config,
+    here: World,
+    *,
     initial: ElasticViT | None = None,
-) -> Report:
+    linear: bool = False,
+) -> Report | None:
     """Score subnets on the held-out images with the training images as bank.
 
     Args:
-        backbone: trained weights.
+        backbone: trained weights, on the device of `here`.
         subnets: which networks.
         data: needs labelled test images.
         config: of the run.
+        here: this process; all of them extract features.
         initial: the weights before training, scored too.
+        linear: train linear classifiers too.
+
+    Returns:
+        On the main process; None on the others.
     """
-    after = knn_of_subnets(backbone, subnets, data, config)
-    before = knn_of_subnets(initial, subnets, data, config) if initial else [None] * len(subnets)
+    after = knn_of_subnets(backbone, subnets, data, config, here)
+    before = knn_of_subnets(initial, subnets, data, config, here) if initial else None
+    probes = [linear_of_subnet(backbone, s, data, config, here) for s in subnets] if linear else None
+    if after is None:
+        return None
     vit = config.method.backbone
     scores = [
-        SubnetScore(s, vit.parameters(s), vit.flops(s), knn, first)
-        for s, knn, first in zip(subnets, after, before, strict=True)
+        SubnetScore(
+            subnet,
+            vit.parameters(subnet),
+            vit.flops(subnet),
+            after[i],
+            before[i] if before else None,
+            probes[i] if probes else None,
+        )
+        for i, subnet in enumerate(subnets)
     ]
-    return Report(scores, evaluation_settings(data, config))
+    return Report(scores, evaluation_settings(data, config, linear))
 
 
-def evaluation_settings(data: DataSplit, config: Config) -> dict[str, Any]:
-    """What k-NN figures depend on, besides the weights."""
+def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[str, Any]:
+    """What the figures depend on, besides the weights."""
     crops = config.method.crops
-    return {
+    settings = {
         "protocol": "weighted k-NN, cosine similarity, class token",
         "temperature": TEMPERATURE,
         "data": config.run.data,
@@ -126,6 +169,7 @@ def evaluation_settings(data: DataSplit, config: Config) -> dict[str, Any]:
         "mean": list(crops.mean),
         "std": list(crops.std),
     }
+    return settings | ({"linear": linear_protocol()} if linear else {})
 
 
 def knn_of_subnets(
@@ -133,32 +177,71 @@ def knn_of_subnets(
     subnets: Sequence[Subnet],
     data: DataSplit,
     config: Config,
+    here: World,
     limit: int | None = None,
-) -> list[dict[int, float]]:
+) -> list[dict[int, float]] | None:
     """k-NN accuracy of each subnet by k.
 
+    Images are decoded once for as many subnets as have room for their features at a time.
+
     Args:
-        backbone, subnets, data, config: as in `evaluate_subnets`.
+        backbone, subnets, data, config, here: as in `evaluate_subnets`.
         limit: use at most this many bank images and as many queries, spread over the data.
     """
-    bank, queries = (_limited(source, limit) for source in _labelled(data))
-    canvas, workers = config.method.canvas, config.performance.workers
-    features = [
-        subnet_features(backbone, subnets, s, config.method.crops, canvas=canvas, workers=workers)
-        for s in (bank, queries)
-    ]
-    return [
-        _knn(bank, queries, bank_features, query_features)
-        for bank_features, query_features in zip(*features, strict=True)
-    ]
+    sources = [_limited(source, limit) for source in _labelled(data)]
+    scores: list[dict[int, float]] = []
+    for group in _groups(subnets, max(len(source) for source in sources)):
+        features = [_extract([class_token(backbone, s) for s in group], s, config, here) for s in sources]
+        bank, queries = features
+        if bank is not None and queries is not None:
+            scores += [_knn(bank, queries, number, here.device) for number in range(len(group))]
+    return scores if here.is_main else None
+
+
+def _groups(subnets: Sequence[Subnet], images: int) -> Iterator[list[Subnet]]:
+    """Neighbours whose float32 features fit into `MEMORY` together, or single ones."""
+    group: list[Subnet] = []
+    used = 0
+    for subnet in subnets:
+        size = 4 * images * subnet.width
+        if group and used + size > MEMORY:
+            yield group
+            group, used = [], 0
+        group.append(subnet)
+        used += size
+    yield group
+
+
+def linear_of_subnet(
+    backbone: ElasticViT, subnet: Subnet, data: DataSplit, config: Config, here: World
+) -> list[LinearScore] | None:
+    """The linear classifiers of a subnet, best first."""
+    train, queries = (
+        _extract([probe_input(backbone, subnet)], source, config, here) for source in _labelled(data)
+    )
+    if train is None or queries is None:
+        return None
+    return linear_accuracy(
+        train.features[0], train.labels, queries.features[0], queries.labels, subnet.width, here.device,
+        seed=config.method.seed,
+    )  # fmt: skip
 
 
 def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
     """k-NN accuracy of the raw pixels."""
-    bank, queries = _labelled(data)
-    crops, canvas = config.method.crops, config.method.canvas
-    features = [pixel_features(s, crops, canvas=canvas) for s in (bank, queries)]
-    return _knn(bank, queries, *features)
+    here = World(0, 1, torch.device("cpu"))
+    bank, queries = (
+        _extract([pixels(config.method.crops)], source, config, here) for source in _labelled(data)
+    )
+    assert bank is not None and queries is not None
+    return _knn(bank, queries, 0, here.device)
+
+
+def _extract(
+    functions: Sequence[Function], source: ImageSource, config: Config, here: World
+) -> FeatureSet | None:
+    method, workers = config.method, config.performance.workers
+    return extract_features(functions, source, method.crops, here, canvas=method.canvas, workers=workers)
 
 
 def require_matplotlib() -> None:
@@ -204,8 +287,7 @@ def _limited(source: ImageSource, limit: int | None) -> ImageSource:
     return source.subset(np.linspace(0, len(source) - 1, limit).astype(np.int64))
 
 
-def _knn(bank: ImageSource, queries: ImageSource, b: Tensor, q: Tensor) -> dict[int, float]:
-    assert bank.labels is not None
-    assert queries.labels is not None
-    labels = [torch.from_numpy(source.labels) for source in (bank, queries)]
-    return knn_accuracy(b, labels[0], q, labels[1], NEIGHBOURS)
+def _knn(bank: FeatureSet, queries: FeatureSet, number: int, device: torch.device) -> dict[int, float]:
+    return knn_accuracy(
+        bank.features[number], bank.labels, queries.features[number], queries.labels, device=device
+    )

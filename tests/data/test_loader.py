@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from poa.data.loader import SampleStream, collate_canvases, evaluation_batches, training_batches
+from poa.data.loader import SampleStream, evaluation_batches, place_on_canvases, training_batches
 from poa.data.sources import ImageSource
+from poa.data.storage import Arrays, Opened
 
 
 def source(count: int) -> ImageSource:
     draw = np.random.default_rng(0)
     images = [draw.integers(1, 256, (4 + i % 3, 5 + i % 2, 3), dtype=np.uint8) for i in range(count)]
-    return ImageSource(images, None, ())
+    return ImageSource.whole(Opened(Arrays(images), None, ()))
 
 
 def test_collated_images_lie_in_the_top_left_corner() -> None:
     images = [source(4).read(i, 9) for i in range(4)]
-    canvas, sizes = collate_canvases(images)
+    canvas, sizes = place_on_canvases(images)
     assert canvas.shape == (4, 3, 6, 6)
     assert canvas.dtype == torch.uint8
     for place, size, image in zip(canvas, sizes.tolist(), images, strict=True):
@@ -27,8 +28,21 @@ def test_collated_images_lie_in_the_top_left_corner() -> None:
         assert int(place.count_nonzero()) == image.size
 
 
-def stream(images: int, batch: int, chunk: int = 0, chunks: int = 1, steps: range = range(30), seed: int = 0):
-    return list(SampleStream(images, batch, [chunk], chunks, steps, seed))
+def stream(
+    images: int,
+    batch: int,
+    chunk: int = 0,
+    chunks: int = 1,
+    steps: range = range(30),
+    seed: int = 0,
+    block: int = 1,
+) -> list[list[int]]:
+    """The images of every batch; their positions are consecutive."""
+    batches = list(SampleStream(images, batch, [chunk], chunks, steps, seed, block=block))
+    if chunks == 1:
+        positions = [position for samples in batches for position, _ in samples]
+        assert positions == list(range(steps.start * batch, steps.stop * batch))
+    return [[image for _, image in samples] for samples in batches]
 
 
 @pytest.mark.parametrize("images", [5, 24, 100])
@@ -50,19 +64,30 @@ def test_position_is_a_function_of_the_step() -> None:
     assert stream(20, 8, seed=1) != stream(20, 8)
 
 
+def test_blocks_stay_together() -> None:
+    """Every image once a pass; a window of eight blocks holds eight whole blocks, the last one less."""
+    order = sum(stream(1000, 50, steps=range(20), block=10), [])
+    assert sorted(order) == list(range(1000))
+    blocks = [{image // 10 for image in order[i : i + 80]} for i in range(0, 1000, 80)]
+    assert [len(b) for b in blocks] == [8] * 12 + [4]
+    assert sorted(order[:80]) != order[:80] and {image // 10 for image in order[:80]} != set(range(8))
+    assert order != sum(stream(1000, 50, steps=range(20), block=10, seed=1), [])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_training_batches(workers: int) -> None:
     images = source(10)
     chosen = SampleStream(10, 4, [0], 1, range(5), 0)
     batches = list(training_batches(images, chosen, 32, workers))
     assert len(batches) == 5
-    for (canvas, sizes), indices in zip(batches, chosen, strict=True):
-        expected = collate_canvases([images.read(i, 32) for i in indices])
-        assert torch.equal(canvas, expected[0])
-        assert torch.equal(sizes, expected[1])
+    for batch, samples in zip(batches, chosen, strict=True):
+        expected = place_on_canvases([images.read(image, 32) for _, image in samples])
+        assert torch.equal(batch.images, expected[0])
+        assert torch.equal(batch.sizes, expected[1])
+        assert batch.positions.tolist() == [image for _, image in samples]
 
 
 def test_evaluation_batches_are_in_order() -> None:
     batches = list(evaluation_batches(source(10), 32, 0, batch_size=4))
-    assert [len(canvas) for canvas, _ in batches] == [4, 4, 2]
-    assert torch.equal(batches[2][0], collate_canvases([source(10).read(i, 32) for i in (8, 9)])[0])
+    assert [len(batch.images) for batch in batches] == [4, 4, 2]
+    assert torch.equal(batches[2].images, place_on_canvases([source(10).read(i, 32) for i in (8, 9)])[0])

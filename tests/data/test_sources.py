@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from poa.data.sources import open_data, read_folder
+from poa.data.decode import ImageError
+from poa.data.sources import ImageSource, open_data, read_folder
 from poa.errors import InputError
 
 
@@ -36,10 +37,10 @@ def test_class_folders_are_split_by_class(tmp_path: Path) -> None:
     assert split.train.classes == ("a", "b", "single")
     assert np.bincount(split.test.labels).tolist() == [10, 2, 1]
     assert np.bincount(split.train.labels).tolist() == [31, 6]
-    assert not set(split.train.items) & set(split.test.items)
+    assert not set(split.train.positions) & set(split.test.positions)
     again, other = (open_data(str(root), 0.25, seed=seed) for seed in (0, 1))
-    assert again.test.items == split.test.items
-    assert other.test.items != split.test.items
+    assert np.array_equal(again.test.positions, split.test.positions)
+    assert not np.array_equal(other.test.positions, split.test.positions)
 
 
 @pytest.mark.parametrize("test", ["val", "test"])
@@ -49,7 +50,7 @@ def test_given_test_folder(test: str, tmp_path: Path) -> None:
     split = open_data(str(tmp_path), 0.25, seed=0)
     assert (len(split.train), len(split.test)) == (5, 2)
     class_folders(tmp_path / test, {"c": 1})
-    with pytest.raises(InputError, match="got 2 and 3 classes"):
+    with pytest.raises(InputError, match="got 2 and 3 classes or other names"):
         open_data(str(tmp_path), 0.25, seed=0)
 
 
@@ -72,7 +73,7 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
 def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
     ending = ".jpg" if mode == "CMYK" else ".png"
-    source = read_folder(picture(tmp_path / f"x{ending}", mode=mode).parent)
+    source = ImageSource.whole(read_folder(picture(tmp_path / f"x{ending}", mode=mode).parent))
     image = source.read(0, canvas=32)
     assert image.shape == (8, 12, 3)
     assert image.dtype == np.uint8
@@ -80,7 +81,7 @@ def test_every_mode_becomes_rgb(mode: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 def test_large_images_are_shrunk_to_the_canvas(ending: str, tmp_path: Path) -> None:
-    source = read_folder(picture(tmp_path / f"x{ending}", size=(900, 300)).parent)
+    source = ImageSource.whole(read_folder(picture(tmp_path / f"x{ending}", size=(900, 300)).parent))
     assert source.read(0, canvas=64).shape == (21, 64, 3)
     assert source.read(0, canvas=1000).shape == (300, 900, 3)
 
@@ -90,12 +91,12 @@ def test_damaged_files_are_named(content: bytes | str, tmp_path: Path) -> None:
     path = picture(tmp_path / "broken.png", size=(200, 200))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] if isinstance(content, str) else content)
-    with pytest.raises(InputError, match=r"broken.png: expected a readable image"):
-        read_folder(tmp_path).read(0, canvas=32)
+    with pytest.raises(ImageError, match=r"broken.png: "):
+        ImageSource.whole(read_folder(tmp_path)).read(0, canvas=32)
 
 
 def test_no_data(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="no such folder or file"):
         open_data(str(tmp_path / "nowhere"), 0.25, seed=0)
     with pytest.raises(InputError, match="expected images .* got none"):
         open_data(str(tmp_path), 0.25, seed=0)

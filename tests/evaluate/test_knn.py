@@ -12,9 +12,12 @@ from tiny import tiny_config
 from torch import Tensor
 
 from poa.data.sources import open_data
+from poa.distributed import World
 from poa.errors import InputError
 from poa.evaluate import evaluate_subnets, knn_accuracy, knn_of_pixels, knn_of_subnets
 from poa.step import initial_network
+
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def clusters(count: int, spread: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -34,9 +37,10 @@ def naive(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, k: int) 
     return hits / len(queries)
 
 
-@pytest.mark.parametrize("chunk", [1024, 7], ids=["one-chunk", "many-chunks"])
+@pytest.mark.parametrize("chunk", [1 << 17, 7], ids=["one-chunk", "many-chunks"])
 def test_accuracy_equals_the_written_out_vote(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poa.evaluate.knn.CHUNK", chunk)
+    monkeypatch.setattr("poa.evaluate.knn.BANK_CHUNK", chunk)
     bank, queries = clusters(60, 0.8, seed=0), clusters(25, 0.8, seed=1)
     got = knn_accuracy(*bank, *queries, neighbours=(1, 5, 20, 500))
     assert got == {k: naive(*bank, *queries, k) for k in (1, 5, 20, 500)}
@@ -60,11 +64,11 @@ def test_many_subnets_at_once_equal_one_at_a_time(tmp_path: Path) -> None:
     config = tiny_config()
     data, backbone = open_data("digits", 0.25, 0), initial_network(config).backbone
     subnets = list(backbone.space)
-    together = knn_of_subnets(backbone, subnets, data, config, limit=200)
-    apart = [knn_of_subnets(backbone, [s], data, config, limit=200)[0] for s in subnets]
+    together = knn_of_subnets(backbone, subnets, data, config, ALONE, limit=200)
+    apart = [knn_of_subnets(backbone, [s], data, config, ALONE, limit=200)[0] for s in subnets]
     assert together == apart
     assert len({tuple(scores.values()) for scores in together}) > 1
-    report = evaluate_subnets(backbone, subnets[:2], data, config, initial=backbone)
+    report = evaluate_subnets(backbone, subnets[:2], data, config, ALONE, initial=backbone)
     assert report.scores[0].knn == report.scores[0].initial
     assert report.settings["bank_images"] == len(data.train)
     assert report.table().startswith("weighted k-NN, cosine similarity, class token, T=0.07; digits: 13")

@@ -1,0 +1,66 @@
+"""Counting the images that cannot be read, over all processes and over the whole run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from poa.distributed import World
+from poa.errors import InputError
+
+LEAST = 1000  # images, before a share means anything
+
+
+class Unreadable:
+    """Names every unreadable image once in a file and ends a run that meets too many.
+
+    Args:
+        file: JSON lines, of which the main process writes one for each image.
+        here: this process.
+        share: of the images asked for that may be unreadable.
+    """
+
+    def __init__(self, file: Path, here: World, share: float):
+        self.file = file
+        self.here = here
+        self.share = share
+        self.count = 0
+        self.new: list[str] = []
+        self.known: set[str] | None = None
+
+    def add(self, messages: Sequence[str]) -> None:
+        """Note the messages of a batch."""
+        self.new += messages
+
+    def settle(self, step: int, images: int) -> int:
+        """Count what all processes met since the last call.
+
+        Args:
+            step: done so far.
+            images: asked for since the beginning of the run, by all processes.
+
+        Raises:
+            InputError: too many; in all processes.
+        """
+        found = [message for messages in self.here.gather(self.new) for message in messages]
+        self.new = []
+        self.count += len(found)
+        if found and self.here.is_main:
+            self._write(step, found)
+        if found and self.count > self.share * max(images, LEAST):
+            raise InputError(
+                f"data: expected at most {self.share:.2%} unreadable images (run.unreadable_share), got "
+                f"{self.count} among {images}; they are named in {self.file}; the last: {found[-1]}"
+            )
+        return self.count
+
+    def _write(self, step: int, messages: Sequence[str]) -> None:
+        if self.known is None:
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            self.known = {json.loads(line)["image"] for line in lines}
+        with self.file.open("a") as file:
+            for message in messages:
+                if message not in self.known:
+                    self.known.add(message)
+                    file.write(json.dumps({"step": step, "image": message}) + "\n")

@@ -1,0 +1,230 @@
+"""Shards, tables and lists beside folders; damaged, odd and missing images."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+from pathlib import Path
+
+import collections_of_images as collections
+import numpy as np
+import pytest
+import torch
+from collections_of_images import CLASSES, WRITERS, write_odd
+from runs import newest, rows
+from tiny import tiny_config
+
+from poa.data import storage
+from poa.data.decode import ImageError
+from poa.data.loader import SampleStream, evaluation_batches, training_batches
+from poa.data.sources import ImageSource, open_data, read_folder
+from poa.errors import InputError
+from poa.train import pretrain
+
+COUNT = 30
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("block", [1, 4])
+def test_the_same_batches_from_everywhere(workers: int, block: int, tmp_path: Path) -> None:
+    found = {}
+    for name, write in WRITERS.items():
+        data = open_data(str(write(tmp_path / name, COUNT)), 0.25, seed=3)
+        assert data.test is not None and data.lost == ()
+        stream = SampleStream(len(data.train), 4, range(2), 2, range(5), 3, block=block)
+        found[name] = (data, list(training_batches(data.train, stream, 32, workers)))
+    folder, expected = found["folder"]
+    for name, (data, batches) in found.items():
+        assert np.array_equal(data.train.labels, folder.train.labels), name
+        assert np.array_equal(data.test.positions, folder.test.positions), name
+        for ours, theirs in zip(batches, expected, strict=True):
+            assert torch.equal(ours.images, theirs.images) and torch.equal(ours.sizes, theirs.sizes), name
+            assert ours.unreadable == []
+    assert found["parquet"][0].train.classes == found["list"][0].train.classes == CLASSES
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_splits_by_name(kind: str, tmp_path: Path) -> None:
+    write = WRITERS[kind]
+    for part, count in (("train", 15), ("val", 6)):
+        write(tmp_path / part, count)
+        for path in sorted((tmp_path / part).iterdir()):
+            path.rename(tmp_path / f"{part}-{path.name}")
+        (tmp_path / part).rmdir()
+    split = open_data(str(tmp_path), 0.25, seed=0)
+    assert (len(split.train), len(split.test or ())) == (15, 6)
+
+
+def test_shards_in_train_and_val_folders(tmp_path: Path) -> None:
+    collections.write_shards(tmp_path / "train", 15)
+    collections.write_shards(tmp_path / "val", 6)
+    split = open_data(str(tmp_path), 0.25, seed=0)
+    assert (len(split.train), len(split.test or ())) == (15, 6)
+
+
+def test_shards_are_listed_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = collections.write_shards(tmp_path / "shards", COUNT)
+    listed = []
+    whole = storage.list_shard
+    monkeypatch.setattr(storage, "list_shard", lambda path: listed.append(path.name) or whole(path))
+    first, again = (open_data(str(root), 0.25, 0) for _ in range(2))
+    assert listed == [f"part-{i:04}.tar" for i in range(4)]
+    assert [first.train.storage.name(i) for i in range(COUNT)] == [
+        again.train.storage.name(i) for i in range(COUNT)
+    ]
+    assert first.train.storage.name(9) == f"{root}/part-0001.tar:000009.png"
+    collections.write_shards(root, COUNT - 9)  # changed: the first two have other times, the third is shorter
+    os.remove(root / "part-0003.tar")
+    assert len(open_data(str(root), 0.25, 0).train.storage) == COUNT - 9
+    for file in (cache / "poa" / "shards").iterdir():
+        file.write_bytes(b"damaged")
+    assert len(open_data(str(root), 0.25, 0).train.storage) == COUNT - 9
+
+
+def test_lost_shards(tmp_path: Path) -> None:
+    root = collections.write_shards(tmp_path / "shards", COUNT)
+    pattern = f"{root}/part-{{0000..0004}}.tar"
+    whole = (root / "part-0001.tar").read_bytes()
+    (root / "part-0001.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        InputError, match=r"got 2 of 5 missing or damaged .*part-0001.tar: is damaged.*part-0004"
+    ):
+        open_data(pattern, 0.25, 0)
+    data = open_data(pattern, 0.25, 0, lost_share=0.4)
+    kept = int(data.lost[0].split("; ")[1].split()[0])
+    assert 0 < kept < 8 and len(data.train.storage) == COUNT - 8 + kept
+    assert data.lost[1] == f"{root}/part-0004.tar is missing"
+    read = [n for batch in evaluation_batches(data.train, 32, 0) for n in batch.positions.tolist()]
+    assert read == list(range(len(data.train)))  # all that is listed is readable
+
+
+def test_damaged_tables(tmp_path: Path) -> None:
+    root = collections.write_parquet(tmp_path, COUNT)
+    (root / "part-0002.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(InputError, match="got 1 of 4 missing or damaged .*part-0002.parquet is damaged"):
+        open_data(str(root), 0.25, 0)
+    assert len(open_data(str(root), 0.25, 0, lost_share=0.25).train.storage) == COUNT - 8
+
+
+def test_a_shard_that_vanishes_is_unreadable(tmp_path: Path) -> None:
+    data = open_data(str(collections.write_shards(tmp_path / "shards", COUNT)), 0.25, 0)
+    os.remove(tmp_path / "shards" / "part-0000.tar")
+    batches = list(evaluation_batches(data.train, 32, 0))
+    lost = [line for batch in batches for line in batch.unreadable]
+    assert len(lost) + sum(len(batch.images) for batch in batches) == len(data.train)
+    assert lost and all("part-0000.tar:" in line and "No such file" in line for line in lost)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_odd_images(workers: int, tmp_path: Path) -> None:
+    """Right counts, right pixels, no crash, little memory, no file left open."""
+    readable, unreadable = write_odd(tmp_path / "odd")
+    assert len(readable) == 7 and len(unreadable) == 6
+    source = ImageSource.whole(read_folder(tmp_path / "odd"))
+    before = len(os.listdir("/proc/self/fd"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (batch,) = evaluation_batches(source, 64, workers)
+    names = {Path(source.storage.name(i)).name for i in batch.positions.tolist()}
+    assert names == readable
+    assert {Path(line.partition(": ")[0]).name for line in batch.unreadable} == unreadable
+    ramp = np.linspace(0, 255, 1200).reshape(30, 40)
+    for image, position in zip(batch.images, batch.positions.tolist(), strict=True):
+        name = Path(source.storage.name(position)).name
+        tolerance = 255 if name == "bits.png" else 12 if name == "cmyk.jpg" else 2
+        assert np.abs(image[:, :30, :40].numpy() - ramp).max() <= tolerance, name
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 << 10
+    )  # KiB; the huge one has 380 MiB
+
+
+def test_a_large_jpeg_is_decoded_small(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (8000, 8000), (90, 60, 30)).save(tmp_path / "large.jpg")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert ImageSource.whole(read_folder(tmp_path)).read(0, 256).shape == (256, 256, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 40 << 10  # the whole one has 183 MiB
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_goes_on_without_unreadable_images(workers: int, tmp_path: Path) -> None:
+    root = collections.write_folder(tmp_path / "images", COUNT)
+    for path in sorted(root.glob("*/*.png"))[::6]:
+        path.write_bytes(path.read_bytes()[:200])
+    options = [f"run.data={root}", f"performance.workers={workers}", "run.evaluate_every=3"]
+    with pytest.raises(
+        InputError, match=r"at most 0.10% unreadable images .* got \d+ among \d+; .*jsonl; the last"
+    ):
+        pretrain(tiny_config(*options, "run.unreadable_share=0.001"), tmp_path / "strict")
+    pretrain(tiny_config(*options, "run.unreadable_share=0.02"), tmp_path / "run")
+    logged = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert logged[0]["unreadable"] == 0 < logged[-1]["unreadable"] < 20
+    named = [json.loads(line)["image"] for line in (tmp_path / "run" / "unreadable.jsonl").open()]
+    assert len(named) == len(set(named)) <= 5 and all(".png: " in name for name in named)
+    assert newest(tmp_path / "run")["unreadable"] == logged[-1]["unreadable"]
+    again = tmp_path / "again"
+    pretrain(tiny_config(*options, "run.unreadable_share=0.02"), again)
+    assert rows(again) == rows(tmp_path / "run")
+
+
+def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+    with pytest.raises(InputError, match="expected readable images, got 20 in a row that are not"):
+        pretrain(tiny_config(f"run.data={tmp_path}"), tmp_path / "run")
+
+
+def test_a_lost_shard_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = collections.write_shards(tmp_path / "shards", COUNT)
+    caplog.set_level(logging.WARNING)
+    options = [f"run.data={root}/part-{{0000..0004}}.tar", "run.unreadable_share=0.2"]
+    pretrain(tiny_config(*options), tmp_path / "run")
+    assert "part-0004.tar is missing; going on without it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "got an empty list"), ("a.png\tcat\nb.png\n", "got a mixture")],
+    ids=["empty", "mixture"],
+)
+def test_wrong_lists(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "images.txt").write_text(content)
+    with pytest.raises(InputError, match=message):
+        open_data(str(tmp_path / "images.txt"), 0.25, 0)
+
+
+def test_a_list_without_labels(tmp_path: Path) -> None:
+    collections.write_folder(tmp_path, 6)
+    (tmp_path / "images.txt").write_text("".join(f"{p}\n" for p in sorted(tmp_path.glob("*/*.png"))))
+    data = open_data(str(tmp_path / "images.txt"), 0.25, 0)
+    assert len(data.train) == 6 and data.test is None
+
+
+def test_tables_without_images(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"text": ["a"], "label": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match="a column of encoded images in .*x.parquet, got text, label"):
+        open_data(str(tmp_path), 0.25, 0)
+
+
+def test_rows_without_an_image(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    rows = [{"bytes": collections.encoded(0)}, {"bytes": None}]
+    pyarrow.parquet.write_table(pa.table({"image": rows}), tmp_path / "x.parquet")
+    source = open_data(str(tmp_path), 0.25, 0).train
+    assert source.read(0, 32).shape == (30, 32, 3)
+    with pytest.raises(ImageError, match="row 1 of row group 0: the row holds no image"):
+        source.read(1, 32)
