@@ -15,7 +15,7 @@ from poa.checkpoint import RunFolder
 from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
 from poa.distributed import world
-from poa.errors import DivergenceError, InputError, PeerError, Preempted
+from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError
 from poa.evaluate import evaluate_subnets, require_matplotlib
 from poa.export import extract
 from poa.options import describe, from_dict, override
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = str(error).strip().splitlines()[-1].removeprefix("poa.errors.InputError: ")
         print(f"poa: error: {line}", file=sys.stderr)
         return 2
-    except (DivergenceError, PeerError, OSError) as error:
+    except (DivergenceError, PeerError, SaveError) as error:
         print(f"poa: error: {error}", file=sys.stderr)
         return 1
     except Preempted as stop:

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import torch
 
 from poa.config import Config
-from poa.errors import InputError
+from poa.errors import InputError, SaveError
 from poa.options import first_difference, from_dict, to_dict
 from poa.tribranch import Network
 from poa.weights import load_strictly, read_weights
@@ -107,7 +107,7 @@ class RunFolder:
         """Write the checkpoint of `state["step"]` and delete those that need not be kept.
 
         Raises:
-            OSError: it could not be written; those before are there still.
+            SaveError: it could not be written; those before are there still.
         """
         content = {"format": FORMAT, "config": to_dict(config), **state}
         partial = self._store / f"{state['step']:08}{PARTIAL}"
@@ -124,7 +124,7 @@ class RunFolder:
             partial.unlink(missing_ok=True)
             before = self.checkpoints()
             newest_one = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
-            raise OSError(
+            raise SaveError(
                 f"the checkpoint of step {state['step']} was not written: {error}; {newest_one}"
             ) from error
         self._delete_old(Checkpoint(state["step"], newest, checksum), config)

@@ -15,5 +15,9 @@ class DivergenceError(ArithmeticError):
     """Losses or gradients are no numbers any more; the message says which, where and since when."""
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written; the message says which is the newest."""
+
+
 class Preempted(Exception):
     """A signal asked the run to stop: it was saved, and can go on."""

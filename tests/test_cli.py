@@ -257,7 +257,8 @@ def test_damaged_image(
         picture.write_bytes(b"not an image")
     arguments = pretrain(tmp_path / "out", "--data", str(images), f"performance.workers={workers}")
     line = fails(capsys, *arguments)
-    assert ".png: expected a readable image" in line
+    assert "expected readable images, got 20 in a row that are not: " in line
+    assert line.endswith(".png: no known kind of image\n")
 
 
 def test_unlabelled_data_trains_but_is_not_scored(
@@ -335,7 +336,8 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert (
         done.stderr
-        == "poa: error: data: expected 'digits' or a folder of images, got 'nowhere': no such folder\n"
+        == "poa: error: data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
+        "got 'nowhere': no such folder or file\n"
     )
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())

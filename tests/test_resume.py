@@ -20,7 +20,7 @@ from tiny import tiny_config
 
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
-from poa.errors import InputError, Preempted
+from poa.errors import InputError, Preempted, SaveError
 from poa.options import to_dict
 from poa.train import Run, pretrain
 
@@ -105,7 +105,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         save(self, state, config)
 
     monkeypatch.setattr(RunFolder, "save", fails_later)
-    with pytest.raises(OSError, match="step 4.*not written.*No space left.*step 2 is the newest"):
+    with pytest.raises(SaveError, match="step 4.*not written.*No space left.*step 2 is the newest"):
         pretrain(tiny_config("run.save_every=2"), tmp_path / "run")
     assert newest(tmp_path / "run")["step"] == 2
     assert not list((tmp_path / "run").glob("**/*.partial"))

@@ -6,7 +6,7 @@ import warnings
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 class ImageError(ValueError):
@@ -25,7 +25,13 @@ def decode(file: BinaryIO, canvas: int) -> np.ndarray:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as image:
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:  # its text would show a Python object
+            raise ValueError(
+                "the file is empty" if not file.seek(0, 2) else "no known kind of image"
+            ) from None
+        with image:
             image.draft("RGB", (canvas, canvas))
             rgb = _rgb(image)
     if max(rgb.size) > canvas:

@@ -129,6 +129,7 @@ def test_odd_images(workers: int, tmp_path: Path) -> None:
     readable, unreadable = write_odd(tmp_path / "odd")
     assert len(readable) == 7 and len(unreadable) == 6
     source = ImageSource.whole(read_folder(tmp_path / "odd"))
+    list(evaluation_batches(source, 64, workers))  # starts what multiprocessing keeps
     before = len(os.listdir("/proc/self/fd"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     (batch,) = evaluation_batches(source, 64, workers)
