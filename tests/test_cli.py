@@ -334,10 +334,9 @@ def test_as_a_program(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "poa", "pretrain", "--data", "nowhere", "--out", "out"]
     done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True)
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == "poa: error: data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
-        "got 'nowhere': no such folder or file\n"
+    assert done.stderr == (
+        "poa: error: data: expected 'digits', a folder of images, a list (.txt), or shards "
+        "(.tar, .parquet), got 'nowhere': no such folder or file\n"
     )
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())
