@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks.accuracy import excess_error
 from benchmarks.results import Row, place
 from benchmarks.roofline import Ceilings
+from poa.flops import DATASHEET_PEAKS
 
 MODES = ("fwd", "bwd", "fwd+bwd")
 FLUSH_BYTES = 256 << 20  # written between calls, more than any L2 cache
@@ -286,17 +287,6 @@ def ceilings_of(device: torch.device, seconds: float = MEASURE) -> Ceilings:
         peak,
         f"measured: {size}^3 bf16 product, copy of {count >> 20} MiB",
     )
-
-
-# Dense bf16 FLOP/s. Source: NVIDIA's datasheets.
-DATASHEET_PEAKS = {
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756.5e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA B200": 2250e12,
-}
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from poa.config import MethodConfig
 from poa.data.masking import draw_masks
+from poa.flops import DATASHEET_PEAKS
 from poa.multicrop import Groups
 from poa.random import python_stream
 from poa.subnets import Subnet
@@ -45,7 +46,8 @@ class Ceilings:
     source: str
 
 
-H200 = Ceilings(788e12, 4.3e12, 989.4e12, "stated: 8192^3 bf16 product and device copy of an H200, published")
+STATED = "stated: 8192^3 bf16 product and device copy of an H200, published"
+H200 = Ceilings(788e12, 4.3e12, DATASHEET_PEAKS["NVIDIA H200"], STATED)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: `python -m poa pretrain | extract | evaluate | subnets | quickstart`."""
+"""The command line: `python -m poa pretrain | report | evaluate | extract | ...`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
 from poa.distributed import world
 from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError
-from poa.evaluate import evaluate_subnets, require_matplotlib
+from poa.evaluate import evaluate_subnets
 from poa.export import extract
 from poa.options import describe, from_dict, override
 from poa.quickstart import quickstart
+from poa.report import record_band, require_matplotlib, write_report
 from poa.step import initial_network
 from poa.subnets import SearchSpace, Subnet
 from poa.train import pretrain
@@ -140,6 +141,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.plot:
         report.plot(Path(options.plot))
         print(options.plot)
+
+
+def _report(options: argparse.Namespace) -> None:
+    folders = [RunFolder(Path(run)) for run in options.run]
+    if options.record:
+        out = Path(options.record)
+        record_band(folders, out)
+    elif len(folders) > 1:
+        raise InputError(f"report: expected one run, or --record FILE with several, got {len(folders)} runs")
+    else:
+        out = Path(options.out or folders[0].path / "report.html")
+        write_report(folders[0], out)
+    print(out)
 
 
 def _list_subnets(options: argparse.Namespace) -> None:
@@ -277,6 +291,12 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--branch", **branch)
     command.add_argument("--step", **step)
     command.set_defaults(command=_evaluate)
+
+    command = commands.add_parser("report", help="draw the curves of a run into one page")
+    command.add_argument("run", nargs="+", help=run_help)
+    command.add_argument("--out", help="page (.html) or picture (.png, .svg, ...); default RUN/report.html")
+    command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
+    command.set_defaults(command=_report)
 
     command = commands.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
     command.add_argument("run", nargs="?", help=run_help)

@@ -47,9 +47,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def share(self, parts: int) -> range:
-        """The parts of a whole that are this process's: neighbours, as many for each as can be."""
-        return range(self.rank * parts // self.size, (self.rank + 1) * parts // self.size)
+    def share(self, parts: int, rank: int | None = None) -> range:
+        """The parts of a whole that are a process's (default: this one's): neighbours, numbers as equal as can
+        be."""
+        rank = self.rank if rank is None else rank
+        return range(rank * parts // self.size, (rank + 1) * parts // self.size)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean of a tensor over all processes, in place."""

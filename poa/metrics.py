@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -87,6 +90,45 @@ class Meter:
         row["data_wait"] = self.waited / seconds
         self.reset()
         return row
+
+
+class Stopwatch:
+    """Seconds of a part of the work of this process alone, on the device's own clock."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        start = self._now()
+        yield
+        self.laps.append((start, self._now()))
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def collect(self) -> float:
+        """The sum since the last call; waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            total = sum(start.elapsed_time(end) for start, end in self.laps) / 1e3
+        else:
+            total = sum(end - start for start, end in self.laps)
+        self.laps = []
+        return total
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory this process has used: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Guard:

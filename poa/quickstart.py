@@ -15,8 +15,9 @@ from poa.checkpoint import RunFolder, write_json
 from poa.config import Config
 from poa.data.sources import open_data
 from poa.distributed import World
-from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels, require_matplotlib
+from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels
 from poa.export import extract
+from poa.report import require_matplotlib, write_report
 from poa.step import initial_network
 from poa.train import pretrain
 
@@ -47,10 +48,12 @@ def quickstart(config: Config, out: Path) -> None:
     pixels = knn_of_pixels(data, config)[REPORTED_K]
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))
+    write_report(folder, out / "report.html")
     write_json(out / "summary.json", _summary(report, pixels, time.perf_counter() - started))
     print(report.table())
     print(f"raw pixels, k={REPORTED_K}: {pixels:.1%}   (init: k={REPORTED_K} before training)")
-    files = [checkpoint.path, folder.metrics, *models, out / "evaluation.json", out / "accuracy.png"]
+    pages = [out / name for name in ("evaluation.json", "accuracy.png", "report.html")]
+    files = [checkpoint.path, folder.metrics, *models, *pages]
     print("\n".join(str(path) for path in [*files, out / "summary.json"]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +27,7 @@ from poa.tribranch import (
 )
 from poa.weights import load_strictly
 
+Timed = Callable[[], AbstractContextManager[None]]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -115,6 +116,7 @@ def train_step(
     *,
     weight: float | None = None,
     observed: bool = False,
+    timed: Timed = nullcontext,
 ) -> StepReport:
     """One optimisation step, in place. The teacher's logits of all chunks come before the first loss.
 
@@ -128,6 +130,7 @@ def train_step(
         weight: of a chunk in the mean over this process's chunks; other than 1 / chunks where processes have
             different numbers of them.
         observed: look at the health of the run too.
+        timed: makes a context for each forward of the students, which waits for no other process.
     """
     method, first = config.method, chunks[0].batch
     weight = 1 / len(chunks) if weight is None else weight
@@ -144,7 +147,7 @@ def train_step(
     health: dict[str, Tensor] = {}
     for number, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
         with _reduced_later(model, later=number < len(chunks) - 1):
-            terms, outputs = _backward(model, state, config, chunk, target, weight)
+            terms, outputs = _backward(model, state, config, chunk, target, weight, timed)
         values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
         if observed:
             seen = observe(target, outputs)
@@ -164,9 +167,10 @@ def _backward(
     chunk: Chunk,
     targets: Targets,
     weight: float,
+    timed: Timed,
 ) -> tuple[dict[str, Tensor], list[StudentOutput]]:
     """Both students on one chunk; adds the gradients of its weighted loss."""
-    with autocast(chunk.batch.global_crops.device, config.method.precision):
+    with timed(), autocast(chunk.batch.global_crops.device, config.method.precision):
         outputs = model(chunk.batch, chunk.passes, config.performance.recompute)
     intact, elastic = outputs
     loss, terms = tribranch_loss(intact, elastic, targets, chunk.batch, config.method.loss)

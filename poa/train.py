@@ -23,8 +23,9 @@ from poa.data.unreadable import Unreadable
 from poa.distributed import Poll, World, world
 from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
-from poa.metrics import Guard, Meter, flat, open_writers, require_writers
+from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
 from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules
 from poa.options import to_dict
@@ -157,6 +158,7 @@ class Run:
         )
         self.state = TrainingState.start(config, here.device)
         self.guard = Guard(here, config.run.skip_limit)
+        self.stopwatch = Stopwatch(here.device)
         self.watch = Watch(method.batch_size)
         self.unreadable = Unreadable(folder.unreadable, here, config.run.unreadable_share)
         self.first_step = 0
@@ -278,6 +280,7 @@ class Run:
             chunks,
             weight=weight,
             observed=observed,
+            timed=self.stopwatch.running,
         )
 
     def prepare(self, step: int, chunk: int, canvases: Canvases) -> Chunk:
@@ -312,8 +315,8 @@ class Run:
     def log(self, done: int, meter: Meter, progress: Progress) -> None:
         """Write the means since the last log, and alarms; stop a run that lost its numbers."""
         steps = range(done - meter.steps, done)
-        drawn = Counter(str(self.sampler.draw(s, c)) for s in steps for c in range(self.plan.chunks))
-        row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1], "subnets": dict(drawn)}
+        row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1]}
+        row |= self._workload(steps, row["images_per_s"])
         row["skipped_steps"] = self.guard.check(done)
         row["unreadable"] = self.unreadable.settle(done, self.plan.start + done * self.step_images)
         loss = row["loss"]
@@ -335,6 +338,36 @@ class Run:
         for alarm, figures in self.watch.look(done, {k: v for k, v in row.items() if isinstance(v, float)}):
             self.write({"step": done, "alarm": alarm.name, "figures": figures, "advice": alarm.advice})
             progress.say(f"step {done}: ALARM: {alarm.name} ({figures}): {alarm.advice}")
+
+    def _workload(self, steps: range, images_per_s: float) -> dict[str, Any]:
+        """What the elastic students of these steps were, and what that means for speed.
+
+        `balance` is the mean FLOPs of processes over the largest, for which a step waits; `rank_seconds` is the
+        time of the students' forward passes in a step, of each process.
+        """
+        method, size = self.config.method, self.here.size
+        drawn = [[self.sampler.draw(step, chunk) for chunk in range(self.plan.chunks)] for step in steps]
+        shares = [self.here.share(self.plan.chunks, rank) for rank in range(size)]
+        costs = []  # FLOPs of every process in every step
+        for step, subnets in zip(steps, drawn, strict=True):
+            masked = expected_masked(method) if step >= self.schedules.ibot_start else 0.0
+            costs.append([sum(chunk_flops(method, subnets[c], masked) for c in share) for share in shares])
+        speed = images_per_s * sum(map(sum, costs)) / (len(steps) * self.step_images)
+        return {
+            "subnets": dict(Counter(str(subnet) for subnets in drawn for subnet in subnets)),
+            "balance": sum(sum(cost) / size / max(cost) for cost in costs) / len(costs),
+            "rank_seconds": self.here.gather(self.stopwatch.collect() / len(steps)),
+            "tflop_per_s": speed / size / 1e12,
+            "mfu": speed / size / self.peak if self.peak else None,
+            "peak_gib": max(self.here.gather(peak_gib(self.here.device))),
+        }
+
+    @property
+    def peak(self) -> float | None:
+        """FLOP/s that the device promises, where it is known."""
+        if self.here.device.type != "cuda":
+            return None
+        return DATASHEET_PEAKS.get(torch.cuda.get_device_name(self.here.device))
 
     def write(self, row: dict[str, Any]) -> None:
         """Put a row into the metrics and wherever else they go."""

@@ -7,7 +7,6 @@ from poa.evaluate.sweep import (
     evaluate_subnets,
     knn_of_pixels,
     knn_of_subnets,
-    require_matplotlib,
 )
 
 __all__ = [
@@ -17,5 +16,4 @@ __all__ = [
     "knn_accuracy",
     "knn_of_pixels",
     "knn_of_subnets",
-    "require_matplotlib",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,12 +241,6 @@ def _extract(
 ) -> FeatureSet | None:
     method, workers = config.method, config.performance.workers
     return extract_features(functions, source, method.crops, here, canvas=method.canvas, workers=workers)
-
-
-def require_matplotlib() -> None:
-    """Raise InputError where plots cannot be drawn, before any work is done for them."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("plot: expected matplotlib; install it with: pip install 'poa-pretrain[plot]'")
 
 
 def plot_scores(

@@ -1,0 +1,64 @@
+"""FLOPs of a step as the method specifies it, and what devices promise: model FLOPs utilisation (MFU).
+
+2 per multiply-add of every matrix product, backward twice the forward, all rows of all blocks; what is
+recomputed or padded does not count. `benchmarks.roofline` is the model by kernels and bytes.
+"""
+
+from __future__ import annotations
+
+from poa.config import MethodConfig
+from poa.subnets import Subnet
+from poa.tribranch import VIEWS
+
+# Dense bf16 FLOP/s by the name of the device. Source: NVIDIA's datasheets.
+DATASHEET_PEAKS = {
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def expected_masked(method: MethodConfig) -> float:
+    """Patches under masks in the global crops of a chunk, on average."""
+    crops, patches = VIEWS * method.batch_size, method.backbone.grid(method.crops.global_size) ** 2
+    return int(crops * method.masks.probability) * patches * sum(method.masks.ratio) / 2
+
+
+def chunk_flops(method: MethodConfig, elastic: Subnet, masked: float) -> float:
+    """FLOPs of a chunk: the teacher's forward, both students forward and backward.
+
+    Args:
+        method: network, heads, crops.
+        elastic: the elastic student's subnet.
+        masked: patches under masks in its global crops.
+    """
+    intact = method.backbone.space.intact
+    return (
+        _branch(method, intact, masked, student=False)
+        + _branch(method, intact, masked, student=True)
+        + _branch(method, elastic, masked, student=True)
+    )
+
+
+def _branch(method: MethodConfig, subnet: Subnet, masked: float, student: bool) -> float:
+    backbone, crops, images = method.backbone, method.crops, method.batch_size
+    groups = [(VIEWS * images, crops.global_size)]
+    if student and crops.local_count:
+        groups.append((crops.local_count * images, crops.local_size))
+    rate = backbone.drop_path if student else 0.0
+    total = 0.0
+    for count, size in groups:
+        embedding = 2.0 * backbone.grid(size) ** 2 * 3 * backbone.patch_size**2 * subnet.width
+        blocks = backbone.flops(subnet, size) - embedding
+        kept = max(int(count * (1 - rate)), 1)
+        # The images need no gradient.
+        total += (2 if student else 1) * count * embedding + (3 if student else 1) * kept * blocks
+    head = method.head
+    rows = sum(count for count, _ in groups) + masked
+    sizes = [subnet.width] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
+    mlps = len(head.prototypes) * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
+    products = 2.0 * rows * (mlps + head.bottleneck * sum(head.prototypes))
+    return total + (3 if student else 1) * products
