@@ -14,6 +14,7 @@ from typing import Any
 from poa.checkpoint import RunFolder
 from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
+from poa.data.speed import loader_speed
 from poa.distributed import world
 from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError
 from poa.evaluate import evaluate_subnets
@@ -154,6 +155,12 @@ def _report(options: argparse.Namespace) -> None:
         out = Path(options.out or folders[0].path / "report.html")
         write_report(folders[0], out)
     print(out)
+
+
+def _loader(options: argparse.Namespace) -> None:
+    config = _new_config(options)
+    for row in loader_speed(config, options.workers, options.seconds):
+        print(row)
 
 
 def _list_subnets(options: argparse.Namespace) -> None:
@@ -297,6 +304,15 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--out", help="page (.html) or picture (.png, .svg, ...); default RUN/report.html")
     command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
     command.set_defaults(command=_report)
+
+    command = commands.add_parser(
+        "loader", help="measure how fast images are read and decoded, without training"
+    )
+    command.add_argument("--data", required=True, help="where the images are, as in pretrain")
+    command.add_argument("--preset", help="whose canvas and batches; default quickstart")
+    command.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of processes to try")
+    command.add_argument("--seconds", type=float, default=10.0, help="to measure each")
+    command.set_defaults(command=_loader, config=None, overrides=[])
 
     command = commands.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
     command.add_argument("run", nargs="?", help=run_help)

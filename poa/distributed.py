@@ -48,8 +48,7 @@ class World:
         return self.rank == 0
 
     def share(self, parts: int, rank: int | None = None) -> range:
-        """The parts of a whole that are a process's (default: this one's): neighbours, numbers as equal as can
-        be."""
+        """The parts of a whole that are this process's (or another's): neighbours, in even numbers."""
         rank = self.rank if rank is None else rank
         return range(rank * parts // self.size, (rank + 1) * parts // self.size)
 

@@ -1,7 +1,8 @@
 """Is it learning? What tells a collapsed run from a healthy one, and the alarms that say so.
 
     target_entropy.H     entropy of the teacher's class-token targets of head H over ln(prototypes);
-                         1: uniform, 0: one-hot
+                         1: uniform
+    target_spread.H      prototypes that an image's target spreads over, exp(entropy); 1: one-hot
     prototypes_used.H    distinct favourites among the targets over as many as there could be
     feature_std.STUDENT  standard deviation over images of the normalised class tokens,
                          times sqrt(channels); 0: all images alike
@@ -32,9 +33,10 @@ def observe(targets: Targets, students: Sequence[StudentOutput]) -> dict[str, Te
     seen = {}
     for head, target in enumerate(targets.cls):
         q = target.dense()
-        entropy = torch.special.entr(q).sum(1).mean() / math.log(q.shape[1])
+        entropy = torch.special.entr(q).sum(1).mean()
         favourites = torch.zeros(q.shape[1], device=q.device).index_fill_(0, q.argmax(1), 1.0)
-        seen[f"target_entropy.{head}"] = entropy.float()
+        seen[f"target_entropy.{head}"] = (entropy / math.log(q.shape[1])).float()
+        seen[f"target_spread.{head}"] = entropy.exp().float()
         seen[f"prototypes_used.{head}"] = favourites.sum() / min(q.shape)
     for name, student in zip(("intact", "elastic"), students, strict=True):
         tokens = F.normalize(student.tokens.float().chunk(VIEWS)[0], dim=1)  # of one view: an image once
@@ -80,8 +82,8 @@ ALARMS = (
     ),
     Alarm(
         "one-hot targets",
-        "target_entropy.",
-        0.003,
+        "target_spread.",
+        1.5,
         math.inf,
         "the teacher is certain of everything: raise method.optim.teacher_temperature_start and "
         "method.optim.teacher_temperature, or use method.loss.targets=sinkhorn",
@@ -89,7 +91,7 @@ ALARMS = (
     Alarm(
         "collapsed features",
         "feature_std.",
-        0.02,
+        0.05,
         math.inf,
         "all images look alike to the student: lower method.optim.base_lr, use larger batches or more "
         "method.chunks, raise method.loss.koleo, or keep method.optim.momentum nearer to 1",
@@ -103,16 +105,19 @@ class Watch:
 
     Args:
         batch: images of a chunk; of a single one there is no deviation.
+        start: the first step it judges. Networks that begin near to the identity (LayerScale) see all images
+            alike until the learning rate has warmed up.
     """
 
-    def __init__(self, batch: int):
+    def __init__(self, batch: int, start: int):
+        self.start = start
         self.alarms = [a for a in ALARMS if batch > 1 or a.prefix != "feature_std."]
         self.bad = {alarm.name: _Streak() for alarm in ALARMS}
 
     def look(self, step: int, figures: Mapping[str, float]) -> list[tuple[Alarm, str]]:
         """Judge the figures of a step; return new alarms with the bad figures of each as text."""
         raised = []
-        for alarm in self.alarms:
+        for alarm in self.alarms if step >= self.start else ():
             streak, wrong = self.bad[alarm.name], alarm.wrong(figures)
             if not wrong:
                 self.bad[alarm.name] = _Streak()

@@ -159,7 +159,7 @@ class Run:
         self.state = TrainingState.start(config, here.device)
         self.guard = Guard(here, config.run.skip_limit)
         self.stopwatch = Stopwatch(here.device)
-        self.watch = Watch(method.batch_size)
+        self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
         self.unreadable = Unreadable(folder.unreadable, here, config.run.unreadable_share)
         self.first_step = 0
         if content:
@@ -342,7 +342,7 @@ class Run:
     def _workload(self, steps: range, images_per_s: float) -> dict[str, Any]:
         """What the elastic students of these steps were, and what that means for speed.
 
-        `balance` is the mean FLOPs of processes over the largest, for which a step waits; `rank_seconds` is the
+        `balance` is the mean FLOPs of processes over the largest, for which a step waits; `rank_seconds` the
         time of the students' forward passes in a step, of each process.
         """
         method, size = self.config.method, self.here.size

@@ -1,0 +1,43 @@
+"""How fast images are read, decoded and put into batches, without training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+from poa.config import Config
+from poa.data.loader import SampleStream, training_batches, useful_workers
+from poa.data.sources import open_data
+
+
+def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iterator[str]:
+    """A line for each number of worker processes: images a second, and that over the processes that decode.
+
+    Args:
+        config: data, canvas, batches and shuffling of a run.
+        workers: numbers to try; 0 decodes in this process.
+        seconds: to measure each, after its first batch.
+    """
+    method, options = config.method, config.run
+    data = open_data(options.data, options.holdout, method.seed, options.unreadable_share)
+    yield f"{len(data.train):,} images, canvas of {method.canvas} pixels, batches of {method.batch_size}"
+    for wanted in workers:
+        stream = SampleStream(
+            len(data.train), method.batch_size, [0], 1, range(10**9), method.seed, block=method.shuffle_block
+        )
+        count = useful_workers(wanted)
+        batches = iter(training_batches(data.train, stream, method.canvas, count))
+        next(batches)
+        images = unreadable = 0
+        start = now = time.perf_counter()
+        while now - start < seconds:
+            batch = next(batches)
+            images += len(batch.images)
+            unreadable += len(batch.unreadable)
+            now = time.perf_counter()
+        rate = images / (now - start)
+        lost = f", {unreadable} unreadable" if unreadable else ""
+        yield (
+            f"{count} workers: {rate:,.0f} images/s, {rate / max(count, 1):,.0f} images/s per core "
+            f"({images:,} images{lost})"
+        )
