@@ -4,6 +4,7 @@
     python -m benchmarks kernels              all kernel cases; --case NAME, --all-widths, --provider NAME
     python -m benchmarks step                 the training step; --images 8 64, --official PATH
     python -m benchmarks quality              k-NN against wall time on small images; --data PATH
+    python -m benchmarks sampling             what policies of drawing subnets cost; --processes
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
     python -m benchmarks gpu                  GPU tests, ceilings, kernels, step in one run; --parts
@@ -119,6 +120,13 @@ def quality(options: argparse.Namespace) -> None:
     keep(rows, options.out)
 
 
+def sampling(options: argparse.Namespace) -> None:
+    from benchmarks import sampling as benchmark
+
+    rows = benchmark.run(options.preset, options.data, options.processes, options.steps, options.device)
+    keep(rows, options.out)
+
+
 def profile(options: argparse.Namespace) -> None:
     from benchmarks import step as benchmark
 
@@ -159,6 +167,7 @@ COMMANDS = {
     "kernels": (kernels, "operators against their peers"),
     "step": (step, "the training step against naive slicing, compiled slicing and the official code"),
     "quality": (quality, "k-NN of teacher and subnets against wall time"),
+    "sampling": (sampling, "the time processes wait for each other, by policy of drawing subnets"),
     "profile": (profile, "the twenty largest kernels of one step"),
     "roofline": (print_roofline, "FLOPs, bytes and floor of a step"),
     "gpu": (gpu, "everything a GPU is needed for, in one run"),
@@ -193,6 +202,13 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=3.0, help="of training each")
 
 
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="quickstart", help="network and method")
+    parser.add_argument("--data", default="digits", help="digits, or where images are")
+    parser.add_argument("--processes", type=int, default=4, help="on this machine")
+    parser.add_argument("--steps", type=int, default=60, help="of each policy")
+
+
 def _gpu(parser: argparse.ArgumentParser) -> None:
     parts = ("tests", "kernels", "step")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
@@ -207,6 +223,7 @@ OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
     "kernels": (_device, _kernels),
     "step": (_device, _step, _official),
     "quality": (_device, _quality, _official),
+    "sampling": (_device, _sampling),
     "profile": (_device, _step),
     "roofline": (_step,),
     "gpu": (_gpu, _official),

@@ -93,7 +93,8 @@ class Meter:
 
 
 class Stopwatch:
-    """Seconds of a part of the work of this process alone, on the device's own clock."""
+    """Seconds of a part of the work of this process alone: by a GPU's own clock, or of processor time, which
+    grows with the threads and not with the wait for a core."""
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
@@ -107,7 +108,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if not self.cuda:
-            return time.perf_counter()
+            return time.process_time()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

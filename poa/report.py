@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from poa.checkpoint import RunFolder, replace_text, write_json
+from poa.checkpoint import RunFolder, replace_text
 from poa.config import PRESETS, Config, preset
 from poa.errors import InputError
 from poa.metrics import flat
@@ -63,14 +63,14 @@ def record_band(folders: Sequence[RunFolder], out: Path) -> None:
     runs = [_figures(folder.rows()) for folder in folders]
     band = {
         name: [
-            (step, *(pick(run[name][step] for run in runs) for pick in (min, max)))
+            (step, *(float(f"{pick(run[name][step] for run in runs):.4g}") for pick in (min, max)))
             for step in sorted(set.intersection(*(set(run.get(name, ())) for run in runs)))
         ]
         for name in sorted(runs[0])
         if name.startswith(BANDED)
     }
     seeds = [folder.config().method.seed for folder in folders]
-    write_json(out, {"seeds": seeds, "band": band})
+    replace_text(out, json.dumps({"seeds": seeds, "band": band}, separators=(",", ":")) + "\n")
 
 
 def expected_band(config: Config) -> Band:

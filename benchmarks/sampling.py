@@ -1,0 +1,105 @@
+"""What a policy of drawing subnets costs: the time in which processes wait for the one with the most to do.
+
+    waiting = 1 - mean over processes / largest, of a step; averaged over steps
+
+by the FLOPs of the chunks, and measured by the time of the students' forward passes, which wait for nobody: on
+a GPU by its own clock, on a CPU by processor time, so that sharing of cores does not count.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.results import Row, place
+from poa.checkpoint import RunFolder
+from poa.config import preset
+from poa.flops import chunk_flops
+from poa.subnets import POLICIES, SubnetSampler
+
+ROOT = Path(__file__).parent.parent
+WARM_UP = 5  # steps
+STEPS_BY_FLOPS = 2000
+
+
+def waiting_by_flops(name: str, policy: str, processes: int) -> float:
+    """Of a preset, with one chunk a process."""
+    method = preset(name).method
+    sampler = SubnetSampler(method.backbone.space, policy, method.seed, processes, method.backbone.flops)
+    cost = {subnet: chunk_flops(method, subnet, 0) for subnet in method.backbone.space}
+    shares = []
+    for step in range(STEPS_BY_FLOPS):
+        costs = [cost[sampler.draw(step, chunk)] for chunk in range(processes)]
+        shares.append(1 - sum(costs) / processes / max(costs))
+    return sum(shares) / len(shares)
+
+
+def run(name: str, data: str, processes: int, steps: int, device: str) -> list[Row]:
+    """Train with each policy for so many steps and print what it costs.
+
+    Args:
+        name: of the preset.
+        data: as `python -m poa pretrain --data`.
+        processes: on this machine, each with one chunk.
+        steps: of each policy.
+        device: auto, cpu or cuda.
+    """
+    print(f"    {'policy':10} {'waiting by FLOPs':>17} {'measured':>9}")
+    rows = []
+    for policy in POLICIES:
+        logged = _train(name, data, processes, steps, device, policy)
+        waits = [1 - sum(t) / len(t) / max(t) for t in (row["rank_seconds"] for row in logged[WARM_UP:])]
+        predicted = waiting_by_flops(name, policy, processes)
+        measured = sum(waits) / len(waits)
+        print(f"    {policy:10} {predicted:>17.1%} {measured:>9.1%}", flush=True)
+        rows.append(
+            {
+                "op": "sampling",
+                "provider": policy,
+                "mode": f"{processes} processes",
+                "shape": name,
+                "dtype": preset(name).method.precision,
+                "waiting": measured,
+                "waiting_by_flops": predicted,
+                **place("cuda" if logged[0]["mfu"] is not None else "cpu"),
+            }
+        )
+    return rows
+
+
+def _train(name: str, data: str, processes: int, steps: int, device: str, policy: str) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        options = {
+            "method.sampling": policy,
+            "method.optim.epoch_steps": 1,
+            "method.optim.epochs": WARM_UP + steps,
+            "method.optim.warmup_epochs": 1,
+            "method.optim.ibot_start_epoch": 0,
+            "performance.threads": max((os.cpu_count() or 1) // processes, 1),
+            "run.log_every": 1,
+            "run.evaluate_every": 0,
+            "run.device": device,
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        command += [
+            str(processes),
+            "-m",
+            "poa",
+            "pretrain",
+            "--preset",
+            name,
+            "--data",
+            data,
+            "--out",
+            str(out),
+        ]
+        command += [f"{key}={value}" for key, value in options.items()]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"sampling: a run with {policy} failed: {done.stderr.strip().splitlines()[-1]}")
+        return [row for row in RunFolder(out).rows() if "loss" in row]
