@@ -2,8 +2,8 @@
 
     waiting = 1 - mean over processes / largest, of a step; averaged over steps
 
-by the FLOPs of the chunks, and measured by the time of the students' forward passes, which wait for nobody: on
-a GPU by its own clock, on a CPU by processor time, so that sharing of cores does not count.
+by the FLOPs of the chunks, and measured by the time of the students' forward passes, which wait for nobody:
+on a GPU by its own clock, on a CPU by processor time, so that the sharing of cores does not count.
 """
 
 from __future__ import annotations

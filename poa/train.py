@@ -71,17 +71,18 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool) -> None
 
 def _open_data(config: Config, here: World) -> DataSplit:
     """The images of a run; the main process opens them first, so that shards are listed once."""
-    options = config.run
+    options, found = config.run, []
 
-    def opened() -> DataSplit:
-        return open_data(options.data, options.holdout, config.method.seed, options.unreadable_share)
+    def opened() -> None:
+        found.append(open_data(options.data, options.holdout, config.method.seed, options.unreadable_share))
 
-    here.from_main(lambda: len(opened().train))
-    data = opened()
-    if here.is_main:
-        for line in data.lost:
-            log.warning("data: %s; going on without it", line)
-    return data
+    here.from_main(opened)
+    if not here.is_main:
+        opened()
+        return found[0]
+    for line in found[0].lost:
+        log.warning("data: %s; going on without it", line)
+    return found[0]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ import pytest
 import torch
 from kill_repeatedly import OPTIONS
 from runs import assert_same_run, newest, rows
-from tiny import tiny_config
+from tiny import OVERRIDES, tiny_config
 
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
@@ -149,6 +152,23 @@ def test_the_exit_code_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.Monk
         "poa: step 1: stopped by SIGTERM; saved, goes on with pretrain --resume RUN"
         in capsys.readouterr().err
     )
+
+
+def test_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> None:
+    """Decoding processes outlive it, so that the training process can save."""
+    out = tmp_path / "run"
+    options = [*OVERRIDES, "method.optim.epochs=2000", "performance.workers=2", "run.save_every=100000"]
+    command = [sys.executable, "-m", "poa", "pretrain", "--out", str(out), *options]
+    environment = os.environ | {"PYTHONPATH": processes.PATHS, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
+    while len(RunFolder(out).rows()) < 3:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGTERM)
+    errors = run.communicate(timeout=60)[1]
+    assert run.returncode == 75, errors
+    assert newest(out)["step"] == rows(out)[-1]["step"] >= 3
 
 
 def test_a_run_outside_of_the_main_thread(tmp_path: Path) -> None:

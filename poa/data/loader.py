@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from poa.data.decode import ImageError
 from poa.data.sources import ImageSource
 from poa.errors import InputError
 from poa.random import stream_seed
+from poa.signals import STOPPING
 
 SUBSTITUTES = 20  # tried in the place of an unreadable image
 WINDOW = 8  # blocks that a block shuffle mixes
@@ -183,7 +185,7 @@ def training_batches(
         num_workers=useful_workers(workers),
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
+        worker_init_fn=_outlive_signals,
     )
 
 
@@ -197,7 +199,14 @@ def evaluation_batches(
         num_workers=useful_workers(workers),
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlive_signals,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave it to the training process to stop: a scheduler may send its signal to all processes."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def useful_workers(workers: int) -> int:

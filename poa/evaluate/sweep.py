@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from poa.backbones import ElasticViT
-from poa.checkpoint import write_json
+from poa.checkpoint import log, write_json
 from poa.config import Config
 from poa.data.sources import DataSplit, ImageSource
 from poa.distributed import World
@@ -193,6 +193,8 @@ def knn_of_subnets(
         features = [_extract([class_token(backbone, s) for s in group], s, config, here) for s in sources]
         bank, queries = features
         if bank is not None and queries is not None:
+            if unreadable := bank.unreadable + queries.unreadable:
+                log.warning("k-NN: %d images could not be read and are left out", unreadable)
             scores += [_knn(bank, queries, number, here.device) for number in range(len(group))]
     return scores if here.is_main else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -129,9 +130,10 @@ def test_odd_images(workers: int, tmp_path: Path) -> None:
     readable, unreadable = write_odd(tmp_path / "odd")
     assert len(readable) == 7 and len(unreadable) == 6
     source = ImageSource.whole(read_folder(tmp_path / "odd"))
-    list(evaluation_batches(source, 64, workers))  # starts what multiprocessing keeps
-    before = len(os.listdir("/proc/self/fd"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    list(evaluation_batches(source, 64, workers))  # starts what multiprocessing keeps
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
     (batch,) = evaluation_batches(source, 64, workers)
     names = {Path(source.storage.name(i)).name for i in batch.positions.tolist()}
     assert names == readable
@@ -142,6 +144,7 @@ def test_odd_images(workers: int, tmp_path: Path) -> None:
         tolerance = 255 if name == "bits.png" else 12 if name == "cmyk.jpg" else 2
         assert np.abs(image[:, :30, :40].numpy() - ramp).max() <= tolerance, name
     del batch, image  # tensors from workers are files of shared memory
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
     assert (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 100 << 10
