@@ -10,6 +10,7 @@ from pathlib import Path
 
 import collections_of_images as collections
 import numpy as np
+import processes
 import pytest
 import torch
 from collections_of_images import CLASSES, WRITERS, write_odd
