@@ -118,6 +118,8 @@ class Watch:
         """Judge the figures of a step; return new alarms with the bad figures of each as text."""
         raised = []
         for alarm in self.alarms if step >= self.start else ():
+            if not any(name.startswith(alarm.prefix) for name in figures):
+                continue  # not observed
             streak, wrong = self.bad[alarm.name], alarm.wrong(figures)
             if not wrong:
                 self.bad[alarm.name] = _Streak()

@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,14 @@ class Plan:
     Attributes:
         chunks: of a step, over all processes.
         epoch_steps: steps of an epoch.
+        images: that are trained on.
         start: position in the endless sequence of images of what would be step 0; not 0 where the number of
             chunks changed on the way.
     """
 
     chunks: int
     epoch_steps: int
+    images: int
     start: int = 0
 
     @classmethod
@@ -105,17 +107,29 @@ class Plan:
         method = config.method
         chunks = method.chunks or processes
         epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * chunks), 1)
-        return cls(chunks, epoch_steps)
+        return cls(chunks, epoch_steps, images)
 
     @classmethod
-    def resumed(cls, config: Config, content: dict[str, Any]) -> Plan:
+    def resumed(cls, config: Config, content: dict[str, Any], images: int) -> Plan:
         """As it was, unless the configuration asks for another number of chunks than it did."""
-        before = cls(**content["plan"])
+        before = replace(cls(**content["plan"]), images=images)
         wanted = config.method.chunks
         if wanted in (None, before.chunks, content["config"]["method"]["chunks"]):
             return before
         moved = content["step"] * (before.chunks - wanted) * config.method.batch_size
-        return cls(wanted, before.epoch_steps, before.start + moved)
+        return replace(before, chunks=wanted, start=before.start + moved)
+
+    def differences(self, before: Plan, processes: tuple[int, int]) -> Iterator[str]:
+        """What is no more as it was before, given the numbers of processes now and then."""
+        now, then = processes
+        if (self.chunks, now) != (before.chunks, then):
+            same = "the same steps" if self.chunks == before.chunks else "the order of images goes on"
+            yield (
+                f"going on with {self.chunks} chunks a step on {now} processes "
+                f"instead of {before.chunks} on {then}: {same}, no image is repeated"
+            )
+        if self.images != before.images:
+            yield f"expected {before.images:,} images as before, got {self.images:,}: their order is another"
 
 
 class Run:
@@ -141,9 +155,10 @@ class Run:
         content: dict[str, Any] | None = None,
     ):
         method = config.method
-        self.config, self.folder, self.data, self.here, self.content = config, folder, data, here, content
-        new = Plan.new(config, len(data.train), here.size)
-        self.plan = Plan.resumed(config, content) if content else new
+        self.config, self.folder, self.data, self.here = config, folder, data, here
+        self.plan = Plan.new(config, len(data.train), here.size)
+        if content:
+            self.plan = Plan.resumed(config, content, len(data.train))
         if self.plan.chunks < here.size:
             raise InputError(
                 f"method.chunks: expected at least one for each of {here.size} processes, "
@@ -163,8 +178,11 @@ class Run:
         self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
         self.unreadable = Unreadable(folder.unreadable, here, config.run.unreadable_share)
         self.first_step = 0
+        self.differences: list[str] = []
         if content:
             self.first_step = content["step"]
+            processes = here.size, content["processes"]
+            self.differences += self.plan.differences(Plan(**content["plan"]), processes)
             self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
             self.guard.load_state_dict(content["skipped"])
             self.watch.load_state_dict(content["watch"])
@@ -188,20 +206,13 @@ class Run:
             self.model = DistributedDataParallel(self.state.student, device_ids=devices)
 
     def _begin_folder(self) -> None:
-        if self.content is None:
+        if self.first_step == 0:
             self.folder.create(self.config)
             return
         self.folder.set_aside_after(self.first_step)
         self.folder.forget_metrics_after(self.first_step)
-        before = self.content["plan"]["chunks"], self.content["processes"]
-        now = self.plan.chunks, self.here.size
-        if before != now:
-            same = "the same steps" if before[0] == now[0] else f"{self.step_images} images a step"
-            log.warning(
-                "step %d: going on with %d chunks on %d processes instead of %d on %d: %s, "
-                "no image is repeated",
-                *(self.first_step, *now, *before, same),
-            )
+        for line in self.differences:
+            log.warning("step %d: %s", self.first_step, line)
 
     def train(self) -> None:
         """All remaining steps, with logging, evaluation and checkpoints."""

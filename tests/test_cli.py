@@ -306,6 +306,17 @@ def test_config_of_another_run(run: Run, tmp_path: Path) -> None:
     assert all(torch.equal(first["teacher"][k], second["teacher"][k]) for k in first["teacher"])
 
 
+def test_loader(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["loader", "--data", str(images), "--workers", "0", "1", "--seconds", "0.2"]) == 0
+    about, *speeds = capsys.readouterr().out.splitlines()
+    assert about == "8 images, canvas of 32 pixels, batches of 64"
+    assert [line.partition(" images/s")[0].split()[:2] for line in speeds] == [
+        ["0", "workers:"],
+        ["1", "workers:"],
+    ]
+    assert all(float(line.split()[2].replace(",", "")) > 0 and "images/s per core" in line for line in speeds)
+
+
 def test_subnets(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["subnets", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

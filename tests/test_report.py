@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +91,33 @@ def test_tensorboard_shows_the_same_figures(tmp_path: Path) -> None:
     for tag, points in expected.items():
         assert [s for s, _ in shown[tag]] == [s for s, _ in points]
         assert [v for _, v in shown[tag]] == pytest.approx([v for _, v in points], rel=1e-6)
+
+
+def test_wandb_gets_the_same_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the package, which needs an account."""
+    started, logged = [], []
+
+    class Started:
+        def log(self, figures: dict, step: int) -> None:
+            logged.append((step, figures))
+
+        def finish(self) -> None:
+            logged.append("finished")
+
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.util = types.SimpleNamespace(generate_id=lambda: "abc123")
+    fake.init = lambda **options: started.append(options) or Started()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = tmp_path / "run"
+    pretrain(tiny_config("run.log_to=wandb"), out)
+    expected = [
+        (row["step"], {k: v for k, v in flat(row).items() if k != "step"}) for row in RunFolder(out).rows()
+    ]
+    assert logged == [*expected, "finished"]
+    pretrain(tiny_config("run.log_to=wandb"), out, resume=True)
+    assert [(s["id"], s["resume"], s["name"]) for s in started] == [("abc123", "allow", "run")] * 2
+    assert started[0]["config"]["method"]["batch_size"] == 8
 
 
 def test_wandb_where_it_is_not(tmp_path: Path) -> None:

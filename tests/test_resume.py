@@ -23,6 +23,7 @@ from tiny import OVERRIDES, tiny_config
 
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
+from poa.config import with_run
 from poa.errors import InputError, Preempted, SaveError
 from poa.options import to_dict
 from poa.train import Run, pretrain
@@ -152,6 +153,14 @@ def test_the_exit_code_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.Monk
         "poa: step 1: stopped by SIGTERM; saved, goes on with pretrain --resume RUN"
         in capsys.readouterr().err
     )
+
+
+def test_other_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "run"
+    pretrain(tiny_config("method.optim.epochs=1.5"), out)
+    config = RunFolder(out).config()
+    pretrain(with_run(config, holdout=0.5), out, resume=True)
+    assert "step 3: expected 1,347 images as before, got 89" in caplog.text
 
 
 def test_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> None:
