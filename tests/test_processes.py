@@ -199,7 +199,7 @@ sys.exit(main(["pretrain", "--out", sys.argv[1], *sys.argv[3:]]))
 @pytest.mark.parametrize("how", ["killed", "hangs"])
 def test_a_lost_rank_ends_the_others_with_a_message(how: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    both = processes.start(2, "-c", LOST_RANK, str(out), how, *OVERRIDES, "run.timeout=4")
+    both = processes.start(2, "-c", LOST_RANK, str(out), how, *OVERRIDES, "run.timeout=8")
     started = time.monotonic()
     errors = both[0].communicate(timeout=120)[1]
     assert time.monotonic() - started < 60
@@ -220,6 +220,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
         2, *PRETRAIN, "--out", str(out), "method.optim.epochs=2000", "run.save_every=100000"
     )
     while len(RunFolder(out).rows()) < 3:
+        assert both[0].poll() is None
         time.sleep(0.05)
     both[1].send_signal(signal.SIGUSR1)
     done = processes.finish(both)

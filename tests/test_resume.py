@@ -173,6 +173,7 @@ def test_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> None:
         command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     while len(RunFolder(out).rows()) < 3:
+        assert run.poll() is None
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGTERM)
     errors = run.communicate(timeout=60)[1]
