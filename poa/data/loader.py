@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +18,6 @@ from poa.data.decode import ImageError
 from poa.data.sources import ImageSource
 from poa.errors import InputError
 from poa.random import stream_seed
-from poa.signals import STOPPING
 
 SUBSTITUTES = 20  # tried in the place of an unreadable image
 WINDOW = 8  # blocks that a block shuffle mixes
@@ -204,9 +204,18 @@ def evaluation_batches(
 
 
 def _outlive_signals(worker: int) -> None:
-    """Leave it to the training process to stop: a scheduler may send its signal to all processes."""
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+    """Leave it to the training process to stop: a scheduler may send its signals to all processes."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_for_parent(parent: int) -> None:
+    """Obey the SIGTERM of the training process alone."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def useful_workers(workers: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -91,3 +92,20 @@ def test_evaluation_batches_are_in_order() -> None:
     batches = list(evaluation_batches(source(10), 32, 0, batch_size=4))
     assert [len(batch.images) for batch in batches] == [4, 4, 2]
     assert torch.equal(batches[2].images, place_on_canvases([source(10).read(i, 32) for i in (8, 9)])[0])
+
+
+FORGOTTEN = """
+import numpy as np
+from poa.data.loader import evaluation_batches
+from poa.data.sources import ImageSource
+from poa.data.storage import Arrays, Opened
+images = [np.zeros((4, 4, 3), np.uint8)] * 8
+batches = iter(evaluation_batches(ImageSource.whole(Opened(Arrays(images), None, ())), 8, 2, batch_size=1))
+batches.cycle = batches
+next(batches)
+"""
+
+
+def test_a_program_ends_that_forgets_its_loader() -> None:
+    """Decoding processes obey the SIGTERM of their parent, if no one else's."""
+    assert processes.finish(processes.start(1, "-c", FORGOTTEN), timeout=60)[0][0] == 0
