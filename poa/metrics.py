@@ -59,9 +59,8 @@ class Meter:
     def add(self, report: StepReport) -> None:
         """Count one step."""
         self.names = list(report.values)
-        values = torch.stack([v.float() for v in report.values.values()])
-        numbers = values.isfinite()
-        counted = torch.stack([torch.where(numbers, values, 0.0), numbers.float()])
+        numbers = report.stacked.isfinite()
+        counted = torch.stack([torch.where(numbers, report.stacked, 0.0), numbers.float()])
         self.sums = counted if self.sums is None else self.sums + counted
         self.skipped = self.skipped + (~report.finite).float()
         self.health = report.health or self.health
@@ -143,9 +142,8 @@ class Guard:
         self.here = here
         self.limit = limit
         self.names: list[str] = []
-        self.counts = torch.zeros(
-            3, dtype=torch.int64, device=here.device
-        )  # skipped, in a row, first of these
+        # Skipped steps, those in a row, and the first of these.
+        self.counts = torch.zeros(3, dtype=torch.int64, device=here.device)
         self.bad = torch.zeros(0, dtype=torch.bool, device=here.device)
 
     def add(self, step: int, report: StepReport) -> None:
@@ -156,8 +154,7 @@ class Guard:
         skipped = ~report.finite
         total, row, first = self.counts
         begins = skipped & (row == 0)
-        values = torch.stack([v.float() for v in report.values.values()])
-        self.bad = torch.where(begins, ~values.isfinite(), self.bad)
+        self.bad = torch.where(begins, ~report.stacked.isfinite(), self.bad)
         self.counts = torch.stack(
             [total + skipped, torch.where(skipped, row + 1, 0), torch.where(begins, step, first)]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -104,6 +105,11 @@ class StepReport:
     values: dict[str, Tensor]
     finite: Tensor
     health: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def stacked(self) -> Tensor:
+        """The values in one float32 `[values]`."""
+        return torch.stack([value.float() for value in self.values.values()])
 
 
 def train_step(
