@@ -31,6 +31,15 @@ def unpack(packed: Tensor, groups: Groups) -> list[Tensor]:
     return [p.unflatten(0, group) for p, group in zip(parts, groups, strict=True)]
 
 
+def class_tokens(groups: Groups, device: torch.device) -> list[Tensor]:
+    """Positions int64 `[crops]` of each group's class tokens in the packed tensor."""
+    found, start = [], 0
+    for crops, length in groups:
+        found.append(torch.arange(start, start + crops * length, length, device=device))
+        start += crops * length
+    return found
+
+
 def kept_rows(groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -> KeptRows:
     """The rows of the kept crops, given their indices within each group (int64 CPU tensors) and factors."""
     rows, scale, start = [], [], 0

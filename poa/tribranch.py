@@ -28,7 +28,7 @@ from poa.data.masking import Masks
 from poa.device import beside, join, side_stream
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import SoftTargets
-from poa.multicrop import StochasticDepth
+from poa.multicrop import StochasticDepth, class_tokens
 from poa.options import option
 from poa.subnets import Subnet
 
@@ -131,13 +131,17 @@ class Network(nn.Module):
         crops, masks = [batch.global_crops], [batch.masks.mask, None]
         if batch.local_views:
             crops.append(batch.local_crops)
-        whole, *parts = self.backbone(
-            crops, run.subnet, masks=masks[: len(crops)], drop=run.drop, recompute=recompute
+        whole, *local = class_tokens(self.backbone.groups(crops), batch.global_crops.device)
+        tokens = self.backbone.read(
+            crops,
+            torch.cat([*local, whole, batch.masks.tokens]),
+            run.subnet,
+            masks=masks[: len(crops)],
+            drop=run.drop,
+            recompute=recompute,
         )
-        local = parts[0].cls if parts else whole.cls[:0]
-        masked = whole.patches.flatten(0, 1).index_select(0, batch.masks.indices)
-        features = self.head.embed(torch.cat([local, whole.cls, masked]))
-        return StudentOutput(features, prototypes, whole.cls)
+        first = len(batch.local_crops)
+        return StudentOutput(self.head.embed(tokens), prototypes, tokens[first : first + len(whole)])
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -145,10 +149,10 @@ class Network(nn.Module):
 
         They are products of operands in `dtype`, and kept in it.
         """
-        (features,) = self.backbone([batch.global_crops])
-        cls = torch.cat(features.cls.chunk(VIEWS)[::-1])
-        masked = features.patches.flatten(0, 1).index_select(0, batch.masks.indices)
-        embedded = self.head.embed(torch.cat([cls, masked]))
+        crops = [batch.global_crops]
+        (cls,) = class_tokens(self.backbone.groups(crops), batch.global_crops.device)
+        swapped, masked = torch.cat(cls.chunk(VIEWS)[::-1]), batch.masks.tokens
+        embedded = self.head.embed(self.backbone.read(crops, torch.cat([swapped, masked])))
         with torch.autocast(cls.device.type, enabled=False):
             logits = [
                 F.linear(x.to(dtype), w.to(dtype)).split([len(cls), len(masked)])

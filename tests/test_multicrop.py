@@ -159,6 +159,47 @@ def test_recomputed_stochastic_depth_uses_the_same_rows() -> None:
     torch.testing.assert_close(gradient(True), gradient(False))
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5, 0.99])
+@pytest.mark.parametrize("subnet", SUBNETS, ids=str)
+def test_tokens_that_nobody_reads_change_nothing(subnet: Subnet, rate: float, recompute: bool) -> None:
+    """The chosen tokens and all gradients are those of a last block that computes every token."""
+    shapes = network().groups(crops())
+    drop = draw_stochastic_depth(shapes, [rate] * subnet.depth, torch.Generator().manual_seed(6))
+    sizes = sum(count * length for count, length in shapes)
+    tokens = torch.randperm(sizes, generator=torch.Generator().manual_seed(7))[:20]
+
+    def gradients(few: bool) -> list[torch.Tensor]:
+        backbone = network()
+        marks = {"masks": masks(), "drop": drop, "recompute": recompute}
+        if few:
+            found = backbone.read(crops(), tokens, subnet, **marks)
+        else:
+            features = backbone(crops(), subnet, **marks)
+            every = [torch.cat([f.cls.unsqueeze(1), f.patches], 1).flatten(0, 1) for f in features]
+            found = torch.cat(every)[tokens]
+        found.sin().sum().backward()
+        used = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+        return [found.detach(), *used.values()]
+
+    for few, every in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(few, every, rtol=1e-10, atol=1e-12)
+
+
+def test_a_last_block_without_sequences() -> None:
+    """Rates so high that no crop takes part: the tokens pass, and every parameter has a gradient."""
+    backbone, shapes = network(), network().groups(crops())
+    none = kept_rows(shapes, [torch.zeros(0, dtype=torch.int64)] * 3, [2.0] * 3)
+    drop = StochasticDepth(((none, none),) * 2)
+    tokens = torch.tensor([40, 0])
+    found = backbone.read(crops(), tokens, SUBNETS[2], drop=drop)
+    every = torch.cat([f.tokens.flatten(0, 1) for f in backbone(crops(), SUBNETS[2], drop=drop)])
+    torch.testing.assert_close(found, backbone.normalise(every[tokens]))
+    found.sum().backward()
+    last = backbone.active_blocks(SUBNETS[2])[-1]
+    assert all(p.grad is not None for p in last.parameters())
+
+
 def test_nothing_remembers_the_subnet() -> None:
     backbone = network()
     first = backbone(crops(), SUBNETS[0])[0].cls

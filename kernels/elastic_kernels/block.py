@@ -3,6 +3,8 @@
     x[rows] += row_scale * gamma1 * proj(attention(qkv(norm1(x[rows]))))
     x[rows] += row_scale * gamma2 * fc2(gelu(fc1(norm2(x[rows]))))
 
+A last block may make only the tokens that are read after it: `only`.
+
 On Triton a half is one autograd unit (`triton_ops/units.py`); elsewhere it is made of the others.
 """
 
@@ -11,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
@@ -34,6 +38,17 @@ class KeptRows:
     rows: Tensor
     scale: Tensor
 
+    def among(self, only: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """Where the tokens `only` (int64 `[live]`) stand among the kept ones, and their factors.
+
+        A token that is not kept stands anywhere, with the factor 0. Nothing waits for the device.
+        """
+        place = only.new_full((tokens,), -1)
+        place[self.rows] = torch.arange(len(self.rows), device=place.device)
+        place = place.index_select(0, only)
+        scale = self.scale if len(self.scale) else self.scale.new_zeros(1)
+        return place.clamp(min=0), scale.index_select(0, place.clamp(min=0)) * (place >= 0)
+
 
 def elastic_attention_half(
     x: Tensor,
@@ -49,6 +64,7 @@ def elastic_attention_half(
     head_dim: int,
     *,
     kept: KeptRows | None = None,
+    only: Tensor | None = None,
     grad_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """LayerNorm, attention over packed sequences, projection, LayerScale and the residual addition.
@@ -61,10 +77,11 @@ def elastic_attention_half(
         groups: `(count, length)` of each length class in packing order.
         head_dim: channels of a head; `w` is a multiple of it.
         kept: the sequences that take part; None means all.
+        only: int64 `[live]`, distinct tokens that are wanted; the projection is made of these alone.
         grad_out: buffers for the gradients of `qkv_weight` and `proj_weight`, as in `elastic_linear`.
 
     Returns:
-        `[tokens, w]`, the dtype of `x`.
+        `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
 
     Raises:
         ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
@@ -80,7 +97,7 @@ def elastic_attention_half(
     if covered != taking_part:
         raise ValueError(f"{op}: groups {list(active)} cover {covered} tokens, expected {taking_part}")
     attention = attention_backend(x, active, head_dim, dispatch.product_dtype(x))
-    if attention.backend == "triton" and _fused(op, x):
+    if attention.backend == "triton" and _fused(op, x) and only is None:
         from elastic_kernels.triton_ops.units import AttentionHalfFunction, HalfSpec
 
         weights = {"qkv_weight": (qkv_weight, qkv_grad), "proj_weight": (proj_weight, proj_grad)}
@@ -104,6 +121,9 @@ def elastic_attention_half(
     h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
     qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad)
     h = packed_attention(qkv.unflatten(-1, (-1, head_dim)), active)
+    if only is not None:
+        h, scale = _wanted(h, only, kept, len(x))
+        x, rows = x.index_select(0, only), None
     return elastic_linear_residual(
         h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
     )
@@ -121,6 +141,7 @@ def elastic_mlp_half(
     gamma: Tensor | None,
     *,
     kept: KeptRows | None = None,
+    row_scale: Tensor | None = None,
     recompute: bool = False,
     grad_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
@@ -131,6 +152,7 @@ def elastic_mlp_half(
         norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, recompute, grad_out: as in `elastic_mlp`.
         kept: the sequences that take part; None means all.
+        row_scale: float32 `[tokens]`, without `kept`: a factor of each row's branch.
 
     Returns:
         `[tokens, w]`, the dtype of `x`.
@@ -139,13 +161,16 @@ def elastic_mlp_half(
         ValueError, TypeError, RuntimeError: as the operators it is made of.
     """
     op = "elastic_mlp_half"
-    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    if kept and row_scale is not None:
+        raise ValueError(f"{op}: expected kept or row_scale, got both")
+    rows, scale = (kept.rows, kept.scale) if kept else (None, row_scale)
     if _fused(op, x):
         from elastic_kernels.triton_ops.units import HalfSpec, MlpHalfFunction
 
         fc1_grad, fc2_grad = grad_out or (None, None)
         weights = {"fc1_weight": (fc1_weight, fc1_grad), "fc2_weight": (fc2_weight, fc2_grad)}
         _validate(op, x, (norm_weight, norm_bias), weights, kept)
+        validate.vectors(op, x, row_scale=(row_scale, len(x)))
         validate.mlp(op, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
         hidden = elastic_hidden_features(x.shape[1], fc1_weight.shape[1], fc1_weight.shape[0])
         spec = HalfSpec(
@@ -163,6 +188,16 @@ def elastic_mlp_half(
         h, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x, gamma,
         rows=rows, row_scale=scale, recompute=recompute, grad_out=grad_out,
     )  # fmt: skip
+
+
+def _wanted(h: Tensor, only: Tensor, kept: KeptRows | None, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """The rows of attention's output that belong to the tokens `only`, and their factors."""
+    if kept is None:
+        return h.index_select(0, only), None
+    place, scale = kept.among(only, tokens)
+    if not len(h):  # no sequence takes part; the parameters still get gradients, of zero
+        h = F.pad(h, (0, 0, 0, 1))
+    return h.index_select(0, place), scale
 
 
 def _fused(op: str, x: Tensor) -> bool:

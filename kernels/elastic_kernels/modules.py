@@ -120,6 +120,7 @@ class ElasticBlock(nn.Module):
         groups: Groups,
         kept: tuple[KeptRows, KeptRows] | None = None,
         recompute_mlp: bool = False,
+        only: Tensor | None = None,
     ) -> Tensor:
         """One block.
 
@@ -128,22 +129,27 @@ class ElasticBlock(nn.Module):
             groups: `(count, length)` of each length class in packing order.
             kept: the sequences that take part in the attention half and in the MLP half.
             recompute_mlp: save nothing as wide as the hidden layer for backward.
+            only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
+                MLP are computed for these alone.
 
         Returns:
-            `[tokens, w]`, the dtype of `x`.
+            `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
         """
         first, second = kept or (None, None)
+        tokens, row_scale = len(x), None
         norm, attn, mlp = self.norm1, self.attn, self.mlp
         x = elastic_attention_half(
             x, norm.weight, norm.bias, norm.eps,
             attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            self.ls1.gamma if self.ls1 else None, groups, attn.head_dim, kept=first,
+            self.ls1.gamma if self.ls1 else None, groups, attn.head_dim, kept=first, only=only,
         )  # fmt: skip
+        if second and only is not None:
+            (_, row_scale), second = second.among(only, tokens), None
         norm = self.norm2
         return elastic_mlp_half(
             x, norm.weight, norm.bias, norm.eps,
             mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            self.ls2.gamma if self.ls2 else None, kept=second, recompute=recompute_mlp,
+            self.ls2.gamma if self.ls2 else None, kept=second, row_scale=row_scale, recompute=recompute_mlp,
         )  # fmt: skip
 
 

@@ -212,16 +212,56 @@ class ElasticViT(nn.Module):
         Raises:
             InputError: a subnet outside the search space, or a crop not divisible by the patch size.
         """
+        x, groups = self._run(crops, subnet, masks, drop, recompute)
+        return self._features(x, groups)
+
+    def read(
+        self,
+        crops: Sequence[Tensor],
+        tokens: Tensor,
+        subnet: Subnet | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        drop: StochasticDepth | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """Chosen tokens alone, of which `forward` would give all: the last block makes no others.
+
+        Args:
+            crops, subnet, masks, drop, recompute: as of `forward`.
+            tokens: int64 `[live]`, distinct positions in the packed crops.
+
+        Returns:
+            Normalised tokens `[live, w]`.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        x, _ = self._run(crops, subnet, masks, drop, recompute, only=tokens)
+        return self.normalise(x)
+
+    def _run(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet | None,
+        masks: Sequence[Tensor | None] | None,
+        drop: StochasticDepth | None,
+        recompute: bool,
+        only: Tensor | None = None,
+    ) -> tuple[Tensor, Groups]:
+        """Packed tokens before the last norm, all or `only` some of them."""
         subnet = self.space.intact if subnet is None else self.space.require(subnet)
         masks = masks or [None] * len(crops)
         x, groups = pack([self.embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)])
-        for position, block in enumerate(self.active_blocks(subnet)):
+        blocks = self.active_blocks(subnet)
+        for position, block in enumerate(blocks):
             kept = drop.blocks[position] if drop else None
+            wanted = only if position == len(blocks) - 1 else None
             if recompute:
-                x = checkpoint(block, x, groups, kept, use_reentrant=False)
+                x = checkpoint(block, x, groups, kept, only=wanted, use_reentrant=False)
             else:
-                x = block(x, groups, kept)
-        return self._features(x, groups)
+                x = block(x, groups, kept, only=wanted)
+        return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
         """The `Features` after each of the last `count` blocks, in order; a shallow subnet has fewer.
@@ -290,6 +330,10 @@ class ElasticViT(nn.Module):
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         return self.config.max_depth + 1 if name.startswith("norm.") else 0
+
+    def groups(self, crops: Sequence[Tensor]) -> Groups:
+        """How `forward` packs crops: the number of each group and the tokens of one."""
+        return tuple((len(c), 1 + math.prod(self._grid(c))) for c in crops)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

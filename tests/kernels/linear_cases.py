@@ -162,8 +162,8 @@ def mlp_half(case: Case, recompute: bool) -> tuple[Operator, dict[str, Tensor]]:
     return operator, half_parameters(case) | mlp_parameters(case)
 
 
-def attention_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
-    """Sequences of 5 tokens, then one of the rest."""
+def attention_half(case: Case, chosen: bool = False) -> tuple[Operator, dict[str, Tensor]]:
+    """Sequences of 5 tokens, then one of the rest; every third token `chosen`, the last one first."""
     first = case.rows // 10
     groups = ((first, 5), (1, case.rows - 5 * first)) if case.rows else ((0, 5),)
     tensors = half_parameters(case) | {
@@ -175,8 +175,9 @@ def attention_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
 
     def operator(x: Tensor, **parameters) -> Tensor:
         kept = kept_rows(case, groups, x)
+        only = torch.arange(0, len(x), 3, device=x.device).flip(0) if chosen else None
         return ek.elastic_attention_half(
-            x, eps=EPS, groups=groups, head_dim=case.head_dim, kept=kept, **parameters
+            x, eps=EPS, groups=groups, head_dim=case.head_dim, kept=kept, only=only, **parameters
         )
 
     return operator, tensors
@@ -197,6 +198,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
     }
     if case.width % case.head_dim == 0:
         choosing["attention-half"] = attention_half(case)
+        choosing["attention-half-only"] = attention_half(case, chosen=True)
     if case.kept is not None:
         return choosing
     return choosing | {
