@@ -22,6 +22,7 @@ import triton.language as tl
 from benchmarks.aot import PARTS, Compiled, compile_kernel
 from elastic_kernels.triton_ops import (
     attention,
+    crops,
     gemm,
     layer_norm,
     linear,
@@ -127,7 +128,8 @@ def cases() -> list[Case]:
         for dtype in dtypes:
             for family in (_gemm_cases, _row_cases, _attention_cases, _prototype_cases):
                 found |= {case.key: case for case in family(part, dtype)}
-        found |= {case.key: case for case in _optimizer_cases(part)}
+        for of_part in (_optimizer_cases, _crop_cases):
+            found |= {case.key: case for case in of_part(part)}
     return list(found.values())
 
 
@@ -312,6 +314,29 @@ def _optimizer_cases(part: int) -> Iterator[Case]:
             ("one_minus_momentum",), ("tensors",), 4 if "TENSORS" in constants else optimizer.WARPS, 3,
             rows=rows, blocks=2,
         )  # fmt: skip
+
+
+def _crop_cases(part: int) -> Iterator[Case]:
+    """Sizes that 16 divides; fp16 between kernels, bf16 at the end."""
+    pointers = {"images_ptr": "u8", "table_ptr": "fp32", "out_ptr": "bf16"}
+    odd = ("batch", "tiles_y", "tiles_x", "taps", "stride_b", "stride_c", "stride_h")
+    tiled: tuple[tuple[Any, crops.TileConfig, tuple[str, ...], bool], ...] = (
+        (crops._crops_horizontal_kernel, crops.HORIZONTAL, ("size",), False),
+        (crops._crops_vertical_kernel, crops.VERTICAL, (), True),
+        (crops._crops_blur_kernel, crops.BLUR, (), False),
+        (crops._crops_finish_kernel, crops.FINISH, (), True),
+    )
+    for kernel, config, unknown, rows in tiled:
+        yield Case(
+            kernel, "crops", part, "fp16", f"{config.rows}x{config.block}, {config.warps} warps",
+            {"ROWS": config.rows, "BLOCK": config.block}, pointers,
+            (), odd + unknown, config.warps, 3, rows=rows, blocks=4,
+        )  # fmt: skip
+    yield Case(
+        crops._crops_colour_kernel, "crops", part, "fp16",
+        f"{crops.COLOUR_BLOCK}, {crops.COLOUR_WARPS} warps", {"BLOCK": crops.COLOUR_BLOCK}, pointers,
+        (), (), crops.COLOUR_WARPS, 3, blocks=2,
+    )  # fmt: skip
 
 
 def _report(case: Case) -> tuple[str, list[str]]:

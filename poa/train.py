@@ -32,7 +32,7 @@ from poa.options import to_dict
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
-from poa.step import Chunk, StepReport, TrainingState, train_step
+from poa.step import AUTOCAST, Chunk, StepReport, TrainingState, train_step
 from poa.subnets import Subnet, SubnetSampler
 from poa.tribranch import VIEWS, Batch, StudentPass
 
@@ -301,7 +301,9 @@ class Run:
         self.unreadable.add(canvases.unreadable)
         images = canvases.images.to(self.here.device, non_blocking=True)
         draw = torch_stream(method.seed, "augment", step, chunk)
-        global_crops, local_crops = augment(images, canvases.sizes, method.crops, draw)
+        global_crops, local_crops = augment(
+            images, canvases.sizes, method.crops, draw, AUTOCAST.get(method.precision, torch.float32)
+        )
         side = method.backbone.grid(method.crops.global_size)
         crops = VIEWS * len(images)
         masks = Masks.none(crops, side * side)

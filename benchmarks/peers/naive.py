@@ -68,8 +68,9 @@ def block(
     groups: Groups,
     kept: tuple[KeptRows, KeptRows] | None = None,
     recompute_mlp: bool = False,
+    only: Tensor | None = None,
 ) -> Tensor:
-    """As `ElasticBlock.forward`."""
+    """As `ElasticBlock.forward`, which makes `only` some tokens; this one makes all."""
     first, second = kept or (None, None)
     norm, attn, parts = self.norm1, self.attn, self.mlp
     rows = x if first is None else x[first.rows]
@@ -80,7 +81,8 @@ def block(
     norm, rows = self.norm2, x if second is None else x[second.rows]
     h = layer_norm(rows, norm.weight, norm.bias, norm.eps)
     h = mlp(h, parts.fc1.weight, parts.fc1.bias, parts.fc2.weight, parts.fc2.bias)
-    return residual(x, h, self.ls2.gamma if self.ls2 else None, second)
+    x = residual(x, h, self.ls2.gamma if self.ls2 else None, second)
+    return x if only is None else x[only]
 
 
 def sinkhorn(t: Tensor, tau: float, iterations: int = 3) -> Tensor:

@@ -1,12 +1,14 @@
 """Elastic operators: transformer layers computed on prefixes of shared weights.
 
 Every operator is stateless: the active width is read from the input, the weights are those of the largest
-network, and a slice is never copied. Every operator has a plain PyTorch definition that runs on any device;
+network, and a slice is never copied. Every operator but `render_crops`, which needs Triton, has a plain
+PyTorch definition that runs on any device;
 `python -m elastic_kernels` tells which of them have a faster backend here.
 """
 
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_half
+from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.dispatch import backend
 from elastic_kernels.layer_norm import elastic_add_layer_norm, elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
@@ -29,10 +31,12 @@ __all__ = [
     "ElasticLayerNorm",
     "ElasticLinear",
     "ElasticMLP",
+    "CropParameters",
     "FusedAdamW",
     "KeptRows",
     "LayerScale",
     "backend",
+    "crops_backend",
     "elastic_add_layer_norm",
     "elastic_attention_half",
     "elastic_block_from_vit",
@@ -45,5 +49,6 @@ __all__ = [
     "elastic_qkv",
     "packed_attention",
     "prototype_cross_entropy",
+    "render_crops",
     "sinkhorn_scaling",
 ]

@@ -9,6 +9,7 @@ import torch
 
 from elastic_kernels import dispatch
 from elastic_kernels.attention import attention_backend
+from elastic_kernels.crops import crops_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
 
@@ -35,6 +36,7 @@ def main() -> None:
         op: dispatch.choose(op, x.float() if op == "FusedAdamW" else x)
         for op in ("prototype_cross_entropy", "sinkhorn_scaling", "FusedAdamW")
     }
+    choices["render_crops"] = crops_backend(x)
     for op, choice in choices.items():
         print(f"  {op:<24} {choice.backend:<11} {choice.reason}")
 

@@ -2,6 +2,7 @@
 
 Every random parameter is drawn on the CPU before any pixel is touched, so a seed gives the same
 views on every device, and each colour operation runs only on the samples that were drawn for it.
+On a GPU all of it is a handful of kernels, `elastic_kernels.render_crops`; what is here is the definition.
 Pixels are float32 in 0..255 from the resampling to the normalisation: unlike the official pipeline,
 which works on 8-bit images, nothing is rounded in between.
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_kernels.crops import NEUTRAL, CropParameters, crops_backend, render_crops
+from elastic_kernels.transfer import upload
 from poa.config import CropsConfig
 from poa.data.resample import (
     check_batch,
@@ -39,34 +42,22 @@ Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Views:
-    """Random parameters of `N = views * batch` crops: all samples of the first view, then the next.
+class Views(CropParameters):
+    """Random parameters of crops, in whole pixels, and their rotation.
 
     Attributes:
-        boxes: int64 `[N, 4]`, (top, left, height, width) in pixels.
-        flip: bool `[N]`, mirrored left to right.
         angle: float32 `[N]`, degrees counter-clockwise.
-        jitter: bool `[N]`, whether the colours are jittered.
-        factors: float32 `[N, 4]` of brightness, contrast, saturation (1: unchanged), hue (turns).
-        order: int64 `[N, 4]`, the operations (columns of `factors`) in the order of application.
-        grayscale: bool `[N]`.
-        sigma: float32 `[N]`, of the Gaussian blur in pixels; 0: no blur.
-        solarize: bool `[N]`.
     """
 
-    boxes: Tensor
-    flip: Tensor
     angle: Tensor
-    jitter: Tensor
-    factors: Tensor
-    order: Tensor
-    grayscale: Tensor
-    sigma: Tensor
-    solarize: Tensor
 
 
 def augment(
-    images: Tensor, sizes: Tensor, config: CropsConfig, generator: torch.Generator
+    images: Tensor,
+    sizes: Tensor,
+    config: CropsConfig,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Draw and make the two global views and the local views of a batch.
 
@@ -76,9 +67,10 @@ def augment(
         sizes: int64 `[B, 2]` on the CPU, (height, width) in pixels.
         config: of the crops.
         generator: a CPU generator, the only source of randomness.
+        dtype: of the crops.
 
     Returns:
-        Normalised float32 global crops `[2 * B, 3, S, S]` and local crops
+        Normalised global crops `[2 * B, 3, S, S]` and local crops
         `[local_count * B, 3, s, s]`, both view by view.
 
     Raises:
@@ -87,10 +79,10 @@ def augment(
     """
     check_batch(images, sizes)
     global_views, local_views = draw_views(config, sizes, generator)
-    pixels = product_pixels(images)
+    pixels = _pixels(images)
     return (
-        _render(pixels, global_views, config.global_size, config),
-        _render(pixels, local_views, config.local_size, config),
+        _render(pixels, global_views, config.global_size, config, dtype),
+        _render(pixels, local_views, config.local_size, config, dtype),
     )
 
 
@@ -131,7 +123,7 @@ def render(images: Tensor, views: Views, size: int, config: CropsConfig) -> Tens
     """
     check_images(images, channels=3)
     check_boxes(views.boxes, images.shape)
-    return _render(product_pixels(images), views, size, config)
+    return _render(_pixels(images), views, size, config)
 
 
 def _draw(
@@ -200,8 +192,40 @@ def _draw_boxes(
     return torch.cat([corner, extent]).long().T
 
 
-def _render(pixels: Tensor, views: Views, size: int, config: CropsConfig) -> Tensor:
-    """`render` from pixels in the dtype of the matrix products."""
+def _pixels(images: Tensor) -> Tensor:
+    """What `_render` takes: the canvases as they are for the fused kernels, else in the products' dtype."""
+    return images if crops_backend(images).backend == "triton" else product_pixels(images)
+
+
+def _render_fused(images: Tensor, views: Views, size: int, config: CropsConfig, dtype: torch.dtype) -> Tensor:
+    """`render` by the fused kernels."""
+    strengths = torch.tensor([config.brightness, config.contrast, config.saturation, config.hue])
+    rotate = None
+    if config.rotation:
+        angle = upload(views.angle, images.device)
+
+        def rotate(crops: Tensor) -> Tensor:
+            return _rotate(crops, angle)
+
+    factors = torch.where(strengths != 0, views.factors, torch.tensor(NEUTRAL))
+    return render_crops(
+        images,
+        replace(views, factors=factors),
+        size,
+        blur_kernel=config.blur_kernel,
+        mean=config.mean,
+        std=config.std,
+        dtype=dtype,
+        rotate=rotate,
+    )
+
+
+def _render(
+    pixels: Tensor, views: Views, size: int, config: CropsConfig, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`render` from what `_pixels` makes of the canvases."""
+    if pixels.dtype == torch.uint8:
+        return _render_fused(pixels, views, size, config, dtype)
     steps = _plan(views, config)
     rows = upload_parts([rows for _, rows, _ in steps], pixels.device)
     boxes, flip, angle, shift, gain, *amounts = upload_parts(
@@ -215,7 +239,7 @@ def _render(pixels: Tensor, views: Views, size: int, config: CropsConfig) -> Ten
         pixels.device,
     )
     if not len(boxes):
-        return boxes.new_empty(0, 3, size, size)
+        return boxes.new_empty(0, 3, size, size, dtype=dtype)
     taps = filter_taps((views.boxes[:, 2:].amax(0) / size).tolist())
     crops = resample_on_device(pixels, boxes, touched_pixels(boxes), (size, size), flip > 0, taps)
     if config.rotation:
@@ -223,7 +247,7 @@ def _render(pixels: Tensor, views: Views, size: int, config: CropsConfig) -> Ten
     for (operation, _, _), chosen, amount in zip(steps, rows, amounts, strict=True):
         changed = operation(crops.index_select(0, chosen), amount.view(-1, 1, 1, 1))
         crops.index_copy_(0, chosen, changed)
-    return crops.mul_(gain).sub_(shift)
+    return crops.mul_(gain).sub_(shift).to(dtype)
 
 
 def _plan(views: Views, config: CropsConfig) -> list[tuple[Operation, Tensor, Tensor]]:

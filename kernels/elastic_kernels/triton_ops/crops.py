@@ -1,0 +1,426 @@
+"""Triton kernels of random multi-crop augmentation: boxes of uint8 canvases to normalised crops.
+
+    resample   horizontally, then vertically: antialiased bicubic (a = -0.5), mirrored where flipped
+    colour     brightness, contrast, saturation and hue in the order of each crop, then grayscale
+    finish     Gaussian blur (horizontally, then vertically), solarisation, normalisation
+
+What is random comes in one table, a row for each crop, so that every crop takes its own branches and filters
+and the number of launches does not grow with what was drawn. A filter is worked out where it is used, for all
+rows and channels of a tile at once. Pixels are 0..255, products and sums fp32.
+
+Bytes: the horizontal pass reads the boxes as uint8 and writes touched rows * 3 * S elements; after it, every
+pass reads and writes N * 3 * S * S elements, colour reads those of crops with contrast twice, and the
+horizontal blur only touches the crops that are blurred.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.registration import register
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch settings: `rows` rows of `block` columns a program."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+# 224 and 96 are multiples of the columns. With 4 warps a thread of the horizontal kernel has twice as many
+# loads, and ptxas makes it wait for one after the other. Not timed on a GPU yet.
+HORIZONTAL = TileConfig(32, 32, 8)
+VERTICAL = BLUR = FINISH = TileConfig(32, 32, 4)
+COLOUR_BLOCK, COLOUR_WARPS = 2048, 16  # pixels at a time of the one program that a crop has
+
+CONTRAST, SATURATION, HUE = map(tl.constexpr, (1, 2, 3))  # and brightness 0, as columns of the factors
+SKIPPED = -1
+TURNS = 5  # colour operations of a crop at most: the jitter's four, then grayscale
+
+# Columns of the table, see `crop_table`.
+TOP, LEFT, HEIGHT, WIDTH, FLIP, FIRST_ROW, SIGMA, SOLARIZE, COUNT, CONTRAST_TURN = map(
+    tl.constexpr, range(10)
+)
+OPERATION, AMOUNT, GAIN, SHIFT, COLUMNS = map(tl.constexpr, (10, 15, 20, 23, 26))
+
+
+@triton.jit
+def _tile(tiles_y, tiles_x):
+    """Number of the image, and of the tile in it, of this program."""
+    pid = tl.program_id(0)
+    rest = pid // tiles_x
+    return rest // tiles_y, rest % tiles_y, pid % tiles_x
+
+
+@triton.jit
+def _clip(x):
+    return tl.minimum(tl.maximum(x, 0.0), 255.0)
+
+
+@triton.jit
+def _from_byte(x):
+    """A uint8 as float32, put into the digits of 2 ** 23: faster than the GPU's conversion."""
+    return (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _window(position, start, length, size):
+    """Filters of output positions: centres, first pixels; of all of them: 1 / widening, end, taps.
+
+    Pixels from the first one on that the box touches, before `end`, may be read.
+    """
+    scale = tl.div_rn(length, tl.cast(size, tl.float32))
+    center = start + (position.to(tl.float32) + 0.5) * scale
+    widening = tl.maximum(scale, 1.0)
+    end = tl.ceil(start + length)
+    first = tl.maximum(tl.ceil(center - 2 * widening - 0.5), tl.floor(start))
+    taps = tl.minimum(tl.ceil(4 * widening) + 1, end - tl.floor(start)).to(tl.int32)
+    return center, first, tl.div_rn(1.0, widening), end, taps
+
+
+@triton.jit
+def _tap(index, center, narrowing, end):
+    """Weight of a pixel, not normalised, and a pixel that may be read for it."""
+    x = tl.minimum(tl.abs((index + 0.5 - center) * narrowing), 2.0)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weight = tl.where(x < 1, near, far)
+    return tl.where(index < end, weight, 0.0), tl.minimum(index, end - 1).to(tl.int32)
+
+
+# Were it known that 16 divides the size, a thread would take columns side by side for the sake of the store,
+# and work out as many filters; like this, a warp takes a line, and a thread one column of several rows.
+@triton.jit(do_not_specialize=["batch", "size", "tiles_y", "tiles_x"])
+def _crops_horizontal_kernel(
+    images_ptr, table_ptr, rows_ptr,
+    batch, size, tiles_y, tiles_x,
+    stride_b, stride_c, stride_h,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pixel rows that a box touches, `[rows, 3, size]` one crop after the other."""
+    crop, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    table_ptr += crop * COLUMNS
+    top, left = tl.load(table_ptr + TOP), tl.load(table_ptr + LEFT)
+    height, width = tl.load(table_ptr + HEIGHT), tl.load(table_ptr + WIDTH)
+    rows = (tl.ceil(top + height) - tl.floor(top)).to(tl.int32)
+    if tile_y * ROWS < rows:
+        offs_r, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
+        # What lies beyond the last row or column repeats it and is not stored.
+        position = tl.minimum(offs_x, size - 1)
+        if tl.load(table_ptr + FLIP) > 0:
+            position = size - 1 - position
+        center, first, narrowing, end, taps = _window(position, left, width, size)
+        base = images_ptr + (crop % batch).to(tl.int64) * stride_b
+        line = (tl.floor(top).to(tl.int32) + tl.minimum(offs_r, rows - 1)).to(tl.int64) * stride_h
+        red = tl.zeros([ROWS, BLOCK], tl.float32)
+        green, blue, total = red, red, tl.zeros([BLOCK], tl.float32)
+        for tap in range(0, taps):
+            weight, pixel = _tap(first + tap, center, narrowing, end)
+            at = base + line[:, None] + pixel[None, :]
+            red += weight[None, :] * _from_byte(tl.load(at))
+            green += weight[None, :] * _from_byte(tl.load(at + stride_c))
+            blue += weight[None, :] * _from_byte(tl.load(at + 2 * tl.cast(stride_c, tl.int64)))
+            total += weight
+        share = (1.0 / total)[None, :]
+        place = tl.load(table_ptr + FIRST_ROW).to(tl.int32, bitcast=True).to(tl.int64)
+        out = rows_ptr + place * 3 * size + offs_r[:, None] * 3 * size + offs_x[None, :]
+        mask = (offs_r < rows)[:, None] & (offs_x < size)[None, :]
+        dtype: tl.constexpr = rows_ptr.dtype.element_ty
+        tl.store(out, _clip(red * share).to(dtype), mask=mask)
+        tl.store(out + size, _clip(green * share).to(dtype), mask=mask)
+        tl.store(out + 2 * size, _clip(blue * share).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
+def _crops_vertical_kernel(
+    rows_ptr, table_ptr, crops_ptr,
+    size, tiles_y, tiles_x,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The touched rows of each crop to `[3, size, size]`."""
+    crop, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    table_ptr += crop * COLUMNS
+    top, height = tl.load(table_ptr + TOP), tl.load(table_ptr + HEIGHT)
+    offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
+    center, first, narrowing, end, taps = _window(tl.minimum(offs_y, size - 1), top, height, size)
+    place = tl.load(table_ptr + FIRST_ROW).to(tl.int32, bitcast=True).to(tl.int64)
+    base = rows_ptr + place * 3 * size + offs_x[None, :]
+    mask_x = (offs_x < size)[None, :]
+    red = tl.zeros([ROWS, BLOCK], tl.float32)
+    green, blue, total = red, red, tl.zeros([ROWS], tl.float32)
+    for tap in range(0, taps):
+        weight, pixel = _tap(first + tap, center, narrowing, end)
+        at = base + ((pixel - tl.floor(top).to(tl.int32)) * 3 * size)[:, None]
+        red += weight[:, None] * tl.load(at, mask=mask_x, other=0.0).to(tl.float32)
+        green += weight[:, None] * tl.load(at + size, mask=mask_x, other=0.0).to(tl.float32)
+        blue += weight[:, None] * tl.load(at + 2 * size, mask=mask_x, other=0.0).to(tl.float32)
+        total += weight
+    share = (1.0 / total)[:, None]
+    area = size * size
+    out = crops_ptr + crop.to(tl.int64) * 3 * area + offs_y[:, None] * size + offs_x[None, :]
+    mask = (offs_y < size)[:, None] & mask_x
+    dtype: tl.constexpr = crops_ptr.dtype.element_ty
+    tl.store(out, _clip(red * share).to(dtype), mask=mask)
+    tl.store(out + area, _clip(green * share).to(dtype), mask=mask)
+    tl.store(out + 2 * area, _clip(blue * share).to(dtype), mask=mask)
+
+
+@triton.jit
+def _luma(red, green, blue):
+    return red * 0.299 + green * 0.587 + blue * 0.114
+
+
+@triton.jit
+def _turn_hue(red, green, blue, shift):
+    """Largest and smallest channel stay; between, each one is a trapezoid function of the hue."""
+    high = tl.maximum(tl.maximum(red, green), blue)
+    low = tl.minimum(tl.minimum(red, green), blue)
+    chroma = high - low
+    sixths = tl.where(high == green, blue - red + 2 * chroma, red - green + 4 * chroma)
+    sixths = tl.where(high == red, green - blue, sixths)
+    # Gray has no hue: 0 / tiny is as good as any.
+    sixths = sixths / tl.maximum(chroma, 1e-6) + 6 * shift
+    sixths -= 6 * tl.floor(sixths * (1 / 6))
+    share_red = tl.minimum(tl.maximum(tl.abs(sixths - 3) - 1, 0.0), 1.0)
+    share_green = tl.minimum(tl.maximum(2 - tl.abs(sixths - 2), 0.0), 1.0)
+    share_blue = tl.minimum(tl.maximum(2 - tl.abs(sixths - 4), 0.0), 1.0)
+    return low + share_red * chroma, low + share_green * chroma, low + share_blue * chroma
+
+
+@triton.jit
+def _recolour(red, green, blue, table_ptr, turns, mean):
+    """The first operations of a crop: turns of the hue, and blends with black, the mean or the gray image."""
+    for turn in range(0, turns):
+        operation = tl.load(table_ptr + OPERATION + turn)
+        amount = tl.load(table_ptr + AMOUNT + turn)
+        if operation == HUE:
+            red, green, blue = _turn_hue(red, green, blue, amount)
+        elif operation >= 0:
+            even = tl.where(operation == CONTRAST, mean, 0.0)
+            other = tl.where(operation == SATURATION, _luma(red, green, blue), even) * (1 - amount)
+            red = _clip(other + red * amount)
+            green = _clip(other + green * amount)
+            blue = _clip(other + blue * amount)
+    return red, green, blue
+
+
+@triton.jit
+def _load_colours(base, offs, mask, area):
+    red = tl.load(base + offs, mask=mask, other=0.0).to(tl.float32)
+    green = tl.load(base + area + offs, mask=mask, other=0.0).to(tl.float32)
+    blue = tl.load(base + 2 * area + offs, mask=mask, other=0.0).to(tl.float32)
+    return red, green, blue
+
+
+@triton.jit
+def _crops_colour_kernel(crops_ptr, table_ptr, area, BLOCK: tl.constexpr):
+    """A crop a program, in place; contrast needs the crop's mean luma at its turn, hence two passes."""
+    crop = tl.program_id(0)
+    table_ptr += crop * COLUMNS
+    turns = tl.load(table_ptr + COUNT).to(tl.int32)
+    if turns > 0:
+        base = crops_ptr + crop.to(tl.int64) * 3 * area
+        before = tl.load(table_ptr + CONTRAST_TURN).to(tl.int32)
+        mean = 0.0
+        if before >= 0:
+            total = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, area, BLOCK):
+                offs = start + tl.arange(0, BLOCK)
+                red, green, blue = _load_colours(base, offs, offs < area, area)
+                red, green, blue = _recolour(red, green, blue, table_ptr, before, 0.0)
+                total += _luma(red, green, blue)  # black beyond the end stays black before the contrast
+            mean = tl.sum(total, 0) / area
+        for start in range(0, area, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = offs < area
+            red, green, blue = _load_colours(base, offs, mask, area)
+            red, green, blue = _recolour(red, green, blue, table_ptr, turns, mean)
+            tl.store(base + offs, red.to(crops_ptr.dtype.element_ty), mask=mask)
+            tl.store(base + area + offs, green.to(crops_ptr.dtype.element_ty), mask=mask)
+            tl.store(base + 2 * area + offs, blue.to(crops_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _reflect(index, size):
+    index = tl.abs(index)
+    return tl.minimum(index, 2 * (size - 1) - index)
+
+
+@triton.jit
+def _blurred(plane_ptr, offs_y, offs_x, mask, sigma, taps, size, VERTICAL: tl.constexpr):
+    """A tile of a plane blurred along one axis; the border is reflected."""
+    x = tl.zeros([offs_y.shape[0], offs_x.shape[0]], tl.float32)
+    total = 0.0
+    for tap in range(0, taps):
+        offset = tap - taps // 2
+        away = offset.to(tl.float32) / sigma
+        weight = tl.exp(-0.5 * away * away)
+        if VERTICAL:
+            at = (_reflect(offs_y + offset, size) * size)[:, None] + offs_x[None, :]
+        else:
+            at = (offs_y * size)[:, None] + _reflect(offs_x + offset, size)[None, :]
+        x += weight * tl.load(plane_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        total += weight
+    return x / total
+
+
+@triton.jit(do_not_specialize=["tiles_y", "tiles_x", "taps"])
+def _crops_blur_kernel(
+    crops_ptr, table_ptr, blurred_ptr,
+    size, tiles_y, tiles_x, taps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Horizontally, and only the crops that are blurred."""
+    plane, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    sigma = tl.load(table_ptr + plane // 3 * COLUMNS + SIGMA)
+    if sigma > 0:
+        offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
+        mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
+        base = plane.to(tl.int64) * size * size
+        x = _blurred(crops_ptr + base, offs_y, offs_x, mask, sigma, taps, size, False)
+        out = blurred_ptr + base + offs_y[:, None] * size + offs_x[None, :]
+        tl.store(out, x.to(blurred_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tiles_y", "tiles_x", "taps"])
+def _crops_finish_kernel(
+    crops_ptr, blurred_ptr, table_ptr, out_ptr,
+    size, tiles_y, tiles_x, taps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The vertical blur, solarisation and normalisation."""
+    plane, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    table_ptr += plane // 3 * COLUMNS
+    offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
+    mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
+    base = plane.to(tl.int64) * size * size
+    at = base + offs_y[:, None] * size + offs_x[None, :]
+    sigma = tl.load(table_ptr + SIGMA)
+    if sigma > 0:
+        x = _blurred(blurred_ptr + base, offs_y, offs_x, mask, sigma, taps, size, True)
+    else:
+        x = tl.load(crops_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    # Inverts from 128 up, which for integers is the smaller of the value and its inverse.
+    x = tl.where(tl.load(table_ptr + SOLARIZE) > 0, tl.minimum(x, 255 - x), x)
+    y = x * tl.load(table_ptr + GAIN + plane % 3) - tl.load(table_ptr + SHIFT + plane % 3)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def crop_table(
+    boxes: Tensor,
+    flip: Tensor,
+    rows: Tensor,
+    operations: Tensor,
+    amounts: Tensor,
+    sigma: Tensor,
+    solarize: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    """What the kernels read of each crop, float32 `[N, COLUMNS]`.
+
+    Args:
+        boxes, flip, sigma, solarize: as in `elastic_kernels.crops.CropParameters`.
+        rows: int64 `[N]`, pixel rows that each box touches. The table holds how many rows of the intermediate
+            image come before those of the crop, as the bits of an int32.
+        operations: int64 `[N, TURNS]`, `SKIPPED` or an operation. The table also holds how many turns there
+            are up to the last operation, and which one is the contrast, or -1.
+        amounts: float32 `[N, TURNS]`, factors, and turns of the hue.
+        gain, shift: float32 `[3]`; the result is x * gain - shift.
+    """
+    turns = torch.arange(TURNS)
+    columns = [
+        boxes,
+        flip[:, None],
+        (rows.cumsum(0) - rows).int().view(torch.float32)[:, None],
+        sigma[:, None],
+        solarize[:, None],
+        ((operations >= 0) * (turns + 1)).amax(1, keepdim=True),
+        torch.where(operations == CONTRAST.value, turns, -1).amax(1, keepdim=True),
+        operations,
+        amounts,
+        gain.expand(len(rows), 3),
+        shift.expand(len(rows), 3),
+    ]
+    return torch.cat([column.float() for column in columns], 1)
+
+
+def crops_resample(
+    images: Tensor, table: Tensor, size: int, most_rows: int, all_rows: int, dtype: torch.dtype
+) -> Tensor:
+    """Boxes of uint8 `[B, 3, H, W]` as `[N, 3, size, size]` of `dtype` in 0..255.
+
+    `most_rows` and `all_rows` count the pixel rows that boxes touch: of the tallest, and of all together.
+    """
+    crops = torch.empty(table.shape[0], 3, size, size, dtype=dtype, device=images.device)
+    if crops.shape[0]:
+        images = unit_stride(images)
+        rows = torch.empty(all_rows, 3, size, dtype=dtype, device=images.device)
+        grid, tiles = _grid(crops.shape[0], most_rows, size, HORIZONTAL)
+        _crops_horizontal_kernel[grid](
+            images, table, rows,
+            images.shape[0], size, *tiles,
+            *images.stride()[:3],
+            **_options(HORIZONTAL),
+        )  # fmt: skip
+        grid, tiles = _grid(crops.shape[0], size, size, VERTICAL)
+        _crops_vertical_kernel[grid](rows, table, crops, size, *tiles, **_options(VERTICAL))
+    return crops
+
+
+def crops_colour_(crops: Tensor, table: Tensor) -> None:
+    """The colour operations of contiguous crops `[N, 3, S, S]`, in place."""
+    area = crops.shape[2] * crops.shape[3]
+    if crops.shape[0]:
+        _crops_colour_kernel[(crops.shape[0],)](
+            crops, table, area, BLOCK=COLOUR_BLOCK, num_warps=COLOUR_WARPS
+        )
+
+
+def crops_finish(crops: Tensor, table: Tensor, taps: int, dtype: torch.dtype) -> Tensor:
+    """Blurred, solarised and normalised crops `[N, 3, S, S]` of `dtype`; `taps` is 0 if none is blurred."""
+    out = torch.empty(crops.shape, dtype=dtype, device=crops.device)
+    count, channels, size, _ = crops.shape
+    if count:
+        blurred = crops
+        if taps:
+            blurred = torch.empty(crops.shape, dtype=crops.dtype, device=crops.device)
+            grid, tiles = _grid(count * channels, size, size, BLUR)
+            _crops_blur_kernel[grid](crops, table, blurred, size, *tiles, taps, **_options(BLUR))
+        grid, tiles = _grid(count * channels, size, size, FINISH)
+        _crops_finish_kernel[grid](crops, blurred, table, out, size, *tiles, taps, **_options(FINISH))
+    return out
+
+
+def _grid(images: int, height: int, width: int, config: TileConfig) -> tuple[tuple[int], tuple[int, int]]:
+    """Programs, and tiles of an image (vertically, horizontally)."""
+    tiles = triton.cdiv(height, config.rows), triton.cdiv(width, config.block)
+    return (images * tiles[0] * tiles[1],), tiles
+
+
+def _options(config: TileConfig) -> dict[str, int]:
+    return {"ROWS": config.rows, "BLOCK": config.block, "num_warps": config.warps}
+
+
+register(
+    "crops_resample(Tensor images, Tensor table, int size, int most_rows, int all_rows, ScalarType dtype)"
+    " -> Tensor",
+    crops_resample,
+    lambda images, table, size, most_rows, all_rows, dtype: images.new_empty(
+        table.shape[0], 3, size, size, dtype=dtype
+    ),
+)
+register("crops_colour_(Tensor(a!) crops, Tensor table) -> ()", crops_colour_, lambda crops, table: None)
+register(
+    "crops_finish(Tensor crops, Tensor table, int taps, ScalarType dtype) -> Tensor",
+    crops_finish,
+    lambda crops, table, taps, dtype: crops.new_empty(crops.shape, dtype=dtype),
+)

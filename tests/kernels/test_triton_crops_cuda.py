@@ -1,0 +1,81 @@
+"""The fused augmentation on a GPU, at real sizes, against the plain one of the trainer on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from elastic_kernels.crops import CropParameters, crops_backend, render_crops
+from poa.config import CropsConfig
+from poa.data.augment import Views, draw_views, render
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+CONFIG = CropsConfig(local_count=3, solarize=(0.3, 0.3, 0.3))
+SIZES = (CONFIG.global_size, CONFIG.local_size)
+LEVEL = 1 / (255 * min(CONFIG.std))  # of 0..255, in normalised units at most
+LARGEST = {torch.float32: 0.02, torch.float16: 0.75}  # difference in levels, by the dtype between kernels
+
+
+def problem() -> tuple[Tensor, tuple[Views, Views]]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 320, 400), dtype=torch.uint8, generator=generator)
+    images[2:] = (images[2:] > 127).to(torch.uint8) * 255
+    sizes = torch.tensor([[320, 400], [320, 211], [97, 400], [300, 300]])
+    return images, draw_views(CONFIG, sizes, generator)
+
+
+def fused(images: Tensor, views: Views, size: int, **options: Any) -> Tensor:
+    fields = {f.name: getattr(views, f.name) for f in dataclasses.fields(CropParameters)}
+    options = {"blur_kernel": CONFIG.blur_kernel, "mean": CONFIG.mean, "std": CONFIG.std} | options
+    return render_crops(images, CropParameters(**fields), size, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("intermediate", LARGEST, ids=str)
+def test_like_the_plain_augmentation(intermediate: torch.dtype, dtype: torch.dtype) -> None:
+    images, both = problem()
+    on_device = images.cuda()
+    assert crops_backend(on_device).backend == "triton"
+    rounding = torch.finfo(dtype).eps / 2
+    for views, size in zip(both, SIZES, strict=True):
+        plain = render(images, views, size, CONFIG)
+        ours, again = (
+            fused(on_device, views, size, intermediate=intermediate, dtype=dtype) for _ in range(2)
+        )
+        assert ours.dtype == dtype and torch.equal(ours, again)
+        difference = (ours.cpu().float() - plain).abs()
+        assert (difference <= LARGEST[intermediate] * LEVEL + rounding * (plain.abs() + 0.1)).all()
+        assert difference.mean() < 0.05 * LEVEL + rounding
+
+
+def test_sizes_that_nothing_divides() -> None:
+    images, (views, _) = problem()
+    for size in (37, 225):
+        difference = fused(images.cuda(), views, size).cpu() - render(images, views, size, CONFIG)
+        assert difference.abs().max() <= LARGEST[torch.float16] * LEVEL
+
+
+def test_one_pixel_crops() -> None:
+    images, (views, _) = problem()
+    sharp = dataclasses.replace(views, sigma=torch.zeros_like(views.sigma))
+    difference = fused(images.cuda(), sharp, 1).cpu() - render(images, sharp, 1, CONFIG)
+    assert difference.abs().max() <= LARGEST[torch.float16] * LEVEL
+
+
+def test_nothing_waits_for_the_device() -> None:
+    images, both = problem()
+    on_device = images.cuda()
+    problems = list(zip(both, SIZES, strict=True))
+    expected = [fused(on_device, views, size, dtype=torch.bfloat16) for views, size in problems]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        crops = [fused(on_device, views, size, dtype=torch.bfloat16) for views, size in problems]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(crops, expected, strict=True))
