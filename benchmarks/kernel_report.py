@@ -185,9 +185,20 @@ def _row_cases(part: int, dtype: str) -> Iterator[Case]:
     forward, backward = layer_norm._layer_norm_fwd_kernel, layer_norm._layer_norm_bwd_kernel
     gather = {"HAS_AFFINE": True, "HAS_INDEX": True}
     forms: list[tuple[Any, str, dict[str, Any]]] = [
-        (forward, "rows", {**gather, "HAS_RESIDUAL": False, "residual_ptr": None, "sum_ptr": None}),
-        (forward, "sum", {"HAS_AFFINE": True, "HAS_INDEX": False, "HAS_RESIDUAL": True, "index_ptr": None}),
-        (backward, "rows, sum", {**gather, "HAS_SUM": True}),
+        (
+            forward,
+            "rows",
+            {**gather, "HAS_RESIDUAL": False, "KEEP_XHAT": True, "residual_ptr": None, "sum_ptr": None},
+        ),
+        (
+            forward,
+            "sum",
+            {
+                **{"HAS_AFFINE": True, "HAS_INDEX": False, "HAS_RESIDUAL": True, "KEEP_XHAT": False},
+                **{"index_ptr": None, "xhat_ptr": None},
+            },
+        ),
+        (backward, "rows, sum", {**gather, "HAS_SUM": True, "HAS_XHAT": True, "x_ptr": None}),
     ]
     for config in layer_norm.CONFIGS:
         for kernel, form, constants in forms:

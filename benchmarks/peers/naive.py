@@ -69,8 +69,9 @@ def block(
     kept: tuple[KeptRows, KeptRows] | None = None,
     recompute_mlp: bool = False,
     only: Tensor | None = None,
+    reuse: bool = False,
 ) -> Tensor:
-    """As `ElasticBlock.forward`, which makes `only` some tokens; this one makes all."""
+    """As `ElasticBlock.forward`, which makes `only` some tokens; this one makes all, in a new tensor."""
     first, second = kept or (None, None)
     norm, attn, parts = self.norm1, self.attn, self.mlp
     rows = x if first is None else x[first.rows]

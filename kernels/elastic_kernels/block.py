@@ -65,12 +65,13 @@ def elastic_attention_half(
     *,
     kept: KeptRows | None = None,
     only: Tensor | None = None,
+    reuse: bool = False,
     grad_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """LayerNorm, attention over packed sequences, projection, LayerScale and the residual addition.
 
     Args:
-        x: `[tokens, w]`, the residual stream; not modified.
+        x: `[tokens, w]`, the residual stream; not modified without `reuse`.
         norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
         qkv_weight, qkv_bias: as in `elastic_qkv`.
         proj_weight, proj_bias, gamma: as in `elastic_linear_residual`.
@@ -78,6 +79,7 @@ def elastic_attention_half(
         head_dim: channels of a head; `w` is a multiple of it.
         kept: the sequences that take part; None means all.
         only: int64 `[live]`, distinct tokens that are wanted; the projection is made of these alone.
+        reuse: the result may overwrite `x`, which nobody else needs; not for a leaf that requires gradients.
         grad_out: buffers for the gradients of `qkv_weight` and `proj_weight`, as in `elastic_linear`.
 
     Returns:
@@ -115,6 +117,7 @@ def elastic_attention_half(
             [number for group in active for number in group],
             head_dim,
             recompute=False,
+            reuse=reuse,
         )
         parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma)
         return AttentionHalfFunction.apply(x, *parameters, rows, scale, spec)
@@ -143,15 +146,17 @@ def elastic_mlp_half(
     kept: KeptRows | None = None,
     row_scale: Tensor | None = None,
     recompute: bool = False,
+    reuse: bool = False,
     grad_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """LayerNorm, MLP, LayerScale and the residual addition.
 
     Args:
-        x: `[tokens, w]`, the residual stream; not modified.
+        x: `[tokens, w]`, the residual stream; not modified without `reuse`.
         norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
         fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, recompute, grad_out: as in `elastic_mlp`.
         kept: the sequences that take part; None means all.
+        reuse: as in `elastic_attention_half`.
         row_scale: float32 `[tokens]`, without `kept`: a factor of each row's branch.
 
     Returns:
@@ -180,6 +185,7 @@ def elastic_mlp_half(
             attention_groups=[],
             head_dim=0,
             recompute=recompute,
+            reuse=reuse,
         )
         parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
         return MlpHalfFunction.apply(x, *parameters, rows, scale, spec)

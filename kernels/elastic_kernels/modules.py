@@ -121,6 +121,7 @@ class ElasticBlock(nn.Module):
         kept: tuple[KeptRows, KeptRows] | None = None,
         recompute_mlp: bool = False,
         only: Tensor | None = None,
+        reuse: bool = False,
     ) -> Tensor:
         """One block.
 
@@ -131,6 +132,7 @@ class ElasticBlock(nn.Module):
             recompute_mlp: save nothing as wide as the hidden layer for backward.
             only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
                 MLP are computed for these alone.
+            reuse: the result may overwrite `x`, which nobody else needs.
 
         Returns:
             `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
@@ -141,7 +143,7 @@ class ElasticBlock(nn.Module):
         x = elastic_attention_half(
             x, norm.weight, norm.bias, norm.eps,
             attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            self.ls1.gamma if self.ls1 else None, groups, attn.head_dim, kept=first, only=only,
+            self.ls1.gamma if self.ls1 else None, groups, attn.head_dim, kept=first, only=only, reuse=reuse,
         )  # fmt: skip
         if second and only is not None:
             (_, row_scale), second = second.among(only, tokens), None
@@ -150,6 +152,7 @@ class ElasticBlock(nn.Module):
             x, norm.weight, norm.bias, norm.eps,
             mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
             self.ls2.gamma if self.ls2 else None, kept=second, row_scale=row_scale, recompute=recompute_mlp,
+            reuse=True,
         )  # fmt: skip
 
 

@@ -260,7 +260,7 @@ class ElasticViT(nn.Module):
             if recompute:
                 x = checkpoint(block, x, groups, kept, only=wanted, use_reentrant=False)
             else:
-                x = block(x, groups, kept, only=wanted)
+                x = block(x, groups, kept, only=wanted, reuse=True)
         return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:

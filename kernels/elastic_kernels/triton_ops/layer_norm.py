@@ -8,8 +8,10 @@ Fused: the addition (or the gather of the rows that take part, stochastic depth)
 the backward the addition of the gradient that bypasses the norm. The backward is one pass over rows; each
 program keeps its share of the affine gradients in registers, and the shares are summed in a fixed order.
 
-Saved for backward: x, and fp32 mean and rstd of each row. Bytes: forward reads and writes rows * w elements;
-backward reads twice and writes once that much; the shares add programs * w * 8 bytes.
+Saved for backward: x, and fp32 mean and rstd of each row; or instead of x and mean the normalised rows xhat,
+so that x may be overwritten (a residual stream) and only the rows that take part are kept. Bytes: forward
+reads and writes rows * w elements, and writes xhat; backward reads twice and writes once that much; the
+shares add programs * w * 8 bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +33,11 @@ PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to su
 
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, sum_ptr, xhat_ptr, mean_ptr, rstd_ptr,
     rows, width,
     stride_x, stride_r,
     eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP_XHAT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -58,6 +60,8 @@ def _layer_norm_fwd_kernel(
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
     y = centred * rstd[:, None]
+    if KEEP_XHAT:
+        tl.store(xhat_ptr + out, y.to(xhat_ptr.dtype.element_ty), mask=mask)
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
@@ -69,10 +73,10 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, weight_ptr, position_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
+    dy_ptr, x_ptr, xhat_ptr, weight_ptr, position_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
     tokens, width,
     stride_x, stride_s,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_SUM: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_SUM: tl.constexpr, HAS_XHAT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By tokens: `position` holds the row of each token among the normalised ones, or -1."""
@@ -94,10 +98,14 @@ def _layer_norm_bwd_kernel(
             mask_r = place >= 0
         mask = mask_r[:, None] & mask_k[None, :]
         dy = tl.load(dy_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + token[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + place, mask=mask_r, other=0.0)
         rstd = tl.load(rstd_ptr + place, mask=mask_r, other=0.0)
-        xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+        if HAS_XHAT:
+            xhat = tl.load(xhat_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0)
+            xhat = xhat.to(tl.float32)
+        else:
+            x = tl.load(x_ptr + token[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0)
+            mean = tl.load(mean_ptr + place, mask=mask_r, other=0.0)
+            xhat = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
         g = dy
         if HAS_AFFINE:
             dweight += tl.sum(dy * xhat, 0)
@@ -149,29 +157,42 @@ def layer_norm_fwd(
     eps: float,
     index: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`x` `[tokens, w]` -> y `[rows, w]` of `dtype`, x + residual (or empty), fp32 mean and rstd `[rows]`."""
+    keep_xhat: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalise rows.
+
+    Args:
+        x: `[tokens, w]`.
+        residual, weight, bias, eps, index: as above.
+        dtype: of y.
+        keep_xhat: also give the rows before the affine.
+
+    Returns:
+        y `[rows, w]`, x + residual or empty, xhat in the dtype of y or empty, fp32 mean and rstd `[rows]`.
+    """
     rows, width = (x if index is None else index).shape[0], x.shape[1]
     y = torch.empty(rows, width, dtype=dtype, device=x.device)
     total = torch.empty((0,) if residual is None else x.shape, dtype=_sum_dtype(x, residual), device=x.device)
+    xhat = torch.empty(y.shape if keep_xhat else (0,), dtype=dtype, device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         config = row_config(width)
         _layer_norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
-            x, residual, weight, bias, index, y, total, mean, rstd,
+            x, residual, weight, bias, index, y, total, xhat, mean, rstd,
             rows, width,
             x.stride(0), 0 if residual is None else residual.stride(0),
             eps,
             HAS_RESIDUAL=residual is not None, HAS_AFFINE=weight is not None, HAS_INDEX=index is not None,
-            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+            KEEP_XHAT=keep_xhat, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return y, total, mean, rstd
+    return y, total, xhat, mean, rstd
 
 
 def layer_norm_bwd(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
+    xhat: Tensor | None,
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
@@ -181,22 +202,32 @@ def layer_norm_bwd(
     """Gradients of x, and of weight and bias in full shape (empty without them).
 
     `dy` `[rows, w]` is contiguous; `dsum` `[tokens, w]`, rows of any stride, is added to the gradient of x.
+    Either `x` is given, or `xhat`, contiguous, and `dsum`, which then has the shape and dtype of x.
     """
-    tokens, width = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    programs = PROGRAMS_PER_SM * processors(x.device)
+    like = _like(x, dsum)
+    tokens, width = like.shape
+    dx = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    programs = PROGRAMS_PER_SM * processors(like.device)
     affine = 0 if weight is None else width
-    shares = torch.empty(programs, 2, affine, dtype=torch.float32, device=x.device)
+    shares = torch.empty(programs, 2, affine, dtype=torch.float32, device=like.device)
     if tokens:
         config = row_config(width)
         _layer_norm_bwd_kernel[(programs,)](
-            dy, x, weight, None if index is None else _positions(index, tokens), mean, rstd, dsum, dx, shares,
+            dy, x, xhat, weight, None if index is None else _positions(index, tokens), mean, rstd, dsum,
+            dx, shares,
             tokens, width,
-            x.stride(0), 0 if dsum is None else dsum.stride(0),
+            0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
             HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, HAS_SUM=dsum is not None,
-            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+            HAS_XHAT=xhat is not None, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return dx, *_affine_gradients(shares if tokens else shares[:0], weight)
+
+
+def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
+    """A tensor of the shape and dtype of x."""
+    like = dsum if x is None else x
+    assert like is not None
+    return like
 
 
 def _positions(index: Tensor, tokens: int) -> Tensor:
@@ -222,20 +253,23 @@ def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
 
 register(
     "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
-    " ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType dtype, bool keep_xhat=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     layer_norm_fwd,
-    lambda x, residual, weight, bias, eps, index, dtype: (
+    lambda x, residual, weight, bias, eps, index, dtype, keep_xhat=False: (
         x.new_empty((x if index is None else index).shape[0], x.shape[1], dtype=dtype),
         x.new_empty((0,) if residual is None else x.shape, dtype=_sum_dtype(x, residual)),
+        x.new_empty(
+            ((x if index is None else index).shape[0], x.shape[1]) if keep_xhat else (0,), dtype=dtype
+        ),
         *(x.new_empty((x if index is None else index).shape[0], dtype=torch.float32) for _ in range(2)),
     ),
 )
 register(
-    "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, Tensor? index,"
-    " Tensor? dsum) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor mean, Tensor rstd,"
+    " Tensor? index, Tensor? dsum) -> (Tensor, Tensor, Tensor)",
     layer_norm_bwd,
-    lambda dy, x, weight, mean, *rest: (
-        x.new_empty(x.shape),
+    lambda dy, x, xhat, weight, mean, rstd, index, dsum: (
+        _like(x, dsum).new_empty(_like(x, dsum).shape),
         *((mean.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
     ),
 )
@@ -255,7 +289,7 @@ class LayerNormFunction(torch.autograd.Function):
         index: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x = unit_stride(x)
-        y, total, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(
+        y, total, _, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(
             x,
             None if residual is None else unit_stride(residual),
             weight,
@@ -273,7 +307,14 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.elastic_kernels.layer_norm_bwd(
-            dy.contiguous(), x, weight, mean, rstd, index, unit_stride(dsum) if ctx.has_residual else None
+            dy.contiguous(),
+            x,
+            None,
+            weight,
+            mean,
+            rstd,
+            index,
+            unit_stride(dsum) if ctx.has_residual else None,
         )
         affine = (None, None) if weight is None else (dweight, dbias)
         return dx, dx if ctx.has_residual else None, *affine, None, None

@@ -239,6 +239,20 @@ def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float
     return u, activation
 
 
+def linear_residual_(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    gamma: Tensor | None,
+    index: Tensor | None,
+    row_scale: Tensor | None,
+    scale: float,
+) -> None:
+    """Add the branch to the rows of `residual` in `index` (or all) in place."""
+    _fwd(x, weight, bias, residual, scale, residual=residual, gamma=gamma, index=index, row_scale=row_scale)
+
+
 def linear_residual_fwd(
     x: Tensor,
     weight: Tensor,
@@ -330,6 +344,12 @@ register(
     " Tensor? index, Tensor? row_scale, float scale) -> Tensor",
     linear_residual_fwd,
     lambda x, weight, bias, residual, *rest: residual.new_empty(residual.shape),
+)
+register(
+    "linear_residual_(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, Tensor? gamma,"
+    " Tensor? index, Tensor? row_scale, float scale) -> ()",
+    linear_residual_,
+    lambda *arguments: None,
 )
 register(
     "linear_dgrad(Tensor dy, Tensor weight, Tensor? gamma, float scale) -> Tensor",

@@ -5,7 +5,8 @@
     mlp               x, and the sum before the GELU (with `recompute` only x); the activation is made again
     by
                       the product that goes back through it
-    half-blocks       the norm's input and output beside the above, so that a block is two calls for autograd
+    half-blocks       normalised rows before and after the affine beside the above, so that a block is two
+                      calls for autograd, and the residual stream may be overwritten
 
 They are `autograd.Function`s outside of the registered operators, which saves host time on each call.
 """
@@ -96,6 +97,12 @@ class Layer:
         self, x: Tensor, residual: Tensor, index: Tensor | None, row_scale: Tensor | None
     ) -> Tensor:
         return ops.linear_residual_fwd(
+            x, self.weight, self.bias, residual, self.gamma, index, row_scale, self.spec.scale
+        )
+
+    def add_to(self, residual: Tensor, x: Tensor, index: Tensor | None, row_scale: Tensor | None) -> None:
+        """`forward_residual` in place."""
+        ops.linear_residual_(
             x, self.weight, self.bias, residual, self.gamma, index, row_scale, self.spec.scale
         )
 
@@ -250,6 +257,7 @@ class HalfSpec(NamedTuple):
         attention_groups: flat `(count, length)` pairs of the rows that take part; empty in an MLP half.
         head_dim: channels of a head; unused in an MLP half.
         recompute: save less, and make the hidden layer of an MLP half again.
+        reuse: the residual stream may be overwritten.
     """
 
     eps: float
@@ -258,10 +266,67 @@ class HalfSpec(NamedTuple):
     attention_groups: list[int]
     head_dim: int
     recompute: bool
+    reuse: bool
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """What a half-block keeps of its norm for backward.
+
+    Attributes:
+        xhat: the rows that take part, before the affine.
+        weight: of the affine.
+        rstd: fp32 `[rows]`.
+    """
+
+    xhat: Tensor
+    weight: Tensor | None
+    rstd: Tensor
+
+    @classmethod
+    def rows(
+        cls,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        index: Tensor | None,
+        spec: HalfSpec,
+    ) -> tuple[Tensor, _Normed]:
+        """The normalised rows, and what to keep."""
+        apart = weight is not None and any(ctx.needs_input_grad)  # else they are what follows
+        h, _, xhat, _, rstd = ops.layer_norm_fwd(
+            x, None, weight, bias, spec.eps, index, spec.first.dtype, apart
+        )
+        return h, cls(xhat if apart else h, weight, rstd)
+
+    def backward(self, dh: Tensor, index: Tensor | None, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of a half-block's input, with that of its residual path, and of the affine."""
+        dx, dweight, dbias = ops.layer_norm_bwd(
+            dh, None, self.xhat, self.weight, self.rstd, self.rstd, index, unit_stride(dout)
+        )
+        return (dx, None, None) if self.weight is None else (dx, dweight, dbias)
+
+
+def _add_branch(
+    ctx: Any,
+    layer: Layer,
+    branch: Tensor,
+    x: Tensor,
+    index: Tensor | None,
+    row_scale: Tensor | None,
+    reuse: bool,
+) -> Tensor:
+    """The stream with a branch added: in place where that is allowed."""
+    if not reuse or x.stride(-1) != 1:
+        return layer.forward_residual(branch, unit_stride(x), index, row_scale)
+    layer.add_to(x, branch, index, row_scale)
+    ctx.mark_dirty(x)
+    return x
 
 
 class AttentionHalfFunction(torch.autograd.Function):
-    """`x[rows] += row_scale * gamma * proj(attention(qkv(norm(x[rows]))))` as a new tensor."""
+    """`x[rows] += row_scale * gamma * proj(attention(qkv(norm(x[rows]))))`, perhaps as a new tensor."""
 
     @staticmethod
     def forward(
@@ -278,32 +343,33 @@ class AttentionHalfFunction(torch.autograd.Function):
         row_scale: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
-        x, width, dtype = unit_stride(x), x.shape[1], spec.first.dtype
-        h, _, mean, rstd = ops.layer_norm_fwd(x, None, norm_weight, norm_bias, spec.eps, index, dtype)
+        width = x.shape[1]
+        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, width, spec.first)
         proj = Layer.of(proj_weight, proj_bias, gamma, width, spec.second)
         qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
         o, lse = ops.attention_fwd(qkv, spec.attention_groups)
-        _keep(ctx, (x, norm_weight, mean, rstd, index, row_scale, h, qkv, o, lse), [qkv_layer, proj])
+        kept = (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, qkv, o, lse)
+        _keep(ctx, kept, [qkv_layer, proj])
         ctx.spec = spec
-        return proj.forward_residual(o, x, index, row_scale)
+        return _add_branch(ctx, proj, o, x, index, row_scale, spec.reuse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x, norm_weight, mean, rstd, index, row_scale, h, qkv, o, lse), (qkv_layer, proj) = _kept(ctx)
+        (*normed, index, row_scale, h, qkv, o, lse), (qkv_layer, proj) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, h.dtype)
         dw2, db2, dgamma = proj.wgrad(d, o)
         do = proj.dgrad(d)
         dqkv = ops.attention_bwd(qkv, o, lse, do, ctx.spec.attention_groups).flatten(2)
         dw1, db1, _ = qkv_layer.wgrad(dqkv, h)
         dh = qkv_layer.dgrad(dqkv)
-        dx, *affine = _norm_backward(dh, x, norm_weight, mean, rstd, index, dout)
+        dx, *affine = _Normed(*normed).backward(dh, index, dout)
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None
 
 
 class MlpHalfFunction(torch.autograd.Function):
-    """`x[rows] += row_scale * gamma * mlp(norm(x[rows]))` as a new tensor."""
+    """`x[rows] += row_scale * gamma * mlp(norm(x[rows]))`, perhaps as a new tensor."""
 
     @staticmethod
     def forward(
@@ -320,34 +386,19 @@ class MlpHalfFunction(torch.autograd.Function):
         row_scale: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
-        x, dtype = unit_stride(x), spec.first.dtype
-        h, _, mean, rstd = ops.layer_norm_fwd(x, None, norm_weight, norm_bias, spec.eps, index, dtype)
+        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_gelu(h)
         kept = None if spec.recompute else u
-        _keep(ctx, (x, norm_weight, mean, rstd, index, row_scale, h, kept), [fc1, fc2])
-        return fc2.forward_residual(activation, x, index, row_scale)
+        _keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, kept), [fc1, fc2])
+        return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.reuse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x, norm_weight, mean, rstd, index, row_scale, h, u), (fc1, fc2) = _kept(ctx)
+        (*normed, index, row_scale, h, u), (fc1, fc2) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, h.dtype)
         dh, (dw1, db1, _), (dw2, db2, dgamma) = _mlp_backward(d, h, u, fc1, fc2)
-        dx, *affine = _norm_backward(dh, x, norm_weight, mean, rstd, index, dout)
+        dx, *affine = _Normed(*normed).backward(dh, index, dout)
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None
-
-
-def _norm_backward(
-    dh: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    index: Tensor | None,
-    dout: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients of a half-block's input, with that of its residual path, and of the norm's affine."""
-    dx, dweight, dbias = ops.layer_norm_bwd(dh, x, weight, mean, rstd, index, unit_stride(dout))
-    return (dx, None, None) if weight is None else (dx, dweight, dbias)

@@ -84,9 +84,10 @@ def test_registered_operators() -> None:
         for w, b in ((weight, bias), (None, None)):
             arguments = (x, residual, w, b, EPS, index, torch.float16)
             torch.library.opcheck(forward, arguments, test_utils=checks)
-            y, _, mean, rstd = forward(*arguments)
-            for dsum in (None, x):
-                arguments = (torch.ones_like(y), x, w, mean, rstd, index, dsum)
+            torch.library.opcheck(forward, (*arguments, True), test_utils=checks)
+            y, _, xhat, mean, rstd = forward(*arguments, True)
+            for mine, kept, dsum in ((x, None, None), (x, None, x), (None, xhat, x)):
+                arguments = (torch.ones_like(y), mine, kept, w, mean, rstd, index, dsum)
                 torch.library.opcheck(backward, arguments, test_utils=checks)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, run
+from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, mlp_half, run
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -188,6 +188,34 @@ def test_two_widths_share_weights_when_recomputed() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_stream_that_may_be_overwritten(affine: bool) -> None:
+    """The same bits, forward and backward, in the memory of the input."""
+    operator, exact = mlp_half(CASES["kept"], recompute=False)
+    tensors = {key: t.float() for key, t in exact.items()}
+    if not affine:
+        tensors |= {"norm_weight": None, "norm_bias": None}
+    leaves = {key: t.nan_to_num().requires_grad_() for key, t in tensors.items() if t is not None}
+    inputs, found = list(leaves.values()), []
+    for reuse in (False, True):
+        stream = leaves["x"] * 1.0
+        y = operator(**{**tensors, **leaves, "x": stream, "reuse": reuse})
+        assert (y.data_ptr() == stream.data_ptr()) == reuse
+        found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_overwriting_what_somebody_needs_is_an_error() -> None:
+    operator, exact = mlp_half(CASES["kept"], recompute=False)
+    tensors = {key: t.float().nan_to_num() for key, t in exact.items()}
+    leaf = tensors.pop("x").requires_grad_()
+    stream = leaf * 1.0
+    square = stream * stream  # needs the stream in backward
+    y = operator(x=stream, reuse=True, **tensors)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (y.sum() + square.sum()).backward()
+
+
 def test_compiled_equals_eager() -> None:
     torch.manual_seed(0)
     block = ek.ElasticBlock(32, 96, 16, layer_scale=0.5)
@@ -212,6 +240,7 @@ def test_registered_operators() -> None:
         (ops.linear_gelu_fwd, (x, *one, 1.5)),
         (ops.linear_residual_fwd, (x, *one, d, gamma, None, None, 1.5)),
         (ops.linear_residual_fwd, (x[:3], *one, d, None, index, scale, 1.5)),
+        (ops.linear_residual_, (x[:3], *one, d.clone(), gamma, index, scale, 1.5)),
         (ops.linear_dgrad, (d, weight[:1], gamma, 1.5)),
         (ops.linear_dgrad, (draw(6, 2, 8).float(), weight, None, 1.5)),
         (ops.linear_dgrad_gelu, (d, weight[:1], gamma, u, 1.5)),
