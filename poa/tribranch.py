@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import prototype_cross_entropy
+from elastic_kernels import prototype_cross_entropy, shared_gradients
 from poa import losses
 from poa.backbones import ElasticViT, ViTConfig
 from poa.data.masking import Masks
@@ -123,7 +123,8 @@ class Network(nn.Module):
     ) -> list[StudentOutput]:
         """Run the students, one pass each; one call per step, so that DDP sees one forward."""
         prototypes = self.head.matrices()
-        return [self._student(batch, p, prototypes, recompute) for p in passes]
+        with shared_gradients():
+            return [self._student(batch, p, prototypes, recompute) for p in passes]
 
     def _student(
         self, batch: Batch, run: StudentPass, prototypes: list[Tensor], recompute: bool

@@ -24,6 +24,7 @@ from elastic_kernels.modules import (
 )
 from elastic_kernels.optimizer import FusedAdamW
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
+from elastic_kernels.shared_gradients import shared_gradients
 
 __all__ = [
     "ElasticAttention",
@@ -50,5 +51,6 @@ __all__ = [
     "packed_attention",
     "prototype_cross_entropy",
     "render_crops",
+    "shared_gradients",
     "sinkhorn_scaling",
 ]

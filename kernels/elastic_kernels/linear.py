@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
+from elastic_kernels.shared_gradients import current_ledger
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.units import LayerSpec
@@ -209,8 +210,13 @@ def layer_spec(
     """How the Triton kernels use a weight for inputs `width` wide (default: as `x`) in the dtype of `x`."""
     from elastic_kernels.triton_ops.units import LayerSpec
 
-    s = _offset_scale(weight, width or x.shape[-1], scale)
-    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), grad_out)
+    width = width or x.shape[-1]
+    s, ledger = _offset_scale(weight, width, scale), current_ledger()
+    if grad_out is not None or not (torch.is_grad_enabled() and weight.requires_grad):
+        ledger = None
+    if ledger is not None and (groups * out_features, width) == tuple(weight.shape):
+        ledger.expect(weight)
+    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), grad_out, ledger, id(weight))
 
 
 class _GradientInto(torch.autograd.Function):

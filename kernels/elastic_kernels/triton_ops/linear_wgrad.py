@@ -274,11 +274,12 @@ def linear_wgrad_into(
     out_max: int,
     dtype: torch.dtype,
     bias_grad: bool,
+    accumulate: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_wgrad`, adding the weight's gradient to the corner `into` `[groups, n, k]` in place."""
+    """As `linear_wgrad`, writing or adding the weight's gradient to the corner `into` `[groups, n, k]`."""
     return _wgrad(
         dy, x, weight, bias, gamma, scale, into,
-        accumulate=True, bias_grad=bias_grad, out_max=out_max, dtype=dtype,
+        accumulate=accumulate, bias_grad=bias_grad, out_max=out_max, dtype=dtype,
     )  # fmt: skip
 
 
@@ -296,9 +297,9 @@ register(
 )
 register(
     f"linear_wgrad_into(Tensor(a!) into, Tensor dy, Tensor x, {_PRODUCT}, int out_max, ScalarType dtype,"
-    " bool bias_grad) -> (Tensor, Tensor)",
+    " bool bias_grad, bool accumulate) -> (Tensor, Tensor)",
     linear_wgrad_into,
-    lambda into, dy, x, weight, bias, gamma, scale, out_max, dtype, bias_grad: (
+    lambda into, dy, x, weight, bias, gamma, scale, out_max, dtype, bias_grad, accumulate: (
         dy.new_empty(weight.shape[0] * out_max if bias_grad else 0, dtype=dtype),
         dy.new_empty(0 if gamma is None else out_max, dtype=dtype),
     ),

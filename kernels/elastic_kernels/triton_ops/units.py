@@ -25,6 +25,7 @@ import elastic_kernels.triton_ops.attention
 import elastic_kernels.triton_ops.layer_norm
 import elastic_kernels.triton_ops.linear
 import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
+from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.device import unit_stride
 
 ops = torch.ops.elastic_kernels
@@ -39,6 +40,8 @@ class LayerSpec(NamedTuple):
         scale: the offset scale.
         dtype: of the product.
         grad_out: a buffer in the weight's shape that its gradient is added to, instead of being returned.
+        ledger: of the networks that share the weight in this graph.
+        key: of the weight, there.
     """
 
     groups: int
@@ -46,6 +49,8 @@ class LayerSpec(NamedTuple):
     scale: float
     dtype: torch.dtype
     grad_out: Tensor | None = None
+    ledger: GradientLedger | None = None
+    key: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,17 +118,25 @@ class Layer:
         return ops.linear_dgrad_gelu(dy, self.weight, self.gamma, u, self.spec.scale)
 
     def wgrad(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of weight (None if it went to `grad_out`), bias and LayerScale, where there are such."""
+        """Gradients of weight (None if it went elsewhere), bias and LayerScale, where there are such."""
         has_bias, spec, dweight = self.bias is not None, self.spec, None
-        corner = (self.weight, self.bias, self.gamma, spec.scale)
-        if spec.grad_out is None:
-            dweight, dbias, dgamma = ops.linear_wgrad(dy, x, *corner, self.full, self.grad_dtype, has_bias)
-        else:
-            _, out, width = self.weight.shape
+        _, out, width = self.weight.shape
+        parameters = (self.weight, self.bias, self.gamma, spec.scale)
+        rest = (self.full[0], self.grad_dtype, has_bias)
+        whole = [out, width] == self.full
+        if spec.grad_out is not None:
             into = spec.grad_out.unflatten(0, (spec.groups, -1))[:, :out, :width]
-            dbias, dgamma = ops.linear_wgrad_into(
-                into, dy, x, *corner, self.full[0], self.grad_dtype, has_bias
+            dbias, dgamma = ops.linear_wgrad_into(into, dy, x, *parameters, *rest, True)
+        elif spec.ledger is not None and not whole and spec.ledger.awaits_whole(spec.key):
+            into = torch.empty(self.weight.shape, dtype=self.grad_dtype, device=dy.device)
+            dbias, dgamma = ops.linear_wgrad_into(into, dy, x, *parameters, *rest, False)
+            spec.ledger.leave(spec.key, into)
+        else:
+            dweight, dbias, dgamma = ops.linear_wgrad(
+                dy, x, *parameters, self.full, self.grad_dtype, has_bias
             )
+            if spec.ledger is not None and whole:
+                spec.ledger.complete(spec.key, dweight.unflatten(0, (spec.groups, -1)))
         return dweight, dbias if has_bias else None, dgamma if self.gamma is not None else None
 
 

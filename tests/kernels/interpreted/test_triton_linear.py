@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, mlp_half, run
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels as ek
@@ -249,7 +252,7 @@ def test_registered_operators() -> None:
             ops.linear_wgrad,
             (draw(6, 2, 8).float(), x, weight, None, None, 1.5, [8, 16], torch.float32, False),
         ),
-        (ops.linear_wgrad_into, (torch.ones(1, 8, 16), d, x, *one, None, 1.5, 9, torch.float32, True)),
+        (ops.linear_wgrad_into, (torch.ones(1, 8, 16), d, x, *one, None, 1.5, 9, torch.float32, True, True)),
         (ops.branch_grad, (d, index, scale, torch.float16)),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -279,6 +282,40 @@ def test_gradients_under_ddp(tmp_path: Path) -> None:
             torch.testing.assert_close(parameter.grad, gradient)
     finally:
         dist.destroy_process_group()
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators of this package, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "elastic_kernels":
+            self.counts[function.__name__.partition(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("widths", "shared"), [((48, 16), 4), ((16, 48), 0), ((48, 48), 0), ((48, 16, 32), 4)]
+)
+def test_corners_are_added_in_place(widths: tuple[int, ...], shared: int) -> None:
+    """The bits that autograd adds up; narrow networks that came later leave their corners of 4 weights."""
+    torch.manual_seed(0)
+    block = ek.ElasticBlock(48, 96, 16, layer_scale=0.5)
+    found = []
+    for context in (contextlib.nullcontext(), ek.shared_gradients()):
+        with context:
+            loss = sum(block(draw(10, w).float(), [(2, 5)]).sin().sum() for w in widths)
+        with Calls() as calls:
+            found.append(torch.autograd.grad(loss, list(block.parameters())))
+    assert calls.counts["linear_wgrad_into"] == shared
+    assert calls.counts["linear_wgrad"] == 4 * len(widths) - shared
+    for ours, autograds in zip(*found, strict=True):
+        if len(widths) == 2:
+            assert torch.equal(ours, autograds)
+        torch.testing.assert_close(ours, autograds)
 
 
 def test_a_bias_learns_beside_a_frozen_weight() -> None:
