@@ -75,10 +75,10 @@ class ProjectionHead(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Tokens `[rows, w]` of any width up to the intact one -> unit features `[rows, bottleneck]`."""
-        first = self.first
-        x = elastic_linear(x, first.weight, first.bias)
-        for layer in self.rest:
-            x = layer(F.gelu(x))
+        layers = [self.first, *cast("list[nn.Linear]", list(self.rest))]
+        for layer in layers[:-1]:
+            x = elastic_linear(x, layer.weight, layer.bias, activation="gelu")
+        x = elastic_linear(x, layers[-1].weight, layers[-1].bias)
         with torch.autocast(x.device.type, enabled=False):
             return F.normalize(x.to(self.prototypes.weight_v.dtype), dim=-1, eps=1e-12)
 

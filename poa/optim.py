@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_kernels import FusedAdamW
+from elastic_kernels import FusedAdamW, working_weights
+from elastic_kernels.optimizer import fused_adamw_backend
 from poa.errors import InputError
 from poa.options import option
 from poa.tribranch import Network
@@ -185,9 +186,20 @@ def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float
 
 
 def build_optimizer(
-    student: Network, teacher: Network, config: OptimConfig, kind: OptimizerKind = "fused"
+    student: Network,
+    teacher: Network,
+    config: OptimConfig,
+    kind: OptimizerKind = "fused",
+    products: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step.
+
+    Args:
+        student, teacher: the weights, and their moving average.
+        config: of the optimiser.
+        kind: who runs it. The fused one writes the teacher, and where it runs on Triton also both networks'
+            working weights.
+        products: dtype of the products with them.
 
     Raises:
         InputError: apex was asked for and is not there.
@@ -197,7 +209,11 @@ def build_optimizer(
     if kind == "fused":
         parts = {name: part.parameters() for name, part in student.named_children()}
         averages: dict[Tensor, Tensor] = dict(zip(student.parameters(), teacher.parameters(), strict=True))
-        return FusedAdamW(groups, **options, parts=parts, averages=averages)
+        copies = {}
+        if products != torch.float32 and fused_adamw_backend(next(student.parameters())).backend == "triton":
+            linears = [m for net in (student, teacher) for m in net.modules() if isinstance(m, nn.Linear)]
+            copies = working_weights([layer.weight for layer in linears], products)
+        return FusedAdamW(groups, **options, parts=parts, averages=averages, copies=copies)
     if kind == "torch":
         on_gpu = next(student.parameters()).is_cuda
         return torch.optim.AdamW(groups, **options, fused=on_gpu)

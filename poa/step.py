@@ -52,7 +52,13 @@ class TrainingState:
         return cls(
             student,
             teacher,
-            build_optimizer(student, teacher, method.optim, config.performance.optimizer),
+            build_optimizer(
+                student,
+                teacher,
+                method.optim,
+                config.performance.optimizer,
+                AUTOCAST.get(method.precision, torch.float32),
+            ),
             Centers.zeros(method.head.prototypes, device),
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
         )

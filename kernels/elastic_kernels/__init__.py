@@ -25,6 +25,7 @@ from elastic_kernels.modules import (
 from elastic_kernels.optimizer import FusedAdamW
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
 from elastic_kernels.shared_gradients import shared_gradients
+from elastic_kernels.working_weights import working_weights
 
 __all__ = [
     "ElasticAttention",
@@ -53,4 +54,5 @@ __all__ = [
     "render_crops",
     "shared_gradients",
     "sinkhorn_scaling",
+    "working_weights",
 ]

@@ -12,6 +12,7 @@ from elastic_kernels.attention import attention_backend
 from elastic_kernels.crops import crops_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
+from elastic_kernels.optimizer import fused_adamw_backend
 
 LINEARS = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv")
 
@@ -32,10 +33,8 @@ def main() -> None:
     choices |= {
         op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
     }
-    choices |= {
-        op: dispatch.choose(op, x.float() if op == "FusedAdamW" else x)
-        for op in ("prototype_cross_entropy", "sinkhorn_scaling", "FusedAdamW")
-    }
+    choices |= {op: dispatch.choose(op, x) for op in ("prototype_cross_entropy", "sinkhorn_scaling")}
+    choices["FusedAdamW"] = fused_adamw_backend(x.float())
     choices["render_crops"] = crops_backend(x)
     for op, choice in choices.items():
         print(f"  {op:<24} {choice.backend:<11} {choice.reason}")

@@ -157,6 +157,11 @@ class FusedAdamW(torch.optim.AdamW):
         ops.update(table, plan.tables, rates, clips, self.finite, averaging, plan.copy_dtype, aligned)
 
 
+def fused_adamw_backend(parameter: Tensor) -> dispatch.Choice:
+    """The backend of a `FusedAdamW` of such parameters, and why."""
+    return dispatch.choose(OP, parameter)
+
+
 def _dense(parameter: Tensor) -> Tensor:
     """The gradient as the kernel reads it."""
     grad = parameter.grad

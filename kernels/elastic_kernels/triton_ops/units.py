@@ -27,6 +27,7 @@ import elastic_kernels.triton_ops.linear
 import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.working_weights import in_dtype
 
 ops = torch.ops.elastic_kernels
 
@@ -69,7 +70,7 @@ class Layer:
         cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, width: int, spec: LayerSpec
     ) -> Layer:
         """The corner of a weight `[groups * n_max, k_max]` for inputs `width` wide; rounded if it must be."""
-        stack = weight.unflatten(0, (spec.groups, -1))
+        stack = in_dtype(weight, spec.dtype).unflatten(0, (spec.groups, -1))
         corner = stack[:, : spec.out_features, :width].to(spec.dtype)
         if bias is not None:
             bias = bias.unflatten(0, (spec.groups, -1))[:, : spec.out_features]
