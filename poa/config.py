@@ -134,6 +134,12 @@ class PerformanceConfig:
 
     workers: int = option(4, "processes that decode images, at most one a CPU; 0: in the training process")
     recompute: bool = option(False, "recompute blocks in backward: less memory, more time")
+    backward: Literal["together", "apart"] = option(
+        "together",
+        "of both students at once, or of the intact one before the elastic one runs: less memory",
+    )
+    reduce: Literal["fp32", "bf16"] = option("fp32", "dtype in which gradients travel between processes")
+    deterministic: bool = option(False, "only algorithms whose results repeat bitwise")
     optimizer: OptimizerKind = option(
         "fused",
         "AdamW in one pass with clipping and the teacher's average, or PyTorch's, or apex's FusedAdam",

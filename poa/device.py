@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -31,6 +33,19 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     elif device.type != "cpu":
         raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     return device
+
+
+@contextmanager
+def repeating(on: bool) -> Iterator[None]:
+    """Let PyTorch take only algorithms whose results repeat bitwise, if `on`; ours all do."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(on or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @lru_cache

@@ -203,3 +203,19 @@ def _silent(here: World) -> Sequence[int]:
     except RuntimeError:  # the store went with the process that kept it
         pass
     return sorted(missing)
+
+
+def mean_in_bf16(size, bucket):  # type: ignore[no-untyped-def]
+    """DDP's communication of a bucket of gradients over `size` processes, in half of the bytes.
+
+    As PyTorch's `bf16_compress_hook`, which insists on NCCL. DDP takes no annotations that are strings.
+    """
+    buffer = bucket.buffer()
+    sent = (buffer / size).to(torch.bfloat16)
+    work = dist.all_reduce(sent, async_op=True)
+    assert work is not None
+
+    def widened(_: torch.futures.Future[Any]) -> Tensor:
+        return buffer.copy_(sent)
+
+    return work.get_future().then(widened)

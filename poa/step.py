@@ -23,6 +23,8 @@ from poa.tribranch import (
     StudentOutput,
     StudentPass,
     Targets,
+    elastic_loss,
+    intact_loss,
     teacher_targets,
     tribranch_loss,
 )
@@ -182,12 +184,26 @@ def _backward(
     timed: Timed,
 ) -> tuple[dict[str, Tensor], list[StudentOutput]]:
     """Both students on one chunk; adds the gradients of its weighted loss."""
-    with timed(), autocast(chunk.batch.global_crops.device, config.method.precision):
-        outputs = model(chunk.batch, chunk.passes, config.performance.recompute)
-    intact, elastic = outputs
-    loss, terms = tribranch_loss(intact, elastic, targets, chunk.batch, config.method.loss)
-    state.scaler.scale(weight * loss).backward()
-    return {"loss": loss.detach(), **terms}, outputs
+    batch, losses = chunk.batch, config.method.loss
+
+    def run(*passes: StudentPass) -> list[StudentOutput]:
+        with timed(), autocast(batch.global_crops.device, config.method.precision):
+            return model(batch, passes, config.performance.recompute)
+
+    def backward(loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        state.scaler.scale(weight * loss).backward()
+        return {"loss": loss.detach(), **terms}
+
+    if config.performance.backward == "together":
+        intact, elastic = run(*chunk.passes)
+        return backward(*tribranch_loss(intact, elastic, targets, batch, losses)), [intact, elastic]
+    (intact,) = run(chunk.passes[0])
+    values = backward(*intact_loss(intact, targets, batch, losses))
+    intact = intact.detached()
+    (elastic,) = run(chunk.passes[1])
+    others = backward(*elastic_loss(intact, elastic, targets, batch, losses))
+    sums = {name: values[name] + others[name] for name in values.keys() & others.keys()}
+    return values | others | sums, [intact, elastic]
 
 
 def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManager[None]:

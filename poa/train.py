@@ -20,7 +20,8 @@ from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.masking import Masks, draw_masks
 from poa.data.sources import DataSplit, open_data
 from poa.data.unreadable import Unreadable
-from poa.distributed import Poll, World, world
+from poa.device import repeating
+from poa.distributed import Poll, World, mean_in_bf16, world
 from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
@@ -54,7 +55,8 @@ def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
     if config.performance.threads:
         torch.set_num_threads(config.performance.threads)
     require_writers(config.run.log_to)
-    with world(config.run.device, config.run.timeout) as here:
+    repeats = repeating(config.performance.deterministic)
+    with repeats, world(config.run.device, config.run.timeout) as here:
         _train(config, RunFolder(out), here, resume)
 
 
@@ -164,6 +166,11 @@ class Run:
                 f"method.chunks: expected at least one for each of {here.size} processes, "
                 f"got {self.plan.chunks}"
             )
+        if config.performance.backward == "apart" and here.size > 1:
+            raise InputError(
+                f"performance.backward: expected together for several processes, got apart for {here.size}; "
+                "DDP reduces the gradients of one backward"
+            )
         self.space = method.backbone.space
         self.chunks = here.share(self.plan.chunks)
         chosen = [self.space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
@@ -203,7 +210,9 @@ class Run:
         """Let DDP reduce the gradients of several processes."""
         if self.here.size > 1:
             devices = [self.here.device] if self.here.device.type == "cuda" else None
-            self.model = DistributedDataParallel(self.state.student, device_ids=devices)
+            self.model = wrapped = DistributedDataParallel(self.state.student, device_ids=devices)
+            if self.config.performance.reduce == "bf16":
+                wrapped.register_comm_hook(self.here.size, mean_in_bf16)
 
     def _begin_folder(self) -> None:
         if self.first_step == 0:

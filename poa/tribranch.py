@@ -33,6 +33,7 @@ from poa.options import option
 from poa.subnets import Subnet
 
 VIEWS = 2  # global crops of an image
+NAMES = ("intact", "elastic")  # the students
 OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
@@ -108,6 +109,11 @@ class StudentOutput:
     features: list[Tensor]
     prototypes: list[Tensor]
     tokens: Tensor
+
+    def detached(self) -> StudentOutput:
+        """The same numbers, which hold nothing of the graph."""
+        features, prototypes = ([x.detach() for x in part] for part in (self.features, self.prototypes))
+        return StudentOutput(features, prototypes, self.tokens.detach())
 
 
 class Network(nn.Module):
@@ -225,17 +231,43 @@ def tribranch_loss(
         The scalar to differentiate, and detached unweighted terms named `STUDENT.TERM.HEAD` (`intact.dino.0`,
         `elastic.distill.3`) and `koleo`.
     """
+    return _loss({"intact": intact, "elastic": elastic}, NAMES, targets, batch, config)
+
+
+def intact_loss(
+    intact: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summands of `tribranch_loss` that train the intact student."""
+    return _loss({"intact": intact}, NAMES[:1], targets, batch, config)
+
+
+def elastic_loss(
+    intact: StudentOutput, elastic: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summands of `tribranch_loss` that train the elastic student; no gradient reaches the intact one."""
+    return _loss({"intact": intact.detached(), "elastic": elastic}, NAMES[1:], targets, batch, config)
+
+
+def _loss(
+    students: dict[str, StudentOutput],
+    learn: Sequence[str],
+    targets: Targets,
+    batch: Batch,
+    config: LossConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summands of the loss for the students that `learn`, and their terms."""
     join(targets.stream)
+    learners = [students[name] for name in learn]
+    total = learners[0].tokens.new_zeros((), dtype=torch.float32)
     terms: dict[str, Tensor] = {}
-    total = intact.tokens.new_zeros((), dtype=torch.float32)
     heads = range(len(targets.cls))
     rows = _TargetRows.of(batch)
     for head in heads:
-        weighted, head_terms = _head_loss(head, intact, elastic, targets, batch, rows, config)
+        weighted, head_terms = _head_loss(head, students, learn, targets, batch, rows, config)
         total = total + weighted / len(heads)
         terms |= head_terms
     if config.koleo:
-        views = [view for s in (intact, elastic) for view in s.tokens.chunk(VIEWS)]
+        views = [view for student in learners for view in student.tokens.chunk(VIEWS)]
         terms["koleo"] = sum((losses.koleo(view) for view in views), total.new_zeros(())) / 2
         total = total + config.koleo * terms["koleo"]
     return total, {name: term.detach() for name, term in terms.items()}
@@ -271,38 +303,39 @@ def _own(rows: int, device: torch.device) -> Tensor:
 
 def _head_loss(
     head: int,
-    intact: StudentOutput,
-    elastic: StudentOutput,
+    students: dict[str, StudentOutput],
+    learn: Sequence[str],
     targets: Targets,
     batch: Batch,
     rows: _TargetRows,
     config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted loss of one head and its unweighted terms."""
-    count, names = len(rows.classes), ("intact", "elastic")
-    dtype = OPERANDS[config.operands]
-    students = [student.features[head].to(dtype) for student in (intact, elastic)]
-    prototypes = intact.prototypes[head].to(dtype)
+    count, dtype = len(rows.classes), OPERANDS[config.operands]
+    features = [student.features[head].to(dtype) for student in students.values()]
+    prototypes = students[learn[-1]].prototypes[head].to(dtype)
 
-    def losses_of(part: slice, target: SoftTargets, index: Tensor) -> list[Tensor]:
-        return prototype_cross_entropy(
-            [x[part] for x in students], prototypes, target.logits, target.log_scale, index,
+    def losses_of(part: slice, target: SoftTargets, index: Tensor) -> dict[str, Tensor]:
+        found = prototype_cross_entropy(
+            [x[part] for x in features], prototypes, target.logits, target.log_scale, index,
             student_temperature=config.student_temperature, teacher_temperature=target.temperature,
         )  # fmt: skip
+        return dict(zip((*students, "distilled"), found, strict=False))
 
-    with torch.autocast(intact.tokens.device.type, enabled=False):
-        *classes, distilled = losses_of(slice(count), targets.cls[head], rows.classes)
+    with torch.autocast(prototypes.device.type, enabled=False):
+        classes = losses_of(slice(count), targets.cls[head], rows.classes)
         patches = losses_of(slice(count, None), targets.patches[head], rows.patches)
-    terms, shares = {}, (config.intact, 1 - config.intact)
-    for name, by_class, by_patch in zip(names, classes, patches[:2], strict=True):
-        terms[f"{name}.dino.{head}"] = _dino(by_class, batch)
-        terms[f"{name}.ibot.{head}"] = _ibot(by_patch, batch.masks)
-    terms[f"elastic.distill.{head}"] = _distill(distilled, batch)
-    weighted = sum(
-        share * (config.dino * terms[f"{name}.dino.{head}"] + config.ibot * terms[f"{name}.ibot.{head}"])
-        for name, share in zip(names, shares, strict=True)
-    )
-    return weighted + shares[1] * terms[f"elastic.distill.{head}"], terms
+    terms: dict[str, Tensor] = {}
+    weighted = prototypes.new_zeros((), dtype=torch.float32)
+    for name in learn:
+        dino, ibot = _dino(classes[name], batch), _ibot(patches[name], batch.masks)
+        terms |= {f"{name}.dino.{head}": dino, f"{name}.ibot.{head}": ibot}
+        share = config.intact if name == "intact" else 1 - config.intact
+        weighted = weighted + share * (config.dino * dino + config.ibot * ibot)
+    if "elastic" in learn:
+        terms[f"elastic.distill.{head}"] = distill = _distill(classes["distilled"], batch)
+        weighted = weighted + (1 - config.intact) * distill
+    return weighted, terms
 
 
 def _dino(losses: Tensor, batch: Batch) -> Tensor:

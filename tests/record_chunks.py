@@ -20,6 +20,7 @@ OPTIONS = [f"method.chunks={CHUNKS}", "method.optim.ibot_start_epoch=0"]
 VARIANTS = {
     "per-rank": [],
     "without KoLeo": ["method.loss.koleo=0"],
+    "bf16 reduction": ["performance.reduce=bf16"],
     "shared": ["method.sampling=shared"],
     "balanced": ["method.sampling=balanced"],
     "exact centers": ["method.loss.targets=centering"],

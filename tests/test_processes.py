@@ -61,13 +61,17 @@ def test_processes_equal_one_with_all_chunks(size: int, alone: dict[str, Any], t
         ours, theirs = many[variant], alone[variant]
         assert ours["subnets"] == theirs["subnets"] and ours["masked"] == theirs["masked"]
         assert len(ours["targets"]) == CHUNKS
-        assert ours["values"] == pytest.approx(theirs["values"], rel=1e-5, abs=1e-7), variant
+        # Each process rounds its gradients to 8 bits, and so does the sum.
+        rounding = 1e-2 if variant == "bf16 reduction" else 1e-5
+        for name, value in theirs["values"].items():
+            tolerance = rounding if name.startswith("grad_norm") else 1e-5
+            assert ours["values"][name] == pytest.approx(value, rel=tolerance, abs=1e-7), (variant, name)
         for a, b in zip(sum(ours["targets"], []), sum(theirs["targets"], []), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(ours["centers"], theirs["centers"], rtol=1e-5, atol=1e-7)
         for name, gradient in theirs["gradients"].items():
             largest = float(gradient.abs().max())
-            allowed = {"rtol": 1e-5, "atol": 1e-5 * largest}
+            allowed = {"rtol": rounding, "atol": rounding * largest}
             torch.testing.assert_close(ours["gradients"][name], gradient, **allowed, msg=f"{variant} {name}")
 
 

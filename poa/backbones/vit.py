@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -145,6 +146,19 @@ class PatchEmbed(nn.Module):
         assert self.proj.bias is not None
         weight, bias = self.proj.weight[:width], self.proj.bias[:width]
         return F.conv2d(images, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
+
+
+@lru_cache
+def _interpolation(side: int, height: int, breadth: int, device: torch.device) -> Tensor:
+    """The matrix `[height * breadth, side * side]` of a bicubic interpolation of positions, float64.
+
+    Its product has the same gradient bits every time, which PyTorch's bicubic interpolation lacks on a GPU.
+    """
+    grid = torch.eye(side * side, dtype=torch.float64).view(-1, 1, side, side)
+    factors = ((height + 0.1) / side, (breadth + 0.1) / side)
+    resized = F.interpolate(grid, scale_factor=factors, mode="bicubic")
+    assert resized.shape[-2:] == (height, breadth)
+    return resized.flatten(1).t().contiguous().to(device)
 
 
 class ElasticViT(nn.Module):
@@ -300,11 +314,8 @@ class ElasticViT(nn.Module):
         side = math.isqrt(positions.shape[1] - 1)
         if (height, breadth) == (side, side):
             return positions
-        grid = positions[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        factors = ((height + 0.1) / side, (breadth + 0.1) / side)
-        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
-        assert grid.shape[-2:] == (height, breadth)
-        patches = grid.flatten(2).transpose(1, 2).to(positions.dtype)
+        with torch.autocast(positions.device.type, enabled=False):
+            patches = _interpolation(side, height, breadth, positions.device).to(positions) @ positions[:, 1:]
         return torch.cat([positions[:, :1], patches], dim=1)
 
     def normalise(self, x: Tensor) -> Tensor:

@@ -1,0 +1,139 @@
+"""The step: orders of the backward, results that repeat, and no wait for the device."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same, newest, run_of
+from tiny import tiny_config
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from poa import step as step_module
+from poa import tribranch
+from poa.checkpoint import RunFolder
+from poa.config import Config
+from poa.errors import InputError
+from poa.optim import Schedules
+from poa.step import Chunk, TrainingState, train_step
+from poa.subnets import Subnet
+from poa.train import pretrain
+
+APART = "performance.backward=apart"
+WITH_MASKS = "method.optim.ibot_start_epoch=0"
+
+
+def exact_chunk(config: Config, folder: Path, elastic: Subnet) -> Chunk:
+    """The first chunk of a run in float64, with masks and stochastic depth, and this elastic student."""
+    run = run_of(config, folder)
+    run.sampler.draw = lambda step, chunk: elastic  # type: ignore[method-assign]
+    (canvases,) = next(run.batches(range(1)))
+    chunk = run.prepare(0, 0, canvases)
+    batch = chunk.batch
+    assert len(batch.masks.indices) and chunk.passes[1].drop is not None
+    exact = tribranch.Batch(batch.global_crops.double(), batch.local_crops.double(), batch.masks)
+    return Chunk(exact, chunk.passes)
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"], ids=["stored", "recomputed"])
+@pytest.mark.parametrize("elastic", [Subnet(16, 1), Subnet(32, 2)], ids=str)
+def test_orders_of_backward_are_the_same_mathematics(
+    elastic: Subnet, recompute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with iBOT, KoLeo and stochastic depth: every gradient and every term."""
+    monkeypatch.setitem(tribranch.OPERANDS, "fp32", torch.float64)
+    monkeypatch.setattr(tribranch.losses, "sinkhorn", exact_sinkhorn)
+    changes = [WITH_MASKS, "method.optim.clip=0", "performance.optimizer=torch"]
+    changes += [f"performance.recompute={recompute}", "method.backbone.drop_path=0.3"]
+    found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    for order in ("performance.backward=together", APART):
+        config = tiny_config(*changes, order)
+        state = TrainingState.start(config, torch.device("cpu"))
+        spread(state)
+        schedules = Schedules.build(config.method.optim, 2, 8)
+        chunk = exact_chunk(config, tmp_path, elastic)
+        report = train_step(state.student, state, config, schedules, 0, [chunk], observed=True)
+        gradients = {name: p.grad for name, p in state.student.named_parameters() if p.grad is not None}
+        found.append(({**report.values, **report.health}, gradients))
+    assert found[0][0].keys() == found[1][0].keys() and found[0][1].keys() == found[1][1].keys()
+    assert float(found[0][0]["koleo"]) and float(found[0][0]["elastic.ibot.0"])
+    for together, apart in zip(*found, strict=True):
+        for name in together:
+            limit = 1e-12 * float(together[name].abs().max())
+            torch.testing.assert_close(apart[name], together[name], rtol=1e-9, atol=limit, msg=name)
+
+
+def spread(state: TrainingState) -> None:
+    """Weights in float64, far enough from their start that every gradient is well above rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for network in (state.student.double(), state.teacher.double()):
+        for parameter in network.parameters():
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+
+
+def exact_sinkhorn(logits: list[Tensor], temperature: float) -> list[tribranch.SoftTargets]:
+    """Any fixed targets do; the operator's are float32."""
+    return [tribranch.SoftTargets(t, t.new_zeros(t.shape[1]), temperature) for t in logits]
+
+
+def test_apart_trains_the_same(tmp_path: Path) -> None:
+    """Six steps of both orders from the same seed, as far as rounding allows."""
+    for name, change in (("together", []), ("apart", [APART])):
+        pretrain(tiny_config(*change), tmp_path / name)
+    losses = [
+        [row["loss"] for row in RunFolder(tmp_path / name).rows() if "loss" in row]
+        for name in ("together", "apart")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_apart_is_refused_for_several_processes(tmp_path: Path) -> None:
+    config = tiny_config(APART, "method.chunks=2")
+    with pytest.raises(InputError, match="expected together for several processes, got apart for 2"):
+        run_of(config, tmp_path, size=2)
+
+
+def test_deterministic_runs_repeat_bitwise(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        pretrain(tiny_config("performance.deterministic=true"), tmp_path / name)
+    assert not torch.are_deterministic_algorithms_enabled()
+    ours, theirs = (newest(tmp_path / name) for name in ("first", "second"))
+    for part in ("student", "teacher", "optimizer"):
+        assert_same(ours[part], theirs[part])
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers and shapes that depend on a tensor's values."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        if name in self.NAMES:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [[], [APART], ["method.loss.targets=centering"]])
+def test_nothing_waits_for_the_device(
+    changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From prepared chunks to gradients. (On a GPU the optimiser obeys a flag there; on a CPU it asks.)"""
+    run = run_of(tiny_config(WITH_MASKS, *changes), tmp_path)
+    (canvases,) = next(run.batches(range(1)))
+    chunk = run.prepare(0, 0, canvases)
+    none = torch.zeros(())
+    monkeypatch.setattr(step_module, "update_weights", lambda *inputs: ({}, none))
+    with Waits() as waits:
+        train_step(run.model, run.state, run.config, run.schedules, 0, [chunk], observed=True)
+    assert not waits.counts
+    with Waits() as waits:
+        bool(none)
+    assert waits.counts["_local_scalar_dense"] == 1
