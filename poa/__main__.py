@@ -19,6 +19,7 @@ from poa.distributed import world
 from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError
 from poa.evaluate import evaluate_subnets
 from poa.export import extract
+from poa.memory import memory_report
 from poa.options import describe, from_dict, override
 from poa.quickstart import quickstart
 from poa.report import record_band, require_matplotlib, write_report
@@ -163,6 +164,11 @@ def _loader(options: argparse.Namespace) -> None:
         print(row)
 
 
+def _memory(options: argparse.Namespace) -> None:
+    for row in memory_report(_new_config(options)):
+        print(row)
+
+
 def _list_subnets(options: argparse.Namespace) -> None:
     config = RunFolder(Path(options.run)).config() if options.run else _new_config(options)
     method = config.method
@@ -304,6 +310,11 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--out", help="page (.html) or picture (.png, .svg, ...); default RUN/report.html")
     command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
     command.set_defaults(command=_report)
+
+    command = commands.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
+    command.add_argument("preset", help="one of " + ", ".join(PRESETS))
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.set_defaults(command=_memory, config=None, data=None)
 
     command = commands.add_parser(
         "loader", help="measure how fast images are read and decoded, without training"

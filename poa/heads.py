@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import elastic_linear
+from poa.device import without_autocast
 from poa.errors import InputError
 from poa.options import option
 
@@ -79,12 +80,12 @@ class ProjectionHead(nn.Module):
         for layer in layers[:-1]:
             x = elastic_linear(x, layer.weight, layer.bias, activation="gelu")
         x = elastic_linear(x, layers[-1].weight, layers[-1].bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.normalize(x.to(self.prototypes.weight_v.dtype), dim=-1, eps=1e-12)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens `[rows, w]` -> logits `[rows, prototypes]`, float32."""
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.linear(self.embed(x), self.prototypes.matrix())
 
 

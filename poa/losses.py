@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import sinkhorn_scaling
+from poa.device import without_autocast
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def koleo(x: Tensor) -> Tensor:
     eps = 1e-8
     if x.shape[0] < 2:
         return x.sum() * 0.0
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=eps)
         with torch.no_grad():
             similarity = x @ x.t()

@@ -161,7 +161,7 @@ def train_step(
     health: dict[str, Tensor] = {}
     for number, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
         with _reduced_later(model, later=number < len(chunks) - 1):
-            terms, outputs = _backward(model, state, config, chunk, target, weight, timed)
+            terms, outputs = accumulate_gradients(model, state, config, chunk, target, weight, timed)
         values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
         if observed:
             seen = observe(target, outputs)
@@ -174,16 +174,25 @@ def train_step(
     return StepReport(values | {f"grad_norm.{k}": v for k, v in norms.items()}, finite, health)
 
 
-def _backward(
+def accumulate_gradients(
     model: torch.nn.Module,
     state: TrainingState,
     config: Config,
     chunk: Chunk,
     targets: Targets,
     weight: float,
-    timed: Timed,
+    timed: Timed = nullcontext,
 ) -> tuple[dict[str, Tensor], list[StudentOutput]]:
-    """Both students on one chunk; adds the gradients of its weighted loss."""
+    """Run both students on one chunk and add the gradients of its weighted loss.
+
+    Args:
+        model, state, config, weight, timed: as of `train_step`.
+        chunk: of this process.
+        targets: of the chunk.
+
+    Returns:
+        The loss and its terms, detached, and what the students gave.
+    """
     batch, losses = chunk.batch, config.method.loss
 
     def run(*passes: StudentPass) -> list[StudentOutput]:

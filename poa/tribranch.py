@@ -25,7 +25,7 @@ from elastic_kernels import prototype_cross_entropy, shared_gradients
 from poa import losses
 from poa.backbones import ElasticViT, ViTConfig
 from poa.data.masking import Masks
-from poa.device import beside, join, side_stream
+from poa.device import beside, join, side_stream, without_autocast
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import SoftTargets
 from poa.multicrop import StochasticDepth, class_tokens
@@ -160,7 +160,7 @@ class Network(nn.Module):
         (cls,) = class_tokens(self.backbone.groups(crops), batch.global_crops.device)
         swapped, masked = torch.cat(cls.chunk(VIEWS)[::-1]), batch.masks.tokens
         embedded = self.head.embed(self.backbone.read(crops, torch.cat([swapped, masked])))
-        with torch.autocast(cls.device.type, enabled=False):
+        with without_autocast(cls.device):
             logits = [
                 F.linear(x.to(dtype), w.to(dtype)).split([len(cls), len(masked)])
                 for x, w in zip(embedded, self.head.matrices(), strict=True)
@@ -322,7 +322,7 @@ def _head_loss(
         )  # fmt: skip
         return dict(zip((*students, "distilled"), found, strict=False))
 
-    with torch.autocast(prototypes.device.type, enabled=False):
+    with without_autocast(prototypes.device):
         classes = losses_of(slice(count), targets.cls[head], rows.classes)
         patches = losses_of(slice(count, None), targets.patches[head], rows.patches)
     terms: dict[str, Tensor] = {}

@@ -67,6 +67,23 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+_planned: torch.dtype | None = None
+
+
+@contextmanager
+def planning(products: torch.dtype) -> Iterator[None]:
+    """Take meta tensors for those of a GPU, with products in a dtype, as under its autocast.
+
+    Operators then give shapes and dtypes and compute nothing: for the planning of memory and launches.
+    """
+    global _planned
+    before, _planned = _planned, products
+    try:
+        yield
+    finally:
+        _planned = before
+
+
 def forced() -> str | None:
     """The backend that `backend(...)` or the environment forces."""
     return _forced
@@ -75,6 +92,8 @@ def forced() -> str | None:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast makes of matrix products on a device, or None where it is off."""
     kind = device.type
+    if kind == "meta":
+        return _planned
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
@@ -120,6 +139,8 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"the kernel takes float32, float16 and bfloat16, got {dtype}"
     if device == "cpu" and not INTERPRETED:
         return "the tensors are on a CPU (without TRITON_INTERPRET=1)"
+    if device == "meta" and _planned is not None:
+        return None
     if device not in ("cpu", "cuda"):
         return f"the tensors are on {device!r}, expected cuda"
     return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
+from poa.device import without_autocast
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, pack, unpack
 from poa.options import option
@@ -314,7 +315,7 @@ class ElasticViT(nn.Module):
         side = math.isqrt(positions.shape[1] - 1)
         if (height, breadth) == (side, side):
             return positions
-        with torch.autocast(positions.device.type, enabled=False):
+        with without_autocast(positions.device):
             patches = _interpolation(side, height, breadth, positions.device).to(positions) @ positions[:, 1:]
         return torch.cat([positions[:, :1], patches], dim=1)
 

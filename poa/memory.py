@@ -1,0 +1,195 @@
+"""What a step will need of a GPU's memory, found without one.
+
+The step runs on meta tensors, which have shapes and no data, through the operators that a GPU would take;
+what lives at the same time is added up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from elastic_kernels.dispatch import planning
+from poa.config import Config
+from poa.data.masking import Masks
+from poa.errors import InputError
+from poa.flops import expected_masked
+from poa.multicrop import draw_stochastic_depth
+from poa.optim import build_optimizer
+from poa.random import torch_stream
+from poa.step import AUTOCAST, Chunk, TrainingState, accumulate_gradients
+from poa.subnets import Subnet
+from poa.tribranch import VIEWS, Batch, Centers, Network, StudentPass, teacher_targets
+
+BLOCK = 512  # bytes, in multiples of which PyTorch's allocator for CUDA hands out memory
+MOMENTS, BUCKETS = 8, 4  # bytes a parameter of AdamW's state, and of DDP's buffers
+# CUDA itself, libraries and their workspaces, and what the allocator cannot use. Not measured yet: a choice.
+RESERVE = 2 * 2**30
+GPUS = (24, 40, 80, 141)  # GB that are sold
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of a step.
+
+    Attributes:
+        images: of a chunk.
+        fixed: weights of both networks, their working copies and AdamW's moments.
+        peak: the most that lives at the same time, all of it, without `RESERVE` and `buckets`.
+        buckets: what DDP adds where there are several GPUs.
+    """
+
+    images: int
+    fixed: int
+    peak: int
+    buckets: int
+
+    def fits(self, gigabytes: float) -> bool:
+        """Whether the step runs on a GPU, also beside others."""
+        return self.peak + self.buckets + RESERVE <= gigabytes * 1e9
+
+
+def predict_memory(config: Config, images: int | None = None, elastic: Subnet | None = None) -> Prediction:
+    """The memory of a step on one GPU.
+
+    Args:
+        config: of the run.
+        images: of a chunk; default the configuration's.
+        elastic: subnet of the elastic student; default the intact network, which is the most.
+
+    Raises:
+        InputError: an optimiser other than the fused one, whose state is not known here.
+    """
+    if config.performance.optimizer == "apex":
+        raise InputError("performance.optimizer: expected fused or torch for a prediction, got apex")
+    method = dataclasses.replace(config.method, batch_size=images or config.method.batch_size)
+    products = AUTOCAST.get(method.precision, torch.float32)
+    # Meta tensors know no autocast; `planning` stands for it.
+    exact = dataclasses.replace(method, precision="fp32")
+    config = dataclasses.replace(config, method=exact)
+    with Living() as living, planning(products):
+        state = _state(config, products)
+        parameters = sum(p.numel() for p in state.student.parameters())
+        moments = MOMENTS * parameters
+        fixed = living.now + moments
+        _gradients(config, state, elastic or method.backbone.space.intact)
+    return Prediction(method.batch_size, fixed, living.peak + moments, BUCKETS * parameters)
+
+
+class Living(TorchDispatchMode):
+    """Adds up the bytes of the meta tensors that exist.
+
+    What an operator allocates and frees inside of itself is not seen.
+
+    Attributes:
+        now: bytes at present.
+        peak: the most so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                self._add(tensor.untyped_storage())
+        return found
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _state(config: Config, products: torch.dtype) -> TrainingState:
+    """Weights and optimiser without data."""
+    method = config.method
+    with torch.device("meta"):
+        student, teacher = (Network(method.backbone, method.head) for _ in range(2))
+    teacher.requires_grad_(False)
+    optimizer = build_optimizer(student, teacher, method.optim, config.performance.optimizer, products)
+    centers = Centers.zeros(method.head.prototypes, torch.device("meta"))
+    return TrainingState(student, teacher, optimizer, centers, torch.amp.GradScaler("cpu", enabled=False))
+
+
+def _gradients(config: Config, state: TrainingState, elastic: Subnet) -> None:
+    """A chunk's forward passes and backward, with masks as many as there are on average."""
+    chunk = _chunk(config, state, elastic)
+    loss = config.method.loss
+    (targets,) = teacher_targets(state.teacher, [chunk.batch], 0.07, loss, state.centers)
+    accumulate_gradients(state.student, state, config, chunk, targets, 1.0)
+
+
+def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:
+    method, meta = config.method, torch.device("meta")
+    crops, images = method.crops, method.batch_size
+    shapes = [(VIEWS * images, crops.global_size), (crops.local_count * images, crops.local_size)]
+    whole, local = (torch.empty(count, 3, side, side, device=meta) for count, side in shapes)
+    patches, masked = method.backbone.grid(crops.global_size) ** 2, round(expected_masked(method))
+    masks = Masks(
+        torch.empty(VIEWS * images, patches, dtype=torch.bool, device=meta),
+        torch.empty(masked, dtype=torch.int64, device=meta),
+        torch.empty(masked, device=meta),
+    )
+    groups = state.student.backbone.groups([whole, local] if crops.local_count else [whole])
+    passes = []
+    for subnet in (method.backbone.space.intact, elastic):
+        rates = state.student.backbone.drop_rates(subnet)
+        drop = draw_stochastic_depth(groups, rates, torch_stream(0, "memory"))
+        passes.append(StudentPass(subnet, drop.to(meta) if drop else None))
+    return Chunk(Batch(whole, local, masks), passes)
+
+
+def memory_report(config: Config) -> Iterator[str]:
+    """Lines about the configuration's step, and the largest chunks that fit on GPUs."""
+    space = config.method.backbone.space
+    asked = predict_memory(config)
+    yield (
+        f"{asked.images} images a GPU: {_gb(asked.peak)} at the peak with the largest elastic student, "
+        f"{_gb(predict_memory(config, elastic=space.smallest).peak)} with the smallest; "
+        f"{_gb(asked.fixed)} of it weights and moments"
+    )
+    yield f"{_gb(RESERVE)} more are left to CUDA, {_gb(asked.buckets)} to DDP; all is predicted, not measured"
+    for gigabytes in GPUS:
+        images = largest_chunk(config, gigabytes)
+        yield f"{gigabytes:>5} GB: " + (f"up to {images} images" if images else "too small")
+
+
+def largest_chunk(config: Config, gigabytes: float, step: int = 8) -> int:
+    """The most images, a multiple of `step`, whose step fits on a GPU; 0 for none.
+
+    Memory grows nearly linearly with images: two predictions give a line, others confirm what it says.
+    """
+    few, many = (predict_memory(config, images) for images in (step, 4 * step))
+    slope = (many.peak - few.peak) / (3 * step)
+    room = gigabytes * 1e9 - RESERVE - few.buckets - few.peak
+    images = max(int(room / slope + 2 * step) // step * step, 0)
+    while images and not predict_memory(config, images).fits(gigabytes):
+        images -= step
+    return images
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

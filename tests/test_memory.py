@@ -1,0 +1,85 @@
+"""The memory that a step is predicted to need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from poa.__main__ import main
+from poa.config import preset
+from poa.errors import InputError
+from poa.memory import BLOCK, Living, largest_chunk, predict_memory
+from poa.options import override
+from poa.subnets import Subnet
+
+
+def test_living_tensors_are_added_up() -> None:
+    with Living() as living:
+        a = torch.empty(1000, device="meta")
+        b = a + 1
+        view = b[:10]
+        assert living.now == 2 * 8 * BLOCK
+        del b
+        assert living.now == 2 * 8 * BLOCK  # the view holds it
+        del view
+        assert living.now == 8 * BLOCK
+        a.mul_(2)
+    assert (living.now, living.peak) == (8 * BLOCK, 2 * 8 * BLOCK)
+
+
+def test_weights_and_moments() -> None:
+    """16 bytes a parameter in fp32; working copies of linear layers in half precision."""
+    exact, half = (predict_memory(tiny_config(f"method.precision={p}")) for p in ("fp32", "bf16"))
+    parameters = exact.buckets // 4
+    assert 16 * parameters <= exact.fixed <= 16 * parameters + 400 * BLOCK  # of small tensors
+    assert exact.fixed < half.fixed < exact.fixed + 2 * 2 * parameters + 400 * BLOCK
+
+
+def test_what_saves_memory() -> None:
+    config = preset("vit-s16")
+
+    def peak(*changes: str, elastic: Subnet | None = None) -> int:
+        return predict_memory(override(config, list(changes)), 64, elastic).peak
+
+    plain, smallest = peak(), config.method.backbone.space.smallest
+    assert peak("performance.recompute=true") < 0.6 * plain
+    assert peak("performance.backward=apart") < 0.8 * plain
+    assert peak(elastic=smallest) < 0.8 * plain
+    assert peak("method.precision=fp32") > 1.5 * plain
+
+
+def test_the_largest_chunk_fits_and_no_larger_one_does() -> None:
+    config = preset("vit-s16")
+    images = largest_chunk(config, 24)
+    assert images and images % 8 == 0
+    assert predict_memory(config, images).fits(24)
+    assert not predict_memory(config, images + 8).fits(24)
+    assert largest_chunk(config, 3) == 0
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "vit-s16", "method.batch_size=16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("16 images a GPU: ") and len(lines) == 6
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(InputError, match="expected fused or torch for a prediction, got apex"):
+        predict_memory(tiny_config("performance.optimizer=apex"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("changes", [[], ["performance.backward=apart"], ["performance.recompute=true"]])
+def test_prediction_and_measurement(changes: list[str]) -> None:
+    """Within 5 % of what the allocator counts."""
+    from benchmarks.step import Ours, setting
+
+    config = override(preset("vit-s16"), [*changes, "run.device=cuda"])
+    intact = config.method.backbone.space.intact
+    step = Ours(setting(config, 64, torch.device("cuda")))
+    step.passes[intact] = step.here.passes(intact, dropping=True)
+    step.step(intact)
+    torch.cuda.reset_peak_memory_stats()
+    step.step(intact)
+    assert predict_memory(config, 64).peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.05)
