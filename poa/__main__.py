@@ -26,6 +26,7 @@ from poa.report import record_band, require_matplotlib, write_report
 from poa.step import initial_network
 from poa.subnets import SearchSpace, Subnet
 from poa.train import pretrain
+from poa.warmup import warm_up
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
@@ -167,6 +168,11 @@ def _loader(options: argparse.Namespace) -> None:
 def _memory(options: argparse.Namespace) -> None:
     for row in memory_report(_new_config(options)):
         print(row)
+
+
+def _warmup(options: argparse.Namespace) -> None:
+    for row in warm_up(_new_config(options)):
+        print(row, flush=True)
 
 
 def _list_subnets(options: argparse.Namespace) -> None:
@@ -315,6 +321,11 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("preset", help="one of " + ", ".join(PRESETS))
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
     command.set_defaults(command=_memory, config=None, data=None)
+
+    command = commands.add_parser("warmup", help="compile every kernel that a run can need, and keep them")
+    command.add_argument("preset", help="one of " + ", ".join(PRESETS))
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.set_defaults(command=_warmup, config=None, data=None)
 
     command = commands.add_parser(
         "loader", help="measure how fast images are read and decoded, without training"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from elastic_kernels.compilations import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.augment import augment
@@ -185,6 +187,7 @@ class Run:
         self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
         self.unreadable = Unreadable(folder.unreadable, here, config.run.unreadable_share)
         self.first_step = 0
+        self.host_seconds = 0.0  # since the last log
         self.differences: list[str] = []
         if content:
             self.first_step = content["step"]
@@ -229,6 +232,7 @@ class Run:
         meter, poll = Meter(self.here, self.step_images), Poll(self.here)
         with Progress(total, self.first_step, self.here.is_main) as progress, ExitStack() as stack:
             signals = stack.enter_context(StopSignals())
+            self.compiled = stack.enter_context(compilations())
             self._open_writers(stack)
             if self.here.from_main(self._misses_evaluation):
                 self.evaluate(self.first_step, progress)
@@ -288,11 +292,12 @@ class Run:
 
     def step(self, step: int, canvases: Sequence[Canvases], observed: bool = False) -> StepReport:
         """One optimisation step on this process's chunks."""
+        started = time.perf_counter()
         chunks = [
             self.prepare(step, chunk, decoded) for chunk, decoded in zip(self.chunks, canvases, strict=True)
         ]
         weight = self.here.size / self.plan.chunks  # DDP takes the mean over processes
-        return train_step(
+        report = train_step(
             self.model,
             self.state,
             self.config,
@@ -303,6 +308,8 @@ class Run:
             observed=observed,
             timed=self.stopwatch.running,
         )
+        self.host_seconds += time.perf_counter() - started
+        return report
 
     def prepare(self, step: int, chunk: int, canvases: Canvases) -> Chunk:
         """Augment decoded images on the device; draw masks, subnet and stochastic depth of the chunk."""
@@ -366,7 +373,8 @@ class Run:
         """What the elastic students of these steps were, and what that means for speed.
 
         `balance` is the mean FLOPs of processes over the largest, for which a step waits; `rank_seconds` the
-        time of the students' forward passes in a step, of each process.
+        time of the students' forward passes in a step, of each process. `host_ms` is the time in which this
+        process starts a step, and on a GPU should be less than the step's.
         """
         method, size = self.config.method, self.here.size
         drawn = [[self.sampler.draw(step, chunk) for chunk in range(self.plan.chunks)] for step in steps]
@@ -375,6 +383,7 @@ class Run:
         for step, subnets in zip(steps, drawn, strict=True):
             masked = expected_masked(method) if step >= self.schedules.ibot_start else 0.0
             costs.append([sum(chunk_flops(method, subnets[c], masked) for c in share) for share in shares])
+        host, self.host_seconds = self.host_seconds, 0.0
         speed = images_per_s * sum(map(sum, costs)) / (len(steps) * self.step_images)
         return {
             "subnets": dict(Counter(str(subnet) for subnets in drawn for subnet in subnets)),
@@ -382,6 +391,8 @@ class Run:
             "rank_seconds": self.here.gather(self.stopwatch.collect() / len(steps)),
             "tflop_per_s": speed / size / 1e12,
             "mfu": speed / size / self.peak if self.peak else None,
+            "host_ms": host / len(steps) * 1e3,
+            "compilations": self.compiled.count,
             "peak_gib": max(self.here.gather(peak_gib(self.here.device))),
         }
 

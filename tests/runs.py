@@ -13,7 +13,16 @@ from poa.data.sources import open_data
 from poa.distributed import World
 from poa.train import Run
 
-TIMINGS = ("seconds", "images_per_s", "data_wait", "rank_seconds", "tflop_per_s", "mfu", "peak_gib")
+TIMINGS = (
+    "seconds",
+    "images_per_s",
+    "data_wait",
+    "rank_seconds",
+    "tflop_per_s",
+    "mfu",
+    "peak_gib",
+    "host_ms",
+)
 
 
 def run_of(config: Config, folder: Path, rank: int = 0, size: int = 1) -> Run:

@@ -17,6 +17,7 @@ from poa.checkpoint import RunFolder
 from poa.config import Config, preset
 from poa.options import override
 from poa.train import pretrain
+from poa.warmup import warm_up
 
 CUDA = torch.cuda.is_available()
 # Three interpreted steps differ by at most 3.2e-6 of a loss, and by 3.3e-5 in weights: AdamW divides small
@@ -50,6 +51,15 @@ def test_three_steps(changes: list[str], tmp_path: Path) -> None:
         networks = [RunFolder(tmp_path / name).network(branch)[0] for name in runs]
         for ours, theirs in zip(*(network.parameters() for network in networks), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_warm_up_reaches_every_width() -> None:
+    """Under the interpreter, where nothing is compiled: the steps themselves."""
+    config = tiny_config("method.batch_size=2", "method.crops.local_count=1", "run.device=cpu")
+    with backend("triton"):
+        lines = list(warm_up(config))
+    assert [line.split()[0] for line in lines] == [str(w) for w in config.method.backbone.space.widths]
 
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")

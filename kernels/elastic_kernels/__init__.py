@@ -8,6 +8,7 @@ PyTorch definition that runs on any device;
 
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_half
+from elastic_kernels.compilations import compilations
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.dispatch import backend
 from elastic_kernels.layer_norm import elastic_add_layer_norm, elastic_layer_norm
@@ -38,6 +39,7 @@ __all__ = [
     "KeptRows",
     "LayerScale",
     "backend",
+    "compilations",
     "crops_backend",
     "elastic_add_layer_norm",
     "elastic_attention_half",

@@ -1,0 +1,50 @@
+"""Counting what Triton compiles, so that a run can show that it waits for no compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from elastic_kernels import dispatch
+
+
+@dataclass
+class Compilations:
+    """Kernels that Triton compiled because its cache did not have them."""
+
+    count: int = 0
+
+
+@contextmanager
+def compilations() -> Iterator[Compilations]:
+    """Count Triton's compilations of all kernels while the context lasts; 0 where Triton is not installed.
+
+    A kernel that comes out of Triton's cache on disk does not count.
+
+    Example:
+        >>> with compilations() as compiled:
+        ...     y = block(x, groups)
+        >>> compiled.count
+        0
+    """
+    found = Compilations()
+    if not dispatch.HAS_TRITON:
+        yield found
+        return
+    import triton
+
+    knobs = triton.knobs.compilation
+    before = knobs.listener
+
+    def listen(**event: Any) -> None:
+        found.count += not event["cache_hit"]
+        if before is not None:
+            before(**event)
+
+    knobs.listener = listen
+    try:
+        yield found
+    finally:
+        knobs.listener = before

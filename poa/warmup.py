@@ -1,0 +1,80 @@
+"""Compile every kernel that a run can need before it needs it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from elastic_kernels.compilations import compilations
+from elastic_kernels.optimizer import fused_adamw_backend
+from poa.config import Config
+from poa.data.augment import augment
+from poa.data.masking import Masks, draw_masks
+from poa.device import choose_device
+from poa.errors import InputError
+from poa.multicrop import draw_stochastic_depth
+from poa.optim import Schedules
+from poa.random import python_stream, torch_stream
+from poa.step import AUTOCAST, Chunk, TrainingState, autocast, train_step
+from poa.subnets import Subnet
+from poa.tribranch import VIEWS, Batch, StudentPass
+
+
+def warm_up(config: Config) -> Iterator[str]:
+    """Take steps on noise with an elastic student of every width, with masks and without.
+
+    Kernels know widths and not depths, so the shallowest subnets stand for all. What was compiled stays in
+    Triton's cache on disk, where runs of this machine find it.
+
+    Args:
+        config: of the run; `run.device` says where.
+
+    Yields:
+        A line for each width.
+
+    Raises:
+        InputError: no kernels run there.
+    """
+    device = choose_device(config.run.device)
+    state = TrainingState.start(config, device)
+    choice = fused_adamw_backend(next(state.student.parameters()))
+    if choice.backend != "triton":
+        raise InputError(f"warmup: expected a device that runs Triton kernels, got {device}: {choice.reason}")
+    space = config.method.backbone.space
+    schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
+    for width in space.widths:
+        subnet, started = Subnet(width, space.smallest.depth), time.perf_counter()
+        with compilations() as compiled:
+            for masked in (True, False):
+                chunk = _noise(config, state, subnet, masked)
+                train_step(state.student, state, config, schedules, 0, [chunk], observed=True)
+            with torch.no_grad(), autocast(device, config.method.precision):
+                state.teacher.backbone([chunk.batch.global_crops], subnet)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        yield f"{width:>5} wide: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
+
+
+def _noise(config: Config, state: TrainingState, subnet: Subnet, masked: bool) -> Chunk:
+    """A chunk of noise, made as a run makes it of images."""
+    method, device, draw = config.method, state.centers.cls[0].device, torch_stream(0, "warm-up")
+    count, size = method.batch_size, method.canvas
+    canvases = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=draw).to(device)
+    sizes = torch.full((count, 2), size)
+    dtype = AUTOCAST.get(method.precision, torch.float32)
+    whole, local = augment(canvases, sizes, method.crops, draw, dtype)
+    side = method.backbone.grid(method.crops.global_size)
+    masks = Masks.none(VIEWS * count, side * side)
+    if masked:
+        dice = python_stream(0, "warm-up")
+        masks = draw_masks(VIEWS * count, (side, side), method.masks.probability, method.masks.ratio, dice)
+    batch = Batch(whole, local, masks.to(device))
+    backbone = state.student.backbone
+    groups = backbone.groups([whole, local] if batch.local_views else [whole])
+    passes = []
+    for network in (backbone.space.intact, subnet):
+        drop = draw_stochastic_depth(groups, backbone.drop_rates(network), draw)
+        passes.append(StudentPass(network, drop.to(device) if drop else None))
+    return Chunk(batch, passes)

@@ -1,0 +1,65 @@
+"""Compiling before a run, and counting what is compiled in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from elastic_kernels import compilations
+from elastic_kernels.dispatch import INTERPRETED
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+from poa.train import pretrain
+from poa.warmup import warm_up
+
+triton = pytest.importorskip("triton")
+CUDA = torch.cuda.is_available()
+
+
+def test_only_what_the_cache_lacks_is_counted() -> None:
+    heard = []
+    knobs = triton.knobs.compilation
+    assert knobs.listener is None
+    knobs.listener = lambda **event: heard.append(event["cache_hit"])
+    try:
+        with compilations() as compiled:
+            for hit in (True, False, True, False):
+                knobs.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
+        knobs.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=False)
+    finally:
+        knobs.listener = None
+    assert compiled.count == 2
+    assert heard == [True, False, True, False, False]  # who listened before still does
+
+
+def test_a_run_tells_what_it_compiled_and_its_host_time(tmp_path: Path) -> None:
+    pretrain(tiny_config(), tmp_path)
+    rows = [row for row in RunFolder(tmp_path).rows() if "loss" in row]
+    assert all(row["compilations"] == 0 and row["host_ms"] > 0 for row in rows)
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="where no kernel runs")
+def test_a_device_without_kernels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "quickstart", "run.device=cpu"]) == 2
+    assert "expected a device that runs Triton kernels, got cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_nothing_is_compiled_after_a_warm_up(precision: str, tmp_path: Path) -> None:
+    """By steps of all subnets and by an evaluation."""
+    changes = [
+        "run.device=cuda",
+        "run.evaluate_every=12",
+        "method.optim.epochs=12",
+        f"method.precision={precision}",
+    ]
+    config = tiny_config(*changes)
+    lines = list(warm_up(config))
+    assert len(lines) == len(config.method.backbone.space.widths)
+    pretrain(config, tmp_path)
+    rows = [row for row in RunFolder(tmp_path).rows() if "compilations" in row]
+    assert rows and not any(row["compilations"] for row in rows)
