@@ -22,12 +22,11 @@ from poa.config import Config
 from poa.data.masking import Masks
 from poa.errors import InputError
 from poa.flops import expected_masked
-from poa.multicrop import draw_stochastic_depth
 from poa.optim import build_optimizer
 from poa.random import torch_stream
-from poa.step import AUTOCAST, Chunk, TrainingState, accumulate_gradients
+from poa.step import AUTOCAST, Chunk, TrainingState, accumulate_gradients, student_passes
 from poa.subnets import Subnet
-from poa.tribranch import VIEWS, Batch, Centers, Network, StudentPass, teacher_targets
+from poa.tribranch import VIEWS, Batch, Centers, Network, teacher_targets
 
 BLOCK = 512  # bytes, in multiples of which PyTorch's allocator for CUDA hands out memory
 MOMENTS, BUCKETS = 8, 4  # bytes a parameter of AdamW's state, and of DDP's buffers
@@ -153,13 +152,9 @@ def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:
         torch.empty(masked, dtype=torch.int64, device=meta),
         torch.empty(masked, device=meta),
     )
-    groups = state.student.backbone.groups([whole, local] if crops.local_count else [whole])
-    passes = []
-    for subnet in (method.backbone.space.intact, elastic):
-        rates = state.student.backbone.drop_rates(subnet)
-        drop = draw_stochastic_depth(groups, rates, torch_stream(0, "memory"))
-        passes.append(StudentPass(subnet, drop.to(meta) if drop else None))
-    return Chunk(Batch(whole, local, masks), passes)
+    batch = Batch(whole, local, masks)
+    draws = [torch_stream(0, "memory")] * 2
+    return Chunk(batch, student_passes(state.student, batch, (method.backbone.space.intact, elastic), draws))
 
 
 def memory_report(config: Config) -> Iterator[str]:

@@ -29,13 +29,12 @@ from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
-from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules
 from poa.options import to_dict
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
-from poa.step import AUTOCAST, Chunk, StepReport, TrainingState, train_step
+from poa.step import AUTOCAST, Chunk, StepReport, TrainingState, student_passes, train_step
 from poa.subnets import Subnet, SubnetSampler
 from poa.tribranch import VIEWS, Batch, StudentPass
 
@@ -331,16 +330,10 @@ class Run:
 
     def _student_passes(self, step: int, chunk: int, batch: Batch) -> list[StudentPass]:
         """The intact student and this chunk's elastic one, with their stochastic depth."""
-        method = self.config.method
-        backbone = self.state.student.backbone
-        shapes = [batch.global_crops, batch.local_crops][: 2 if batch.local_views else 1]
-        groups = tuple((len(c), 1 + method.backbone.grid(c.shape[-1]) ** 2) for c in shapes)
-        passes = []
-        for number, subnet in enumerate((self.space.intact, self.sampler.draw(step, chunk))):
-            draw = torch_stream(method.seed, "stochastic depth", step, chunk, number)
-            drop = draw_stochastic_depth(groups, backbone.drop_rates(subnet), draw)
-            passes.append(StudentPass(subnet, drop.to(self.here.device) if drop else None))
-        return passes
+        subnets = (self.space.intact, self.sampler.draw(step, chunk))
+        seed = self.config.method.seed
+        draws = [torch_stream(seed, "stochastic depth", step, chunk, number) for number in range(2)]
+        return student_passes(self.state.student, batch, subnets, draws)
 
     def log(self, done: int, meter: Meter, progress: Progress) -> None:
         """Write the means since the last log, and alarms; stop a run that lost its numbers."""

@@ -14,12 +14,11 @@ from poa.data.augment import augment
 from poa.data.masking import Masks, draw_masks
 from poa.device import choose_device
 from poa.errors import InputError
-from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules
 from poa.random import python_stream, torch_stream
-from poa.step import AUTOCAST, Chunk, TrainingState, autocast, train_step
+from poa.step import AUTOCAST, Chunk, TrainingState, autocast, student_passes, train_step
 from poa.subnets import Subnet
-from poa.tribranch import VIEWS, Batch, StudentPass
+from poa.tribranch import VIEWS, Batch
 
 
 def warm_up(config: Config) -> Iterator[str]:
@@ -71,10 +70,5 @@ def _noise(config: Config, state: TrainingState, subnet: Subnet, masked: bool) -
         dice = python_stream(0, "warm-up")
         masks = draw_masks(VIEWS * count, (side, side), method.masks.probability, method.masks.ratio, dice)
     batch = Batch(whole, local, masks.to(device))
-    backbone = state.student.backbone
-    groups = backbone.groups([whole, local] if batch.local_views else [whole])
-    passes = []
-    for network in (backbone.space.intact, subnet):
-        drop = draw_stochastic_depth(groups, backbone.drop_rates(network), draw)
-        passes.append(StudentPass(network, drop.to(device) if drop else None))
-    return Chunk(batch, passes)
+    subnets = (method.backbone.space.intact, subnet)
+    return Chunk(batch, student_passes(state.student, batch, subnets, [draw] * 2))
