@@ -208,6 +208,12 @@ def _row_cases(part: int, dtype: str) -> Iterator[Case]:
                 ("eps",), ("rows", "tokens"), config.warps, 3, rows=True,
                 blocks=layer_norm.PROGRAMS_PER_SM if config.block <= 1024 else 1,
             )  # fmt: skip
+    affine = {"ROWS": layer_norm.AFFINE_ROWS, "BLOCK": layer_norm.AFFINE_BLOCK}
+    yield Case(
+        layer_norm._layer_norm_affine_kernel, "shares", part, dtype,
+        f"{layer_norm.AFFINE_ROWS}x{layer_norm.AFFINE_BLOCK}, 4 warps", affine,
+        {**pointers, "dweight_ptr": "fp32", "dbias_ptr": "fp32"}, (), ("programs",), 4, 3, rows=True,
+    )  # fmt: skip
     tile = {"ROWS": linear.COPY_ROWS, "BLOCK": linear.COPY_BLOCK}
     yield Case(
         linear._branch_grad_kernel, "rows", part, dtype, f"{linear.COPY_ROWS}x{linear.COPY_BLOCK}, 4 warps",

@@ -124,6 +124,30 @@ def _layer_norm_bwd_kernel(
         tl.store(share + width, dbias, mask=mask_k)
 
 
+@triton.jit(do_not_specialize=["programs"])
+def _layer_norm_affine_kernel(
+    shares_ptr, dweight_ptr, dbias_ptr,
+    programs, width, largest,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Full-shape affine gradients from the programs' shares; zero outside of the active width."""
+    offs_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active, inside = offs_k < width, offs_k < largest
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, programs, ROWS):
+        offs_r = start + tl.arange(0, ROWS)
+        mask = (offs_r < programs)[:, None] & active[None, :]
+        share = shares_ptr + offs_r[:, None] * 2 * width + offs_k[None, :]
+        dweight += tl.load(share, mask=mask, other=0.0)
+        dbias += tl.load(share + width, mask=mask, other=0.0)
+    tl.store(dweight_ptr + offs_k, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=inside)
+    tl.store(dbias_ptr + offs_k, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=inside)
+
+
+AFFINE_ROWS, AFFINE_BLOCK = 128, 32  # of `_layer_norm_affine_kernel`: many programs, few turns of each
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """Launch settings for rows up to a width: `rows` rows of `block` channels a tile."""
@@ -220,7 +244,7 @@ def layer_norm_bwd(
             HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, HAS_SUM=dsum is not None,
             HAS_XHAT=xhat is not None, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return dx, *_affine_gradients(shares if tokens else shares[:0], weight)
+    return dx, *_affine_gradients(shares, programs if tokens else 0, weight)
 
 
 def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
@@ -237,14 +261,17 @@ def _positions(index: Tensor, tokens: int) -> Tensor:
     return positions
 
 
-def _affine_gradients(shares: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum the programs' shares into full-shape gradients that are zero outside of the active width."""
+def _affine_gradients(shares: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sum the shares of so many programs into full-shape gradients."""
     if weight is None:
         return shares.new_empty(0), shares.new_empty(0)
-    full = shares.new_zeros(2, weight.shape[0])
-    full[:, : shares.shape[2]] = shares.sum(0)
-    dweight, dbias = full.to(weight.dtype).unbind(0)
-    return dweight, dbias.clone()  # an operator may not return views of one tensor
+    dweight, dbias = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
+    _layer_norm_affine_kernel[(triton.cdiv(len(weight), AFFINE_BLOCK),)](
+        shares, dweight, dbias,
+        programs, shares.shape[2], len(weight),
+        ROWS=AFFINE_ROWS, BLOCK=AFFINE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return dweight, dbias
 
 
 def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
