@@ -212,7 +212,7 @@ def _row_cases(part: int, dtype: str) -> Iterator[Case]:
     yield Case(
         layer_norm._layer_norm_affine_kernel, "shares", part, dtype,
         f"{layer_norm.AFFINE_ROWS}x{layer_norm.AFFINE_BLOCK}, 4 warps", affine,
-        {**pointers, "dweight_ptr": "fp32", "dbias_ptr": "fp32"}, (), ("programs",), 4, 3, rows=True,
+        {**pointers, "dweight_ptr": "fp32", "dbias_ptr": "fp32"}, (), ("programs",), 4, 3,
     )  # fmt: skip
     tile = {"ROWS": linear.COPY_ROWS, "BLOCK": linear.COPY_BLOCK}
     yield Case(

@@ -47,7 +47,7 @@ def counted_flops(subnet: Subnet) -> int:
 @pytest.mark.parametrize("subnet", ["192x6", "192x12", "256x9", "320x7", "384x6", "384x12"])
 def test_flops_agree_with_the_counter_of_pytorch(subnet: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at values
-    work = Workload.of(METHOD, IMAGES, skip_dead_tokens=False)
+    work = Workload.of(METHOD, IMAGES)
     model = Summary.of(roofline.step(work, Subnet.parse(subnet)), H200).flops
     assert model == pytest.approx(counted_flops(Subnet.parse(subnet)), rel=0.01)
 

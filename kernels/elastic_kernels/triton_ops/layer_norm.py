@@ -59,14 +59,15 @@ def _layer_norm_fwd_kernel(
     mean = tl.sum(x, 1) / width
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
-    y = centred * rstd[:, None]
-    if KEEP_XHAT:
-        tl.store(xhat_ptr + out, y.to(xhat_ptr.dtype.element_ty), mask=mask)
+    xhat = centred * rstd[:, None]
+    y = xhat
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = y * weight[None, :] + bias[None, :]
+        y = xhat * weight[None, :] + bias[None, :]
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if KEEP_XHAT:
+        tl.store(xhat_ptr + out, xhat.to(xhat_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + offs_r, mean, mask=mask_r)
     tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
 
