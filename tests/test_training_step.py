@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from launches import WAITS, Launches
 from runs import assert_same, newest, run_of
 from tiny import tiny_config
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from poa import step as step_module
 from poa import tribranch
@@ -105,22 +104,6 @@ def test_deterministic_runs_repeat_bitwise(tmp_path: Path) -> None:
         assert_same(ours[part], theirs[part])
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers and shapes that depend on a tensor's values."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.partition(".")[0]
-        if name in self.NAMES:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("changes", [[], [APART], ["method.loss.targets=centering"]])
 def test_nothing_waits_for_the_device(
     changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,9 +114,9 @@ def test_nothing_waits_for_the_device(
     chunk = run.prepare(0, 0, canvases)
     none = torch.zeros(())
     monkeypatch.setattr(step_module, "update_weights", lambda *inputs: ({}, none))
-    with Waits() as waits:
+    with Launches() as found:
         train_step(run.model, run.state, run.config, run.schedules, 0, [chunk], observed=True)
-    assert not waits.counts
-    with Waits() as waits:
+    assert found.total and not [wait for wait in WAITS if found.counts[wait]]
+    with Launches() as found:
         bool(none)
-    assert waits.counts["_local_scalar_dense"] == 1
+    assert found.counts["_local_scalar_dense"] == 1

@@ -1,0 +1,86 @@
+"""Count what a step would launch on a GPU, from a trace of it on the CPU.
+
+Every operator of PyTorch that computes or copies counts as one launch, every Triton kernel as one; views and
+allocations as none. A library's operator may launch more than one kernel, so this is a lower bound.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FREE = (
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "set_",
+)
+
+# What makes the host wait for a device: numbers and shapes that depend on a tensor's values.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
+
+
+class Launches(TorchDispatchMode):
+    """Launches by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.inside_a_kernel = False
+        self.implementations: dict[str, Any] = {}  # of this package's operators
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__.partition(".")[0]
+        if function.namespace == "elastic_kernels":
+            with self:  # its launches and what surrounds them
+                return self.implementations[name](*args, **(kwargs or {}))
+        if not self.inside_a_kernel and not function.is_view and name not in FREE:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def launches() -> Iterator[Launches]:
+    """Count while the context lasts; Triton's kernels under its interpreter."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from elastic_kernels.triton_ops import (
+        attention,
+        crops,
+        layer_norm,
+        linear,
+        linear_wgrad,
+        prototypes,
+        sinkhorn,
+    )
+
+    found, run = Launches(), GridExecutor.__call__
+    modules = (attention, crops, layer_norm, linear, linear_wgrad, prototypes, sinkhorn)
+    found.implementations = {name: f for module in modules for name, f in vars(module).items()}
+
+    def counted(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        found.counts[executor.fn.__name__] += 1
+        found.inside_a_kernel = True
+        try:
+            return run(executor, *args, **kwargs)
+        finally:
+            found.inside_a_kernel = False
+
+    GridExecutor.__call__ = counted
+    try:
+        with found:
+            yield found
+    finally:
+        GridExecutor.__call__ = run
