@@ -70,16 +70,13 @@ def predict_memory(config: Config, images: int | None = None, elastic: Subnet | 
     if config.performance.optimizer == "apex":
         raise InputError("performance.optimizer: expected fused or torch for a prediction, got apex")
     method = dataclasses.replace(config.method, batch_size=images or config.method.batch_size)
-    products = AUTOCAST.get(method.precision, torch.float32)
-    # Meta tensors know no autocast; `planning` stands for it.
-    exact = dataclasses.replace(method, precision="fp32")
-    config = dataclasses.replace(config, method=exact)
-    with Living() as living, planning(products):
-        state = _state(config, products)
+    config = dataclasses.replace(config, method=method)
+    with Living() as living:
+        state = planned_state(config)
         parameters = sum(p.numel() for p in state.student.parameters())
         moments = MOMENTS * parameters
         fixed = living.now + moments
-        _gradients(config, state, elastic or method.backbone.space.intact)
+        planned_gradients(config, state, elastic or method.backbone.space.intact)
     return Prediction(method.batch_size, fixed, living.peak + moments, BUCKETS * parameters)
 
 
@@ -122,23 +119,28 @@ class Living(TorchDispatchMode):
         self.now -= size
 
 
-def _state(config: Config, products: torch.dtype) -> TrainingState:
-    """Weights and optimiser without data."""
+def planned_state(config: Config) -> TrainingState:
+    """Weights and optimiser on meta tensors."""
     method = config.method
     with torch.device("meta"):
         student, teacher = (Network(method.backbone, method.head) for _ in range(2))
     teacher.requires_grad_(False)
-    optimizer = build_optimizer(student, teacher, method.optim, config.performance.optimizer, products)
+    products = AUTOCAST.get(method.precision, torch.float32)
+    with planning(products):
+        optimizer = build_optimizer(student, teacher, method.optim, config.performance.optimizer, products)
     centers = Centers.zeros(method.head.prototypes, torch.device("meta"))
     return TrainingState(student, teacher, optimizer, centers, torch.amp.GradScaler("cpu", enabled=False))
 
 
-def _gradients(config: Config, state: TrainingState, elastic: Subnet) -> None:
-    """A chunk's forward passes and backward, with masks as many as there are on average."""
+def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> None:
+    """A chunk's forward passes and backward without data, with masks as many as there are on average."""
+    method = config.method
     chunk = _chunk(config, state, elastic)
-    loss = config.method.loss
-    (targets,) = teacher_targets(state.teacher, [chunk.batch], 0.07, loss, state.centers)
-    accumulate_gradients(state.student, state, config, chunk, targets, 1.0)
+    # Meta tensors know no autocast; `planning` stands for it.
+    exact = dataclasses.replace(config, method=dataclasses.replace(method, precision="fp32"))
+    with planning(AUTOCAST.get(method.precision, torch.float32)):
+        (targets,) = teacher_targets(state.teacher, [chunk.batch], 0.07, method.loss, state.centers)
+        accumulate_gradients(state.student, state, exact, chunk, targets, 1.0)
 
 
 def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:

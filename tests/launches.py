@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 FREE = (
     "empty",
@@ -34,6 +36,7 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.bytes = 0  # that operators read and write, at most: an index may choose a part
         self.inside_a_kernel = False
         self.implementations: dict[str, Any] = {}  # of this package's operators
 
@@ -44,11 +47,20 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.__name__.partition(".")[0]
         if function.namespace == "elastic_kernels":
+            if any(isinstance(x, Tensor) and x.is_meta for x in tree_leaves(args)):
+                return self._moved(function(*args, **(kwargs or {})), args)
             with self:  # its launches and what surrounds them
                 return self.implementations[name](*args, **(kwargs or {}))
         if not self.inside_a_kernel and not function.is_view and name not in FREE:
             self.counts[name] += 1
+            return self._moved(function(*args, **(kwargs or {})), args)
         return function(*args, **(kwargs or {}))
+
+    def _moved(self, found: Any, inputs: Any) -> Any:
+        tensors = [t for t in tree_leaves((inputs, found)) if isinstance(t, Tensor)]
+        sizes = {id(t): min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors}
+        self.bytes += sum(sizes.values())
+        return found
 
 
 @contextmanager
