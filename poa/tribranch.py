@@ -258,19 +258,31 @@ def _loss(
     """The summands of the loss for the students that `learn`, and their terms."""
     join(targets.stream)
     learners = [students[name] for name in learn]
-    total = learners[0].tokens.new_zeros((), dtype=torch.float32)
-    terms: dict[str, Tensor] = {}
-    heads = range(len(targets.cls))
-    rows = _TargetRows.of(batch)
-    for head in heads:
-        weighted, head_terms = _head_loss(head, students, learn, targets, batch, rows, config)
-        total = total + weighted / len(heads)
-        terms |= head_terms
+    heads, rows = range(len(targets.cls)), _TargetRows.of(batch)
+    by_head = [_cross_entropies(head, students, learn, targets, rows, config) for head in heads]
+    classes, patches = (
+        {name: torch.stack([head[kind][name] for head in by_head]) for name in by_head[0][kind]}
+        for kind in range(2)
+    )
+    terms: dict[str, Tensor] = {}  # `[heads]` each
+    weighted = torch.zeros(len(heads), device=learners[0].tokens.device)
+    for name in learn:
+        terms[f"{name}.dino"] = _dino(classes[name], batch)
+        terms[f"{name}.ibot"] = _ibot(patches[name], batch.masks)
+        share = config.intact if name == "intact" else 1 - config.intact
+        sums = config.dino * terms[f"{name}.dino"] + config.ibot * terms[f"{name}.ibot"]
+        weighted = weighted + share * sums
+    if "elastic" in learn:
+        terms["elastic.distill"] = _distill(classes["distilled"], batch)
+        weighted = weighted + (1 - config.intact) * terms["elastic.distill"]
+    total = weighted.mean()
+    found = {f"{name}.{head}": term.detach()[head] for head in heads for name, term in terms.items()}
     if config.koleo:
         views = [view for student in learners for view in student.tokens.chunk(VIEWS)]
-        terms["koleo"] = sum((losses.koleo(view) for view in views), total.new_zeros(())) / 2
-        total = total + config.koleo * terms["koleo"]
-    return total, {name: term.detach() for name, term in terms.items()}
+        koleo = sum((losses.koleo(view) for view in views), total.new_zeros(())) / 2
+        found["koleo"] = koleo.detach()
+        total = total + config.koleo * koleo
+    return total, found
 
 
 @dataclass(frozen=True)
@@ -301,16 +313,15 @@ def _own(rows: int, device: torch.device) -> Tensor:
     return torch.stack([own, torch.full_like(own, -1)], dim=1)
 
 
-def _head_loss(
+def _cross_entropies(
     head: int,
     students: dict[str, StudentOutput],
     learn: Sequence[str],
     targets: Targets,
-    batch: Batch,
     rows: _TargetRows,
     config: LossConfig,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted loss of one head and its unweighted terms."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses `[rows]` of a head, of class tokens and of masked patches: of each student, and distillation."""
     count, dtype = len(rows.classes), OPERANDS[config.operands]
     features = [student.features[head].to(dtype) for student in students.values()]
     prototypes = students[learn[-1]].prototypes[head].to(dtype)
@@ -324,42 +335,36 @@ def _head_loss(
 
     with without_autocast(prototypes.device):
         classes = losses_of(slice(count), targets.cls[head], rows.classes)
-        patches = losses_of(slice(count, None), targets.patches[head], rows.patches)
-    terms: dict[str, Tensor] = {}
-    weighted = prototypes.new_zeros((), dtype=torch.float32)
-    for name in learn:
-        dino, ibot = _dino(classes[name], batch), _ibot(patches[name], batch.masks)
-        terms |= {f"{name}.dino.{head}": dino, f"{name}.ibot.{head}": ibot}
-        share = config.intact if name == "intact" else 1 - config.intact
-        weighted = weighted + share * (config.dino * dino + config.ibot * ibot)
-    if "elastic" in learn:
-        terms[f"elastic.distill.{head}"] = distill = _distill(classes["distilled"], batch)
-        weighted = weighted + (1 - config.intact) * distill
-    return weighted, terms
+        return classes, losses_of(slice(count, None), targets.patches[head], rows.patches)
 
 
 def _dino(losses: Tensor, batch: Batch) -> Tensor:
     """Cross-view loss of the class tokens: every local crop against both views, each view against the other.
 
-    The sum over pairs is divided by their number as the official code counts it: the global pairs twice.
+    `[heads, rows]` -> `[heads]`. The sum over pairs is divided by their number as the official code counts
+    it: the global pairs twice.
     """
     pairs = VIEWS + max(VIEWS * batch.local_views, 1)
-    local, whole = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]])
-    loss = VIEWS * whole.mean()
+    local, whole = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]], dim=1)
+    loss = VIEWS * whole.mean(1)
     if batch.local_views:
-        loss = loss + local.unflatten(0, (batch.local_views, -1)).mean(1).sum()
+        loss = loss + local.unflatten(1, (batch.local_views, -1)).mean(2).sum(1)
     return loss / pairs
 
 
 def _ibot(losses: Tensor, masks: Masks) -> Tensor:
-    """Masked-patch loss: mean over an image's masked patches, then over all global crops, masked or not."""
-    return (losses * masks.weights).sum() / masks.mask.shape[0]
+    """Masked-patch loss: mean over an image's masked patches, then over all global crops, masked or not.
+
+    `[heads, masked]` -> `[heads]`.
+    """
+    return (losses * masks.weights).sum(1) / masks.mask.shape[0]
 
 
 def _distill(losses: Tensor, batch: Batch) -> Tensor:
     """Same-view distillation of the class tokens: the elastic student follows the intact one.
 
-    Local and global crops count alike; the target is the intact student's plain softmax.
+    `[heads, rows]` -> `[heads]`. Local and global crops count alike; the target is the intact student's plain
+    softmax.
     """
-    parts = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]])
-    return torch.stack([part.mean() for part in parts if len(part)]).sum()
+    parts = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]], dim=1)
+    return torch.stack([part.mean(1) for part in parts if part.shape[1]]).sum(0)
