@@ -3,8 +3,7 @@
     linear            x, and the sum before a GELU
     linear residual   x; LayerScale's gradient comes out of the weight's
     mlp               x, and the sum before the GELU (with `recompute` only x); the activation is made again
-    by
-                      the product that goes back through it
+                      by the product that goes back through it
     half-blocks       normalised rows before and after the affine beside the above, so that a block is two
                       calls for autograd, and the residual stream may be overwritten
 
