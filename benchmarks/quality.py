@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
-from poa.backbones import ElasticViT
+from poa.backbones import Backbone
 from poa.checkpoint import RunFolder
 from poa.config import Config, preset, with_run
 from poa.data.sources import open_data
@@ -37,7 +37,7 @@ class Ours:
         run = self.run
         train_step(run.model, run.state, run.config, run.schedules, number, [chunk])
 
-    def teacher(self) -> ElasticViT:
+    def teacher(self) -> Backbone:
         return self.run.state.teacher.backbone
 
     def close(self) -> None:
@@ -69,7 +69,7 @@ class Official:
             ibot=number >= schedules.ibot_start,
         )
 
-    def teacher(self) -> ElasticViT:
+    def teacher(self) -> Backbone:
         self.official.load_into(self.network, "teacher")
         return self.network.backbone
 

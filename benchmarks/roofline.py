@@ -18,8 +18,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from poa.backbones import ViTConfig
 from poa.config import MethodConfig
 from poa.data.masking import draw_masks
+from poa.errors import InputError
 from poa.flops import DATASHEET_PEAKS
 from poa.multicrop import Groups
 from poa.random import python_stream
@@ -111,9 +113,20 @@ class Workload:
         masks = draw_masks(VIEWS * images, (side, side), method.masks.probability, method.masks.ratio, dice)
         return cls(method, images, len(masks.indices), **options)  # type: ignore[arg-type]
 
+    @property
+    def vit(self) -> ViTConfig:
+        """The backbone; the model knows the kernels of a ViT.
+
+        Raises:
+            InputError: another kind.
+        """
+        if not isinstance(self.method.backbone, ViTConfig):
+            raise InputError(f"cost model: expected a backbone of kind vit, got {self.method.backbone.kind}")
+        return self.method.backbone
+
     def groups(self, student: bool) -> Groups:
         """Crop groups of a branch."""
-        crops, backbone = self.method.crops, self.method.backbone
+        crops, backbone = self.method.crops, self.vit
         views = [(VIEWS, crops.global_size)]
         if student and crops.local_count:
             views.append((crops.local_count, crops.local_size))
@@ -121,7 +134,7 @@ class Workload:
 
     def kept(self, student: bool) -> Groups:
         """What stochastic depth leaves of them in a half-block."""
-        rate = self.method.backbone.drop_path if student else 0.0
+        rate = self.vit.drop_path if student else 0.0
         return tuple((max(int(count * (1 - rate)), 1), length) for count, length in self.groups(student))
 
     def read_rows(self, student: bool) -> int:
@@ -170,9 +183,9 @@ def _attention_executed(groups: Groups, width: int) -> float:
 def block(work: Workload, part: str, width: int, *, last: bool = False) -> Iterator[Cost]:
     """One transformer block, forward and, for a student, backward."""
     student = part != "teacher"
-    groups, hidden = work.kept(student), int(width * work.method.backbone.mlp_ratio)
+    groups, hidden = work.kept(student), int(width * work.vit.mlp_ratio)
     rows, s = tokens(groups), work.stream_bytes
-    share = 1 - work.method.backbone.drop_path if student else 1.0
+    share = 1 - work.vit.drop_path if student else 1.0
     needed = int(share * work.read_rows(student)) if last and work.skip_dead_tokens else rows
     whole, part_rows = HALF * rows * width, HALF * needed * width  # bytes of a half-precision activation
     into = needed * width * 2 * s  # residual read and written
@@ -194,7 +207,7 @@ def block(work: Workload, part: str, width: int, *, last: bool = False) -> Itera
 def _block_backward(
     work: Workload, part: str, width: int, groups: Groups, needed: int, last: bool
 ) -> Iterator[Cost]:
-    hidden, rows, s = int(width * work.method.backbone.mlp_ratio), tokens(groups), work.stream_bytes
+    hidden, rows, s = int(width * work.vit.mlp_ratio), tokens(groups), work.stream_bytes
     whole, part_rows = HALF * rows * width, HALF * needed * width
     accumulated = SINGLE * (1 if part == "intact" else 2)  # written once, or read and written
 
@@ -233,14 +246,14 @@ def backbone(work: Workload, part: str, subnet: Subnet) -> Iterator[Cost]:
     """Embedding, blocks and last norm of a branch."""
     student, width, s = part != "teacher", subnet.width, work.stream_bytes
     patches = tokens(work.groups(student)) - sum(count for count, _ in work.groups(student))
-    pixels = 3 * work.method.backbone.patch_size**2
+    pixels = 3 * work.vit.patch_size**2
     yield product(part, "forward", "patch embedding", patches, width, pixels, stored=s)
     if student:
         flops = 2.0 * patches * width * pixels
         moved = patches * (pixels * HALF + width * s)
         yield Cost(part, "backward", "patch embedding wgrad", flops, flops, moved)
     for cost in block(work, part, width):
-        yield cost.times(subnet.depth - 1)
+        yield cost.times(subnet.blocks[0] - 1)
     yield from block(work, part, width, last=True)
     rows = work.read_rows(student)
     yield stream(part, "forward", "last norm", rows * width * (s + HALF))
@@ -279,7 +292,7 @@ def heads(work: Workload, part: str, width: int) -> Iterator[Cost]:
 
 def parameters(method: MethodConfig) -> int:
     """Of the intact network with its heads."""
-    head, width = method.head, method.backbone.max_width
+    head, width = method.head, method.backbone.feature_width(method.backbone.space.intact)
     sizes = [width] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
     mlp = sum(out * (inner + 1) for inner, out in zip(sizes, sizes[1:], strict=False))
     prototypes = sum(head.prototypes) * (head.bottleneck + 1)

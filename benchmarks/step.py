@@ -29,12 +29,11 @@ from poa.config import Config, preset
 from poa.data.augment import augment
 from poa.data.masking import draw_masks
 from poa.device import join
-from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules, update_weights
 from poa.options import override
 from poa.random import python_stream, torch_stream
-from poa.step import Chunk, TrainingState, autocast, train_step
-from poa.subnets import Subnet
+from poa.step import Chunk, TrainingState, autocast, student_passes, train_step
+from poa.subnets import SearchSpace, Subnet
 from poa.tribranch import (
     VIEWS,
     Batch,
@@ -81,17 +80,6 @@ class Setting:
     def device(self) -> torch.device:
         return self.batch.global_crops.device
 
-    def passes(self, elastic: Subnet, dropping: bool) -> list[StudentPass]:
-        """Both students, with stochastic depth as a step draws it."""
-        backbone = self.config.method.backbone
-        groups = roofline.Workload(self.config.method, self.images, 0).groups(student=True)
-        found = []
-        for subnet in (backbone.space.intact, elastic):
-            rates = backbone.drop_rates[: subnet.depth]
-            drop = draw_stochastic_depth(groups, rates, torch_stream(0, "benchmark")) if dropping else None
-            found.append(StudentPass(subnet, drop.to(self.device) if drop else None))
-        return found
-
 
 def setting(config: Config, images: int, device: torch.device) -> Setting:
     """Synthetic images, and masks and subnets as the method draws them."""
@@ -122,7 +110,16 @@ class Ours:
         self.state = TrainingState.start(here.config, here.device)
         self.schedules = Schedules.build(here.config.method.optim, 1250, here.images)
         self.temperature = self.schedules.teacher_temperature[STEP]
-        self.passes = {subnet: here.passes(subnet, dropping=True) for subnet in {*here.mix, *chosen(here)}}
+        self.passes = {subnet: self.drawn_passes(subnet) for subnet in {*here.mix, *chosen(here)}}
+
+    def drawn_passes(self, elastic: Subnet) -> list[StudentPass]:
+        """Both students, with stochastic depth as a step draws it."""
+        subnets, draws = (self._space.intact, elastic), [torch_stream(0, "benchmark") for _ in range(2)]
+        return student_passes(self.state.student, self.here.batch, subnets, draws)
+
+    @property
+    def _space(self) -> SearchSpace:
+        return self.here.config.method.backbone.space
 
     def loss(self, elastic: Subnet) -> float:
         """Of one chunk, without stochastic depth."""
@@ -132,7 +129,7 @@ class Ours:
             (targets,) = teacher_targets(
                 self.state.teacher, [here.batch], self.temperature, method.loss, centers
             )
-            outputs = self.state.student(here.batch, here.passes(elastic, dropping=False))
+            outputs = self.state.student(here.batch, [StudentPass(self._space.intact), StudentPass(elastic)])
         intact, small = outputs
         return float(tribranch_loss(intact, small, targets, here.batch, method.loss)[0])
 

@@ -1,8 +1,19 @@
 """POA: pre-train once, get models of all sizes."""
 
-from poa.backbones import ElasticViT, ViTConfig
+from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.export import ExportedModel, load
 from poa.subnets import SearchSpace, Subnet
 
 __version__ = "0.1.0"
-__all__ = ["ElasticViT", "ExportedModel", "SearchSpace", "Subnet", "ViTConfig", "load"]
+__all__ = [
+    "ElasticResNet",
+    "ElasticSwin",
+    "ElasticViT",
+    "ExportedModel",
+    "ResNetConfig",
+    "SearchSpace",
+    "Subnet",
+    "SwinConfig",
+    "ViTConfig",
+    "load",
+]

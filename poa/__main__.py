@@ -178,25 +178,26 @@ def _warmup(options: argparse.Namespace) -> None:
 def _list_subnets(options: argparse.Namespace) -> None:
     config = RunFolder(Path(options.run)).config() if options.run else _new_config(options)
     method = config.method
-    vit, counts = method.backbone, method.backbone.space.multiplicities()
-    rows = [
+    backbone, counts = method.backbone, method.backbone.space.multiplicities()
+    rows: list[dict[str, Any]] = [
         {
             "width": s.width,
             "depth": s.depth,
-            "params": vit.parameters(s),
-            "flops": vit.flops(s),
-            "draws": counts[s] - (s == vit.space.intact and len(counts) > 1),
+            "params": backbone.parameters(s),
+            "flops": backbone.flops(s),
+            "draws": counts[s] - (s == backbone.space.intact and len(counts) > 1),
         }
-        for s in vit.space
+        for s in backbone.space
     ]
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"{len(rows)} subnets; FLOPs of one {vit.image_size}-pixel image; draws in a round")
-    print(f"{'subnet':>9} {'params':>12} {'GFLOPs':>9} {'draws':>6}")
-    for row in rows:
-        name = f"{row['width']}x{row['depth']}"
-        print(f"{name:>9} {row['params']:>12,} {row['flops'] / 1e9:>9.3f} {row['draws']:>6}")
+    print(f"{len(rows)} subnets; FLOPs of one {backbone.image_size}-pixel image; draws in a round")
+    names = [str(s) for s in backbone.space]
+    wide = max(9, *map(len, names))
+    print(f"{'subnet':>{wide}} {'params':>12} {'GFLOPs':>9} {'draws':>6}")
+    for name, row in zip(names, rows, strict=True):
+        print(f"{name:>{wide}} {row['params']:>12,} {row['flops'] / 1e9:>9.3f} {row['draws']:>6}")
 
 
 def _new_config(options: argparse.Namespace) -> Config:

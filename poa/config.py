@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from poa.backbones import ViTConfig
+from poa.backbones import ResNetConfig, SwinConfig, ViTConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
 from poa.optim import OptimConfig, OptimizerKind
@@ -105,7 +105,7 @@ class MethodConfig:
         "neighbouring images that stay near to each other when shuffled, for storage that is slow at random",
     )
     canvas: int = option(256, "images are shrunk to fit a square of this many pixels when decoded")
-    backbone: ViTConfig = section(ViTConfig(), "the elastic ViT")
+    backbone: ViTConfig | SwinConfig | ResNetConfig = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
     loss: LossConfig = section(LossConfig(), "the loss")
     crops: CropsConfig = section(CropsConfig(), "crops and augmentation")

@@ -48,17 +48,17 @@ def _branch(method: MethodConfig, subnet: Subnet, masked: float, student: bool) 
     groups = [(VIEWS * images, crops.global_size)]
     if student and crops.local_count:
         groups.append((crops.local_count * images, crops.local_size))
-    rate = backbone.drop_path if student else 0.0
+    rate = backbone.mean_drop_rate(subnet) if student else 0.0
     total = 0.0
     for count, size in groups:
-        embedding = 2.0 * backbone.grid(size) ** 2 * 3 * backbone.patch_size**2 * subnet.width
+        embedding = float(backbone.embedding_flops(subnet, size))
         blocks = backbone.flops(subnet, size) - embedding
         kept = max(int(count * (1 - rate)), 1)
         # The images need no gradient.
         total += (2 if student else 1) * count * embedding + (3 if student else 1) * kept * blocks
     head = method.head
     rows = sum(count for count, _ in groups) + masked
-    sizes = [subnet.width] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
+    sizes = [backbone.feature_width(subnet)] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
     mlps = len(head.prototypes) * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
     products = 2.0 * rows * (mlps + head.bottleneck * sum(head.prototypes))
     return total + (3 if student else 1) * products

@@ -91,14 +91,15 @@ def draw_stochastic_depth(
 
 
 def _draw_half(groups: Groups, rate: float, generator: torch.Generator) -> KeptRows:
-    kept, scales = [], []
-    for crops, _ in groups:
-        if rate > 0.1:
-            count = max(int(crops * (1 - rate)), 1)
-            kept.append(torch.randperm(crops, generator=generator)[:count])
-            scales.append(crops / count)
-        else:
-            keep = torch.rand(crops, generator=generator) >= rate
-            kept.append(keep.nonzero().flatten())
-            scales.append(1 / (1 - rate))
-    return kept_rows(groups, kept, scales)
+    if rate <= 0.1:
+        return draw_samples(groups, rate, generator)
+    counts = [max(int(crops * (1 - rate)), 1) for crops, _ in groups]
+    sizes = [crops for crops, _ in groups]
+    kept = [torch.randperm(n, generator=generator)[:count] for n, count in zip(sizes, counts, strict=True)]
+    return kept_rows(groups, kept, [n / count for n, count in zip(sizes, counts, strict=True)])
+
+
+def draw_samples(groups: Groups, rate: float, generator: torch.Generator) -> KeptRows:
+    """Keep every crop with probability `1 - rate`, scaled by its inverse; drawn with a CPU generator."""
+    kept = [(torch.rand(crops, generator=generator) >= rate).nonzero().flatten() for crops, _ in groups]
+    return kept_rows(groups, kept, [1 / (1 - rate)] * len(groups))

@@ -6,22 +6,41 @@ heads are `dino_head.mlp0.2` and `dino_head.last_layer0`, and training checkpoin
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from poa.backbones import ElasticViT, ViTConfig
+from poa.backbones import Backbone, BackboneConfig, ResNetConfig, SwinConfig, ViTConfig
 from poa.errors import InputError
 from poa.weights import load_strictly, read_weights
 
+RESNET_GROUPS = 32
+UNUSED = re.compile(r"norm[012]\.norm\.|.*relative_position_index$")
+"""Norms of Swin's first stages, which take no part in training, and a table that follows from the window."""
+
 
 def backbone_name(official: str) -> str:
-    """The name here of an official ViT backbone parameter (without `backbone.`)."""
-    return re.sub(r"(norm\d?)\.norm\.", r"\1.", official.replace(".linear.", "."))
+    """The name here of an official backbone parameter (without `backbone.`)."""
+    name = official.replace(".w_msa.", ".").replace(".ffn.", ".mlp.").replace(".layers.", ".")
+    name = re.sub(r"^norm3\.norm\.", "norm.", re.sub(r"\.(linear|conv)\.(weight|bias)$", r".\2", name))
+    return re.sub(r"(norm\d?)\.norm\.", r"\1.", name)
+
+
+def backbone_state(official: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official backbone parameters under the names and in the shapes of this project.
+
+    1x1 convolutions of a ResNet become matrices.
+    """
+    used = {backbone_name(name): value for name, value in official.items() if not UNUSED.match(name)}
+    return {
+        name: value.flatten(1) if value.dim() == 4 and value.shape[2:] == (1, 1) else value
+        for name, value in used.items()
+    }
 
 
 def head_name(official: str) -> str:
@@ -44,14 +63,14 @@ def network_name(official: str) -> str:
     raise InputError(f"official checkpoint: expected backbone.* or dino_head.*, got {official!r}")
 
 
-def load_vit(path: str | Path, *, head_dim: int = 64, branch: str = "teacher") -> ElasticViT:
-    """Read the backbone of an official POA ViT checkpoint.
+def load_backbone(path: str | Path, *, branch: str = "teacher", head_dim: int = 64) -> Backbone:
+    """Read the backbone of an official POA checkpoint: ViT, Swin or ResNet.
 
     Args:
         path: a `.pth` file as the official trainer writes it (`{"teacher": ...}` or `{"model": ...}`), a bare
             state dict, or a safetensors file with official names.
-        head_dim: channels of an attention head (64 in every official model).
         branch: "teacher" or "student", for files that hold both.
+        head_dim: channels of an attention head of a ViT, which shapes do not tell (64 in every official one).
 
     Returns:
         The intact backbone; its search space is every width and depth up to it.
@@ -59,34 +78,87 @@ def load_vit(path: str | Path, *, head_dim: int = 64, branch: str = "teacher") -
     Raises:
         InputError: not readable as weights, or keys missing or unknown.
     """
-    state = _backbone_state(_read(Path(path)), branch, str(path))
-    return vit_from_state(state, head_dim=head_dim, name=str(path))
+    state = _of_branch(_read(Path(path)), branch, str(path))
+    return backbone_from_state(state, name=str(path), head_dim=head_dim)
 
 
-def vit_from_state(state: Mapping[str, Tensor], *, head_dim: int, name: str = "state") -> ElasticViT:
-    """An elastic ViT from official backbone parameters; sizes are read from their shapes."""
+def backbone_from_state(state: Mapping[str, Tensor], *, name: str = "state", head_dim: int = 64) -> Backbone:
+    """An elastic backbone from official parameters; kind and sizes are read from their names and shapes.
+
+    The groups of a ResNet's norms, which shapes do not tell either, are the official 32, or as many as divide
+    its widths.
+    """
+    converted = backbone_state(state)
+    readers: dict[str, Callable[[], BackboneConfig]] = {
+        "cls_token": lambda: _vit(converted, head_dim),
+        "stages.0.blocks.0.norm1.weight": lambda: _swin(converted),
+        "layer1.0.conv2.weight": lambda: _resnet(converted),
+    }
+    found = [reader for key, reader in readers.items() if key in converted]
+    if not found:
+        raise InputError(f"{name}: expected official weights, got none of {', '.join(readers)}")
     try:
-        width = state["cls_token"].shape[-1]
-        patch = state["patch_embed.proj.weight"].shape[-1]
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
-        hidden = state["blocks.0.mlp.fc1.linear.weight"].shape[0]
+        config = found[0]()
     except KeyError as missing:
-        raise InputError(f"{name}: expected official ViT weights, got no {missing}") from None
-    depth = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-    config = ViTConfig(
+        raise InputError(f"{name}: expected official weights, got no {missing}") from None
+    backbone = config.build()
+    load_strictly(backbone, converted, name)
+    return backbone
+
+
+def _vit(state: Mapping[str, Tensor], head_dim: int) -> BackboneConfig:
+    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    return ViTConfig(
         image_size=side * patch,
         patch_size=patch,
         min_width=head_dim,
         max_width=width,
         min_depth=1,
-        max_depth=depth,
+        max_depth=_count(state, "blocks."),
         head_dim=head_dim,
-        mlp_ratio=hidden / width,
+        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         masked="mask_token" in state,
     )
-    vit = ElasticViT(config)
-    load_strictly(vit, {backbone_name(key): value for key, value in state.items()}, name)
-    return vit
+
+
+def _swin(state: Mapping[str, Tensor]) -> BackboneConfig:
+    offsets, heads = state["stages.0.blocks.0.attn.relative_position_bias_table"].shape
+    embedding, _, _, patch = state["patch_embed.proj.weight"].shape
+    depths = tuple(_count(state, f"stages.{stage}.blocks.") for stage in range(_count(state, "stages.")))
+    width = state["stages.0.blocks.0.norm1.weight"].shape[0]
+    return SwinConfig(
+        patch_size=patch,
+        min_width=width // heads,
+        max_width=width,
+        head_dim=width // heads,
+        min_depths=(1,) * len(depths),
+        max_depths=depths,
+        window=(round(offsets**0.5) + 1) // 2,
+        mlp_ratio=state["stages.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
+        embedding_width=embedding,
+        masked="mask_token" in state,
+    )
+
+
+def _resnet(state: Mapping[str, Tensor]) -> BackboneConfig:
+    depths = tuple(_count(state, f"layer{stage}.") for stage in range(1, 5))
+    base, width = state["conv1.weight"].shape[0], state["layer1.0.conv2.weight"].shape[0]
+    groups = math.gcd(base, width, RESNET_GROUPS)
+    return ResNetConfig(
+        min_depths=(1,) * 4,
+        max_depths=depths,
+        base_width=base,
+        min_width=groups,
+        max_width=width,
+        norm_groups=groups,
+        masked="mask_token" in state,
+    )
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the largest number that follows a prefix."""
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
 def _read(path: Path) -> Any:
@@ -95,7 +167,7 @@ def _read(path: Path) -> Any:
     return read_weights(path)
 
 
-def _backbone_state(content: Any, branch: str, name: str) -> dict[str, Tensor]:
+def _of_branch(content: Any, branch: str, name: str) -> dict[str, Tensor]:
     """The parameters of one branch's backbone, `backbone.` stripped."""
     for key in (branch, "model"):
         if isinstance(content, Mapping) and key in content:

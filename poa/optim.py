@@ -169,11 +169,10 @@ def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float
     Returns:
         Groups with `params`, `names`, `lr_multiplier`, `wd_multiplier`, `last_layer`.
     """
-    top = network.backbone.config.max_depth + 1
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         part, _, local = name.partition(".")
-        lr = layer_decay ** (top - network.backbone.layer_depth(local)) if part == "backbone" else 1.0
+        lr = layer_decay ** network.backbone.layers_above(local) if part == "backbone" else 1.0
         if local.startswith("patch_embed."):
             lr *= patch_embed_lr
         undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name

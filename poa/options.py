@@ -45,13 +45,32 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
         where = f"{path}.{key}" if path else key
         if key not in fields:
             raise _unknown(where, [f"{path}.{f}" if path else f for f in fields])
-        kind = hints[key]
+        sections = _sections(hints[key])
         arguments[key] = (
-            from_dict(kind, value, where)
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind)
-            else _checked(kind, value, where)
+            section_from_dict(sections, value, where) if sections else _checked(hints[key], value, where)
         )
     return cls(**arguments)
+
+
+def section_from_dict(classes: Sequence[type[T]], values: dict[str, Any], path: str) -> T:
+    """As `from_dict`, of the one class, or of that which the value `kind` names (default: the first).
+
+    Raises:
+        InputError: another kind, or as `from_dict`.
+    """
+    if len(classes) == 1 or not isinstance(values, dict) or "kind" not in values:
+        return from_dict(classes[0], values, path)
+    kinds = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in classes}
+    if values["kind"] not in kinds:
+        raise InputError(f"{path}.kind: expected one of {', '.join(kinds)}, got {values['kind']!r}")
+    return from_dict(kinds[values["kind"]], values, path)
+
+
+def _sections(hint: Any) -> list[type]:
+    """The classes of options that a field may hold; none for a plain value."""
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(hint) if union else (hint,)
+    return [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
 def override(options: T, assignments: Sequence[str]) -> T:

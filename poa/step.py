@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from poa.config import Config, Precision
 from poa.health import observe
-from poa.multicrop import draw_stochastic_depth
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
 from poa.random import torch_stream
 from poa.subnets import Subnet
@@ -105,12 +104,10 @@ def student_passes(
     student: Network, batch: Batch, subnets: Sequence[Subnet], draws: Sequence[torch.Generator]
 ) -> list[StudentPass]:
     """Passes of these subnets over a batch, each with the stochastic depth that its CPU generator draws."""
-    backbone, device = student.backbone, batch.global_crops.device
-    groups = backbone.groups([batch.global_crops, batch.local_crops][: 2 if batch.local_views else 1])
     passes = []
     for subnet, draw in zip(subnets, draws, strict=True):
-        drop = draw_stochastic_depth(groups, backbone.drop_rates(subnet), draw)
-        passes.append(StudentPass(subnet, drop.to(device) if drop else None))
+        drop = student.backbone.draw_stochastic_depth(batch.crops, subnet, draw)
+        passes.append(StudentPass(subnet, drop.to(batch.global_crops.device) if drop else None))
     return passes
 
 

@@ -1,13 +1,15 @@
 """Which subnets there are, how often each is trained, and which one is trained when.
 
-A subnet is a prefix of the shared weights: the first `width` channels of `depth` of the blocks. Small subnets
-are drawn more often than large ones, without replacement. A draw is a function of (seed, step, chunk).
+A subnet is a prefix of the shared weights: the first `width` channels of `depth` of the blocks, or of
+those of each stage. Small subnets are drawn more often than large ones, without replacement. A draw is a
+function of (seed, step, chunk).
 
 Source: POA (Zhang et al., ECCV 2024), section 3.3; official `create_dynamic_networks`, `get_network_id`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,34 +22,57 @@ from poa.random import python_stream
 
 POLICIES = ("per-rank", "shared", "balanced")
 
+Depth = int | tuple[int, ...]
+"""Blocks of a network, or of each of its stages."""
+
 
 @dataclass(frozen=True, order=True)
 class Subnet:
     """One network inside the shared weights.
 
     Attributes:
-        width: active channels, a multiple of the head size.
-        depth: active blocks.
+        width: active channels, of the first stage where there are several.
+        depth: active blocks, or those of each stage.
     """
 
     width: int
-    depth: int
+    depth: Depth
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.depth}"
+        return f"{self.width}x{depth_text(self.depth)}"
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Active blocks of each stage."""
+        return self.depth if isinstance(self.depth, tuple) else (self.depth,)
 
     @classmethod
     def parse(cls, text: str) -> Subnet:
-        """Read `WIDTHxDEPTH`, for example `384x12`."""
+        """Read `WIDTHxDEPTH`, for example `384x12` or `64x3-4-6-3`."""
         width, cross, depth = text.strip().partition("x")
-        if not (cross and width.isdecimal() and depth.isdecimal()):
-            raise InputError(f"subnet: expected WIDTHxDEPTH such as 384x12, got {text!r}")
-        return cls(int(width), int(depth))
+        stages = depth.split("-")
+        if not (cross and width.isdecimal() and all(stage.isdecimal() for stage in stages)):
+            raise InputError(
+                f"subnet: expected WIDTHxDEPTH such as 384x12, or 64x3-4-6-3 with stages, got {text!r}"
+            )
+        blocks = tuple(int(stage) for stage in stages)
+        return cls(int(width), blocks if len(blocks) > 1 else blocks[0])
+
+
+def depth_text(depth: Depth) -> str:
+    """`12`, or `3-4-6-3`."""
+    return "-".join(map(str, depth)) if isinstance(depth, tuple) else str(depth)
 
 
 def active_blocks(max_depth: int, depth: int) -> list[int]:
     """Indices of the blocks a subnet keeps: `floor(linspace(0, max_depth - 1, depth))`."""
     return [int(i) for i in np.linspace(0, max_depth - 1, depth).astype(np.int64)]
+
+
+def stage_depths(smallest: Sequence[int], largest: Sequence[int]) -> tuple[Depth, ...]:
+    """All depths between two, each stage on its own, in order of their sums (official)."""
+    ranges = (range(low, high + 1) for low, high in zip(smallest, largest, strict=True))
+    return tuple(sorted(itertools.product(*ranges), key=sum))
 
 
 @dataclass(frozen=True)
@@ -56,12 +81,13 @@ class SearchSpace:
 
     Attributes:
         widths, depths: what may be chosen, ascending; the last of each is the intact network.
-        scale: how much more often the smallest is drawn than the largest, along each axis.
+        width_scale, depth_scale: how much more often the smallest is drawn than the largest.
     """
 
     widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    scale: float = 3.0
+    depths: tuple[Depth, ...]
+    width_scale: float = 3.0
+    depth_scale: float = 3.0
 
     @property
     def intact(self) -> Subnet:
@@ -85,14 +111,14 @@ class SearchSpace:
         if subnet not in self:
             raise InputError(
                 f"subnet {subnet}: expected a width of {_span(self.widths)} "
-                f"and a depth of {_span(self.depths)}"
+                f"and a depth of {_span_of_depths(self.depths)}"
             )
         return subnet
 
     def multiplicities(self) -> dict[Subnet, int]:
         """How often each subnet stands in one round of draws: `round(ws * ds)`, half to even."""
-        width_scale = np.linspace(self.scale, 1, len(self.widths))
-        depth_scale = np.linspace(self.scale, 1, len(self.depths))
+        width_scale = np.linspace(self.width_scale, 1, len(self.widths))
+        depth_scale = np.linspace(self.depth_scale, 1, len(self.depths))
         return {
             Subnet(width, depth): int(np.round(ws * ds))
             for width, ws in zip(self.widths, width_scale, strict=True)
@@ -185,6 +211,12 @@ class SubnetSampler:
             steps += groups
             pool = leftovers
         return steps
+
+
+def _span_of_depths(depths: Sequence[Depth]) -> str:
+    """The values of a depth, or those of each stage."""
+    stages = zip(*(depth if isinstance(depth, tuple) else (depth,) for depth in depths), strict=True)
+    return "-".join(_span(sorted(set(stage))) for stage in stages)
 
 
 def _span(values: Sequence[int]) -> str:

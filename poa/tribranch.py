@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from elastic_kernels import prototype_cross_entropy, shared_gradients
 from poa import losses
-from poa.backbones import ElasticViT, ViTConfig
+from poa.backbones import BackboneConfig
 from poa.data.masking import Masks
 from poa.device import beside, join, side_stream, without_autocast
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import SoftTargets
-from poa.multicrop import StochasticDepth, class_tokens
+from poa.multicrop import StochasticDepth
 from poa.options import option
 from poa.subnets import Subnet
 
@@ -69,6 +69,11 @@ class Batch:
     global_crops: Tensor
     local_crops: Tensor
     masks: Masks
+
+    @property
+    def crops(self) -> list[Tensor]:
+        """The groups of crops in the order in which students see them: local ones, if any, then global."""
+        return [self.local_crops, self.global_crops][0 if self.local_views else 1 :]
 
     @property
     def local_views(self) -> int:
@@ -119,10 +124,10 @@ class StudentOutput:
 class Network(nn.Module):
     """A backbone with its projection heads: the teacher is one, the students share another."""
 
-    def __init__(self, backbone: ViTConfig, head: HeadConfig, generator: torch.Generator | None = None):
+    def __init__(self, backbone: BackboneConfig, head: HeadConfig, generator: torch.Generator | None = None):
         super().__init__()
-        self.backbone = ElasticViT(backbone, generator)
-        self.head = ProjectionHeads(backbone.max_width, head, generator)
+        self.backbone = backbone.build(generator)
+        self.head = ProjectionHeads(backbone.feature_width(backbone.space.intact), head, generator)
 
     def forward(
         self, batch: Batch, passes: Sequence[StudentPass], recompute: bool = False
@@ -135,20 +140,16 @@ class Network(nn.Module):
     def _student(
         self, batch: Batch, run: StudentPass, prototypes: list[Tensor], recompute: bool
     ) -> StudentOutput:
-        crops, masks = [batch.global_crops], [batch.masks.mask, None]
-        if batch.local_views:
-            crops.append(batch.local_crops)
-        whole, *local = class_tokens(self.backbone.groups(crops), batch.global_crops.device)
         tokens = self.backbone.read(
-            crops,
-            torch.cat([*local, whole, batch.masks.tokens]),
+            batch.crops,
+            batch.masks.indices,
             run.subnet,
-            masks=masks[: len(crops)],
+            masks=[None, batch.masks.mask][-len(batch.crops) :],
             drop=run.drop,
             recompute=recompute,
         )
-        first = len(batch.local_crops)
-        return StudentOutput(self.head.embed(tokens), prototypes, tokens[first : first + len(whole)])
+        _, cls, _ = tokens.split([len(batch.local_crops), len(batch.global_crops), len(batch.masks.indices)])
+        return StudentOutput(self.head.embed(tokens), prototypes, cls)
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -156,13 +157,13 @@ class Network(nn.Module):
 
         They are products of operands in `dtype`, and kept in it.
         """
-        crops = [batch.global_crops]
-        (cls,) = class_tokens(self.backbone.groups(crops), batch.global_crops.device)
-        swapped, masked = torch.cat(cls.chunk(VIEWS)[::-1]), batch.masks.tokens
-        embedded = self.head.embed(self.backbone.read(crops, torch.cat([swapped, masked])))
-        with without_autocast(cls.device):
+        count, masked = len(batch.global_crops), len(batch.masks.indices)
+        tokens = self.backbone.read([batch.global_crops], batch.masks.indices)
+        *views, patches = tokens.split([*[count // VIEWS] * VIEWS, masked])
+        embedded = self.head.embed(torch.cat([*views[::-1], patches]))
+        with without_autocast(tokens.device):
             logits = [
-                F.linear(x.to(dtype), w.to(dtype)).split([len(cls), len(masked)])
+                F.linear(x.to(dtype), w.to(dtype)).split([count, masked])
                 for x, w in zip(embedded, self.head.matrices(), strict=True)
             ]
         return [c for c, _ in logits], [p for _, p in logits]

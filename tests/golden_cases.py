@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from poa.backbones import ElasticViT, ViTConfig
+from poa.backbones import Backbone, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.heads import HeadConfig
-from poa.official import backbone_name, network_name
+from poa.official import backbone_name, backbone_state, network_name
 from poa.subnets import Subnet
 from poa.tribranch import Network
 
@@ -56,6 +56,48 @@ def vit(name: str, dtype: torch.dtype = torch.float32) -> ElasticViT:
     state = tensors("vit_forward", "state")
     model.load_state_dict({backbone_name(key): value for key, value in state.items()})
     return model.to(dtype)
+
+
+def swin_config(official: dict[str, Any]) -> SwinConfig:
+    """The SwinConfig of an official `swin_dynamic` configuration."""
+    first, second, _, last = official["max_depths"]
+    return SwinConfig(
+        image_size=official.get("img_size", 224),
+        patch_size=official.get("patch_size", 4),
+        min_width=official["min_embed_dim"],
+        max_width=official["max_embed_dim"],
+        head_dim=official["head_dim"],
+        min_depths=(first, second, official["min_s3_depth"], last),
+        max_depths=tuple(official["max_depths"]),
+        window=official.get("window_size", 7),
+        mask_scale=official.get("ibot_scale_factor", 2),
+        sampling_scale=official["net_select_scale"],
+    )
+
+
+def resnet_config(official: dict[str, Any]) -> ResNetConfig:
+    """The ResNetConfig of an official `resnet_dynamic` configuration."""
+    base, groups = official["base_channels"], official["num_gn_groups"]
+    assert official["stem_channels"] == base
+    return ResNetConfig(
+        image_size=official.get("img_size", 224),
+        min_depths=tuple(official["min_depths"]),
+        max_depths=tuple(official["max_depths"]),
+        base_width=base,
+        min_width=base,
+        max_width=2 * base,
+        norm_groups=groups,
+        mask_scale=official.get("ibot_scale_factor", 2),
+        sampling_scale=official["net_select_scale"],
+    )
+
+
+def pyramid(name: str) -> Backbone:
+    """The recorded Swin or ResNet, in evaluation mode."""
+    config = {"swin_forward": swin_config, "resnet_forward": resnet_config}[name](case(name)["config"])
+    model = config.build().eval()
+    model.load_state_dict(backbone_state(tensors(name, "state")))
+    return model
 
 
 def subnets(name: str) -> list[Subnet]:

@@ -71,7 +71,7 @@ def test_golden_extract(name: str, backbone: ElasticViT) -> None:
     """The official tool's files, which lack the last norm and keep the mask token, hold our weights."""
     results = golden.case("extract")["results"]["vit"][name]
     subnet = Subnet(*results["width_depth"])
-    ours = export.static_state(backbone, subnet, export.static_config(backbone.config, subnet))
+    ours = backbone.static(subnet).state_dict()
     file = golden.ROOT / "extract" / f"vit_{name}.safetensors"
     tool = results["extract_elastic_net"]
     assert len(ours) == tool["n_keys"] + len(tool["missing_in_static_vit"]) - len(tool["unexpected"])
@@ -100,14 +100,14 @@ def test_strict_keys_and_equal_features_in_timm(subnet: Subnet, backbone: Elasti
 def test_a_wrong_fold_is_refused(
     backbone: ElasticViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = export.static_state
+    right = ElasticViT.static
 
     def wrong(*arguments):
-        state = right(*arguments)
-        state["blocks.0.mlp.fc2.weight"] = state["blocks.0.mlp.fc2.weight"] * 1.001
-        return state
+        network = right(*arguments)
+        network.blocks[0].mlp.fc2.weight.data *= 1.001
+        return network
 
-    monkeypatch.setattr(export, "static_state", wrong)
+    monkeypatch.setattr(ElasticViT, "static", wrong)
     with pytest.raises(RuntimeError, match="differs from subnet .* nothing was written"):
         export.extract(backbone, backbone.space.smallest, tmp_path / "models", CROPS)
     assert not (tmp_path / "models").exists()

@@ -75,7 +75,7 @@ def test_golden_vit_droppath(subnet: Subnet) -> None:
     images, permutations = inputs["x"], inputs[f"{golden.key_of(subnet)}.perm"]
     crops = images.shape[0]
     patches = images.shape[2] * images.shape[3] // case["config"]["patch_size"] ** 2
-    rates = model.drop_rates(subnet)
+    rates = model.config.active_drop_rates(subnet)
     halves = []
     for index, permutation in enumerate(permutations):
         count = max(int(crops * (1 - rates[index // 2])), 1)

@@ -87,7 +87,7 @@ def test_prediction_and_measurement(changes: list[str]) -> None:
     config = override(preset("vit-s16"), [*changes, "run.device=cuda"])
     intact = config.method.backbone.space.intact
     step = Ours(setting(config, 64, torch.device("cuda")))
-    step.passes[intact] = step.here.passes(intact, dropping=True)
+    step.passes[intact] = step.drawn_passes(intact)
     step.step(intact)
     torch.cuda.reset_peak_memory_stats()
     step.step(intact)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from poa.errors import InputError
-from poa.official import load_vit
+from poa.official import load_backbone
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ HEAD = {"dino_head.mlp0.0.linear.weight": torch.zeros(2, 2)}
 def test_official_checkpoints_give_the_recorded_features(content: Any, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "official.pth")
     case = golden.case("vit_forward")
-    model = load_vit(tmp_path / "official.pth", head_dim=case["config"]["head_dim"])
+    model = load_backbone(tmp_path / "official.pth", head_dim=case["config"]["head_dim"])
     inputs, outputs = golden.tensors("vit_forward", "inputs"), golden.tensors("vit_forward", "outputs")
     for subnet in golden.subnets("vit_forward"):
         (features,) = model([inputs["global_crops"]], subnet)
@@ -50,7 +50,7 @@ def test_official_checkpoints_give_the_recorded_features(content: Any, tmp_path:
 def test_safetensors_with_official_names(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "official.safetensors")
     head_dim = golden.case("vit_forward")["config"]["head_dim"]
-    assert load_vit(tmp_path / "official.safetensors", head_dim=head_dim).space.intact.depth == max(
+    assert load_backbone(tmp_path / "official.safetensors", head_dim=head_dim).space.intact.depth == max(
         int(key.split(".")[1]) + 1 for key in state() if key.startswith("blocks.")
     )
 
@@ -61,11 +61,11 @@ def test_wrong_files(tmp_path: Path) -> None:
 
     def load(content: Any) -> None:
         torch.save(content, path)
-        load_vit(path, head_dim=head_dim)
+        load_backbone(path, head_dim=head_dim)
 
     with pytest.raises(InputError, match="no such file"):
-        load_vit(tmp_path / "nothing.pth")
-    with pytest.raises(InputError, match="expected official ViT weights, got no 'cls_token'"):
+        load_backbone(tmp_path / "nothing.pth")
+    with pytest.raises(InputError, match="expected official weights, got none of cls_token"):
         load({"weights": torch.zeros(2)})
     with pytest.raises(InputError, match=r"0 expected weights missing .* 1 unknown \(first: extra\)"):
         load(state() | {"extra": torch.zeros(1)})
@@ -75,7 +75,7 @@ def test_wrong_files(tmp_path: Path) -> None:
         load(missing)
     path.write_bytes(pickle.dumps({"teacher": _Trap(tmp_path / "sprung")}))
     with pytest.raises(InputError, match="expected a complete file of weights only"):
-        load_vit(path)
+        load_backbone(path)
     assert not (tmp_path / "sprung").exists()
 
 

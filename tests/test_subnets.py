@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from poa.backbones import ElasticViT, ViTConfig
 from poa.errors import InputError
-from poa.export import static_config, static_state
 from poa.subnets import POLICIES, SearchSpace, Subnet, SubnetSampler
 
 PAPER = ViTConfig()
@@ -27,8 +26,7 @@ def sampler(policy: str, chunks: int, config: ViTConfig = PAPER, seed: int = 0) 
 @pytest.mark.parametrize("subnet", TINY.space, ids=str)
 def test_sizes_match_the_network(subnet: Subnet) -> None:
     backbone = ElasticViT(TINY)
-    static = static_state(backbone, subnet, static_config(TINY, subnet))
-    assert TINY.parameters(subnet) == sum(t.numel() for t in static.values())
+    assert TINY.parameters(subnet) == sum(p.numel() for p in backbone.static(subnet).parameters())
     # The counter knows the products of the math attention only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone([torch.zeros(1, 3, 32, 32)], subnet)

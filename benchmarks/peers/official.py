@@ -24,7 +24,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poa.backbones import ViTConfig
 from poa.config import MethodConfig
+from poa.errors import InputError
 from poa.official import network_name
 from poa.optim import OptimConfig
 from poa.subnets import Subnet
@@ -291,7 +293,9 @@ STUB_CONTENT: dict[str, dict[str, Any]] = {
 
 
 def _official_config(method: MethodConfig) -> SimpleNamespace:
-    """The official configuration that means the same."""
+    """The official configuration that means the same; of a ViT."""
+    if not isinstance(method.backbone, ViTConfig):
+        raise InputError(f"official step: expected a backbone of kind vit, got {method.backbone.kind}")
     backbone, head, loss, crops = method.backbone, method.head, method.loss, method.crops
     heads = {
         "head_n_prototypes": head.prototypes,

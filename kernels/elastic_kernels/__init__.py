@@ -11,29 +11,39 @@ from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_
 from elastic_kernels.compilations import compilations
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.dispatch import backend
+from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_add_layer_norm, elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.modules import (
     ElasticAttention,
     ElasticBlock,
+    ElasticBottleneck,
+    ElasticGroupNorm,
     ElasticLayerNorm,
     ElasticLinear,
     ElasticMLP,
+    ElasticSwinBlock,
+    ElasticWindowAttention,
     LayerScale,
     elastic_block_from_vit,
 )
 from elastic_kernels.optimizer import FusedAdamW
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
 from elastic_kernels.shared_gradients import shared_gradients
+from elastic_kernels.window_attention import relative_position_bias, window_attention
 from elastic_kernels.working_weights import working_weights
 
 __all__ = [
     "ElasticAttention",
     "ElasticBlock",
+    "ElasticBottleneck",
+    "ElasticGroupNorm",
     "ElasticLayerNorm",
     "ElasticLinear",
     "ElasticMLP",
+    "ElasticSwinBlock",
+    "ElasticWindowAttention",
     "CropParameters",
     "FusedAdamW",
     "KeptRows",
@@ -44,6 +54,7 @@ __all__ = [
     "elastic_add_layer_norm",
     "elastic_attention_half",
     "elastic_block_from_vit",
+    "elastic_group_norm",
     "elastic_hidden_features",
     "elastic_layer_norm",
     "elastic_linear",
@@ -53,8 +64,10 @@ __all__ = [
     "elastic_qkv",
     "packed_attention",
     "prototype_cross_entropy",
+    "relative_position_bias",
     "render_crops",
     "shared_gradients",
     "sinkhorn_scaling",
+    "window_attention",
     "working_weights",
 ]

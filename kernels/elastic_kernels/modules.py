@@ -9,15 +9,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_half
+from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
-from elastic_kernels.linear import elastic_linear, elastic_qkv
-from elastic_kernels.mlp import elastic_mlp
+from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
+from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
+from elastic_kernels.window_attention import relative_position_bias, window_attention
 
 Groups = Sequence[tuple[int, int]]
+Maps = Sequence[tuple[int, int, int]]
 
 
 class ElasticLinear(nn.Linear):
@@ -154,6 +158,233 @@ class ElasticBlock(nn.Module):
             self.ls2.gamma if self.ls2 else None, kept=second, row_scale=row_scale, recompute=recompute_mlp,
             reuse=True,
         )  # fmt: skip
+
+    def static_state(self, width: int) -> dict[str, Tensor]:
+        """The block at one width as a block of its own: prefixes of its weights, offset scales folded in."""
+        scales = {"ls1.gamma": self.ls1, "ls2.gamma": self.ls2}
+        gammas = {name: scale.gamma[:width] for name, scale in scales.items() if scale is not None}
+        return gammas | _static_layers(self, width)
+
+
+def _static_layers(block: ElasticBlock | ElasticSwinBlock, width: int) -> dict[str, Tensor]:
+    """The corners of a block's linears and the entries of its norms."""
+    attn, mlp = block.attn, block.mlp
+    hidden = elastic_hidden_features(width, mlp.fc1.in_features, mlp.fc1.out_features)
+    layers = {
+        "attn.qkv": static_linear(attn.qkv, width, width, groups=3),
+        "attn.proj": static_linear(attn.proj, width, width),
+        "mlp.fc1": static_linear(mlp.fc1, hidden, width),
+        "mlp.fc2": static_linear(mlp.fc2, width, hidden),
+        "norm1": static_norm(block.norm1, width),
+        "norm2": static_norm(block.norm2, width),
+    }
+    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.items()}
+
+
+def static_linear(
+    layer: nn.Linear, out_features: int, in_features: int, *, groups: int = 1
+) -> dict[str, Tensor]:
+    """The corner of a linear that a subnet uses, times the offset scale, under the names of `nn.Linear`.
+
+    Args:
+        layer: of the largest network; its output is `groups` equal parts.
+        out_features: used of each part.
+        in_features: used.
+    """
+    corner = layer.weight.unflatten(0, (groups, -1))[:, :out_features, :in_features]
+    state = {"weight": corner.flatten(0, 1) * (layer.in_features / in_features)}
+    if layer.bias is not None:
+        state["bias"] = layer.bias.unflatten(0, (groups, -1))[:, :out_features].flatten()
+    return state
+
+
+def static_norm(norm: nn.LayerNorm | nn.GroupNorm, width: int) -> dict[str, Tensor]:
+    """The entries of a norm's parameters that a subnet uses."""
+    return {name: parameter[:width] for name, parameter in norm.named_parameters()}
+
+
+class ElasticWindowAttention(nn.Module):
+    """Self-attention within the windows of maps, with the first heads of shared projections.
+
+    Args:
+        width: of the largest network, a multiple of `head_dim`.
+        head_dim: channels of a head.
+        window: side of a window, in tokens.
+        shift: of the windows, in tokens, towards the bottom right.
+    """
+
+    def __init__(self, width: int, head_dim: int, window: int, shift: int):
+        super().__init__()
+        if width % head_dim:
+            raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
+        self.head_dim, self.window, self.shift = head_dim, window, shift
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = ElasticLinear(width, width)
+        table = torch.zeros((2 * window - 1) ** 2, width // head_dim)
+        self.relative_position_bias_table = nn.Parameter(table)
+
+    def forward(self, x: Tensor, maps: Maps) -> Tensor:
+        """`[tokens, w]` -> `[tokens, w]` before the projection; `maps` are `(count, height, width)`."""
+        qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (-1, self.head_dim))
+        bias = relative_position_bias(self.relative_position_bias_table, self.window)
+        # Maps are padded with zeros, whose q, k and v are the biases.
+        pad = self.qkv.bias.view(3, -1, self.head_dim)
+        return window_attention(qkv, bias, pad, maps, window=self.window, shift=self.shift)
+
+
+class ElasticSwinBlock(nn.Module):
+    """Pre-norm Swin block on packed maps of any width up to its own.
+
+    Args:
+        width, hidden: of the largest network.
+        head_dim, window, shift: as of `ElasticWindowAttention`.
+        eps: of both norms.
+    """
+
+    def __init__(self, width: int, hidden: int, head_dim: int, window: int, shift: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = ElasticLayerNorm(width, eps=eps)
+        self.attn = ElasticWindowAttention(width, head_dim, window, shift)
+        self.norm2 = ElasticLayerNorm(width, eps=eps)
+        self.mlp = ElasticMLP(width, hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        maps: Maps,
+        kept: tuple[KeptRows, KeptRows] | None = None,
+        reuse: bool = False,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: `[tokens, w]`, the positions of all maps row by row.
+            maps: `(count, height, width)` of each group of maps in packing order.
+            kept: the maps that take part in the attention half and in the MLP half.
+            reuse: as of `ElasticBlock`.
+
+        Returns:
+            `[tokens, w]`, the dtype of `x`.
+        """
+        first, second = kept or (None, None)
+        norm, mlp, active, rows, scale = self.norm1, self.mlp, maps, None, None
+        if first is not None:
+            rows, scale = first.rows, first.scale
+            sizes = zip(first.groups, maps, strict=True)
+            active = [(count, height, width) for (count, _), (_, height, width) in sizes]
+        h = elastic_layer_norm(x, norm.weight, norm.bias, norm.eps, rows=rows)
+        proj = self.attn.proj
+        x = elastic_linear_residual(
+            self.attn(h, active), proj.weight, proj.bias, x, rows=rows, row_scale=scale
+        )
+        norm = self.norm2
+        return elastic_mlp_half(
+            x, norm.weight, norm.bias, norm.eps,
+            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, None, kept=second, reuse=reuse,
+        )  # fmt: skip
+
+    def static_state(self, width: int) -> dict[str, Tensor]:
+        """As `ElasticBlock.static_state`."""
+        table = self.attn.relative_position_bias_table[:, : width // self.attn.head_dim]
+        return {"attn.relative_position_bias_table": table} | _static_layers(self, width)
+
+
+class ElasticGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm` over channels-last inputs of any width up to its own; see `elastic_group_norm`."""
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, scale: float = 1.0
+    ) -> Tensor:
+        """`[N, ..., w]` -> the same shape; the norm of `scale * x`, with no pass over it."""
+        return elastic_group_norm(
+            x, self.weight, self.bias, self.num_groups, self.eps / scale**2,
+            residual=residual, activation=activation,
+        )  # fmt: skip
+
+
+class ElasticBottleneck(nn.Module):
+    """ResNet bottleneck with group norm on channels-last maps; the channels of its middle are elastic.
+
+    Args:
+        entry: channels of the input.
+        middle: of the largest network's 3x3 convolution.
+        out: channels of the output.
+        groups: of the norms, whatever the width.
+        stride: of the 3x3 convolution.
+        shortcut: the input is projected before it is added, as where its shape differs from the output's.
+        eps: of the norms.
+    """
+
+    def __init__(
+        self,
+        entry: int,
+        middle: int,
+        out: int,
+        groups: int,
+        *,
+        stride: int = 1,
+        shortcut: bool = False,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.stride = stride
+        self.conv1 = nn.Linear(entry, middle, bias=False)
+        self.norm1 = ElasticGroupNorm(groups, middle, eps=eps)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = ElasticGroupNorm(groups, middle, eps=eps)
+        self.conv3 = nn.Linear(middle, out, bias=False)
+        self.norm3 = ElasticGroupNorm(groups, out, eps=eps)
+        self.downsample = (
+            nn.Sequential(nn.Linear(entry, out, bias=False), ElasticGroupNorm(groups, out, eps=eps))
+            if shortcut
+            else None
+        )
+
+    def forward(self, x: Tensor, middle: int) -> Tensor:
+        """One block.
+
+        Args:
+            x: `[N, H, W, entry]`.
+            middle: active channels of the 3x3 convolution, a multiple of `groups`.
+
+        Returns:
+            `[N, ceil(H / stride), ceil(W / stride), out]`, the dtype of matrix products.
+        """
+        h = self.norm1(elastic_linear(x, self.conv1.weight, out_features=middle), activation="relu")
+        kernel = self.conv2.weight[:middle, :middle]
+        h = conv_channels_last(h, kernel, stride=self.stride, padding=1)
+        # The offset scale of the convolution: the norm takes it from there.
+        h = self.norm2(h, activation="relu", scale=self.conv2.in_channels / middle)
+        identity = x if self.downsample is None else self._projected(x)
+        h = elastic_linear(h, self.conv3.weight)
+        return self.norm3(h, residual=identity.to(h.dtype), activation="relu")
+
+    def _projected(self, x: Tensor) -> Tensor:
+        assert self.downsample is not None
+        linear, norm = self.downsample
+        assert isinstance(linear, nn.Linear)
+        return norm(elastic_linear(x[:, :: self.stride, :: self.stride], linear.weight))
+
+    def static_state(self, middle: int) -> dict[str, Tensor]:
+        """The block at one width as a block of its own: prefixes of its weights, offset scales folded in."""
+        entry, out, largest = self.conv1.in_features, self.conv3.out_features, self.conv2.in_channels
+        layers = {
+            "conv1": static_linear(self.conv1, middle, entry),
+            "norm1": static_norm(self.norm1, middle),
+            "conv2": {"weight": self.conv2.weight[:middle, :middle] * (largest / middle)},
+            "norm2": static_norm(self.norm2, middle),
+            "conv3": static_linear(self.conv3, out, middle),
+            "norm3": static_norm(self.norm3, out),
+        }
+        if self.downsample is not None:
+            layers["downsample"] = self.downsample.state_dict()
+        return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.items()}
+
+
+def conv_channels_last(x: Tensor, weight: Tensor, *, stride: int, padding: int) -> Tensor:
+    """`[N, H, W, in]` -> `[N, H', W', out]` with a kernel `[out, in, h, w]`, by PyTorch's convolution."""
+    packed = weight.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x.permute(0, 3, 1, 2), packed, stride=stride, padding=padding).permute(0, 2, 3, 1)
 
 
 def elastic_block_from_vit(block: Any) -> ElasticBlock:

@@ -1,5 +1,21 @@
-"""Elastic backbones: one definition each."""
+"""Elastic backbones: one definition each, behind one interface."""
 
-from poa.backbones.vit import ElasticViT, Features, ViTConfig
+from poa.backbones.base import Backbone, BackboneConfig, Features
+from poa.backbones.resnet import ElasticResNet, ResNetConfig
+from poa.backbones.swin import ElasticSwin, SwinConfig
+from poa.backbones.vit import ElasticViT, ViTConfig
 
-__all__ = ["ElasticViT", "Features", "ViTConfig"]
+CONFIGS = (ViTConfig, SwinConfig, ResNetConfig)
+
+__all__ = [
+    "CONFIGS",
+    "Backbone",
+    "BackboneConfig",
+    "ElasticResNet",
+    "ElasticSwin",
+    "ElasticViT",
+    "Features",
+    "ResNetConfig",
+    "SwinConfig",
+    "ViTConfig",
+]

@@ -1,18 +1,16 @@
 """Elastic vision transformer: one set of weights, any (width, depth) inside it.
 
-The width travels with the data: `embed` makes tokens of the subnet's width and every layer reads it from its
-input. No module remembers a subnet, so several subnets can share one graph.
-
 Parameter names are timm's. Source: POA (Zhang et al., ECCV 2024); official `DinoVisionTransformer`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +18,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
+from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
 from poa.device import without_autocast
 from poa.errors import InputError
-from poa.multicrop import Groups, StochasticDepth, pack, unpack
+from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet, active_blocks
+from poa.weights import load_strictly
 
 LAYER_NORM_EPS = 1e-6  # official; elastic LayerNorm's own default differs
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(BackboneConfig):
     """Shape and initialisation of an elastic ViT, and its search space."""
 
+    kind: Literal["vit"] = option("vit", "vision transformer")
     image_size: int = option(224, "pixels of a side of the global crops; sets the position grid")
     patch_size: int = option(16, "pixels of a side of a patch")
     min_width: int = option(384, "channels of the narrowest subnet")
@@ -79,7 +80,8 @@ class ViTConfig:
         return SearchSpace(
             widths=tuple(range(self.min_width, self.max_width + 1, step)),
             depths=tuple(range(self.min_depth, self.max_depth + 1, self.depth_step)),
-            scale=self.sampling_scale,
+            width_scale=self.sampling_scale,
+            depth_scale=self.sampling_scale,
         )
 
     @property
@@ -94,8 +96,19 @@ class ViTConfig:
             return [self.drop_path] * self.max_depth
         return [float(r) for r in torch.linspace(0, self.drop_path, self.max_depth)]
 
+    def feature_width(self, subnet: Subnet) -> int:
+        return subnet.width
+
+    def mean_drop_rate(self, subnet: Subnet) -> float:
+        rates = self.active_drop_rates(subnet)
+        return sum(rates) / len(rates)
+
+    def active_drop_rates(self, subnet: Subnet) -> list[float]:
+        """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""
+        (depth,) = subnet.blocks
+        return [self.drop_rates[i] for i in active_blocks(self.max_depth, depth)]
+
     def grid(self, image_size: int) -> int:
-        """Patches along a side of a square image."""
         if image_size < self.patch_size or image_size % self.patch_size:
             raise InputError(
                 f"image size: expected a multiple of the patch size {self.patch_size}, got {image_size}"
@@ -103,36 +116,57 @@ class ViTConfig:
         return image_size // self.patch_size
 
     def parameters(self, subnet: Subnet) -> int:
-        """Parameters of a subnet as exported (no mask token, LayerScale included)."""
-        w = subnet.width
+        (depth,), w = subnet.blocks, subnet.width
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
         block = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w + 6 * w
         tokens = self.grid(self.image_size) ** 2 + 1
-        return subnet.depth * block + w * (3 * self.patch_size**2 + 1) + w * (1 + tokens) + 2 * w
+        return depth * block + w * (3 * self.patch_size**2 + 1) + w * (1 + tokens) + 2 * w
+
+    def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        patches = self.grid(image_size or self.image_size) ** 2
+        return 2 * patches * 3 * self.patch_size**2 * subnet.width
 
     def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
-        """FLOPs of one image's forward: 2 per multiply-add of every matrix product."""
-        w, tokens = subnet.width, self.grid(image_size or self.image_size) ** 2 + 1
+        (depth,), w = subnet.blocks, subnet.width
+        tokens = self.grid(image_size or self.image_size) ** 2 + 1
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
         linears = 2 * tokens * (4 * w * w + 2 * w * hidden)
         attention = 4 * tokens * tokens * w
-        embedding = 2 * (tokens - 1) * 3 * self.patch_size**2 * w
-        return subnet.depth * (linears + attention) + embedding
+        return depth * (linears + attention) + self.embedding_flops(subnet, image_size)
 
+    def build(self, generator: torch.Generator | None = None) -> ElasticViT:
+        return ElasticViT(self, generator)
 
-@dataclass(frozen=True)
-class Features:
-    """What a ViT says of one crop group.
+    def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> ViTConfig:
+        """The configuration of a subnet as a network of its own."""
+        (depth,), hidden = (
+            subnet.blocks,
+            elastic_hidden_features(subnet.width, self.max_width, self.hidden),
+        )
+        return dataclasses.replace(
+            self,
+            image_size=image_size or self.image_size,
+            min_width=subnet.width,
+            max_width=subnet.width,
+            min_depth=depth,
+            max_depth=depth,
+            mlp_ratio=hidden / subnet.width,
+            drop_path=0.0,
+            masked=False,
+        )
 
-    Attributes:
-        cls: `[crops, w]` normalised class tokens.
-        patches: `[crops, patches, w]` normalised patch tokens.
-        tokens: `[crops, 1 + patches, w]` tokens before the last norm.
-    """
-
-    cls: Tensor
-    patches: Tensor
-    tokens: Tensor
+    def timm_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `timm.models.VisionTransformer`."""
+        return {
+            "img_size": self.image_size,
+            "patch_size": self.patch_size,
+            "embed_dim": self.max_width,
+            "depth": self.max_depth,
+            "num_heads": self.max_width // self.head_dim,
+            "mlp_ratio": self.mlp_ratio,
+            "init_values": self.layer_scale,
+            "num_classes": 0,
+        }
 
 
 class PatchEmbed(nn.Module):
@@ -162,18 +196,18 @@ def _interpolation(side: int, height: int, breadth: int, device: torch.device) -
     return resized.flatten(1).t().contiguous().to(device)
 
 
-class ElasticViT(nn.Module):
-    """The shared weights of all subnets.
+class ElasticViT(Backbone):
+    """An elastic ViT.
 
     Args:
         config: shape, initialisation and search space.
         generator: CPU generator of the initial weights; default torch's own.
     """
 
+    config: ViTConfig
+
     def __init__(self, config: ViTConfig, generator: torch.Generator | None = None):
-        super().__init__()
-        self.config = config
-        self.space = config.space
+        super().__init__(config)
         width, patches = config.max_width, config.grid(config.image_size) ** 2
         self.patch_embed = PatchEmbed(config.patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -191,11 +225,7 @@ class ElasticViT(nn.Module):
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator | None) -> None:
         """Official: linears and positions truncated normal 0.02, class token 1e-6, the rest torch's own."""
-        conv = self.patch_embed.proj
-        nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5), generator=generator)
-        bound = 1 / math.sqrt(conv.weight[0].numel())
-        assert conv.bias is not None
-        nn.init.uniform_(conv.bias, -bound, bound, generator=generator)
+        initialise_as_torch(self.patch_embed.proj, generator)
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         for module in self.modules():
@@ -212,46 +242,26 @@ class ElasticViT(nn.Module):
         drop: StochasticDepth | None = None,
         recompute: bool = False,
     ) -> list[Features]:
-        """Run all crop groups through a subnet as one packed token tensor.
-
-        Args:
-            crops: groups of images `[B_i, 3, H_i, W_i]`, normalised; sides multiples of the patch size.
-            subnet: default the intact network.
-            masks: bool `[B_i, patches_i]` or None for each group; True patches become the mask token.
-            drop: stochastic depth, one entry per active block.
-            recompute: keep only the input of each block for backward and compute it again.
-
-        Returns:
-            The `Features` of each group.
-
-        Raises:
-            InputError: a subnet outside the search space, or a crop not divisible by the patch size.
-        """
+        """As `Backbone.forward`; all groups are one packed token tensor."""
         x, groups = self._run(crops, subnet, masks, drop, recompute)
         return self._features(x, groups)
 
     def read(
         self,
         crops: Sequence[Tensor],
-        tokens: Tensor,
+        patches: Tensor,
         subnet: Subnet | None = None,
         *,
         masks: Sequence[Tensor | None] | None = None,
         drop: StochasticDepth | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """Chosen tokens alone, of which `forward` would give all: the last block makes no others.
-
-        Args:
-            crops, subnet, masks, drop, recompute: as of `forward`.
-            tokens: int64 `[live]`, distinct positions in the packed crops.
-
-        Returns:
-            Normalised tokens `[live, w]`.
-
-        Raises:
-            InputError: as `forward`.
-        """
+        """As `Backbone.read`; the last block makes no other tokens."""
+        cls = class_tokens(self.groups(crops), patches.device)
+        last = math.prod(self._grid(crops[-1]))
+        # Every image of the last group has its class token before its patches.
+        start = sum(crops * length for crops, length in self.groups(crops[:-1]))
+        tokens = torch.cat([*cls, patches + patches // last + (start + 1)])
         x, _ = self._run(crops, subnet, masks, drop, recompute, only=tokens)
         return self.normalise(x)
 
@@ -279,13 +289,6 @@ class ElasticViT(nn.Module):
         return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
-        """The `Features` after each of the last `count` blocks, in order; a shallow subnet has fewer.
-
-        Args:
-            images: `[B, 3, H, W]`, as for `forward`.
-            subnet: which network.
-            count: of blocks.
-        """
         x, groups = pack([self.embed(images, self.space.require(subnet).width)])
         outputs = [x := block(x, groups, None) for block in self.active_blocks(subnet)]
         return [self._features(output, groups)[0] for output in outputs[-count:]]
@@ -329,19 +332,39 @@ class ElasticViT(nn.Module):
 
     def active_blocks(self, subnet: Subnet) -> list[ElasticBlock]:
         """The blocks a subnet runs through, in order."""
-        kept = active_blocks(self.config.max_depth, subnet.depth)
-        return [cast(ElasticBlock, self.blocks[index]) for index in kept]
+        (depth,) = subnet.blocks
+        return [cast(ElasticBlock, self.blocks[i]) for i in active_blocks(self.config.max_depth, depth)]
 
-    def drop_rates(self, subnet: Subnet) -> list[float]:
-        """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""
-        rates = self.config.drop_rates
-        return [rates[i] for i in active_blocks(self.config.max_depth, subnet.depth)]
+    def draw_stochastic_depth(
+        self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
+    ) -> StochasticDepth | None:
+        return draw_stochastic_depth(self.groups(crops), self.config.active_drop_rates(subnet), generator)
 
-    def layer_depth(self, name: str) -> int:
-        """Position of a parameter for layer-wise learning-rate decay: 0 tokens, 1.. blocks, last norm."""
+    def layers_above(self, name: str) -> int:
+        top = self.config.max_depth + 1
         if name.startswith("blocks."):
-            return int(name.split(".")[1]) + 1
-        return self.config.max_depth + 1 if name.startswith("norm.") else 0
+            return top - (int(name.split(".")[1]) + 1)
+        return 0 if name.startswith("norm.") else top
+
+    @torch.no_grad()
+    def static(self, subnet: Subnet, image_size: int | None = None) -> ElasticViT:
+        """As `Backbone.static`; the position embedding is interpolated to the image size."""
+        config, width = self.config.of_one_size(self.space.require(subnet), image_size), subnet.width
+        side = config.grid(config.image_size)
+        state = {
+            "cls_token": self.cls_token[..., :width],
+            "pos_embed": self.position_embedding(side, side, width),
+            "patch_embed.proj.weight": self.patch_embed.proj.weight[:width],
+            "patch_embed.proj.bias": cast(Tensor, self.patch_embed.proj.bias)[:width],
+            "norm.weight": self.norm.weight[:width],
+            "norm.bias": self.norm.bias[:width],
+        }
+        for position, block in enumerate(self.active_blocks(subnet)):
+            corner = block.static_state(width)
+            state |= {f"blocks.{position}.{name}": tensor for name, tensor in corner.items()}
+        network = ElasticViT(config).eval()
+        load_strictly(network, copied(state), "static")
+        return network
 
     def groups(self, crops: Sequence[Tensor]) -> Groups:
         """How `forward` packs crops: the number of each group and the tokens of one."""

@@ -37,11 +37,6 @@ class Masks:
     indices: Tensor
     weights: Tensor
 
-    @property
-    def tokens(self) -> Tensor:
-        """int64 `[masked]`, positions among the tokens of all crops, each with its class token first."""
-        return self.indices + self.indices // self.mask.shape[1] + 1
-
     @classmethod
     def from_mask(cls, mask: Tensor) -> Masks:
         """Indices and weights of a CPU bool tensor `[crops, patches]`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from poa.backbones import ElasticViT
+from poa.backbones import Backbone
 from poa.config import CropsConfig
 from poa.data.loader import evaluation_batches
 from poa.data.resample import eval_crop
@@ -38,12 +38,12 @@ class FeatureSet:
     unreadable: int
 
 
-def class_token(backbone: ElasticViT, subnet: Subnet) -> Function:
+def class_token(backbone: Backbone, subnet: Subnet) -> Function:
     """Class-token features `[B, width]` of a subnet."""
     return lambda images: backbone([images], subnet)[0].cls.float()
 
 
-def probe_input(backbone: ElasticViT, subnet: Subnet) -> Function:
+def probe_input(backbone: Backbone, subnet: Subnet) -> Function:
     """`[B, (blocks + 1) * width]` float16: class tokens of the last blocks, mean patch token of the last."""
 
     def function(images: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def linear_accuracy(
         train: `[N, (blocks + 1) * width]`, class tokens of the last blocks, then the mean patch token.
         train_labels: int64 `[N]`.
         queries, query_labels: likewise `[M, ...]`.
-        width: of the subnet.
+        width: of the features.
         device: to compute on; features go there in batches.
         seed: of batches and initial weights.
         steps: of SGD; default 10 epochs of batches of 1024, but 1,000 to 12,500.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from poa.backbones import ElasticViT
+from poa.backbones import Backbone, BackboneConfig
 from poa.checkpoint import log, write_json
 from poa.config import Config
 from poa.data.sources import DataSplit, ImageSource
@@ -111,13 +111,13 @@ class Report:
 
 
 def evaluate_subnets(
-    backbone: ElasticViT,
+    backbone: Backbone,
     subnets: Sequence[Subnet],
     data: DataSplit,
     config: Config,
     here: World,
     *,
-    initial: ElasticViT | None = None,
+    initial: Backbone | None = None,
     linear: bool = False,
 ) -> Report | None:
     """Score subnets on the held-out images with the training images as bank.
@@ -139,12 +139,12 @@ def evaluate_subnets(
     probes = [linear_of_subnet(backbone, s, data, config, here) for s in subnets] if linear else None
     if after is None:
         return None
-    vit = config.method.backbone
+    network = config.method.backbone
     scores = [
         SubnetScore(
             subnet,
-            vit.parameters(subnet),
-            vit.flops(subnet),
+            network.parameters(subnet),
+            network.flops(subnet),
             after[i],
             before[i] if before else None,
             probes[i] if probes else None,
@@ -172,7 +172,7 @@ def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[s
 
 
 def knn_of_subnets(
-    backbone: ElasticViT,
+    backbone: Backbone,
     subnets: Sequence[Subnet],
     data: DataSplit,
     config: Config,
@@ -189,7 +189,7 @@ def knn_of_subnets(
     """
     sources = [_limited(source, limit) for source in _labelled(data)]
     scores: list[dict[int, float]] = []
-    for group in _groups(subnets, max(len(source) for source in sources)):
+    for group in _groups(config.method.backbone, subnets, max(len(source) for source in sources)):
         features = [_extract([class_token(backbone, s) for s in group], s, config, here) for s in sources]
         bank, queries = features
         if bank is not None and queries is not None:
@@ -199,12 +199,12 @@ def knn_of_subnets(
     return scores if here.is_main else None
 
 
-def _groups(subnets: Sequence[Subnet], images: int) -> Iterator[list[Subnet]]:
+def _groups(backbone: BackboneConfig, subnets: Sequence[Subnet], images: int) -> Iterator[list[Subnet]]:
     """Neighbours whose float32 features fit into `MEMORY` together, or single ones."""
     group: list[Subnet] = []
     used = 0
     for subnet in subnets:
-        size = 4 * images * subnet.width
+        size = 4 * images * backbone.feature_width(subnet)
         if group and used + size > MEMORY:
             yield group
             group, used = [], 0
@@ -214,7 +214,7 @@ def _groups(subnets: Sequence[Subnet], images: int) -> Iterator[list[Subnet]]:
 
 
 def linear_of_subnet(
-    backbone: ElasticViT, subnet: Subnet, data: DataSplit, config: Config, here: World
+    backbone: Backbone, subnet: Subnet, data: DataSplit, config: Config, here: World
 ) -> list[LinearScore] | None:
     """The linear classifiers of a subnet, best first."""
     train, queries = (
@@ -223,7 +223,8 @@ def linear_of_subnet(
     if train is None or queries is None:
         return None
     return linear_accuracy(
-        train.features[0], train.labels, queries.features[0], queries.labels, subnet.width, here.device,
+        train.features[0], train.labels, queries.features[0], queries.labels,
+        config.method.backbone.feature_width(subnet), here.device,
         seed=config.method.seed,
     )  # fmt: skip
 

@@ -1,0 +1,146 @@
+"""Windowed self-attention over packed maps (Swin): attention within windows that tile a map, perhaps shifted.
+
+    o = softmax(q k^T / sqrt(d) + bias[h] + region) v          within each window, for each head
+
+A map is padded at the bottom and right to whole windows; padded positions have given q, k and v, and take
+part as keys. With a shift the map is rolled first; where query and key of a window come from regions that do
+not touch in the map, `region` is -100.
+
+Source: Swin Transformer (Liu et al., 2021); official `DynamicShiftWindowMSA`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+APART = -100.0  # added to the score of a query and a key of different regions
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    pad: Tensor | None,
+    maps: Sequence[tuple[int, int, int]],
+    *,
+    window: int,
+    shift: int = 0,
+) -> Tensor:
+    """Attend within the windows of every map of a packed token tensor.
+
+    Args:
+        qkv: `[tokens, 3, heads, head_dim]`, the positions of each map row by row; any strides.
+        bias: `[heads_max, n, n]`, n = window**2, added to the scores of query (row) and key (column); only
+            the first `heads` are read.
+        pad: `[3, heads_max, head_dim]`, q, k and v of padded positions; only the first `heads` are read.
+            None: zeros.
+        maps: `(count, height, width)` of each group in packing order.
+        window: side of a window.
+        shift: of the windows towards the bottom right, 0 <= shift < window.
+
+    Returns:
+        `[tokens, heads * head_dim]`, the dtype of `qkv`.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a shift outside the window.
+
+    Example:
+        >>> qkv, bias = torch.randn(2 * 5 * 5, 3, 4, 16), torch.zeros(4, 9, 9)
+        >>> window_attention(qkv, bias, None, [(2, 5, 5)], window=3, shift=1).shape
+        torch.Size([50, 64])
+    """
+    _validate(qkv, bias, pad, maps, window, shift)
+    heads, head_dim = qkv.shape[2:]
+    bias = bias[:heads]
+    pad = qkv.new_zeros(3, heads, head_dim) if pad is None else pad[:, :heads].to(qkv.dtype)
+    parts = qkv.split([count * height * width for count, height, width in maps])
+    outputs = [
+        _attend(part.unflatten(0, sizes), bias, pad, window, shift)
+        for part, sizes in zip(parts, maps, strict=True)
+    ]
+    return torch.cat(outputs)
+
+
+def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> Tensor:
+    """The plain definition for maps `[count, height, width, 3, heads, head_dim]` of one size."""
+    count, height, width, _, heads, head_dim = qkv.shape
+    rows, columns = -(-height // window) * window, -(-width // window) * window
+    inside = qkv.new_ones(height, width, dtype=torch.bool)
+    inside = F.pad(inside, (0, columns - width, 0, rows - height))[..., None, None, None]
+    grown = F.pad(qkv, (*[0] * 6, 0, columns - width, 0, rows - height))
+    x = torch.where(inside, grown, pad).roll((-shift, -shift), (1, 2))
+    x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # [count, i, r, j, c, 3, heads, head_dim]
+    q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)  # [count, i, j, heads, n, head_dim]
+    scores = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.to(qkv.dtype)
+    if shift:
+        apart = _apart(rows, columns, window, shift, qkv.device)
+        scores = scores + apart.unsqueeze(2) * APART
+    x = scores.softmax(-1) @ v
+    x = x.unflatten(4, (window, window)).permute(0, 1, 4, 2, 5, 3, 6)  # [count, i, r, j, c, heads, head_dim]
+    x = x.flatten(3, 4).flatten(1, 2).roll((shift, shift), (1, 2))
+    return x[:, :height, :width].reshape(count * height * width, heads * head_dim)
+
+
+@lru_cache(maxsize=64)
+def _apart(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """bool `[rows / window, columns / window, n, n]`: query and key lie in different regions."""
+
+    def regions(side: int) -> Tensor:
+        place = torch.arange(side)
+        return ((place >= side - window).long() + (place >= side - shift).long()).view(-1, window)
+
+    label = 3 * regions(rows)[:, None, :, None] + regions(columns)[None, :, None, :]
+    label = label.flatten(2)
+    return (label.unsqueeze(-1) != label.unsqueeze(-2)).to(device)
+
+
+def relative_position_bias(table: Tensor, window: int) -> Tensor:
+    """The bias `[heads, n, n]` of window attention from a table of offsets.
+
+    Args:
+        table: `[(2 * window - 1)**2, heads]`; entry `(dy + window - 1) * (2 * window - 1) + dx + window - 1`
+            belongs to a query that lies `(dy, dx)` below and right of its key.
+        window: side of a window.
+
+    A product with a matrix of zeros and ones, whose gradient has the same bits every time.
+    """
+    n = window**2
+    with torch.autocast(table.device.type, enabled=False):
+        chosen = _chosen(window, table.device).to(table.dtype) @ table
+    return chosen.t().unflatten(1, (n, n))
+
+
+@lru_cache(maxsize=16)
+def _chosen(window: int, device: torch.device) -> Tensor:
+    """float32 `[n * n, (2 * window - 1)**2]`, a one in each row."""
+    y, x = torch.arange(window).repeat_interleave(window), torch.arange(window).repeat(window)
+    side = 2 * window - 1
+    index = (y[:, None] - y + window - 1) * side + x[:, None] - x + window - 1
+    return F.one_hot(index.flatten(), side**2).float().to(device)
+
+
+def _validate(
+    qkv: Tensor,
+    bias: Tensor,
+    pad: Tensor | None,
+    maps: Sequence[tuple[int, int, int]],
+    window: int,
+    shift: int,
+) -> None:
+    op, n = "window_attention", window**2
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"{op}: expected qkv [tokens, 3, heads, head_dim], got {tuple(qkv.shape)}")
+    heads, head_dim = qkv.shape[2:]
+    if bias.dim() != 3 or bias.shape[0] < heads or bias.shape[1:] != (n, n):
+        raise ValueError(f"{op}: expected bias [{heads} or more, {n}, {n}], got {tuple(bias.shape)}")
+    if pad is not None and (pad.dim() != 3 or pad.shape[1] < heads or pad.shape[::2] != (3, head_dim)):
+        raise ValueError(f"{op}: expected pad [3, {heads} or more, {head_dim}], got {tuple(pad.shape)}")
+    covered = sum(count * height * width for count, height, width in maps)
+    if covered != len(qkv):
+        raise ValueError(f"{op}: maps {list(maps)} cover {covered} tokens, qkv has {len(qkv)}")
+    if not 0 <= shift < window:
+        raise ValueError(f"{op}: expected a shift in 0..{window - 1}, got {shift}")

@@ -1,0 +1,211 @@
+"""What every backbone declares, so that the rest trains, measures and exports it without knowing its kind.
+
+The width travels with the data: a backbone makes tokens of the subnet's width and every layer reads it from
+its input. No module remembers a subnet, so several subnets can share one graph.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poa.multicrop import StochasticDepth
+from poa.subnets import SearchSpace, Subnet
+from poa.weights import load_strictly
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone says of one crop group.
+
+    Attributes:
+        cls: `[crops, w]`, one token for the image: the class token or the mean of the last map.
+        patches: `[crops, patches, w]`, one token for each patch that can be masked.
+        tokens: `[crops, tokens, w]` before the last norm.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    tokens: Tensor
+
+
+class BackboneConfig(ABC):
+    """Shape and search space of a backbone; subclasses are frozen dataclasses of options.
+
+    Attributes:
+        kind: its name in configurations and files.
+        image_size: pixels of a side of the global crops.
+    """
+
+    kind: str
+    image_size: int
+
+    @property
+    @abstractmethod
+    def space(self) -> SearchSpace:
+        """All subnets."""
+
+    @abstractmethod
+    def feature_width(self, subnet: Subnet) -> int:
+        """Channels of the features of a subnet."""
+
+    @abstractmethod
+    def grid(self, image_size: int) -> int:
+        """Patches along a side of a square image that can be masked.
+
+        Raises:
+            InputError: the backbone takes no images of this size.
+        """
+
+    @abstractmethod
+    def mean_drop_rate(self, subnet: Subnet) -> float:
+        """Stochastic-depth rate, averaged over the active blocks."""
+
+    @abstractmethod
+    def parameters(self, subnet: Subnet) -> int:
+        """Parameters of a subnet as exported."""
+
+    @abstractmethod
+    def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        """Those of `flops` in the first layer, whose input needs no gradient."""
+
+    @abstractmethod
+    def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        """FLOPs of one image's forward: 2 per multiply-add of every matrix product and convolution."""
+
+    @abstractmethod
+    def build(self, generator: torch.Generator | None = None) -> Backbone:
+        """The network with initial weights; `generator` is a CPU generator, default torch's own."""
+
+    def timm_arguments(self) -> dict[str, Any] | None:
+        """What makes this network (of one size) in timm, or None where timm has no such network."""
+        return None
+
+
+class Backbone(nn.Module, ABC):
+    """The shared weights of all subnets.
+
+    Attributes:
+        config: shape, initialisation and search space.
+        space: all subnets.
+    """
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.space = config.space
+
+    @abstractmethod
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        drop: StochasticDepth | None = None,
+        recompute: bool = False,
+    ) -> list[Features]:
+        """Run all crop groups through a subnet.
+
+        Args:
+            crops: groups of normalised images `[B_i, 3, H_i, W_i]`.
+            subnet: default the intact network.
+            masks: bool `[B_i, patches_i]` or None for each group; True patches become the mask token.
+            drop: of `draw_stochastic_depth` for these crops and this subnet, on their device.
+            recompute: keep only the input of each block for backward and compute it again.
+
+        Returns:
+            The `Features` of each group.
+
+        Raises:
+            InputError: a subnet outside the search space, or a crop of a size that the backbone cannot take.
+        """
+
+    @abstractmethod
+    def read(
+        self,
+        crops: Sequence[Tensor],
+        patches: Tensor,
+        subnet: Subnet | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        drop: StochasticDepth | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """What the losses need of `forward`, without the work for the rest.
+
+        Args:
+            crops, subnet, masks, drop, recompute: as of `forward`.
+            patches: int64 `[chosen]`, distinct positions among the `[crops * patches]` of the last group.
+
+        Returns:
+            `[crops + chosen, w]`: the `cls` of all crops in order, then the chosen patches.
+
+        Raises:
+            InputError: as `forward`.
+        """
+
+    @abstractmethod
+    def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
+        """The `Features` after each of the last `count` blocks (of the last stage), in order.
+
+        Args:
+            images: `[B, 3, H, W]`, as for `forward`.
+            subnet: which network.
+            count: of blocks; where there are fewer, so many.
+        """
+
+    @abstractmethod
+    def draw_stochastic_depth(
+        self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
+    ) -> StochasticDepth | None:
+        """Choose, with a CPU generator, what each half of each active block works on; None: on all."""
+
+    @abstractmethod
+    def layers_above(self, name: str) -> int:
+        """Layers of the intact network from a parameter to the end, for layer-wise learning-rate decay."""
+
+    @abstractmethod
+    def static(self, subnet: Subnet, image_size: int | None = None) -> Backbone:
+        """A subnet as a network of its own, with offset scales folded into its weights; float32, on the CPU.
+
+        Args:
+            subnet: which network.
+            image_size: pixels of its global crops; default those of training.
+        """
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """The weights of a static network as files hold them, under timm's names where timm has it."""
+        return self.state_dict()
+
+    def load_exported_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Read what `exported_state` of a network of this configuration gave.
+
+        Args:
+            state: its weights.
+            source: where they come from, for messages.
+
+        Raises:
+            InputError: names or shapes are not those of this network.
+        """
+        load_strictly(self, state, source)
+
+
+@torch.no_grad()
+def initialise_as_torch(layer: nn.Linear | nn.Conv2d, generator: torch.Generator | None) -> None:
+    """PyTorch's own initialisation of a layer, from a generator."""
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    if layer.bias is not None:
+        bound = 1 / math.sqrt(layer.weight[0].numel())
+        nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+
+def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in float32, contiguous, on the CPU, in memory of their own."""
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}

@@ -1,0 +1,177 @@
+"""What networks of several stages share: maps that halve from stage to stage, and masks on a coarse grid."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from poa.backbones.base import Backbone, BackboneConfig, Features
+from poa.errors import InputError
+from poa.multicrop import StochasticDepth
+from poa.options import option
+from poa.subnets import Depth, SearchSpace, Subnet, stage_depths
+
+
+@dataclass(frozen=True)
+class PyramidConfig(BackboneConfig):
+    """Options of networks of several stages."""
+
+    image_size: int = option(224, "pixels of a side of the global crops")
+    min_depths: tuple[int, ...] = option((2, 2, 6, 2), "blocks of each stage of the shallowest subnet")
+    max_depths: tuple[int, ...] = option((2, 2, 18, 2), "blocks of each stage of the intact network")
+    mask_scale: int = option(2, "maskable patches along a side of a position of the last map: 1, 2 or 4")
+    sampling_scale: float = option(2.0, "how much more often the smallest subnet is drawn, per axis")
+    masked: bool = option(True, "has a mask token; false for exported models")
+
+    def __post_init__(self) -> None:
+        pairs = list(zip(self.min_depths, self.max_depths, strict=False))
+        if len(self.min_depths) != len(self.max_depths) or len(pairs) < 2:
+            raise InputError(
+                "max_depths: expected as many stages as min_depths, two or more, "
+                f"got {self.max_depths} and {self.min_depths}"
+            )
+        if any(not 1 <= low <= high for low, high in pairs):
+            raise InputError(f"min_depths: expected 1..{self.max_depths} each, got {self.min_depths}")
+        if self.mask_scale not in (1, 2, 4):
+            raise InputError(f"mask_scale: expected 1, 2 or 4, got {self.mask_scale}")
+
+    @property
+    def stride(self) -> int:
+        """Pixels from one position of the last map to the next."""
+        return self.first_stride * 2 ** (len(self.max_depths) - 1)
+
+    @property
+    @abstractmethod
+    def first_stride(self) -> int:
+        """Pixels from one position of the first stage's map to the next."""
+
+    @property
+    @abstractmethod
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the subnets, ascending."""
+
+    @property
+    def depths(self) -> tuple[Depth, ...]:
+        """Depths of the subnets, ascending by their sums."""
+        return stage_depths(self.min_depths, self.max_depths)
+
+    @property
+    def space(self) -> SearchSpace:
+        return SearchSpace(self.widths, self.depths, self.sampling_scale, self.sampling_scale)
+
+    def grid(self, image_size: int) -> int:
+        if image_size < self.stride or image_size % self.stride:
+            raise InputError(
+                f"image size: expected a multiple of the stride {self.stride} of the last map, "
+                f"got {image_size}"
+            )
+        return image_size // self.stride * self.mask_scale
+
+    def sides(self, image_size: int | None = None) -> list[int]:
+        """Sides of the maps of the stages, of a square image."""
+        side = -(-(image_size or self.image_size) // self.first_stride)
+        sides = [side]
+        for _ in self.max_depths[1:]:
+            side = -(-side // 2)
+            sides.append(side)
+        return sides
+
+
+class Pyramid(Backbone):
+    """A backbone of several stages; the mean of its last map stands for the image."""
+
+    config: PyramidConfig
+
+    @abstractmethod
+    def maps(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet,
+        masks: Sequence[Tensor | None],
+        drop: StochasticDepth | None,
+        recompute: bool,
+    ) -> list[Tensor]:
+        """The last map `[crops, height, width, channels]` of each group."""
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """The last norm, where there is one."""
+        return x
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        drop: StochasticDepth | None = None,
+        recompute: bool = False,
+    ) -> list[Features]:
+        """As `Backbone.forward`."""
+        return [self._features(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
+
+    def read(
+        self,
+        crops: Sequence[Tensor],
+        patches: Tensor,
+        subnet: Subnet | None = None,
+        *,
+        masks: Sequence[Tensor | None] | None = None,
+        drop: StochasticDepth | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """As `Backbone.read`."""
+        found = [self.normalise(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
+        last = found[-1]
+        height, width = last.shape[1:3]
+        scale = self.config.mask_scale
+        image, position = patches // (height * width * scale**2), patches % (height * width * scale**2)
+        row, column = position // (width * scale) // scale, position % (width * scale) // scale
+        chosen = last.flatten(0, 2).index_select(0, (image * height + row) * width + column)
+        return torch.cat([*(_mean(x) for x in found), chosen])
+
+    def _last_maps(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet | None,
+        masks: Sequence[Tensor | None] | None,
+        drop: StochasticDepth | None,
+        recompute: bool,
+    ) -> list[Tensor]:
+        subnet = self.space.intact if subnet is None else self.space.require(subnet)
+        return self.maps(crops, subnet, masks or [None] * len(crops), drop, recompute)
+
+    def _features(self, x: Tensor) -> Features:
+        normed, scale = self.normalise(x), self.config.mask_scale
+        patches = normed.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        return Features(_mean(normed), patches.flatten(1, 2), x.flatten(1, 2))
+
+
+def _mean(x: Tensor) -> Tensor:
+    """`[crops, height, width, channels]` -> `[crops, channels]`."""
+    return x.mean((1, 2))
+
+
+def under_mask(x: Tensor, mask: Tensor, token: Tensor) -> Tensor:
+    """Maps `[crops, height, width, channels]` with the mask token where the mask of a coarser grid is True.
+
+    Args:
+        x: maps.
+        mask: bool `[crops, rows * columns]` of a grid as wide for its height as the maps.
+        token: `[channels]`.
+
+    Raises:
+        InputError: the maps are no multiple of the grid.
+    """
+    height, width = x.shape[1:3]
+    times = round((height * width / mask.shape[1]) ** 0.5)
+    if height % times or width % times or height * width != mask.shape[1] * times**2:
+        raise InputError(
+            f"mask: expected a grid that divides the {height}x{width} map, got {mask.shape[1]} patches"
+        )
+    grid = mask.view(-1, height // times, width // times)
+    fine = grid.repeat_interleave(times, 1).repeat_interleave(times, 2).unsqueeze(-1)
+    return torch.where(fine, token.to(x.dtype), x)

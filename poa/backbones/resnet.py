@@ -1,0 +1,275 @@
+"""Elastic ResNet with group norm: the middle of a bottleneck is elastic, and the depth of every stage.
+
+Maps are channels-last, `[crops, height, width, channels]`: there a 1x1 convolution is an elastic linear, and
+group norm, ReLU and the residual addition are one operator. Outputs of blocks keep their width, so features
+of all subnets have the same one.
+
+Parameter names are timm's with `norm` for its `bn`. Source: He et al., 2016; POA (Zhang et al., ECCV 2024);
+official `DynamicResNet`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elastic_kernels import ElasticBottleneck, ElasticGroupNorm
+from elastic_kernels.modules import conv_channels_last
+from poa.backbones.base import Features, copied, initialise_as_torch
+from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
+from poa.errors import InputError
+from poa.multicrop import StochasticDepth
+from poa.options import option
+from poa.subnets import SearchSpace, Subnet, active_blocks
+from poa.weights import load_strictly
+
+EXPANSION = 4  # channels of a block's output over those of its narrowest middle
+STEM_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class ResNetConfig(PyramidConfig):
+    """Shape of an elastic ResNet, and its search space."""
+
+    kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
+    min_depths: tuple[int, ...] = option((3, 4, 6, 3), "blocks of each stage of the shallowest subnet")
+    max_depths: tuple[int, ...] = option((3, 8, 36, 3), "blocks of each stage of the intact network")
+    base_width: int = option(64, "channels of the stem; a fourth of those of the first stage")
+    min_width: int = option(64, "middle channels of the first stage of the narrowest subnet")
+    max_width: int = option(128, "of the intact network")
+    width_step: int | None = option(None, "distance between widths; none: norm_groups")
+    norm_groups: int = option(32, "of every group norm, whatever the width")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("base_width", "min_width", "max_width", "width_step"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or value % self.norm_groups):
+                raise InputError(
+                    f"{name}: expected a multiple of norm_groups {self.norm_groups}, got {value}"
+                )
+        if not self.min_width <= self.max_width or (self.max_width - self.min_width) % self.step:
+            raise InputError(
+                f"width_step: expected whole steps from {self.min_width} to {self.max_width}, got {self.step}"
+            )
+        self.grid(self.image_size)
+
+    @property
+    def step(self) -> int:
+        """Distance between widths."""
+        return self.width_step or self.norm_groups
+
+    @property
+    def first_stride(self) -> int:
+        return STEM_STRIDE
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(range(self.min_width, self.max_width + 1, self.step))
+
+    @property
+    def space(self) -> SearchSpace:
+        """All subnets; every width is drawn as often (official)."""
+        return dataclasses.replace(super().space, width_scale=1.0)
+
+    def feature_width(self, subnet: Subnet) -> int:
+        return self.outputs(len(self.max_depths) - 1)
+
+    def outputs(self, stage: int) -> int:
+        """Channels of the outputs of a stage's blocks."""
+        return EXPANSION * self.base_width * 2**stage
+
+    def mean_drop_rate(self, subnet: Subnet) -> float:
+        return 0.0
+
+    def active(self, subnet: Subnet, stage: int) -> list[int]:
+        """Indices of the active blocks of a stage."""
+        return active_blocks(self.max_depths[stage], subnet.blocks[stage])
+
+    def parameters(self, subnet: Subnet) -> int:
+        total = self.base_width * (3 * 7**2 + 2)
+        for stage, depth in enumerate(subnet.blocks):
+            entry = self.outputs(stage - 1) if stage else self.base_width
+            middle, out = subnet.width * 2**stage, self.outputs(stage)
+            norms = 4 * middle + 2 * out
+            total += depth * (middle * out + 9 * middle**2 + norms) + middle * entry
+            total += (depth - 1) * out * middle + entry * out + 2 * out
+        return total
+
+    def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        side = -(-(image_size or self.image_size) // 2)
+        return 2 * side**2 * 3 * 7**2 * self.base_width
+
+    def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        total, sides = self.embedding_flops(subnet, image_size), self.sides(image_size)
+        for stage, depth in enumerate(subnet.blocks):
+            before = sides[max(stage - 1, 0)]
+            entry = self.outputs(stage - 1) if stage else self.base_width
+            middle, out, area = subnet.width * 2**stage, self.outputs(stage), sides[stage] ** 2
+            total += 2 * depth * area * (9 * middle**2 + middle * out)
+            total += 2 * (before**2 * entry * middle + (depth - 1) * area * out * middle + area * entry * out)
+        return total
+
+    def build(self, generator: torch.Generator | None = None) -> ElasticResNet:
+        return ElasticResNet(self, generator)
+
+    def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> ResNetConfig:
+        """The configuration of a subnet as a network of its own."""
+        return dataclasses.replace(
+            self,
+            image_size=image_size or self.image_size,
+            min_width=subnet.width,
+            max_width=subnet.width,
+            min_depths=subnet.blocks,
+            max_depths=subnet.blocks,
+            masked=False,
+        )
+
+    def timm_arguments(self) -> dict[str, Any] | None:
+        """Keyword arguments of `timm.models.ResNet` with `Bottleneck` and `norm_groups` groups of a norm.
+
+        timm's widths are fixed but for `base_width`, over 64 channels of the stem.
+        """
+        if self.base_width != 64 or len(self.max_depths) != 4:
+            return None
+        return {
+            "layers": list(self.max_depths),
+            "base_width": self.max_width,
+            "norm_groups": self.norm_groups,
+            "num_classes": 0,
+        }
+
+
+class ElasticResNet(Pyramid):
+    """An elastic ResNet.
+
+    Args:
+        config: shape and search space.
+        generator: CPU generator of the initial weights; default torch's own.
+    """
+
+    config: ResNetConfig
+
+    def __init__(self, config: ResNetConfig, generator: torch.Generator | None = None):
+        super().__init__(config)
+        width, groups = config.base_width, config.norm_groups
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.norm1 = ElasticGroupNorm(groups, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, width)) if config.masked else None
+        entry = width
+        for stage, depth in enumerate(config.max_depths):
+            out, middle = config.outputs(stage), config.max_width * 2**stage
+            blocks = [
+                ElasticBottleneck(
+                    out if index else entry, middle, out, groups,
+                    stride=1 if index or not stage else 2, shortcut=not index,
+                )
+                for index in range(depth)
+            ]  # fmt: skip
+            self.add_module(f"layer{stage + 1}", nn.ModuleList(blocks))
+            entry = out
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                initialise_as_torch(module, generator)
+
+    def maps(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet,
+        masks: Sequence[Tensor | None],
+        drop: StochasticDepth | None,
+        recompute: bool,
+    ) -> list[Tensor]:
+        assert drop is None, "a ResNet has no stochastic depth"
+        found = []
+        for images, mask in zip(crops, masks, strict=True):
+            x = self._stem(images, mask)
+            for stage, blocks in enumerate(self.active_stages(subnet)):
+                middle = subnet.width * 2**stage
+                for block in blocks:
+                    if recompute:
+                        x = cast(Tensor, checkpoint(block, x, middle, use_reentrant=False))
+                    else:
+                        x = block(x, middle)
+            found.append(x)
+        return found
+
+    def _stem(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Images `[B, 3, H, W]` to maps `[B, H / 4, W / 4, base_width]`."""
+        x = conv_channels_last(images.permute(0, 2, 3, 1), self.conv1.weight, stride=2, padding=3)
+        x = self.norm1(x, activation="relu")
+        x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, stride=2, padding=1).permute(0, 2, 3, 1)
+        if mask is None:
+            return x
+        if self.mask_token is None:
+            raise ValueError("mask: expected None for a network without a mask token, got a mask")
+        return under_mask(x, mask, self.mask_token[0])
+
+    def active_stages(self, subnet: Subnet) -> Iterator[list[ElasticBottleneck]]:
+        """The blocks of each stage that a subnet runs through, in order."""
+        for stage in range(len(self.config.max_depths)):
+            blocks = cast(nn.ModuleList, getattr(self, f"layer{stage + 1}"))
+            yield [cast(ElasticBottleneck, blocks[index]) for index in self.config.active(subnet, stage)]
+
+    def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
+        x, outputs = self._stem(images, None), []
+        for stage, blocks in enumerate(self.active_stages(self.space.require(subnet))):
+            outputs = [x := block(x, subnet.width * 2**stage) for block in blocks]
+        return [self._features(output) for output in outputs[-count:]]
+
+    def draw_stochastic_depth(
+        self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
+    ) -> StochasticDepth | None:
+        """None: the method has no stochastic depth for ResNets."""
+        return None
+
+    def layers_above(self, name: str) -> int:
+        depths, (part, *rest) = self.config.max_depths, name.split(".")
+        if not part.startswith("layer"):
+            return sum(depths)
+        stage = int(part.removeprefix("layer")) - 1
+        return sum(depths) - (sum(depths[:stage]) + int(rest[0]) + 1)
+
+    @torch.no_grad()
+    def static(self, subnet: Subnet, image_size: int | None = None) -> ElasticResNet:
+        """As `Backbone.static`."""
+        network = ElasticResNet(self.config.of_one_size(self.space.require(subnet), image_size)).eval()
+        stem = ("conv1.", "norm1.")
+        state = {name: value for name, value in self.state_dict().items() if name.startswith(stem)}
+        for stage, blocks in enumerate(self.active_stages(subnet)):
+            for index, block in enumerate(blocks):
+                parts = block.static_state(subnet.width * 2**stage)
+                state |= {f"layer{stage + 1}.{index}.{name}": tensor for name, tensor in parts.items()}
+        load_strictly(network, copied(state), "static")
+        return network
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """As `Backbone.exported_state`; 1x1 convolutions have four dimensions there."""
+        state = self.state_dict()
+        return {_timm_name(name): state[name].view(shape) for name, shape in self._timm_shapes().items()}
+
+    def load_exported_state(self, state: Mapping[str, Tensor], source: str) -> None:
+        """As `Backbone.load_exported_state`."""
+        mine = {_timm_name(name): (name, shape) for name, shape in self._timm_shapes().items()}
+        found = {}
+        for key, tensor in state.items():
+            name, shape = mine.get(key, (key, tensor.shape))
+            found[name] = tensor.flatten(1) if len(shape) == 4 and shape[2:] == (1, 1) else tensor
+        load_strictly(self, found, source)
+
+    def _timm_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: (*tensor.shape, 1, 1) if tensor.dim() == 2 else tuple(tensor.shape)
+            for name, tensor in self.state_dict().items()
+        }
+
+
+def _timm_name(name: str) -> str:
+    return name.replace("norm", "bn")

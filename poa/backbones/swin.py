@@ -1,0 +1,375 @@
+"""Elastic Swin transformer: windows of a map attend within themselves, maps halve between stages.
+
+Stage `i` has `2**i` times the width of the first one; depths are chosen by stage. The maps of all crops are
+packed into one `[tokens, w]` tensor, so that everything but patches and windows is one launch for all crops.
+
+Parameter names are timm's, but for stages, whose `downsample` stands at their end. Source: Swin Transformer
+(Liu et al., 2021); POA (Zhang et al., ECCV 2024); official `DynamicSwinTransformer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elastic_kernels import (
+    ElasticLayerNorm,
+    ElasticSwinBlock,
+    KeptRows,
+    elastic_layer_norm,
+    elastic_linear,
+)
+from poa.backbones.base import Features, copied, initialise_as_torch
+from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
+from poa.errors import InputError
+from poa.multicrop import StochasticDepth, draw_samples
+from poa.options import option
+from poa.subnets import Subnet, active_blocks
+from poa.weights import load_strictly
+
+LAYER_NORM_EPS = 1e-5
+
+Maps = list[tuple[int, int, int]]
+"""`(crops, height, width)` of each crop group, in packing order."""
+
+
+@dataclass(frozen=True)
+class SwinConfig(PyramidConfig):
+    """Shape of an elastic Swin transformer, and its search space."""
+
+    kind: Literal["swin"] = option("swin", "Swin transformer")
+    patch_size: int = option(4, "pixels of a side of a patch")
+    min_width: int = option(96, "channels of the first stage of the narrowest subnet")
+    max_width: int = option(128, "of the intact network")
+    width_step: int | None = option(None, "distance between widths; none: head_dim")
+    head_dim: int = option(16, "channels of an attention head")
+    window: int = option(7, "side of a window, in tokens")
+    mlp_ratio: float = option(4.0, "hidden units of the MLP over the width")
+    drop_path: float = option(0.2, "stochastic-depth rate of the last block; linear from 0")
+    embedding_width: int | None = option(
+        None, "channels of the patch embedding, over all of which it is normalised; none: max_width"
+    )
+    shifted: tuple[tuple[bool, ...], ...] | None = option(
+        None, "which blocks of each stage shift their windows; none: every second"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_width", "max_width", "width_step"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or value % self.head_dim):
+                raise InputError(f"{name}: expected a multiple of head_dim {self.head_dim}, got {value}")
+        if not self.min_width <= self.max_width:
+            raise InputError(f"min_width: expected at most {self.max_width}, got {self.min_width}")
+        if (self.max_width - self.min_width) % self.step:
+            raise InputError(
+                f"width_step: expected whole steps from {self.min_width} to {self.max_width}, got {self.step}"
+            )
+        if not 0 <= self.drop_path < 1:
+            raise InputError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
+        if self.window < 2:
+            raise InputError(f"window: expected at least 2, got {self.window}")
+        if self.shifted is not None and tuple(map(len, self.shifted)) != self.max_depths:
+            raise InputError(f"shifted: expected as many flags as max_depths {self.max_depths}")
+        self.grid(self.image_size)
+
+    @property
+    def step(self) -> int:
+        """Distance between widths."""
+        return self.width_step or self.head_dim
+
+    @property
+    def first_stride(self) -> int:
+        return self.patch_size
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(range(self.min_width, self.max_width + 1, self.step))
+
+    @property
+    def embedding(self) -> int:
+        """Channels of the patch embedding before the first `w` are taken."""
+        return self.embedding_width or self.max_width
+
+    def shifts(self, stage: int) -> tuple[bool, ...]:
+        """Which blocks of a stage shift their windows."""
+        if self.shifted is not None:
+            return self.shifted[stage]
+        return tuple(index % 2 == 1 for index in range(self.max_depths[stage]))
+
+    def active_drop_rates(self, subnet: Subnet) -> list[float]:
+        """Stochastic-depth rate of each active block of all stages, linear over the intact depth."""
+        rates = torch.linspace(0, self.drop_path, sum(self.max_depths)).split(list(self.max_depths))
+        return [float(r) for stage, rate in enumerate(rates) for r in rate[self.active(subnet, stage)]]
+
+    def active(self, subnet: Subnet, stage: int) -> list[int]:
+        """Indices of the active blocks of a stage."""
+        return active_blocks(self.max_depths[stage], subnet.blocks[stage])
+
+    def mean_drop_rate(self, subnet: Subnet) -> float:
+        rates = self.active_drop_rates(subnet)
+        return sum(rates) / len(rates)
+
+    def feature_width(self, subnet: Subnet) -> int:
+        return subnet.width * 2 ** (len(self.max_depths) - 1)
+
+    def parameters(self, subnet: Subnet) -> int:
+        w, table = subnet.width, (2 * self.window - 1) ** 2
+        total = self.embedding * (3 * self.patch_size**2 + 3) + 2 * self.feature_width(subnet)
+        for stage, depth in enumerate(subnet.blocks):
+            hidden = int(w * self.mlp_ratio)
+            linears = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w
+            total += depth * (linears + 4 * w + table * (w // self.head_dim))
+            total += (8 * w + 8 * w * w) * (stage < len(subnet.blocks) - 1)  # patch merging
+            w *= 2
+        return total
+
+    def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        return 2 * self.sides(image_size)[0] ** 2 * 3 * self.patch_size**2 * self.embedding
+
+    def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        w, total = subnet.width, self.embedding_flops(subnet, image_size)
+        sides = self.sides(image_size)
+        for side, depth in zip(sides, subnet.blocks, strict=True):
+            linears = 2 * side**2 * (4 * w * w + 2 * w * int(w * self.mlp_ratio))
+            windows = (-(-side // self.window)) ** 2
+            total += depth * (linears + windows * 4 * self.window**4 * w)
+            w *= 2
+        for stage, side in enumerate(sides[1:]):
+            total += 2 * side**2 * 8 * (subnet.width * 2**stage) ** 2
+        return total
+
+    def build(self, generator: torch.Generator | None = None) -> ElasticSwin:
+        return ElasticSwin(self, generator)
+
+    def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> SwinConfig:
+        """The configuration of a subnet as a network of its own."""
+        shifts = (
+            tuple(self.shifts(stage)[i] for i in self.active(subnet, stage))
+            for stage in range(len(self.max_depths))
+        )
+        return dataclasses.replace(
+            self,
+            image_size=image_size or self.image_size,
+            min_width=subnet.width,
+            max_width=subnet.width,
+            min_depths=subnet.blocks,
+            max_depths=subnet.blocks,
+            drop_path=0.0,
+            masked=False,
+            embedding_width=self.embedding,
+            shifted=tuple(shifts),
+        )
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens of all channels, normalised over all of them; the first `w` go on (official)."""
+
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.norm = ElasticLayerNorm(width, eps=LAYER_NORM_EPS)
+
+    def forward(self, images: Tensor, width: int) -> Tensor:
+        """`[B, 3, H, W]` -> maps `[B, H / patch, W / patch, width]`."""
+        return self.norm(self.proj(images).permute(0, 2, 3, 1))[..., :width]
+
+
+class PatchMerging(nn.Module):
+    """Four neighbours of a map become one position of twice the width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+        self.norm = nn.LayerNorm(4 * width, eps=LAYER_NORM_EPS)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Neighbours `[tokens, 4 * w]`, one after the other -> `[tokens, 2 * w]`.
+
+        A neighbour's channels are a prefix of a quarter of the parameters. What a narrower subnet uses of
+        them is copied (three times in a network, weights alone), as no kernel has such columns.
+        """
+        width = x.shape[-1] // 4
+        norm, reduction = self.corners(width)
+        x = elastic_layer_norm(x, *norm, LAYER_NORM_EPS)
+        return elastic_linear(x, reduction, scale=self.width / width)
+
+    def corners(self, width: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Weight and bias of the norm, and the reduction, of a subnet."""
+        norm = self.norm.weight, self.norm.bias
+        if width == self.width:
+            return norm, self.reduction.weight
+        weight, bias = (p.view(4, -1)[:, :width].flatten() for p in norm)
+        return (weight, bias), self.reduction.weight.unflatten(1, (4, -1))[: 2 * width, :, :width].flatten(1)
+
+    def static_state(self, width: int) -> dict[str, Tensor]:
+        """The corners, the offset scale folded in."""
+        (weight, bias), reduction = self.corners(width)
+        scale = self.width / width
+        return {"norm.weight": weight, "norm.bias": bias, "reduction.weight": reduction * scale}
+
+
+class Stage(nn.Module):
+    """Blocks of one width, and the merging that follows them."""
+
+    def __init__(self, config: SwinConfig, stage: int):
+        super().__init__()
+        width = config.max_width * 2**stage
+        self.blocks = nn.ModuleList(
+            ElasticSwinBlock(
+                width, int(width * config.mlp_ratio), config.head_dim, config.window,
+                config.window // 2 if shifted else 0, eps=LAYER_NORM_EPS,
+            )
+            for shifted in config.shifts(stage)
+        )  # fmt: skip
+        last = stage == len(config.max_depths) - 1
+        self.downsample = None if last else PatchMerging(width)
+
+
+class ElasticSwin(Pyramid):
+    """An elastic Swin transformer.
+
+    Args:
+        config: shape and search space.
+        generator: CPU generator of the initial weights; default torch's own.
+    """
+
+    config: SwinConfig
+
+    def __init__(self, config: SwinConfig, generator: torch.Generator | None = None):
+        super().__init__(config)
+        self.patch_embed = PatchEmbed(config.patch_size, config.embedding)
+        self.mask_token = nn.Parameter(torch.zeros(1, config.max_width)) if config.masked else None
+        self.stages = nn.ModuleList(Stage(config, stage) for stage in range(len(config.max_depths)))
+        self.norm = ElasticLayerNorm(config.feature_width(self.space.intact), eps=LAYER_NORM_EPS)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                initialise_as_torch(module, generator)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+    def maps(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet,
+        masks: Sequence[Tensor | None],
+        drop: StochasticDepth | None,
+        recompute: bool,
+    ) -> list[Tensor]:
+        embedded = [self._embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)]
+        x, maps = _pack(embedded)
+        halves = iter(drop.blocks if drop else [None] * sum(subnet.blocks))
+        for stage, blocks in self.active_stages(subnet):
+            for block in blocks:
+                if recompute:
+                    x = cast(Tensor, checkpoint(block, x, maps, next(halves), use_reentrant=False))
+                else:
+                    x = block(x, maps, next(halves), reuse=True)
+            if stage.downsample is not None:
+                x, maps = _pack([_neighbours(part) for part in _unpack(x, maps)])
+                x = stage.downsample(x)
+        return _unpack(x, maps)
+
+    def _embed(self, images: Tensor, width: int, mask: Tensor | None) -> Tensor:
+        patch = self.config.patch_size
+        if images.shape[-2] % patch or images.shape[-1] % patch:
+            raise InputError(
+                f"crop: expected sides divisible by the patch size {patch}, got {tuple(images.shape[-2:])}"
+            )
+        x = self.patch_embed(images, width)
+        if mask is None:
+            return x
+        if self.mask_token is None:
+            raise ValueError("mask: expected None for a network without a mask token, got a mask")
+        return under_mask(x, mask, self.mask_token[0, :width])
+
+    def active_stages(self, subnet: Subnet) -> Iterator[tuple[Stage, list[ElasticSwinBlock]]]:
+        """Each stage with the blocks that a subnet runs through, in order."""
+        for number, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            active = self.config.active(subnet, number)
+            yield stage, [cast(ElasticSwinBlock, stage.blocks[index]) for index in active]
+
+    def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
+        x, maps = _pack([self._embed(images, self.space.require(subnet).width, None)])
+        outputs: list[Tensor] = []
+        for stage, blocks in self.active_stages(subnet):
+            outputs = [x := block(x, maps) for block in blocks]
+            if stage.downsample is not None:
+                x, maps = _pack([_neighbours(part) for part in _unpack(x, maps)])
+                x = stage.downsample(x)
+        return [self._features(_unpack(output, maps)[0]) for output in outputs[-count:]]
+
+    def draw_stochastic_depth(
+        self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
+    ) -> StochasticDepth | None:
+        """Every crop is kept with the probability of its block, whatever the rate (official)."""
+        rates = self.config.active_drop_rates(subnet)
+        if not any(rates):
+            return None
+        patch, halves = self.config.patch_size, list[tuple[KeptRows, KeptRows]]()
+        sizes = [(len(c), c.shape[-2] // patch, c.shape[-1] // patch) for c in crops]
+        for depth in subnet.blocks:
+            groups = tuple((count, height * width) for count, height, width in sizes)
+            for _ in range(depth):
+                rate = rates[len(halves)]
+                halves.append((draw_samples(groups, rate, generator), draw_samples(groups, rate, generator)))
+            sizes = [(count, -(-height // 2), -(-width // 2)) for count, height, width in sizes]
+        return StochasticDepth(tuple(halves))
+
+    def layers_above(self, name: str) -> int:
+        depths = self.config.max_depths
+        top, parts = sum(depths) + 1, name.split(".")
+        if parts[0] != "stages":
+            return 0 if parts[0] == "norm" else top
+        stage = int(parts[1])
+        if parts[2] == "downsample":  # belongs to the blocks that follow it
+            return top - (sum(depths[: stage + 1]) + 1)
+        return top - (sum(depths[:stage]) + int(parts[3]) + 1)
+
+    @torch.no_grad()
+    def static(self, subnet: Subnet, image_size: int | None = None) -> ElasticSwin:
+        """As `Backbone.static`; the patch embedding keeps all channels, over which it is normalised."""
+        network = ElasticSwin(self.config.of_one_size(self.space.require(subnet), image_size)).eval()
+        state = {f"patch_embed.{name}": value for name, value in self.patch_embed.state_dict().items()}
+        width = subnet.width
+        for number, (stage, blocks) in enumerate(self.active_stages(subnet)):
+            parts = {f"blocks.{i}": block.static_state(width) for i, block in enumerate(blocks)}
+            if stage.downsample is not None:
+                parts["downsample"] = stage.downsample.static_state(width)
+            for part, tensors in parts.items():
+                state |= {f"stages.{number}.{part}.{name}": tensor for name, tensor in tensors.items()}
+            width *= 2
+        features = self.config.feature_width(subnet)
+        state |= {"norm.weight": self.norm.weight[:features], "norm.bias": self.norm.bias[:features]}
+        load_strictly(network, copied(state), "static")
+        return network
+
+
+def _pack(parts: Sequence[Tensor]) -> tuple[Tensor, Maps]:
+    """Maps `[crops, height, width, channels]` of each group as `[tokens, channels]`."""
+    maps = [(p.shape[0], p.shape[1], p.shape[2]) for p in parts]
+    return torch.cat([p.flatten(0, 2) for p in parts]), maps
+
+
+def _unpack(x: Tensor, maps: Maps) -> list[Tensor]:
+    """The inverse of `_pack`: views."""
+    parts = x.split([crops * height * width for crops, height, width in maps])
+    return [p.unflatten(0, sizes) for p, sizes in zip(parts, maps, strict=True)]
+
+
+def _neighbours(x: Tensor) -> Tensor:
+    """`[crops, height, width, c]` -> `[crops, height / 2, width / 2, 4 c]`, row by row; odd sides grow."""
+    height, width = x.shape[1:3]
+    x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    x = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    return x.transpose(2, 3).flatten(3)
