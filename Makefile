@@ -1,5 +1,6 @@
 # Sets up the active virtual environment, or .venv, and runs things in it.
-#   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU); RUN=folder
+#   make quickstart    pre-train on digits, extract and evaluate subnets (minutes on a CPU); RUN=folder,
+#                      BACKBONE=vit, swin or resnet
 #   make test          the test suite
 #   make test-gpu      the tests that need a GPU
 #   make bench         measure kernels and steps against their peers on a GPU; OFFICIAL=checkout of alipay/POA
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test test-gpu bench kernel-report lint clean
 
 quickstart: $(VENV)/.poa-quickstart
-	$(BIN)/python -m poa quickstart $(if $(RUN),--out $(RUN))
+	$(BIN)/python -m poa quickstart $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(RUN),--out $(RUN))
 
 test: $(VENV)/.poa-test
 	$(BIN)/python -m pytest

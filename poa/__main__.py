@@ -28,6 +28,7 @@ from poa.subnets import SearchSpace, Subnet
 from poa.train import pretrain
 from poa.warmup import warm_up
 
+QUICKSTARTS = {"vit": "quickstart", "swin": "quickstart-swin", "resnet": "quickstart-resnet"}
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -89,8 +90,9 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _quickstart(options: argparse.Namespace) -> None:
-    out = Path(options.out) if options.out else _free_folder(Path("runs/quickstart"))
-    quickstart(_overridden(preset("quickstart"), options), out)
+    name = QUICKSTARTS[options.backbone]
+    out = Path(options.out) if options.out else _free_folder(Path("runs") / name)
+    quickstart(_overridden(preset(name), options), out)
 
 
 def _free_folder(wanted: Path) -> Path:
@@ -344,7 +346,8 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(command=_list_subnets, config=None, overrides=[])
 
     command = commands.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
-    command.add_argument("--out", help="run folder, new; default runs/quickstart, or -2, -3, ...")
+    command.add_argument("--backbone", choices=tuple(QUICKSTARTS), default="vit", help="of what kind")
+    command.add_argument("--out", help="run folder, new; default runs/PRESET, or -2, -3, ...")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
     command.set_defaults(command=_quickstart)

@@ -20,6 +20,7 @@ from poa.tribranch import LossConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Destination = Literal["tensorboard", "wandb"]
+BackboneOptions = ViTConfig | SwinConfig | ResNetConfig
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class MethodConfig:
         "neighbouring images that stay near to each other when shuffled, for storage that is slow at random",
     )
     canvas: int = option(256, "images are shrunk to fit a square of this many pixels when decoded")
-    backbone: ViTConfig | SwinConfig | ResNetConfig = section(ViTConfig(), "the elastic network")
+    backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
     loss: LossConfig = section(LossConfig(), "the loss")
     crops: CropsConfig = section(CropsConfig(), "crops and augmentation")
@@ -206,28 +207,20 @@ def _short_run(temperature: float, **options: float) -> OptimConfig:
     )
 
 
-def _quickstart() -> Config:
-    """Digits on a CPU in minutes: 9 subnets, few large patches, gentle crops, a sharp teacher."""
+def _on_digits(backbone: BackboneOptions, local_size: int, loss: LossConfig, **options: float) -> Config:
+    """A run on digits on a CPU in minutes: gentle crops, a sharp teacher."""
+    size = backbone.image_size
     return Config(
         method=MethodConfig(
             batch_size=64,
             precision="fp32",
             canvas=32,
-            backbone=ViTConfig(
-                image_size=24,
-                patch_size=8,
-                min_width=32,
-                max_width=64,
-                min_depth=2,
-                max_depth=4,
-                head_dim=16,
-                layer_scale=1.0,
-                drop_path=0.0,
-            ),
+            backbone=backbone,
             head=HeadConfig(prototypes=(32, 48, 64, 96), hidden=128, bottleneck=32),
+            loss=loss,
             crops=CropsConfig(
-                global_size=24,
-                local_size=16,
+                global_size=size,
+                local_size=local_size,
                 local_count=2,
                 global_scale=(0.6, 1.0),
                 local_scale=(0.4, 0.8),
@@ -246,18 +239,86 @@ def _quickstart() -> Config:
                 mean=(0.3053,) * 3,
                 std=(0.3760,) * 3,
             ),
-            optim=_short_run(
-                epochs=75.0,
-                base_lr=3e-3,
-                warmup_epochs=7.5,
-                freeze_last_layer_epochs=1.5,
-                momentum_end=0.99,
-                temperature=0.03,
-                ibot_start_epoch=15.0,
-            ),
+            optim=_short_run(temperature=0.03, **options),
         ),
         performance=PerformanceConfig(workers=0),
         run=RunConfig(data="digits", evaluate_every=315, save_every=630),
+    )
+
+
+def _quickstart() -> Config:
+    """9 ViTs of few, large patches."""
+    backbone = ViTConfig(
+        image_size=24,
+        patch_size=8,
+        min_width=32,
+        max_width=64,
+        min_depth=2,
+        max_depth=4,
+        head_dim=16,
+        layer_scale=1.0,
+        drop_path=0.0,
+    )
+    return _on_digits(
+        backbone,
+        local_size=16,
+        loss=LossConfig(),
+        epochs=75.0,
+        base_lr=3e-3,
+        warmup_epochs=7.5,
+        freeze_last_layer_epochs=1.5,
+        momentum_end=0.99,
+        ibot_start_epoch=15.0,
+    )
+
+
+def _quickstart_swin() -> Config:
+    """6 Swin transformers of three stages."""
+    backbone = SwinConfig(
+        image_size=32,
+        patch_size=4,
+        min_width=16,
+        max_width=32,
+        head_dim=16,
+        window=4,
+        min_depths=(1, 1, 1),
+        max_depths=(1, 1, 3),
+        drop_path=0.0,
+    )
+    return _on_digits(
+        backbone,
+        local_size=16,
+        loss=LossConfig(),
+        epochs=40.0,
+        base_lr=3e-3,
+        warmup_epochs=4.0,
+        freeze_last_layer_epochs=1.0,
+        momentum_end=0.99,
+        ibot_start_epoch=8.0,
+    )
+
+
+def _quickstart_resnet() -> Config:
+    """12 ResNets of three stages."""
+    backbone = ResNetConfig(
+        image_size=32,
+        base_width=16,
+        min_width=16,
+        max_width=32,
+        norm_groups=8,
+        min_depths=(1, 1, 1),
+        max_depths=(1, 2, 2),
+    )
+    return _on_digits(
+        backbone,
+        local_size=16,
+        loss=LossConfig(),
+        epochs=40.0,
+        base_lr=3e-3,
+        warmup_epochs=4.0,
+        freeze_last_layer_epochs=1.0,
+        momentum_end=0.99,
+        ibot_start_epoch=8.0,
     )
 
 
@@ -304,6 +365,26 @@ def _small_images() -> Config:
     )
 
 
+def _published(
+    backbone: BackboneOptions, layer_decay: float, epochs: float, ibot_epoch: float, stretch: float
+) -> Config:
+    """The published recipe for a network of several stages."""
+    return Config(
+        method=MethodConfig(
+            backbone=backbone,
+            loss=LossConfig(operands="fp16"),
+            masks=MaskConfig(ratio=(0.1, 0.3)),
+            optim=OptimConfig(
+                epochs=epochs,
+                warmup_epochs=30.0,
+                ibot_start_epoch=ibot_epoch,
+                layer_decay=layer_decay,
+                stretch=stretch,
+            ),
+        )
+    )
+
+
 def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Config:
     """The published recipe for a ViT with patches of 16 pixels."""
     backbone = ViTConfig(min_width=min_width, max_width=max_width, min_depth=min_depth, max_depth=max_depth)
@@ -312,10 +393,20 @@ def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Conf
 
 PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     "quickstart": (_quickstart, "digits on a CPU in minutes: widths 32..64, depths 2..4"),
+    "quickstart-swin": (_quickstart_swin, "the same with Swin: widths 16 and 32, last stage 1..3 blocks"),
+    "quickstart-resnet": (_quickstart_resnet, "the same with ResNet: middle widths 16..32, 3..5 blocks"),
     "small-images": (_small_images, "images of 32 pixels on a CPU: widths 64..128, depths 2..4"),
     "vit-s16": (lambda: _vit(192, 384, 6, 12), "up to ViT-S/16: widths 192..384, depths 6..12"),
     "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),
     "vit-l16": (lambda: _vit(384, 1024, 12, 24), "the paper's ViT-L/16: widths 384..1024, depths 12..24"),
+    "swin-b": (
+        lambda: _published(SwinConfig(), layer_decay=0.9, epochs=346.0, ibot_epoch=30.0, stretch=0.9),
+        "the paper's Swin-B: widths 96..128, third stage 6..18 blocks",
+    ),
+    "resnet-152": (
+        lambda: _published(ResNetConfig(), layer_decay=0.95, epochs=692.0, ibot_epoch=30.0, stretch=1.0),
+        "the paper's ResNet-152: middle widths 64..128, second stage 4..8 blocks, third 6..36",
+    ),
 }
 
 

@@ -35,13 +35,6 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Where products keep the dtype of their operands."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
 @contextmanager
 def repeating(on: bool) -> Iterator[None]:
     """Let PyTorch take only algorithms whose results repeat bitwise, if `on`; ours all do."""

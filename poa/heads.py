@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import elastic_linear
-from poa.device import without_autocast
+from elastic_kernels.dispatch import without_autocast
 from poa.errors import InputError
 from poa.options import option
 

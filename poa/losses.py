@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import sinkhorn_scaling
-from poa.device import without_autocast
+from elastic_kernels.dispatch import without_autocast
 
 
 @dataclass(frozen=True)

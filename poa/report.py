@@ -16,6 +16,7 @@ from poa.checkpoint import RunFolder, replace_text
 from poa.config import PRESETS, Config, preset
 from poa.errors import InputError
 from poa.metrics import flat
+from poa.subnets import Subnet
 
 Row = Mapping[str, Any]
 Band = dict[str, list[tuple[int, float, float]]]  # (step, lowest, highest) of figures by name
@@ -141,7 +142,7 @@ def _draw(rows: Sequence[Row], band: Band) -> Any:
 def _draw_subnets(place: Any, rows: Sequence[Row]) -> None:
     """How often each subnet was the elastic student."""
     counts: Counter[str] = sum((Counter(row["subnets"]) for row in rows if "subnets" in row), Counter())
-    names = sorted(counts, key=lambda name: [int(n) for n in name.split("x")])
+    names = sorted(counts, key=Subnet.parse)
     place.bar(range(len(names)), [counts[name] for name in names])
     shown = range(0, len(names), max(len(names) // 12, 1))
     place.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=6)

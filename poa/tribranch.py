@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import prototype_cross_entropy, shared_gradients
+from elastic_kernels.dispatch import without_autocast
 from poa import losses
 from poa.backbones import BackboneConfig
 from poa.data.masking import Masks
-from poa.device import beside, join, side_stream, without_autocast
+from poa.device import beside, join, side_stream
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import SoftTargets
 from poa.multicrop import StochasticDepth

@@ -93,6 +93,26 @@ def test_a_static_subnet_equals_the_elastic_one(name: str, subnet: Subnet, key: 
         torch.testing.assert_close(got.patches, wanted.patches, rtol=0, atol=1e-5)
 
 
+def test_golden_extract_of_swin() -> None:
+    """The official tool's weights are ours but for the patch embedding, which it cuts before its norm."""
+    results = golden.case("extract")["results"]["swin"]["tiny"]
+    subnet = swin_subnet(*results["width_s3depth"])
+    static = golden.pyramid("swin_forward").static(subnet)
+    ours, compared = static.state_dict(), 0
+    for key, recorded in golden.tensors("extract", "swin_tiny").items():
+        name = key.removeprefix("backbone.")
+        if UNUSED.match(name) or name == "mask_token":
+            continue
+        mine = ours[backbone_name(name)]
+        golden.assert_close(mine[: len(recorded)], recorded, atol=1e-6)
+        compared += 1
+        assert mine.shape == recorded.shape or name.startswith("patch_embed.")
+    assert compared == len(ours)
+    (features,) = static([golden.tensors("swin_forward", "inputs")["global_crops"]])
+    expected = golden.tensors("extract", "swin_tiny_expected")["elastic_in_place.x_norm_clstoken"]
+    golden.assert_close(features.cls, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["swin", "resnet"])
 def test_golden_param_groups(kind: str) -> None:
     recorded = golden.case("param_groups")["groups"][kind]

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_kernels.dispatch import without_autocast
+
 APART = -100.0  # added to the score of a query and a key of different regions
 
 
@@ -69,19 +71,21 @@ def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
     """The plain definition for maps `[count, height, width, 3, heads, head_dim]` of one size."""
     count, height, width, _, heads, head_dim = qkv.shape
     rows, columns = -(-height // window) * window, -(-width // window) * window
-    inside = qkv.new_ones(height, width, dtype=torch.bool)
-    inside = F.pad(inside, (0, columns - width, 0, rows - height))[..., None, None, None]
-    grown = F.pad(qkv, (*[0] * 6, 0, columns - width, 0, rows - height))
-    x = torch.where(inside, grown, pad).roll((-shift, -shift), (1, 2))
+    if (rows, columns) != (height, width):
+        margin = (0, columns - width, 0, rows - height)
+        inside = F.pad(qkv.new_ones(height, width, dtype=torch.bool), margin)[..., None, None, None]
+        qkv = torch.where(inside, F.pad(qkv, (*[0] * 6, *margin)), pad)
+    x = qkv.roll((-shift, -shift), (1, 2)) if shift else qkv
     x = x.unflatten(2, (-1, window)).unflatten(1, (-1, window))  # [count, i, r, j, c, 3, heads, head_dim]
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)  # [count, i, j, heads, n, head_dim]
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.to(qkv.dtype)
     if shift:
         apart = _apart(rows, columns, window, shift, qkv.device)
-        scores = scores + apart.unsqueeze(2) * APART
+        scores = scores + apart.unsqueeze(2).to(scores.dtype) * APART
     x = scores.softmax(-1) @ v
     x = x.unflatten(4, (window, window)).permute(0, 1, 4, 2, 5, 3, 6)  # [count, i, r, j, c, heads, head_dim]
-    x = x.flatten(3, 4).flatten(1, 2).roll((shift, shift), (1, 2))
+    x = x.flatten(3, 4).flatten(1, 2)
+    x = x.roll((shift, shift), (1, 2)) if shift else x
     return x[:, :height, :width].reshape(count * height * width, heads * head_dim)
 
 
@@ -109,7 +113,7 @@ def relative_position_bias(table: Tensor, window: int) -> Tensor:
     A product with a matrix of zeros and ones, whose gradient has the same bits every time.
     """
     n = window**2
-    with torch.autocast(table.device.type, enabled=False):
+    with without_autocast(table.device):
         chosen = _chosen(window, table.device).to(table.dtype) @ table
     return chosen.t().unflatten(1, (n, n))
 

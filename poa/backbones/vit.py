@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
+from elastic_kernels.dispatch import without_autocast
 from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
-from poa.device import without_autocast
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
 from poa.options import option

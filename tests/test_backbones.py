@@ -1,0 +1,129 @@
+"""Every kind of backbone goes through the whole: training, resuming, evaluation, export, planning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import assert_same, newest, rows
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import poa
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+from poa.config import PRESETS, Config, preset
+from poa.errors import InputError
+from poa.memory import predict_memory
+from poa.options import from_dict, override, to_dict
+from poa.subnets import Subnet
+from poa.train import pretrain
+
+KINDS = ("swin", "resnet")
+CHANGES = {"swin": ["method.backbone.drop_path=0.3"], "resnet": []}
+SHORT = [
+    "method.batch_size=8",
+    "method.head.prototypes=8,12",
+    "method.head.hidden=16",
+    "method.head.bottleneck=8",
+    "method.optim.epoch_steps=2",
+    "method.optim.epochs=2",
+    "method.optim.warmup_epochs=1",
+    "method.optim.freeze_last_layer_epochs=0.5",
+    "method.optim.ibot_start_epoch=1",
+    "run.log_every=1",
+    "run.save_every=2",
+    "run.evaluate_every=0",
+    "run.device=cpu",
+]
+
+
+def tiny(kind: str, *overrides: str) -> Config:
+    return override(preset(f"quickstart-{kind}"), [*SHORT, *overrides])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_bitwise_and_gives_models(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["method.backbone.drop_path=0.3"] if kind == "swin" else []
+    config = tiny(kind, *changes)
+    pretrain(config, tmp_path / "whole")
+    found = rows(tmp_path / "whole")
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert found[-1]["elastic.ibot.0"] > 0
+    (tmp_path / "whole" / "checkpoints").rename(tmp_path / "all")
+    (tmp_path / "whole" / "checkpoints").mkdir()
+    (tmp_path / "all").replace(tmp_path / "whole" / "checkpoints")
+    space, run = config.method.backbone.space, str(tmp_path / "whole")
+    assert main(["evaluate", run, "--subnets", str(space.smallest), "--linear", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["extract", run, "--subnets", str(space.smallest), str(space.intact)]) == 0
+    network, _ = RunFolder(tmp_path / "whole").network()
+    for path, subnet in zip(capsys.readouterr().out.split(), (space.smallest, space.intact), strict=True):
+        model = poa.load(path)
+        images = torch.randn(2, 3, config.method.backbone.image_size, config.method.backbone.image_size)
+        with torch.no_grad():
+            (features,) = network.backbone([images], subnet)
+            torch.testing.assert_close(model(images), features.cls, atol=1e-5, rtol=0)
+        assert model.info["params"] == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_changes_nothing(kind: str, tmp_path: Path) -> None:
+    for name, changes in (("stored", []), ("recomputed", ["performance.recompute=true"])):
+        pretrain(tiny(kind, *changes), tmp_path / name)
+    assert_same(*(newest(tmp_path / name)["teacher"] for name in ("stored", "recomputed")))
+    assert rows(tmp_path / "stored") == rows(tmp_path / "recomputed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_match_the_network(kind: str) -> None:
+    config = preset(f"quickstart-{kind}").method.backbone
+    network = config.build()
+    for subnet in config.space:
+        assert config.parameters(subnet) == sum(p.numel() for p in network.static(subnet).parameters())
+        for size in (config.image_size, config.image_size // 2):
+            images = torch.zeros(1, 3, size, size)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+                network([images], subnet)
+            counts = counter.get_flop_counts()["Global"]
+            # The bias of windows comes from a table by a product with a matrix of zeros and ones.
+            tables = sum(2 * n * n * t * h for n, t, h in tables_of(config, subnet))
+            assert sum(counts.values()) - tables == config.flops(subnet, size)
+
+
+def tables_of(config: object, subnet: Subnet) -> list[tuple[int, int, int]]:
+    """Tokens of a window, rows of the table and heads of each block with such a table."""
+    if not isinstance(config, poa.SwinConfig):
+        return []
+    n, rows = config.window**2, (2 * config.window - 1) ** 2
+    heads = [config.max_width // config.head_dim * 2**stage for stage in range(len(subnet.blocks))]
+    return [(n, rows, h) for h, depth in zip(heads, subnet.blocks, strict=True) for _ in range(depth)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_predicted(kind: str) -> None:
+    config = preset({"swin": "swin-b", "resnet": "resnet-152"}[kind])
+    few, many = (predict_memory(config, images).peak for images in (4, 8))
+    assert few < many < 2 * few
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_configurations_survive_a_file(name: str) -> None:
+    config = preset(name)
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_names_of_subnets() -> None:
+    assert Subnet.parse("64x3-4-6-3") == Subnet(64, (3, 4, 6, 3))
+    assert str(Subnet(64, (3, 4, 6, 3))) == "64x3-4-6-3"
+    space = preset("resnet-152").method.backbone.space
+    with pytest.raises(InputError, match="a depth of 3-4..8 step 1-6..36 step 1-3"):
+        space.require(Subnet(64, (3, 4, 37, 3)))
+    with pytest.raises(InputError, match="such as 384x12, or 64x3-4-6-3"):
+        Subnet.parse("64x3--3")
+    with pytest.raises(InputError, match="backbone.kind: expected one of vit, swin, resnet, got 'mlp'"):
+        from_dict(Config, {"method": {"backbone": {"kind": "mlp"}}})
