@@ -117,7 +117,10 @@ def test_cuda_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         (["--subnets", ","], "--subnets: expected subnets such as 16x1, or all, got ','"),
         (["--subnets", "48x2"], "subnet 48x2: expected a width of 16, 32"),
         (["--subnets", "32x9"], "and a depth of 1, 2"),
-        (["--subnets", "small"], "expected WIDTHxDEPTH such as 384x12, or 64x3-4-6-3 with stages, got 'small'"),
+        (
+            ["--subnets", "small"],
+            "expected WIDTHxDEPTH such as 384x12, or 64x3-4-6-3 with stages, got 'small'",
+        ),
     ],
 )
 @pytest.mark.parametrize("command", ["extract", "evaluate"])

@@ -245,7 +245,7 @@ def layer_norm_bwd(
             HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, HAS_SUM=dsum is not None,
             HAS_XHAT=xhat is not None, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return dx, *_affine_gradients(shares, programs if tokens else 0, weight)
+    return dx, *affine_gradients(shares, programs if tokens else 0, weight)
 
 
 def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
@@ -262,7 +262,7 @@ def _positions(index: Tensor, tokens: int) -> Tensor:
     return positions
 
 
-def _affine_gradients(shares: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def affine_gradients(shares: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum the shares of so many programs into full-shape gradients."""
     if weight is None:
         return shares.new_empty(0), shares.new_empty(0)

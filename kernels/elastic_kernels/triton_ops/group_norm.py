@@ -1,0 +1,262 @@
+"""Triton kernels of group norm on channels-last maps, with the residual addition and ReLU after it.
+
+    xhat = (x - mean) * rstd,  y = act(xhat * weight[:C] + bias[:C] + residual)
+    d = dy * (y > 0),  dw = sum d * xhat,  db = sum d,  dresidual = d
+    dx = rstd * (w * d - mean_g(w * d) - xhat * mean_g(w * d * xhat))
+
+A program owns a sample and some whole groups, about 64 neighbouring channels, and goes over the positions of
+the map twice: for the sums, then for the result; the second time they come from the cache. The sums of a
+group follow from those of its channels, which are also the sample's share of the affine gradients.
+
+Saved for backward: x, y where there is a ReLU, and fp32 mean and rstd of each group. Bytes: forward reads x
+(and the residual) and writes y; backward reads dy, x and y and writes dx (and dresidual).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from elastic_kernels.triton_ops.layer_norm import affine_gradients
+from elastic_kernels.triton_ops.registration import register
+
+
+@triton.jit
+def _over_group(values, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
+    """Each channel's value becomes the sum over its group: `[GROUPS * PER_GROUP]` -> the same."""
+    sums = tl.sum(tl.reshape(values, [GROUPS, PER_GROUP]), 1)
+    return tl.reshape(tl.broadcast_to(sums[:, None], [GROUPS, PER_GROUP]), [GROUPS * PER_GROUP])
+
+
+@triton.jit
+def _columns(groups, per_group, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
+    """Group and channel of each column of a program's tile, and which columns there are."""
+    column = tl.arange(0, GROUPS * PER_GROUP)
+    group, within = tl.program_id(1) * GROUPS + column // PER_GROUP, column % PER_GROUP
+    return group, group * per_group + within, (group < groups) & (within < per_group)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _group_norm_fwd_kernel(
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, mean_ptr, rstd_ptr,
+    rows, groups, per_group,
+    eps,
+    HAS_RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    sample, channels = tl.program_id(0).to(tl.int64), groups * per_group
+    group, channel, mask_c = _columns(groups, per_group, GROUPS, PER_GROUP)
+    first = sample * rows * channels + channel
+    # Mean and squared deviations of each channel, merged tile by tile (Chan et al., 1983).
+    mean = tl.zeros([GROUPS * PER_GROUP], tl.float32)
+    squares = tl.zeros([GROUPS * PER_GROUP], tl.float32)
+    for start in range(0, rows, ROWS):
+        offs_r = start + tl.arange(0, ROWS)
+        mask = (offs_r < rows)[:, None] & mask_c[None, :]
+        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        count = tl.minimum(rows - start, ROWS) * 1.0
+        here = tl.sum(x, 0) / count
+        centred = tl.where(mask, x - here[None, :], 0.0)
+        delta, seen = here - mean, start + count
+        mean += delta * (count / seen)
+        squares += tl.sum(centred * centred, 0) + delta * delta * (start * (count / seen))
+    size = rows * per_group * 1.0
+    centre = _over_group(tl.where(mask_c, mean, 0.0), GROUPS, PER_GROUP) / per_group
+    apart = tl.where(mask_c, mean - centre, 0.0)
+    squares = tl.where(mask_c, squares, 0.0) + rows * apart * apart
+    rstd = 1 / tl.sqrt(_over_group(squares, GROUPS, PER_GROUP) / size + eps)
+    stats = sample * groups + group
+    leads = mask_c & (channel == group * per_group)
+    tl.store(mean_ptr + stats, centre, mask=leads)
+    tl.store(rstd_ptr + stats, rstd, mask=leads)
+    weight = tl.load(weight_ptr + channel, mask=mask_c, other=0.0).to(tl.float32) * rstd
+    bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+    for start in range(0, rows, ROWS):
+        offs_r = start + tl.arange(0, ROWS)
+        mask = (offs_r < rows)[:, None] & mask_c[None, :]
+        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        y = (x - centre[None, :]) * weight[None, :] + bias[None, :]
+        if HAS_RESIDUAL:
+            y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            y = tl.where(y > 0, y, tl.where(y == y, 0.0, y))  # not a number stays so
+        tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _group_norm_bwd_kernel(
+    dy_ptr, x_ptr, y_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, shares_ptr,
+    rows, groups, per_group,
+    RELU: tl.constexpr, KEEP_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    sample, channels = tl.program_id(0).to(tl.int64), groups * per_group
+    group, channel, mask_c = _columns(groups, per_group, GROUPS, PER_GROUP)
+    first = sample * rows * channels + channel
+    stats = sample * groups + group
+    mean = tl.load(mean_ptr + stats, mask=mask_c, other=0.0)
+    rstd = tl.load(rstd_ptr + stats, mask=mask_c, other=0.0)
+    weight = tl.load(weight_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
+    dweight = tl.zeros([GROUPS * PER_GROUP], tl.float32)
+    dbias = tl.zeros([GROUPS * PER_GROUP], tl.float32)
+    for start in range(0, rows, ROWS):
+        offs_r = start + tl.arange(0, ROWS)
+        mask = (offs_r < rows)[:, None] & mask_c[None, :]
+        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        d = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            d = tl.where(tl.load(y_ptr + place, mask=mask, other=0.0) > 0, d, 0.0)
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        dweight += tl.sum(d * (x - mean[None, :]) * rstd[None, :], 0)
+        dbias += tl.sum(d, 0)
+    share = shares_ptr + sample * 2 * channels + channel
+    tl.store(share, dweight, mask=mask_c)
+    tl.store(share + channels, dbias, mask=mask_c)
+    size = rows * per_group * 1.0
+    along = _over_group(weight * dweight, GROUPS, PER_GROUP) / size
+    level = _over_group(weight * dbias, GROUPS, PER_GROUP) / size
+    for start in range(0, rows, ROWS):
+        offs_r = start + tl.arange(0, ROWS)
+        mask = (offs_r < rows)[:, None] & mask_c[None, :]
+        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        d = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            d = tl.where(tl.load(y_ptr + place, mask=mask, other=0.0) > 0, d, 0.0)
+        if KEEP_RESIDUAL:
+            tl.store(dresidual_ptr + place, d.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        xhat = (x - mean[None, :]) * rstd[None, :]
+        dx = rstd[None, :] * (weight[None, :] * d - level[None, :] - xhat * along[None, :])
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Tiles of `rows` positions by `groups` groups of up to `per_group` channels (a power of 2)."""
+
+    rows: int
+    groups: int
+    per_group: int
+    warps: int = 4
+
+
+TILE_CHANNELS, TILE_VALUES = 64, 2048  # 128 bytes in half precision; 16 values a thread; not timed on a GPU
+
+
+def group_config(groups: int, per_group: int) -> GroupConfig:
+    """Settings of both kernels."""
+    wide = triton.next_power_of_2(per_group)
+    together = min(max(TILE_CHANNELS // wide, 1), triton.next_power_of_2(groups))
+    return GroupConfig(max(TILE_VALUES // (wide * together), 1), together, wide)
+
+
+def group_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`[N, rows, C]`, contiguous as `residual` -> y likewise, fp32 mean and rstd `[N, groups]`."""
+    samples, rows, channels = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(samples, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    if x.numel():
+        config = group_config(groups, channels // groups)
+        _group_norm_fwd_kernel[(samples, triton.cdiv(groups, config.groups))](
+            x, weight, bias, residual, y, mean, rstd,
+            rows, groups, channels // groups,
+            eps,
+            HAS_RESIDUAL=residual is not None, RELU=relu,
+            ROWS=config.rows, GROUPS=config.groups, PER_GROUP=config.per_group, num_warps=config.warps,
+        )  # fmt: skip
+    return y, mean, rstd
+
+
+def group_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    keep_residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of the residual (empty unless kept), and of weight and bias in full shape.
+
+    `dy` and `x` are `[N, rows, C]`, contiguous; `y` is the output of a ReLU, or None without one.
+    """
+    samples, rows, channels = x.shape
+    groups = mean.shape[1]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dresidual = torch.empty(x.shape if keep_residual else (0,), dtype=x.dtype, device=x.device)
+    shares = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
+    if x.numel():
+        config = group_config(groups, channels // groups)
+        _group_norm_bwd_kernel[(samples, triton.cdiv(groups, config.groups))](
+            dy, x, y, weight, mean, rstd, dx, dresidual, shares,
+            rows, groups, channels // groups,
+            RELU=y is not None, KEEP_RESIDUAL=keep_residual,
+            ROWS=config.rows, GROUPS=config.groups, PER_GROUP=config.per_group, num_warps=config.warps,
+        )  # fmt: skip
+    return dx, dresidual, *affine_gradients(shares, samples if x.numel() else 0, weight)
+
+
+register(
+    "group_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, bool relu)"
+    " -> (Tensor, Tensor, Tensor)",
+    group_norm_fwd,
+    lambda x, weight, bias, residual, groups, eps, relu: (
+        torch.empty_like(x),
+        *(x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2)),
+    ),
+)
+register(
+    "group_norm_bwd(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor rstd,"
+    " bool keep_residual) -> (Tensor, Tensor, Tensor, Tensor)",
+    group_norm_bwd,
+    lambda dy, x, y, weight, mean, rstd, keep_residual: (
+        torch.empty_like(x),
+        torch.empty_like(x) if keep_residual else x.new_empty(0),
+        torch.empty_like(weight),
+        torch.empty_like(weight),
+    ),
+)
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """Group norm with its gradients; outside of the registered operators, which saves host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        groups: int,
+        eps: float,
+        relu: bool,
+    ) -> Tensor:
+        x = x.contiguous()
+        residual = None if residual is None else residual.contiguous()
+        y, mean, rstd = torch.ops.elastic_kernels.group_norm_fwd(x, weight, bias, residual, groups, eps, relu)
+        ctx.save_for_backward(x, y if relu else None, weight, mean, rstd)
+        ctx.has_residual = residual is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, mean, rstd = ctx.saved_tensors
+        dy = dy.contiguous()
+        gated = y is not None and ctx.has_residual  # without a ReLU the residual's gradient is dy
+        dx, dresidual, dweight, dbias = torch.ops.elastic_kernels.group_norm_bwd(
+            dy, x, y, weight, mean, rstd, gated
+        )
+        beside = (dresidual if gated else dy) if ctx.has_residual else None
+        return dx, dweight, dbias, beside, None, None, None
