@@ -24,12 +24,14 @@ from elastic_kernels.triton_ops import (
     attention,
     crops,
     gemm,
+    group_norm,
     layer_norm,
     linear,
     linear_wgrad,
     optimizer,
     prototypes,
     sinkhorn,
+    window_attention,
 )
 
 TABLE = Path(__file__).parent / "results" / "kernel_report.tsv"
@@ -126,7 +128,7 @@ def cases() -> list[Case]:
     found: dict[str, Case] = {}
     for part, dtypes in DTYPES.items():
         for dtype in dtypes:
-            for family in (_gemm_cases, _row_cases, _attention_cases, _prototype_cases):
+            for family in FAMILIES:
                 found |= {case.key: case for case in family(part, dtype)}
         for of_part in (_optimizer_cases, _crop_cases):
             found |= {case.key: case for case in of_part(part)}
@@ -263,6 +265,48 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
                 {"lse_ptr": "fp32"}, ("scale", "scale_log2"), ("first_token", "length", "heads"),
                 config.warps, config.stages, matrix=True,
                 blocks=2 if config.resident and config.block_n == 64 else 1,
+            )  # fmt: skip
+
+
+def _window_cases(part: int, dtype: str) -> Iterator[Case]:
+    """Swin's windows of 7 and 8, whose tile is the same, and small ones."""
+    for side in (7, 4) if part == 90 else (7,):
+        block, warps = (
+            window_attention.window_block(side),
+            window_attention.window_warps(side, ITEMSIZE[dtype]),
+        )
+        constants = {
+            **{"HEAD_DIM": 16, "SIDE": side, "BLOCK": block, "PRECISION": "ieee"},
+            **{"LOG2": attention.LOG2_E, "APART": -100 * attention.LOG2_E},
+        }
+        names = ("bias_ptr", "lse_ptr", "dbias_ptr", "dpad_ptr")
+        counts = ("first_token", "height", "width", "rows", "columns", "shift", "heads", "windows", "first_share")
+        for kernel in (
+            window_attention._window_attention_fwd_kernel,
+            window_attention._window_attention_bwd_kernel,
+        ):
+            yield Case(
+                kernel, f"window {side}", part, dtype, f"{block}x{block}, {warps} warps",
+                constants, dict.fromkeys(names, "fp32"), ("scale", "scale_log2"), counts, warps, 1, matrix=True,
+            )  # fmt: skip
+
+
+def _group_norm_cases(part: int, dtype: str) -> Iterator[Case]:
+    """Groups of 2, 3 and 64 channels, of ResNet-152's narrowest and widest norms."""
+    vectors = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "shares_ptr")
+    for per_group in (2, 3, 64):
+        config = group_norm.group_config(32, per_group)
+        tile = {"ROWS": config.rows, "GROUPS": config.groups, "PER_GROUP": config.per_group}
+        forms: tuple[tuple[Any, dict[str, Any]], ...] = (
+            (group_norm._group_norm_fwd_kernel, {"HAS_RESIDUAL": True}),
+            (group_norm._group_norm_bwd_kernel, {"KEEP_RESIDUAL": True}),
+        )
+        for kernel, form in forms:
+            yield Case(
+                kernel, f"residual, ReLU, groups of {per_group}", part, dtype,
+                f"{config.rows}x{config.groups}x{config.per_group}, {config.warps} warps",
+                {"RELU": True, **form, **tile}, dict.fromkeys(vectors, "fp32"), ("eps",),
+                ("rows", "per_group") if per_group % 16 else ("rows",), config.warps, 3, blocks=4,
             )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ A map is padded at the bottom and right to whole windows; padded positions have 
 part as keys. With a shift the map is rolled first; where query and key of a window come from regions that do
 not touch in the map, `region` is -100.
 
+The Triton kernels are in `triton_ops/window_attention.py`.
+
 Source: Swin Transformer (Liu et al., 2021); official `DynamicShiftWindowMSA`.
 """
 
@@ -18,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elastic_kernels import dispatch
+from elastic_kernels.attention import HEAD_DIMS
 from elastic_kernels.dispatch import without_autocast
 
+MAX_WINDOW = 8  # of the Triton kernels
 APART = -100.0  # added to the score of a query and a key of different regions
 
 
@@ -49,6 +54,9 @@ def window_attention(
 
     Raises:
         ValueError: shapes that do not fit together, or a shift outside the window.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: in the Triton kernels the softmax and all sums are fp32, and results repeat bitwise.
 
     Example:
         >>> qkv, bias = torch.randn(2 * 5 * 5, 3, 4, 16), torch.zeros(4, 9, 9)
@@ -57,14 +65,29 @@ def window_attention(
     """
     _validate(qkv, bias, pad, maps, window, shift)
     heads, head_dim = qkv.shape[2:]
-    bias = bias[:heads]
-    pad = qkv.new_zeros(3, heads, head_dim) if pad is None else pad[:, :heads].to(qkv.dtype)
+    pad = qkv.new_zeros(3, heads, head_dim) if pad is None else pad.to(qkv.dtype)
+    if window_attention_backend(qkv, window, head_dim).backend == "triton":
+        from elastic_kernels.triton_ops.window_attention import WindowAttentionFunction
+
+        sizes = [number for group in maps for number in group]
+        return WindowAttentionFunction.apply(qkv, bias, pad, sizes, window, shift, APART)
+    bias, pad = bias[:heads], pad[:, :heads]
     parts = qkv.split([count * height * width for count, height, width in maps])
     outputs = [
         _attend(part.unflatten(0, sizes), bias, pad, window, shift)
         for part, sizes in zip(parts, maps, strict=True)
     ]
     return torch.cat(outputs)
+
+
+def window_attention_backend(qkv: Tensor, window: int, head_dim: int) -> dispatch.Choice:
+    """The backend that `window_attention` takes for such an input, and why."""
+    limit = None
+    if head_dim not in HEAD_DIMS:
+        limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    elif window > MAX_WINDOW:
+        limit = f"the kernel takes windows up to {MAX_WINDOW}, got {window}"
+    return dispatch.choose("window_attention", qkv, limit)
 
 
 def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> Tensor:

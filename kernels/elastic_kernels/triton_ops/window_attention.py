@@ -1,0 +1,315 @@
+"""Triton kernels of windowed attention: one program owns a window and a head, or a head of many windows.
+
+    s = scale * q k^T + bias + region,  p = softmax(s),  o = p v
+    dp = do v^T,  ds = p * (dp - rowsum(p * dp)),  dq = scale * ds k,  dk = scale * ds^T q,  dv = p^T do
+    dbias = sum ds
+
+Cutting a map into windows, its padding and its shift are arithmetic on addresses: tokens are read and written
+where they lie. A program of the backward goes over a slice of the windows with one head and keeps its share
+of the gradients of the bias, and of k and v of padded positions, in registers; shares are summed in a fixed
+order.
+
+Saved for backward: qkv and the fp32 log-sum-exp of each row; a window's row of p is whole in a tile, so o is
+not needed. Bytes: forward reads 3 and writes 1 of tokens * channels elements; backward reads 4 (qkv, do),
+writes 3, and slices * heads * window**4 * 4 bytes of shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from elastic_kernels.triton_ops.attention import LOG2_E
+from elastic_kernels.triton_ops.device import precision, unit_stride
+from elastic_kernels.triton_ops.gemm import dot
+from elastic_kernels.triton_ops.registration import register
+
+SLICED_PROGRAMS = 1024  # of the backward of a group, about: some to each multiprocessor, few shares to sum
+
+
+@triton.jit
+def _places(window, height, width, rows, columns, shift, SIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of a window's positions: the token, from the group's first one; whether there is one; the region."""
+    offs = tl.arange(0, BLOCK)
+    across = columns // SIDE
+    each = across * (rows // SIDE)
+    y = (window % each) // across * SIDE + offs // SIDE
+    x = window % across * SIDE + offs % SIDE
+    source_y, source_x = (y + shift) % rows, (x + shift) % columns
+    real = (offs < SIDE * SIDE) & (source_y < height) & (source_x < width)
+    token = ((window // each).to(tl.int64) * height + source_y) * width + source_x
+    down = (y >= rows - SIDE).to(tl.int32) + (y >= rows - shift).to(tl.int32)
+    right = (x >= columns - SIDE).to(tl.int32) + (x >= columns - shift).to(tl.int32)
+    return token, real, 3 * down + right
+
+
+@triton.jit
+def _load_padded(base, pad, token, real, inside, offs_d, stride_t):
+    """k or v `[BLOCK, HEAD_DIM]`: of tokens, of padded positions, and zeros beyond the window."""
+    x = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=real[:, None], other=0.0)
+    filled = tl.where(inside[:, None], tl.load(pad + offs_d)[None, :], 0.0).to(x.dtype)
+    return tl.where(real[:, None], x, filled)
+
+
+@triton.jit
+def _scores(q, k, bias, region, inside, scale_log2, APART: tl.constexpr, PRECISION: tl.constexpr):
+    s = dot(q, tl.trans(k), None, PRECISION) * scale_log2 + bias
+    s += tl.where(region[:, None] == region[None, :], 0.0, APART)
+    return tl.where(inside[None, :], s, float("-inf"))
+
+
+@triton.jit
+def _load_bias(bias_ptr, head, SIDE: tl.constexpr, BLOCK: tl.constexpr, LOG2: tl.constexpr):
+    offs, n = tl.arange(0, BLOCK), SIDE * SIDE
+    mask = (offs < n)[:, None] & (offs < n)[None, :]
+    places = bias_ptr + head * n * n + offs[:, None] * n + offs[None, :]
+    return tl.load(places, mask=mask, other=0.0).to(tl.float32) * LOG2
+
+
+@triton.jit(do_not_specialize=["first_token", "height", "width", "rows", "columns", "shift", "heads"])
+def _window_attention_fwd_kernel(
+    qkv_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
+    first_token, height, width, rows, columns, shift, heads,
+    stride_t, stride_g, stride_h, stride_pad,
+    scale_log2,
+    HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+    LOG2: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    head, window = pid % heads, pid // heads
+    token, real, region = _places(window, height, width, rows, columns, shift, SIDE, BLOCK)
+    token += first_token
+    inside, offs_d = tl.arange(0, BLOCK) < SIDE * SIDE, tl.arange(0, HEAD_DIM)
+    base, pad = qkv_ptr + head * stride_h, pad_ptr + head * HEAD_DIM
+    q = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=real[:, None], other=0.0)
+    k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, offs_d, stride_t)
+    v = _load_padded(base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, offs_d, stride_t)
+    bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)
+    s = _scores(q, k, bias, region, inside, scale_log2, APART, PRECISION)
+    m = tl.max(s, 1)
+    p = tl.exp2(s - m[:, None])
+    z = tl.sum(p, 1)
+    o = dot(p.to(v.dtype), v, None, PRECISION) / z[:, None]
+    outs = out_ptr + (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
+    tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=real[:, None])
+    tl.store(lse_ptr + token * heads + head, m + tl.log2(z), mask=real)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_token",
+        "height",
+        "width",
+        "rows",
+        "columns",
+        "shift",
+        "heads",
+        "windows",
+        "first_share",
+    ]
+)
+def _window_attention_bwd_kernel(
+    qkv_ptr, bias_ptr, pad_ptr, dout_ptr, lse_ptr, dqkv_ptr, dbias_ptr, dpad_ptr,
+    first_token, height, width, rows, columns, shift, heads, windows, first_share,
+    stride_t, stride_g, stride_h, stride_pad,
+    scale, scale_log2,
+    HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+    LOG2: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    head, piece = tl.program_id(0), tl.program_id(1)
+    offs, offs_d, n = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM), SIDE * SIDE
+    inside = offs < n
+    base, pad = qkv_ptr + head * stride_h, pad_ptr + head * HEAD_DIM
+    bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)
+    dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
+    dpad_k, dpad_v = tl.zeros([HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
+    for window in range(piece, windows, tl.num_programs(1)):
+        token, real, region = _places(window, height, width, rows, columns, shift, SIDE, BLOCK)
+        token += first_token
+        mask = real[:, None]
+        q = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
+        k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, offs_d, stride_t)
+        v = _load_padded(base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, offs_d, stride_t)
+        outs = (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
+        do = tl.load(dout_ptr + outs, mask=mask, other=0.0)
+        lse = tl.load(lse_ptr + token * heads + head, mask=real, other=float("inf"))
+        # Padded queries get p = 0 from their infinite lse.
+        p = tl.exp2(_scores(q, k, bias, region, inside, scale_log2, APART, PRECISION) - lse[:, None])
+        dv = dot(tl.trans(p.to(do.dtype)), do, None, PRECISION)
+        dp = dot(do, tl.trans(v), None, PRECISION)
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        dbias += ds
+        dk = dot(tl.trans(ds.to(q.dtype)), q, None, PRECISION) * scale
+        dq = dot(ds.to(k.dtype), k, None, PRECISION) * scale
+        grads = dqkv_ptr + (token[:, None] * 3 * heads + head) * HEAD_DIM + offs_d[None, :]
+        tl.store(grads, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(grads + heads * HEAD_DIM, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(grads + 2 * heads * HEAD_DIM, dv.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        padded = (inside & ~real)[:, None]
+        dpad_k += tl.sum(tl.where(padded, dk, 0.0), 0)
+        dpad_v += tl.sum(tl.where(padded, dv, 0.0), 0)
+    share = (first_share + piece).to(tl.int64) * heads + head
+    places = dbias_ptr + share * n * n + offs[:, None] * n + offs[None, :]
+    tl.store(places, dbias, mask=inside[:, None] & inside[None, :])
+    tl.store(dpad_ptr + share * 2 * HEAD_DIM + offs_d, dpad_k)
+    tl.store(dpad_ptr + (share * 2 + 1) * HEAD_DIM + offs_d, dpad_v)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A group's first token, windows and sizes as the kernels take them, and the slices of its backward."""
+
+    first: int
+    windows: int
+    slices: int
+    sizes: tuple[int, int, int, int]
+
+
+def _spans(maps: Sequence[int], side: int, heads: int) -> list[_Span]:
+    """Of each group that has tokens; maps are flat triples of count, height and width."""
+    spans, first = [], 0
+    for count, height, width in zip(maps[::3], maps[1::3], maps[2::3], strict=True):
+        rows, columns = (triton.cdiv(length, side) * side for length in (height, width))
+        windows = count * (rows // side) * (columns // side)
+        if windows:
+            slices = min(windows, max(SLICED_PROGRAMS // heads, 1))
+            spans.append(_Span(first, windows, slices, (height, width, rows, columns)))
+        first += count * height * width
+    return spans
+
+
+def window_block(side: int) -> int:
+    """Rows of the tile of a window."""
+    return max(triton.next_power_of_2(side * side), 16)
+
+
+def window_warps(side: int, itemsize: int) -> int:
+    """Warps of both kernels; not timed on a GPU yet."""
+    return 8 if window_block(side) > 32 and itemsize == 4 else 4
+
+
+def _constants(qkv: Tensor, side: int, apart: float) -> dict[str, Any]:
+    return {
+        "HEAD_DIM": qkv.shape[3],
+        "SIDE": side,
+        "BLOCK": window_block(side),
+        "LOG2": LOG2_E,
+        "APART": apart * LOG2_E,
+        "PRECISION": precision(qkv),
+        "num_warps": window_warps(side, qkv.dtype.itemsize),
+        "num_stages": 1,
+    }
+
+
+def window_attention_fwd(
+    qkv: Tensor, bias: Tensor, pad: Tensor, maps: Sequence[int], side: int, shift: int, apart: float
+) -> tuple[Tensor, Tensor]:
+    """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`.
+
+    `bias` `[heads or more, n, n]` and `pad` `[3, heads or more, d]` are contiguous; `maps` are flat triples.
+    """
+    tokens, _, heads, dim = qkv.shape
+    out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
+    for span in _spans(maps, side, heads):
+        _window_attention_fwd_kernel[(span.windows * heads,)](
+            qkv, bias, pad, out, lse,
+            span.first, *span.sizes, shift, heads,
+            *qkv.stride()[:3], pad.stride(0),
+            dim**-0.5 * LOG2_E,
+            **_constants(qkv, side, apart),
+        )  # fmt: skip
+    return out, lse
+
+
+def window_attention_bwd(
+    qkv: Tensor,
+    bias: Tensor,
+    pad: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    maps: Sequence[int],
+    side: int,
+    shift: int,
+    apart: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv `[tokens, 3, heads, d]`, and of bias and pad in full shape."""
+    heads, dim = qkv.shape[2:]
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    spans = _spans(maps, side, heads)
+    shares = sum(span.slices for span in spans)
+    dbias = torch.empty(shares, heads, side**2, side**2, dtype=torch.float32, device=qkv.device)
+    dpad = torch.empty(shares, heads, 2, dim, dtype=torch.float32, device=qkv.device)
+    first_share = 0
+    for span in spans:
+        _window_attention_bwd_kernel[(heads, span.slices)](
+            qkv, bias, pad, dout, lse, dqkv, dbias, dpad,
+            span.first, *span.sizes, shift, heads, span.windows, first_share,
+            *qkv.stride()[:3], pad.stride(0),
+            dim**-0.5, dim**-0.5 * LOG2_E,
+            **_constants(qkv, side, apart),
+        )  # fmt: skip
+        first_share += span.slices
+    whole_bias, whole_pad = torch.zeros_like(bias), torch.zeros_like(pad)
+    whole_bias[:heads] = dbias.sum(0)
+    whole_pad[1:, :heads] = dpad.sum(0).transpose(0, 1)
+    return dqkv, whole_bias, whole_pad
+
+
+register(
+    "window_attention_fwd(Tensor qkv, Tensor bias, Tensor pad, int[] maps, int side, int shift, float apart)"
+    " -> (Tensor, Tensor)",
+    window_attention_fwd,
+    lambda qkv, *rest: (
+        qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
+        qkv.new_empty(qkv.shape[0], qkv.shape[2], dtype=torch.float32),
+    ),
+)
+register(
+    "window_attention_bwd(Tensor qkv, Tensor bias, Tensor pad, Tensor lse, Tensor dout,"
+    " int[] maps, int side, int shift, float apart) -> (Tensor, Tensor, Tensor)",
+    window_attention_bwd,
+    lambda qkv, bias, pad, *rest: (
+        qkv.new_empty(qkv.shape),
+        torch.empty_like(bias),
+        torch.empty_like(pad),
+    ),
+)
+
+
+class WindowAttentionFunction(torch.autograd.Function):
+    """Windowed attention with its gradients; outside of the registered operators, which saves host time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        bias: Tensor,
+        pad: Tensor,
+        maps: list[int],
+        side: int,
+        shift: int,
+        apart: float,
+    ) -> Tensor:
+        qkv, bias, pad = unit_stride(qkv), bias.contiguous(), pad.contiguous()
+        geometry = (maps, side, shift, apart)
+        out, lse = torch.ops.elastic_kernels.window_attention_fwd(qkv, bias, pad, *geometry)
+        ctx.save_for_backward(qkv, bias, pad, lse)
+        ctx.geometry = geometry
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, bias, pad, lse = ctx.saved_tensors
+        gradients = torch.ops.elastic_kernels.window_attention_bwd(
+            qkv, bias, pad, lse, dout.contiguous(), *ctx.geometry
+        )
+        return *gradients, None, None, None, None
