@@ -128,7 +128,9 @@ def cases() -> list[Case]:
     found: dict[str, Case] = {}
     for part, dtypes in DTYPES.items():
         for dtype in dtypes:
-            for family in FAMILIES:
+            for family in (
+                _gemm_cases, _row_cases, _attention_cases, _window_cases, _group_norm_cases, _prototype_cases,
+            ):  # fmt: skip
                 found |= {case.key: case for case in family(part, dtype)}
         for of_part in (_optimizer_cases, _crop_cases):
             found |= {case.key: case for case in of_part(part)}
@@ -271,22 +273,32 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
 def _window_cases(part: int, dtype: str) -> Iterator[Case]:
     """Swin's windows of 7 and 8, whose tile is the same, and small ones."""
     for side in (7, 4) if part == 90 else (7,):
-        block, warps = (
-            window_attention.window_block(side),
-            window_attention.window_warps(side, ITEMSIZE[dtype]),
-        )
+        block = window_attention.window_block(side)
         constants = {
             **{"HEAD_DIM": 16, "SIDE": side, "BLOCK": block, "PRECISION": "ieee"},
             **{"LOG2": attention.LOG2_E, "APART": -100 * attention.LOG2_E},
         }
         names = ("bias_ptr", "lse_ptr", "dbias_ptr", "dpad_ptr")
-        counts = ("first_token", "height", "width", "rows", "columns", "shift", "heads", "windows", "first_share")
+        counts = (
+            "first_token",
+            "height",
+            "width",
+            "rows",
+            "columns",
+            "shift",
+            "heads",
+            "windows",
+            "first_share",
+        )
         for kernel in (
             window_attention._window_attention_fwd_kernel,
             window_attention._window_attention_bwd_kernel,
         ):
+            backward = kernel is window_attention._window_attention_bwd_kernel
+            warps = window_attention.window_warps(side, ITEMSIZE[dtype], backward)
+            settings = f"{block}x{block}, {warps} warps" + (", small tile" if block < 64 else "")
             yield Case(
-                kernel, f"window {side}", part, dtype, f"{block}x{block}, {warps} warps",
+                kernel, f"window {side}", part, dtype, settings,
                 constants, dict.fromkeys(names, "fp32"), ("scale", "scale_log2"), counts, warps, 1, matrix=True,
             )  # fmt: skip
 

@@ -127,7 +127,6 @@ def _window_attention_bwd_kernel(
     offs, offs_d, n = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM), SIDE * SIDE
     inside = offs < n
     base, pad = qkv_ptr + head * stride_h, pad_ptr + head * HEAD_DIM
-    bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)
     dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
     dpad_k, dpad_v = tl.zeros([HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
     for window in range(piece, windows, tl.num_programs(1)):
@@ -140,6 +139,7 @@ def _window_attention_bwd_kernel(
         outs = (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
         do = tl.load(dout_ptr + outs, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + token * heads + head, mask=real, other=float("inf"))
+        bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)  # again for each window: it has no registers
         # Padded queries get p = 0 from their infinite lse.
         p = tl.exp2(_scores(q, k, bias, region, inside, scale_log2, APART, PRECISION) - lse[:, None])
         dv = dot(tl.trans(p.to(do.dtype)), do, None, PRECISION)
@@ -190,12 +190,12 @@ def window_block(side: int) -> int:
     return max(triton.next_power_of_2(side * side), 16)
 
 
-def window_warps(side: int, itemsize: int) -> int:
-    """Warps of both kernels; not timed on a GPU yet."""
-    return 8 if window_block(side) > 32 and itemsize == 4 else 4
+def window_warps(side: int, itemsize: int, backward: bool) -> int:
+    """Warps of a kernel: the fewest that do not spill; not timed on a GPU yet."""
+    return 8 if window_block(side) > 32 and (itemsize == 4 or backward) else 4
 
 
-def _constants(qkv: Tensor, side: int, apart: float) -> dict[str, Any]:
+def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str, Any]:
     return {
         "HEAD_DIM": qkv.shape[3],
         "SIDE": side,
@@ -203,7 +203,7 @@ def _constants(qkv: Tensor, side: int, apart: float) -> dict[str, Any]:
         "LOG2": LOG2_E,
         "APART": apart * LOG2_E,
         "PRECISION": precision(qkv),
-        "num_warps": window_warps(side, qkv.dtype.itemsize),
+        "num_warps": window_warps(side, qkv.dtype.itemsize, backward),
         "num_stages": 1,
     }
 
@@ -224,7 +224,7 @@ def window_attention_fwd(
             span.first, *span.sizes, shift, heads,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5 * LOG2_E,
-            **_constants(qkv, side, apart),
+            **_constants(qkv, side, apart, backward=False),
         )  # fmt: skip
     return out, lse
 
@@ -254,7 +254,7 @@ def window_attention_bwd(
             span.first, *span.sizes, shift, heads, span.windows, first_share,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5, dim**-0.5 * LOG2_E,
-            **_constants(qkv, side, apart),
+            **_constants(qkv, side, apart, backward=True),
         )  # fmt: skip
         first_share += span.slices
     whole_bias, whole_pad = torch.zeros_like(bias), torch.zeros_like(pad)
