@@ -299,7 +299,8 @@ def _window_cases(part: int, dtype: str) -> Iterator[Case]:
             settings = f"{block}x{block}, {warps} warps" + (", small tile" if block < 64 else "")
             yield Case(
                 kernel, f"window {side}", part, dtype, settings,
-                constants, dict.fromkeys(names, "fp32"), ("scale", "scale_log2"), counts, warps, 1, matrix=True,
+                constants, dict.fromkeys(names, "fp32"), ("scale", "scale_log2"), counts,
+                warps, 1, matrix=True,
             )  # fmt: skip
 
 
