@@ -207,7 +207,7 @@ def _short_run(temperature: float, **options: float) -> OptimConfig:
     )
 
 
-def _on_digits(backbone: BackboneOptions, local_size: int, loss: LossConfig, **options: float) -> Config:
+def _on_digits(backbone: BackboneOptions, epochs: float) -> Config:
     """A run on digits on a CPU in minutes: gentle crops, a sharp teacher."""
     size = backbone.image_size
     return Config(
@@ -217,10 +217,9 @@ def _on_digits(backbone: BackboneOptions, local_size: int, loss: LossConfig, **o
             canvas=32,
             backbone=backbone,
             head=HeadConfig(prototypes=(32, 48, 64, 96), hidden=128, bottleneck=32),
-            loss=loss,
             crops=CropsConfig(
                 global_size=size,
-                local_size=local_size,
+                local_size=16,
                 local_count=2,
                 global_scale=(0.6, 1.0),
                 local_scale=(0.4, 0.8),
@@ -239,7 +238,15 @@ def _on_digits(backbone: BackboneOptions, local_size: int, loss: LossConfig, **o
                 mean=(0.3053,) * 3,
                 std=(0.3760,) * 3,
             ),
-            optim=_short_run(temperature=0.03, **options),
+            optim=_short_run(
+                epochs=epochs,
+                base_lr=3e-3,
+                warmup_epochs=0.1 * epochs,
+                freeze_last_layer_epochs=0.02 * epochs,
+                momentum_end=0.99,
+                temperature=0.03,
+                ibot_start_epoch=0.2 * epochs,
+            ),
         ),
         performance=PerformanceConfig(workers=0),
         run=RunConfig(data="digits", evaluate_every=315, save_every=630),
@@ -259,17 +266,7 @@ def _quickstart() -> Config:
         layer_scale=1.0,
         drop_path=0.0,
     )
-    return _on_digits(
-        backbone,
-        local_size=16,
-        loss=LossConfig(),
-        epochs=75.0,
-        base_lr=3e-3,
-        warmup_epochs=7.5,
-        freeze_last_layer_epochs=1.5,
-        momentum_end=0.99,
-        ibot_start_epoch=15.0,
-    )
+    return _on_digits(backbone, epochs=75.0)
 
 
 def _quickstart_swin() -> Config:
@@ -285,17 +282,7 @@ def _quickstart_swin() -> Config:
         max_depths=(1, 1, 3),
         drop_path=0.0,
     )
-    return _on_digits(
-        backbone,
-        local_size=16,
-        loss=LossConfig(),
-        epochs=40.0,
-        base_lr=3e-3,
-        warmup_epochs=4.0,
-        freeze_last_layer_epochs=1.0,
-        momentum_end=0.99,
-        ibot_start_epoch=8.0,
-    )
+    return _on_digits(backbone, epochs=40.0)
 
 
 def _quickstart_resnet() -> Config:
@@ -309,17 +296,7 @@ def _quickstart_resnet() -> Config:
         min_depths=(1, 1, 1),
         max_depths=(1, 2, 2),
     )
-    return _on_digits(
-        backbone,
-        local_size=16,
-        loss=LossConfig(),
-        epochs=40.0,
-        base_lr=3e-3,
-        warmup_epochs=4.0,
-        freeze_last_layer_epochs=1.0,
-        momentum_end=0.99,
-        ibot_start_epoch=8.0,
-    )
+    return _on_digits(backbone, epochs=40.0)
 
 
 def _small_images() -> Config:

@@ -6,7 +6,6 @@ heads are `dino_head.mlp0.2` and `dino_head.last_layer0`, and training checkpoin
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,6 @@ from poa.backbones import Backbone, BackboneConfig, ResNetConfig, SwinConfig, Vi
 from poa.errors import InputError
 from poa.weights import load_strictly, read_weights
 
-RESNET_GROUPS = 32
 UNUSED = re.compile(r"norm[012]\.norm\.|.*relative_position_index$")
 """Norms of Swin's first stages, which take no part in training, and a table that follows from the window."""
 
@@ -63,7 +61,9 @@ def network_name(official: str) -> str:
     raise InputError(f"official checkpoint: expected backbone.* or dino_head.*, got {official!r}")
 
 
-def load_backbone(path: str | Path, *, branch: str = "teacher", head_dim: int = 64) -> Backbone:
+def load_backbone(
+    path: str | Path, *, branch: str = "teacher", head_dim: int = 64, norm_groups: int = 32
+) -> Backbone:
     """Read the backbone of an official POA checkpoint: ViT, Swin or ResNet.
 
     Args:
@@ -71,6 +71,7 @@ def load_backbone(path: str | Path, *, branch: str = "teacher", head_dim: int = 
             state dict, or a safetensors file with official names.
         branch: "teacher" or "student", for files that hold both.
         head_dim: channels of an attention head of a ViT, which shapes do not tell (64 in every official one).
+        norm_groups: of the norms of a ResNet, likewise (32 in the official one).
 
     Returns:
         The intact backbone; its search space is every width and depth up to it.
@@ -79,20 +80,18 @@ def load_backbone(path: str | Path, *, branch: str = "teacher", head_dim: int = 
         InputError: not readable as weights, or keys missing or unknown.
     """
     state = _of_branch(_read(Path(path)), branch, str(path))
-    return backbone_from_state(state, name=str(path), head_dim=head_dim)
+    return backbone_from_state(state, name=str(path), head_dim=head_dim, norm_groups=norm_groups)
 
 
-def backbone_from_state(state: Mapping[str, Tensor], *, name: str = "state", head_dim: int = 64) -> Backbone:
-    """An elastic backbone from official parameters; kind and sizes are read from their names and shapes.
-
-    The groups of a ResNet's norms, which shapes do not tell either, are the official 32, or as many as divide
-    its widths.
-    """
+def backbone_from_state(
+    state: Mapping[str, Tensor], *, name: str = "state", head_dim: int = 64, norm_groups: int = 32
+) -> Backbone:
+    """An elastic backbone from official parameters; kind and sizes are read from their names and shapes."""
     converted = backbone_state(state)
     readers: dict[str, Callable[[], BackboneConfig]] = {
         "cls_token": lambda: _vit(converted, head_dim),
         "stages.0.blocks.0.norm1.weight": lambda: _swin(converted),
-        "layer1.0.conv2.weight": lambda: _resnet(converted),
+        "layer1.0.conv2.weight": lambda: _resnet(converted, norm_groups),
     }
     found = [reader for key, reader in readers.items() if key in converted]
     if not found:
@@ -141,17 +140,16 @@ def _swin(state: Mapping[str, Tensor]) -> BackboneConfig:
     )
 
 
-def _resnet(state: Mapping[str, Tensor]) -> BackboneConfig:
+def _resnet(state: Mapping[str, Tensor], norm_groups: int) -> BackboneConfig:
     depths = tuple(_count(state, f"layer{stage}.") for stage in range(1, 5))
     base, width = state["conv1.weight"].shape[0], state["layer1.0.conv2.weight"].shape[0]
-    groups = math.gcd(base, width, RESNET_GROUPS)
     return ResNetConfig(
         min_depths=(1,) * 4,
         max_depths=depths,
         base_width=base,
-        min_width=groups,
+        min_width=norm_groups,
         max_width=width,
-        norm_groups=groups,
+        norm_groups=norm_groups,
         masked="mask_token" in state,
     )
 

@@ -15,12 +15,12 @@ from poa.errors import InputError
 from poa.official import load_backbone
 
 
-def state() -> dict[str, torch.Tensor]:
-    return golden.tensors("vit_forward", "state")
+def state(name: str = "vit_forward") -> dict[str, torch.Tensor]:
+    return golden.tensors(name, "state")
 
 
-def prefixed(prefix: str) -> dict[str, torch.Tensor]:
-    return {prefix + key: value for key, value in state().items()}
+def prefixed(prefix: str, name: str = "vit_forward") -> dict[str, torch.Tensor]:
+    return {prefix + key: value for key, value in state(name).items()}
 
 
 HEAD = {"dino_head.mlp0.0.linear.weight": torch.zeros(2, 2)}
@@ -45,6 +45,19 @@ def test_official_checkpoints_give_the_recorded_features(content: Any, tmp_path:
         (features,) = model([inputs["global_crops"]], subnet)
         expected = outputs[f"{golden.key_of(subnet)}.global.x_norm_clstoken"]
         golden.assert_close(features.cls, expected, **case["tolerance"])
+
+
+@pytest.mark.parametrize("name", ["swin_forward", "resnet_forward"])
+def test_the_kind_is_read_from_the_names(name: str, tmp_path: Path) -> None:
+    case, recorded = golden.case(name), golden.pyramid(name)
+    torch.save({"teacher": prefixed("backbone.", name) | HEAD}, tmp_path / "official.pth")
+    model = load_backbone(tmp_path / "official.pth", norm_groups=case["config"].get("num_gn_groups", 32))
+    assert model.config.kind == recorded.config.kind
+    assert model.space.intact == recorded.space.intact
+    images = golden.tensors(name, "inputs")["global_crops"]
+    for subnet in (recorded.space.intact, recorded.space.smallest):
+        (got,), (wanted,) = model([images], subnet), recorded([images], subnet)
+        assert torch.equal(got.cls, wanted.cls)
 
 
 def test_safetensors_with_official_names(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +15,9 @@ from poa.backbones.base import Backbone, BackboneConfig, Features
 from poa.errors import InputError
 from poa.multicrop import StochasticDepth
 from poa.options import option
-from poa.subnets import Depth, SearchSpace, Subnet, stage_depths
+from poa.subnets import SearchSpace, Subnet, active_blocks, stage_depths
+
+C = TypeVar("C", bound="PyramidConfig")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,9 @@ class PyramidConfig(BackboneConfig):
     image_size: int = option(224, "pixels of a side of the global crops")
     min_depths: tuple[int, ...] = option((2, 2, 6, 2), "blocks of each stage of the shallowest subnet")
     max_depths: tuple[int, ...] = option((2, 2, 18, 2), "blocks of each stage of the intact network")
+    min_width: int = option(96, "channels of the first stage of the narrowest subnet")
+    max_width: int = option(128, "of the intact network")
+    width_step: int | None = option(None, "distance between widths; none: the smallest")
     mask_scale: int = option(2, "maskable patches along a side of a position of the last map: 1, 2 or 4")
     sampling_scale: float = option(2.0, "how much more often the smallest subnet is drawn, per axis")
     masked: bool = option(True, "has a mask token; false for exported models")
@@ -36,8 +43,20 @@ class PyramidConfig(BackboneConfig):
             )
         if any(not 1 <= low <= high for low, high in pairs):
             raise InputError(f"min_depths: expected 1..{self.max_depths} each, got {self.min_depths}")
+        for name, value in (
+            ("min_width", self.min_width),
+            ("max_width", self.max_width),
+            ("width_step", self.step),
+        ):
+            if value < 1 or value % self.unit:
+                raise InputError(f"{name}: expected a multiple of {self.unit}, got {value}")
+        if not self.min_width <= self.max_width or (self.max_width - self.min_width) % self.step:
+            raise InputError(
+                f"width_step: expected whole steps from {self.min_width} to {self.max_width}, got {self.step}"
+            )
         if self.mask_scale not in (1, 2, 4):
             raise InputError(f"mask_scale: expected 1, 2 or 4, got {self.mask_scale}")
+        self.grid(self.image_size)
 
     @property
     def stride(self) -> int:
@@ -51,17 +70,35 @@ class PyramidConfig(BackboneConfig):
 
     @property
     @abstractmethod
-    def widths(self) -> tuple[int, ...]:
-        """Widths of the subnets, ascending."""
+    def unit(self) -> int:
+        """Of which every width is a multiple."""
 
     @property
-    def depths(self) -> tuple[Depth, ...]:
-        """Depths of the subnets, ascending by their sums."""
-        return stage_depths(self.min_depths, self.max_depths)
+    def step(self) -> int:
+        """Distance between widths."""
+        return self.unit if self.width_step is None else self.width_step
 
     @property
     def space(self) -> SearchSpace:
-        return SearchSpace(self.widths, self.depths, self.sampling_scale, self.sampling_scale)
+        widths = tuple(range(self.min_width, self.max_width + 1, self.step))
+        depths = stage_depths(self.min_depths, self.max_depths)
+        return SearchSpace(widths, depths, self.sampling_scale, self.sampling_scale)
+
+    def active(self, subnet: Subnet, stage: int) -> list[int]:
+        """Indices of the active blocks of a stage."""
+        return active_blocks(self.max_depths[stage], subnet.blocks[stage])
+
+    def of_one_size(self: C, subnet: Subnet, image_size: int | None = None) -> C:
+        """The configuration of a subnet as a network of its own."""
+        return dataclasses.replace(
+            self,
+            image_size=image_size or self.image_size,
+            min_width=subnet.width,
+            max_width=subnet.width,
+            min_depths=subnet.blocks,
+            max_depths=subnet.blocks,
+            masked=False,
+        )
 
     def grid(self, image_size: int) -> int:
         if image_size < self.stride or image_size % self.stride:
@@ -151,8 +188,8 @@ class Pyramid(Backbone):
 
 
 def _mean(x: Tensor) -> Tensor:
-    """`[crops, height, width, channels]` -> `[crops, channels]`."""
-    return x.mean((1, 2))
+    """`[crops, height, width, channels]` -> `[crops, channels]`, at least float32."""
+    return x.mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def under_mask(x: Tensor, mask: Tensor, token: Tensor) -> Tensor:

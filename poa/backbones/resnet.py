@@ -27,7 +27,7 @@ from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.errors import InputError
 from poa.multicrop import StochasticDepth
 from poa.options import option
-from poa.subnets import SearchSpace, Subnet, active_blocks
+from poa.subnets import SearchSpace, Subnet
 from poa.weights import load_strictly
 
 EXPANSION = 4  # channels of a block's output over those of its narrowest middle
@@ -43,36 +43,22 @@ class ResNetConfig(PyramidConfig):
     max_depths: tuple[int, ...] = option((3, 8, 36, 3), "blocks of each stage of the intact network")
     base_width: int = option(64, "channels of the stem; a fourth of those of the first stage")
     min_width: int = option(64, "middle channels of the first stage of the narrowest subnet")
-    max_width: int = option(128, "of the intact network")
-    width_step: int | None = option(None, "distance between widths; none: norm_groups")
     norm_groups: int = option(32, "of every group norm, whatever the width")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("base_width", "min_width", "max_width", "width_step"):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or value % self.norm_groups):
-                raise InputError(
-                    f"{name}: expected a multiple of norm_groups {self.norm_groups}, got {value}"
-                )
-        if not self.min_width <= self.max_width or (self.max_width - self.min_width) % self.step:
+        if self.base_width < 1 or self.base_width % self.norm_groups:
             raise InputError(
-                f"width_step: expected whole steps from {self.min_width} to {self.max_width}, got {self.step}"
+                f"base_width: expected a multiple of norm_groups {self.norm_groups}, got {self.base_width}"
             )
-        self.grid(self.image_size)
 
     @property
-    def step(self) -> int:
-        """Distance between widths."""
-        return self.width_step or self.norm_groups
+    def unit(self) -> int:
+        return self.norm_groups
 
     @property
     def first_stride(self) -> int:
         return STEM_STRIDE
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(range(self.min_width, self.max_width + 1, self.step))
 
     @property
     def space(self) -> SearchSpace:
@@ -88,10 +74,6 @@ class ResNetConfig(PyramidConfig):
 
     def mean_drop_rate(self, subnet: Subnet) -> float:
         return 0.0
-
-    def active(self, subnet: Subnet, stage: int) -> list[int]:
-        """Indices of the active blocks of a stage."""
-        return active_blocks(self.max_depths[stage], subnet.blocks[stage])
 
     def parameters(self, subnet: Subnet) -> int:
         total = self.base_width * (3 * 7**2 + 2)
@@ -120,31 +102,14 @@ class ResNetConfig(PyramidConfig):
     def build(self, generator: torch.Generator | None = None) -> ElasticResNet:
         return ElasticResNet(self, generator)
 
-    def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> ResNetConfig:
-        """The configuration of a subnet as a network of its own."""
-        return dataclasses.replace(
-            self,
-            image_size=image_size or self.image_size,
-            min_width=subnet.width,
-            max_width=subnet.width,
-            min_depths=subnet.blocks,
-            max_depths=subnet.blocks,
-            masked=False,
-        )
-
     def timm_arguments(self) -> dict[str, Any] | None:
-        """Keyword arguments of `timm.models.ResNet` with `Bottleneck` and `norm_groups` groups of a norm.
+        """Keyword arguments of `timm.models.ResNet` beside `Bottleneck` and `timm.layers.GroupNorm`.
 
-        timm's widths are fixed but for `base_width`, over 64 channels of the stem.
+        There the stem has 64 channels, stages are four and groups 32.
         """
-        if self.base_width != 64 or len(self.max_depths) != 4:
+        if (self.base_width, len(self.max_depths), self.norm_groups) != (64, 4, 32):
             return None
-        return {
-            "layers": list(self.max_depths),
-            "base_width": self.max_width,
-            "norm_groups": self.norm_groups,
-            "num_classes": 0,
-        }
+        return {"layers": list(self.max_depths), "base_width": self.max_width, "num_classes": 0}
 
 
 class ElasticResNet(Pyramid):

@@ -31,7 +31,7 @@ from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.errors import InputError
 from poa.multicrop import StochasticDepth, draw_samples
 from poa.options import option
-from poa.subnets import Subnet, active_blocks
+from poa.subnets import Subnet
 from poa.weights import load_strictly
 
 LAYER_NORM_EPS = 1e-5
@@ -46,9 +46,6 @@ class SwinConfig(PyramidConfig):
 
     kind: Literal["swin"] = option("swin", "Swin transformer")
     patch_size: int = option(4, "pixels of a side of a patch")
-    min_width: int = option(96, "channels of the first stage of the narrowest subnet")
-    max_width: int = option(128, "of the intact network")
-    width_step: int | None = option(None, "distance between widths; none: head_dim")
     head_dim: int = option(16, "channels of an attention head")
     window: int = option(7, "side of a window, in tokens")
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width")
@@ -62,36 +59,21 @@ class SwinConfig(PyramidConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_width", "max_width", "width_step"):
-            value = getattr(self, name)
-            if value is not None and (value < 1 or value % self.head_dim):
-                raise InputError(f"{name}: expected a multiple of head_dim {self.head_dim}, got {value}")
-        if not self.min_width <= self.max_width:
-            raise InputError(f"min_width: expected at most {self.max_width}, got {self.min_width}")
-        if (self.max_width - self.min_width) % self.step:
-            raise InputError(
-                f"width_step: expected whole steps from {self.min_width} to {self.max_width}, got {self.step}"
-            )
         if not 0 <= self.drop_path < 1:
             raise InputError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
         if self.window < 2:
             raise InputError(f"window: expected at least 2, got {self.window}")
         if self.shifted is not None and tuple(map(len, self.shifted)) != self.max_depths:
-            raise InputError(f"shifted: expected as many flags as max_depths {self.max_depths}")
-        self.grid(self.image_size)
+            got = tuple(map(len, self.shifted))
+            raise InputError(f"shifted: expected as many flags as max_depths {self.max_depths}, got {got}")
 
     @property
-    def step(self) -> int:
-        """Distance between widths."""
-        return self.width_step or self.head_dim
+    def unit(self) -> int:
+        return self.head_dim
 
     @property
     def first_stride(self) -> int:
         return self.patch_size
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return tuple(range(self.min_width, self.max_width + 1, self.step))
 
     @property
     def embedding(self) -> int:
@@ -108,10 +90,6 @@ class SwinConfig(PyramidConfig):
         """Stochastic-depth rate of each active block of all stages, linear over the intact depth."""
         rates = torch.linspace(0, self.drop_path, sum(self.max_depths)).split(list(self.max_depths))
         return [float(r) for stage, rate in enumerate(rates) for r in rate[self.active(subnet, stage)]]
-
-    def active(self, subnet: Subnet, stage: int) -> list[int]:
-        """Indices of the active blocks of a stage."""
-        return active_blocks(self.max_depths[stage], subnet.blocks[stage])
 
     def mean_drop_rate(self, subnet: Subnet) -> float:
         rates = self.active_drop_rates(subnet)
@@ -150,20 +128,14 @@ class SwinConfig(PyramidConfig):
         return ElasticSwin(self, generator)
 
     def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> SwinConfig:
-        """The configuration of a subnet as a network of its own."""
+        """As `PyramidConfig.of_one_size`; keeps which blocks shift, and all channels of the embedding."""
         shifts = (
             tuple(self.shifts(stage)[i] for i in self.active(subnet, stage))
             for stage in range(len(self.max_depths))
         )
         return dataclasses.replace(
-            self,
-            image_size=image_size or self.image_size,
-            min_width=subnet.width,
-            max_width=subnet.width,
-            min_depths=subnet.blocks,
-            max_depths=subnet.blocks,
+            super().of_one_size(subnet, image_size),
             drop_path=0.0,
-            masked=False,
             embedding_width=self.embedding,
             shifted=tuple(shifts),
         )

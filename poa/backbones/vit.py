@@ -139,10 +139,8 @@ class ViTConfig(BackboneConfig):
 
     def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> ViTConfig:
         """The configuration of a subnet as a network of its own."""
-        (depth,), hidden = (
-            subnet.blocks,
-            elastic_hidden_features(subnet.width, self.max_width, self.hidden),
-        )
+        (depth,) = subnet.blocks
+        hidden = elastic_hidden_features(subnet.width, self.max_width, self.hidden)
         return dataclasses.replace(
             self,
             image_size=image_size or self.image_size,
