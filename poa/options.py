@@ -76,25 +76,58 @@ def _sections(hint: Any) -> list[type]:
 def override(options: T, assignments: Sequence[str]) -> T:
     """Apply `dotted.key=value` assignments.
 
-    Values are JSON, or bare words; tuples may be written `0.3,1`.
+    Values are JSON, or bare words; tuples may be written `0.3,1`. Another `kind` gives its section the
+    defaults of that kind, over which the other assignments win.
 
     Raises:
         InputError: not an assignment, an unknown key (with a suggestion), or a value of the wrong type.
     """
-    values = to_dict(options)
-    known = [key for key, *_ in describe(options)]
+    pairs = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"expected an option KEY=VALUE, got {assignment!r}")
-        if key not in known:
-            raise _unknown(key, known)
-        *parents, name = key.split(".")
-        group = values
-        for parent in parents:
-            group = group[parent]
+        pairs.append((key, text))
+    values = to_dict(options)
+    for key, text in pairs:
+        if key.endswith(".kind"):
+            _change_kind(options, values, key, text)
+    for key, text in pairs:
+        group, name = _place(values, key)
         group[name] = _parse(text, group[name])
     return from_dict(type(options), values)
+
+
+def _change_kind(options: Any, values: dict[str, Any], key: str, kind: str) -> None:
+    """Give a section, whose key is `SECTION.kind`, the defaults of a kind if it is of another."""
+    group, name = _place(values, key)
+    if group[name] != kind:
+        *parents, section, _ = key.split(".")
+        for parent in parents:
+            options = getattr(options, parent)
+        sections = _sections(typing.get_type_hints(type(options))[section])
+        group.clear()
+        group.update(to_dict(section_from_dict(sections, {name: kind}, key.removesuffix(".kind"))))
+
+
+def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """The group among nested values that holds a dotted key, and its name there."""
+    known = list(_keys(values))
+    if key not in known:
+        raise _unknown(key, known)
+    *parents, name = key.split(".")
+    for parent in parents:
+        values = values[parent]
+    return values, name
+
+
+def _keys(values: dict[str, Any], path: str = "") -> Iterator[str]:
+    """The dotted keys of nested values."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{path}{name}.")
+        else:
+            yield path + name
 
 
 def describe(options: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import poa
 from poa import export
-from poa.backbones import ElasticViT
+from poa.backbones import ElasticViT, ResNetConfig
 from poa.config import CropsConfig
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
@@ -95,6 +95,24 @@ def test_strict_keys_and_equal_features_in_timm(subnet: Subnet, backbone: Elasti
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
         torch.testing.assert_close(model(images), poa.load(path)(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("width", "depths"), [(64, (1, 2, 1, 1)), (96, (1, 1, 2, 1)), (128, (1, 2, 2, 1))])
+def test_resnets_in_timm(width: int, depths: tuple[int, ...], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
+    elastic = ResNetConfig(image_size=64, min_depths=(1, 1, 1, 1), max_depths=(1, 2, 2, 1)).build()
+    with torch.no_grad():
+        for parameter in elastic.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape)
+    path = export.extract(elastic, Subnet(width, depths), tmp_path, CROPS)
+    info = json.loads(path.with_suffix(".json").read_text())
+    bottleneck = timm.models.resnet.Bottleneck
+    model = timm.models.ResNet(bottleneck, norm_layer=timm.layers.GroupNorm, **info["timm"]).eval()
+    model.load_state_dict(load_file(path), strict=True)
+    for size in (64, 96):
+        images = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(model(images), poa.load(path)(images), atol=1e-5, rtol=1e-5)
 
 
 def test_a_wrong_fold_is_refused(

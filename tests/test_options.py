@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from poa.backbones import SwinConfig
 from poa.config import PRESETS, Config, preset
 from poa.errors import InputError
 from poa.options import describe, first_difference, from_dict, override, to_dict
@@ -32,6 +33,15 @@ def test_override(assignment: str, read) -> None:
     value, expected = read(override(preset("quickstart"), [assignment]))
     assert value == expected
     assert type(value) is type(expected)
+
+
+def test_another_kind_brings_its_defaults() -> None:
+    changes = ["method.backbone.min_width=64", "method.backbone.kind=swin", "method.batch_size=8"]
+    sizes = ["method.crops.global_size=32", "method.crops.local_size=32"]
+    config = override(preset("quickstart"), [*changes, *sizes, "method.backbone.image_size=32"])
+    assert config.method.backbone == SwinConfig(image_size=32, min_width=64)
+    assert config.method.batch_size == 8
+    assert override(config, ["method.backbone.kind=swin"]) == config
 
 
 @pytest.mark.parametrize(
