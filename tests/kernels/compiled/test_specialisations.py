@@ -6,6 +6,7 @@ Blocks of all widths run forward and backward on meta tensors, through the launc
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,12 +16,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from elastic_kernels import ElasticBlock, KeptRows, backend, dispatch
-from elastic_kernels.triton_ops import attention, gemm, layer_norm, linear, linear_wgrad, units
+from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows, backend, dispatch
+from elastic_kernels.triton_ops import (
+    attention,
+    gemm,
+    group_norm,
+    layer_norm,
+    linear,
+    linear_wgrad,
+    units,
+    window_attention,
+)
 
-WIDTHS = range(384, 1025, 64)  # of the 143 subnets of ViT-L/16; depths share their blocks' binaries
 IMAGES = (1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 23, 31, 32, 48, 53, 64, 96, 127, 128)  # 20 token counts
-MODULES = (attention, layer_norm, linear, linear_wgrad)
+FEW_IMAGES = (1, 5, 16, 64)
+MODULES = (attention, group_norm, layer_norm, linear, linear_wgrad, window_attention)
 
 
 class NoGpu:
@@ -57,16 +67,23 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # The number of binaries is asked, not the binaries.
     monkeypatch.setattr(triton.compiler, "compile", lambda *args, **kwargs: object())
     operators = {name: getattr(module, name) for module in MODULES for name in dir(module)}
-    monkeypatch.setattr(units, "ops", SimpleNamespace(**operators))
+    monkeypatch.setattr(torch.ops, "elastic_kernels", SimpleNamespace(**operators))
+    monkeypatch.setattr(units, "ops", torch.ops.elastic_kernels)
     monkeypatch.setattr(dispatch, "_obstacle", lambda device, dtype: None)
     monkeypatch.setattr(dispatch, "autocast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(gemm, "capability", lambda device: (9, 0))
     for module in (layer_norm, linear_wgrad):
         monkeypatch.setattr(module, "processors", lambda device: 132)
 
+    for kernel in KERNELS.values():
+        kernel.device_caches.clear()
+
 
 def binaries() -> dict[str, int]:
-    return {name: len(kernel.device_caches[0][0]) for name, kernel in KERNELS.items()}
+    """How many of each kernel that was used."""
+    counts = {name: len(kernel.device_caches[0][0]) for name, kernel in KERNELS.items()}
+    print(counts, sum(counts.values()))
+    return {name: count for name, count in counts.items() if count}
 
 
 def kept(groups: tuple[tuple[int, int], ...]) -> KeptRows:
@@ -77,18 +94,18 @@ def kept(groups: tuple[tuple[int, int], ...]) -> KeptRows:
 
 
 def run_all_widths(block: ElasticBlock) -> None:
-    for width in WIDTHS:
-        for images in IMAGES:
-            teacher, student = ((2 * images, 197),), ((2 * images, 197), (8 * images, 37))
-            tokens = [sum(count * length for count, length in groups) for groups in (teacher, student)]
-            with torch.no_grad():
-                block(torch.empty(tokens[0], width, device="meta"), teacher)
-            for choice in (None, (kept(student), kept(student))):
-                x = torch.empty(tokens[1], width, device="meta", requires_grad=True)
-                block(x, student, choice).sum().backward()
+    """The 143 subnets of ViT-L/16: depths share their blocks' binaries."""
+    for width, images in product(range(384, 1025, 64), IMAGES):
+        teacher, student = ((2 * images, 197),), ((2 * images, 197), (8 * images, 37))
+        tokens = [sum(count * length for count, length in groups) for groups in (teacher, student)]
+        with torch.no_grad():
+            block(torch.empty(tokens[0], width, device="meta"), teacher)
+        for choice in (None, (kept(student), kept(student))):
+            x = torch.empty(tokens[1], width, device="meta", requires_grad=True)
+            block(x, student, choice).sum().backward()
 
 
-def test_all_subnets_need_few_binaries() -> None:
+def test_all_subnets_of_a_vit_need_few_binaries() -> None:
     with torch.device("meta"):
         block = ElasticBlock(1024, 4096, 64, layer_scale=1e-5)
     with backend("triton"):
@@ -97,7 +114,46 @@ def test_all_subnets_need_few_binaries() -> None:
             linear_layer.bfloat16()
         run_all_widths(block)  # bf16 weights, read in place
     counts = binaries()
-    print(counts, sum(counts.values()))
-    unused = {name for name, count in counts.items() if not count}
-    assert unused == {"_attention_streaming_fwd_kernel"}
+    unused = {name for module in MODULES[2:5] for name in vars(module) if name in KERNELS} - counts.keys()
+    assert not unused and "_attention_bwd_kernel" in counts
+    assert sum(counts.values()) < 60
+
+
+def test_all_subnets_of_a_swin_need_few_binaries() -> None:
+    """Every stage and width of Swin-B, with global and local crops: stages share their kernels too."""
+    with torch.device("meta"):
+        blocks = [
+            [ElasticSwinBlock(128 * 2**stage, 512 * 2**stage, 16, 7, shift) for shift in (0, 3)]
+            for stage in range(4)
+        ]
+    with backend("triton"):
+        for stage, width, images in product(range(4), (96, 112, 128), FEW_IMAGES):
+            maps = [(8 * images, 24 >> stage, 24 >> stage), (2 * images, 56 >> stage, 56 >> stage)]
+            groups = tuple((count, height * wide) for count, height, wide in maps)
+            tokens = sum(count * length for count, length in groups)
+            for block, choice in product(blocks[stage], (None, (kept(groups), kept(groups)))):
+                x = torch.empty(tokens, width * 2**stage, device="meta", requires_grad=True)
+                block(x, maps, choice).sum().backward()
+    counts = binaries()
+    assert counts["_window_attention_fwd_kernel"] == counts["_window_attention_bwd_kernel"] == 1
+    assert sum(counts.values()) < 60
+
+
+def test_all_subnets_of_a_resnet_need_few_binaries() -> None:
+    """Every stage and width of ResNet-152: a group has 2 to 64 channels."""
+    with torch.device("meta"):
+        blocks = [
+            [
+                ElasticBottleneck(256 * 2**stage, 128 * 2**stage, 256 * 2**stage, 32, shortcut=shortcut)
+                for shortcut in (False, True)
+            ]
+            for stage in range(4)
+        ]
+    with backend("triton"):
+        for stage, width, images in product(range(4), (64, 96, 128), FEW_IMAGES):
+            for block, side in product(blocks[stage], (56 >> stage, 24 >> stage)):
+                x = torch.empty(images, side, side, 256 * 2**stage, device="meta", requires_grad=True)
+                block(x, width * 2**stage).sum().backward()
+    counts = binaries()
+    assert counts.keys() >= {"_group_norm_fwd_kernel", "_group_norm_bwd_kernel"}
     assert sum(counts.values()) < 60

@@ -1,0 +1,31 @@
+"""The Triton group norm on a GPU, at real sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from group_norm_cases import FUSION_NAMES, FUSIONS, assert_accurate, run
+from layer_norm_cases import affine
+from numerics import DTYPES, draw
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+SHAPES = [(4, 56, 56, 64), (3, 24, 24, 96), (5, 14, 14, 1024), (7, 3, 3, 2048)]  # of ResNet-152
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("activation", "added"), FUSIONS, ids=FUSION_NAMES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_gradients(
+    shape: tuple[int, ...], activation: str | None, added: bool, dtype: torch.dtype
+) -> None:
+    assert_accurate(shape, 32, dtype, activation, added, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_repeat(dtype: torch.dtype) -> None:
+    shape = SHAPES[0]
+    x, dy, residual = (draw(*shape, seed=seed).to("cuda", dtype) for seed in range(3))
+    parameters = tuple(p.float().cuda() for p in affine(shape[-1], 128))
+    first, second = (run(x, parameters, 32, residual, "relu", dy, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,36 @@
+"""The Triton window attention on a GPU, at real sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import DTYPES, draw
+from window_attention_cases import Maps, assert_accurate, inputs, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+SWIN: Maps = [(16, 24, 24), (4, 56, 56)]  # a few crops of Swin-B's first stage
+CASES: dict[str, tuple[Maps, int]] = {
+    "swin-b": (SWIN, 7),
+    "last-stage": ([(33, 3, 3), (9, 7, 7)], 7),
+    "windows-of-8": ([(5, 16, 24)], 8),
+    "odd": ([(3, 13, 29), (2, 1, 1)], 4),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 32, 64])
+@pytest.mark.parametrize("shifted", [False, True], ids=["aligned", "shifted"])
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(case: str, shifted: bool, dim: int, dtype: torch.dtype) -> None:
+    maps, window = CASES[case]
+    assert_accurate(maps, window, window // 2 if shifted else 0, dtype, dim, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_repeat(dtype: torch.dtype) -> None:
+    qkv, bias, pad = inputs(SWIN, 7, heads=4)
+    leaves = (qkv.to("cuda", dtype), bias.float().cuda(), pad.to("cuda", dtype))
+    dout = draw(len(qkv), 64, seed=3).to("cuda", dtype)
+    first, second = (run(leaves, SWIN, 7, 3, dout, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
