@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import elastic_kernels as ek
-from benchmarks import roofline
 from benchmarks.harness import Problem, Provider
 from benchmarks.peers import attention as attention_peers
 from benchmarks.peers import layer_norm as layer_norm_peers
 from benchmarks.peers import naive
 from benchmarks.peers import optimizer as optimizer_peers
 from benchmarks.peers import prototypes as prototype_peers
+from benchmarks.roofline.vit import attention_flops, tokens
 from poa.config import preset
 from poa.tribranch import Network
 
@@ -143,7 +143,7 @@ def _providers(
 
 
 def layer_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    rows, dtype = roofline.tokens(groups), sizes.dtype
+    rows, dtype = tokens(groups), sizes.dtype
     leaves = {
         "x": draw(device, dtype, rows, width),
         "weight": draw(device, dtype, sizes.largest, seed=1),
@@ -162,7 +162,7 @@ def layer_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -
 
 
 def attention(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    rows, dtype = roofline.tokens(groups), sizes.dtype
+    rows, dtype = tokens(groups), sizes.dtype
     leaves = {"qkv": draw(device, dtype, rows, 3, width // sizes.head_dim, sizes.head_dim)}
 
     def ours(qkv: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def attention(device: torch.device, sizes: Sizes, groups: Groups, width: int) ->
 
     providers = _providers(ours, plain) | attention_peers.peers(groups, device)
     moved = _bytes(dtype, 4 * rows * width, 8 * rows * width)
-    flops = roofline.attention_flops(groups, width)
+    flops = attention_flops(groups, width)
     return Problem("attention", _shape(groups, width), leaves, providers, flops, moved)
 
 
@@ -192,7 +192,7 @@ def _product_bytes(dtype: torch.dtype, rows: int, out: int, inner: int) -> dict[
 
 def linear(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     """fc1 without its GELU, and bare cuBLAS on a packed copy of the corner."""
-    rows, out, most = roofline.tokens(groups), 4 * width, 4 * sizes.largest
+    rows, out, most = tokens(groups), 4 * width, 4 * sizes.largest
     leaves = {"x": draw(device, sizes.dtype, rows, width), **_weight(device, sizes, most, sizes.largest, 1)}
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def linear(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Pr
 
 
 def linear_gelu(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    rows, out, most = roofline.tokens(groups), 4 * width, 4 * sizes.largest
+    rows, out, most = tokens(groups), 4 * width, 4 * sizes.largest
     leaves = {"x": draw(device, sizes.dtype, rows, width), **_weight(device, sizes, most, sizes.largest, 1)}
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def linear_gelu(device: torch.device, sizes: Sizes, groups: Groups, width: int) 
 
 
 def qkv(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    rows, largest = roofline.tokens(groups), sizes.largest
+    rows, largest = tokens(groups), sizes.largest
     leaves = {"x": draw(device, sizes.dtype, rows, width), **_weight(device, sizes, 3 * largest, largest, 1)}
     moved = _product_bytes(sizes.dtype, rows, 3 * width, width)
     flops = 2.0 * rows * 3 * width * width
@@ -243,7 +243,7 @@ def qkv(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Probl
 
 def linear_residual(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     """proj with bias, LayerScale and residual."""
-    rows, largest = roofline.tokens(groups), sizes.largest
+    rows, largest = tokens(groups), sizes.largest
     leaves = {
         "x": draw(device, sizes.dtype, rows, width),
         **_weight(device, sizes, largest, largest, 1),
@@ -263,7 +263,7 @@ def linear_residual(device: torch.device, sizes: Sizes, groups: Groups, width: i
 
 
 def mlp(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    rows, largest, most = roofline.tokens(groups), sizes.largest, 4 * sizes.largest
+    rows, largest, most = tokens(groups), sizes.largest, 4 * sizes.largest
     first, second = _weight(device, sizes, most, largest, 1), _weight(device, sizes, largest, most, 3)
     leaves = {
         "x": draw(device, sizes.dtype, rows, width),
@@ -284,7 +284,7 @@ def mlp(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Probl
 
 def block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     """A whole block; its bytes are the cost model's."""
-    largest, rows = sizes.largest, roofline.tokens(groups)
+    largest, rows = sizes.largest, tokens(groups)
     with torch.device(device):
         module = ek.ElasticBlock(largest, 4 * largest, sizes.head_dim, layer_scale=0.1).to(sizes.dtype)
     leaves = {"x": draw(device, sizes.dtype, rows, width)}
@@ -299,7 +299,7 @@ def block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Pro
 
         return provider
 
-    flops = 24.0 * rows * width * width + roofline.attention_flops(groups, width)
+    flops = 24.0 * rows * width * width + attention_flops(groups, width)
     weights = 12 * width * width
     # Forward: 2 norms, qkv, attention, proj, fc1, fc2 in and out; backward about twice, saved tensors read.
     moved = _bytes(sizes.dtype, 33 * rows * width + weights, 62 * rows * width + 2 * weights)

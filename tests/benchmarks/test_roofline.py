@@ -8,56 +8,83 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline
-from benchmarks.roofline import H200, Summary, Workload
-from poa.config import preset
+from benchmarks.roofline import H200, Summary, Workload, vit
+from benchmarks.roofline.swin import positions
+from poa.backbones import ViTConfig
+from poa.config import MethodConfig, preset
 from poa.data.masking import draw_masks
 from poa.multicrop import draw_stochastic_depth
+from poa.options import override
 from poa.random import python_stream, torch_stream
 from poa.subnets import Subnet
 from poa.tribranch import Batch, Centers, Network, StudentPass, teacher_targets, tribranch_loss
 
-METHOD = preset("vit-s16").method
-IMAGES = 5  # so that stochastic depth keeps whole crops: 8 of 10 and 32 of 40
+METHODS = {
+    "vit": preset("vit-s16").method,
+    # A Swin's stochastic depth keeps a random number of crops; here it keeps all.
+    "swin": override(preset("swin-b"), ["method.backbone.drop_path=0"]).method,
+    "resnet": preset("resnet-152").method,
+}
+METHOD = METHODS["vit"]
+SUBNETS = {
+    "vit": ["192x6", "192x12", "256x9", "320x7", "384x6", "384x12"],
+    "swin": ["96x2-2-6-2", "96x2-2-18-2", "112x2-2-9-2", "112x2-2-14-2", "128x2-2-6-2", "128x2-2-18-2"],
+    "resnet": ["64x3-4-6-3", "64x3-8-36-3", "96x3-5-17-3", "96x3-7-6-3", "128x3-4-6-3", "128x3-8-36-3"],
+}
+IMAGES = 5  # so that a ViT's stochastic depth keeps whole crops: 8 of 10 and 32 of 40
 
 
-def counted_flops(subnet: Subnet) -> int:
+def passes(method: MethodConfig, *subnets: Subnet) -> list[StudentPass]:
+    """With the stochastic depth of a ViT."""
+    config = method.backbone
+    if not isinstance(config, ViTConfig):
+        return [StudentPass(subnet) for subnet in subnets]
+    groups = vit.groups(config, Workload.of(method, IMAGES), student=True)
+    rates = [[config.drop_path] * subnet.blocks[0] for subnet in subnets]
+    return [
+        StudentPass(subnet, draw_stochastic_depth(groups, rate, torch_stream(0, "test")))
+        for subnet, rate in zip(subnets, rates, strict=True)
+    ]
+
+
+def counted_flops(method: MethodConfig, subnet: Subnet) -> int:
     """Of a whole step on tensors without values, by PyTorch."""
-    crops = METHOD.crops
-    dice = python_stream(METHOD.seed, "masks", 0, 0)
-    masks = draw_masks(2 * IMAGES, (14, 14), METHOD.masks.probability, METHOD.masks.ratio, dice)
-    groups, passes = Workload.of(METHOD, IMAGES).groups(student=True), []
-    for network in (METHOD.backbone.space.intact, subnet):
-        rates = [METHOD.backbone.drop_path] * network.depth
-        passes.append(StudentPass(network, draw_stochastic_depth(groups, rates, torch_stream(0, "test"))))
+    crops = method.crops
+    dice, side = python_stream(method.seed, "masks", 0, 0), method.backbone.grid(crops.global_size)
+    masks = draw_masks(2 * IMAGES, (side, side), method.masks.probability, method.masks.ratio, dice)
+    both = passes(method, method.backbone.space.intact, subnet)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        student, teacher = Network(METHOD.backbone, METHOD.head), Network(METHOD.backbone, METHOD.head)
+        student, teacher = Network(method.backbone, method.head), Network(method.backbone, method.head)
         batch = Batch(
             torch.empty(2 * IMAGES, 3, crops.global_size, crops.global_size),
             torch.empty(crops.local_count * IMAGES, 3, crops.local_size, crops.local_size),
             masks,
         )
         with FlopCounterMode(display=False) as counter:
-            centers = Centers.zeros(METHOD.head.prototypes, torch.device("cpu"))
-            (targets,) = teacher_targets(teacher, [batch], 0.05, METHOD.loss, centers)
-            intact, elastic = student(batch, passes)
-            tribranch_loss(intact, elastic, targets, batch, METHOD.loss)[0].backward()
+            centers = Centers.zeros(method.head.prototypes, torch.device("cpu"))
+            (targets,) = teacher_targets(teacher, [batch], 0.05, method.loss, centers)
+            intact, elastic = student(batch, both)
+            tribranch_loss(intact, elastic, targets, batch, method.loss)[0].backward()
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("subnet", ["192x6", "192x12", "256x9", "320x7", "384x6", "384x12"])
-def test_flops_agree_with_the_counter_of_pytorch(subnet: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "subnet"), [(kind, name) for kind in SUBNETS for name in SUBNETS[kind]])
+def test_flops_agree_with_the_counter_of_pytorch(
+    kind: str, subnet: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at values
-    work = Workload.of(METHOD, IMAGES)
-    model = Summary.of(roofline.step(work, Subnet.parse(subnet)), H200).flops
-    assert model == pytest.approx(counted_flops(Subnet.parse(subnet)), rel=0.01)
+    method, elastic = METHODS[kind], Subnet.parse(subnet)
+    model = Summary.of(roofline.step(Workload.of(method, IMAGES), elastic), H200).flops
+    assert model == pytest.approx(counted_flops(method, elastic), rel=0.01)
 
 
 def test_bytes_by_hand() -> None:
     """ViT-L, 64 images: 102 x 197 + 409 x 37 = 35,227 rows of 1024 channels take part in a block."""
-    work = Workload(preset("vit-l16").method, 64, 3726, stream_bytes=4)
-    costs = {(c.phase, c.kernel): c for c in roofline.block(work, "intact", 1024)}
-    rows = 35_227
-    assert roofline.tokens(work.kept(student=True)) == rows
+    method, rows = preset("vit-l16").method, 35_227
+    config, work = method.backbone, Workload(method, 64, 3726, stream_bytes=4)
+    assert isinstance(config, ViTConfig)
+    costs = {(c.phase, c.kernel): c for c in vit.block(config, work, "intact", 1024).costs()}
+    assert vit.tokens(vit.kept(config, work, student=True)) == rows
     assert costs["forward", "norm 1"].bytes == rows * 1024 * (4 + 2)
     assert costs["forward", "attention"].bytes == rows * 1024 * 2 * (3 + 1)
     qkv = rows * 1024 * 2 + 3 * 1024 * 1024 * 2 + rows * 3 * 1024 * 2
@@ -76,11 +103,40 @@ def test_floor_of_the_design() -> None:
     assert specified.flops == pytest.approx(104.1e12, rel=0.01)
 
 
-def test_parameters_are_those_of_the_network() -> None:
+def test_bytes_of_a_swin_by_hand() -> None:
+    """Swin-B, 64 images: 128 maps of 56 and 512 of 24 positions a side; blocks keep 1 to 0.8 of them."""
+    work = Workload(preset("swin-b").method, 64, 3726)
+    costs = roofline.step(work, work.method.backbone.space.intact)
+    blocks = [c.bytes for c in costs if (c.part, c.kernel) == ("intact", "norm 2") and c.phase == "forward"]
+    rows, rates = positions([(128, 56), (512, 24)]), torch.linspace(0, 0.2, 24).tolist()
+    assert len(blocks) == 24
+    assert blocks[0] == rows * 128 * (4 + 2)
+    assert blocks[1] == pytest.approx((1 - rates[1]) * rows * 128 * (4 + 2))
+    assert blocks[-1] == pytest.approx(0.8 * positions([(128, 7), (512, 3)]) * 1024 * (4 + 2))
+    merging = [c.bytes for c in costs if (c.part, c.kernel) == ("intact", "merging")]
+    after = positions([(128, 28), (512, 12)])
+    assert merging[0] == after * 512 * 2 + 512 * 256 * 2 + after * 256 * 4
+
+
+def test_bytes_of_a_resnet_by_hand() -> None:
+    """ResNet-152, 64 images: the last stage has 128 maps of 7 and 512 of 3 positions a side."""
+    work = Workload(preset("resnet-152").method, 64, 3726)
+    costs = roofline.step(work, Subnet(96, (3, 4, 6, 3)))
+    last = [c for c in costs if (c.part, c.phase, c.kernel) == ("elastic", "backward", "norm 3")]
+    one = 512 * 9 * 2048 * 2 * 5  # read: gradient, input, output; written: two gradients
+    assert [c.bytes for c in last[-2:]] == [one, 2 * one]  # the first block, and two alike
+    wgrads = [c.bytes for c in costs if (c.part, c.kernel) == ("elastic", "conv2 wgrad")]
+    rows, middle = 512 * 9, 8 * 96
+    assert wgrads[-1] == 2 * (2 * rows * middle * 2 + 2 * 4 * 9 * middle**2)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_parameters_are_those_of_the_network(kind: str) -> None:
+    method = METHODS[kind]
     with torch.device("meta"):
-        network = Network(METHOD.backbone, METHOD.head)
+        network = Network(method.backbone, method.head)
     unmasked = sum(p.numel() for name, p in network.named_parameters() if "mask_token" not in name)
-    assert roofline.parameters(METHOD) == unmasked
+    assert roofline.parameters(method) == unmasked
 
 
 def test_report() -> None:
