@@ -19,8 +19,8 @@ def backbone(config: ResNetConfig, work: Workload, part: str, subnet: Subnet) ->
         for stage, depth in enumerate(subnet.blocks):
             middle, out, side = subnet.width * 2**stage, config.outputs(stage), sides[stage]
             rows = count * side**2
-            yield from _block(part, count * before**2, rows, entry, middle, out, projected=True)
-            for cost in _block(part, rows, rows, out, middle, out, projected=False):
+            yield from block(part, count * before**2, rows, entry, middle, out, projected=True)
+            for cost in block(part, rows, rows, out, middle, out, projected=False):
                 yield cost.times(depth - 1)
             entry, before = out, side
 
@@ -30,15 +30,15 @@ def _stem(config: ResNetConfig, part: str, count: int, size: int) -> Iterator[Co
     out, rows, pooled = config.base_width, count * (-(-size // 2)) ** 2, count * config.sides(size)[0] ** 2
     flops, moved = 2.0 * rows * out * 3 * 7**2, HALF * (3 * count * size**2 + rows * out)
     yield Cost(part, "forward", "stem conv", flops, flops, moved)
-    yield _norm(part, "stem", rows * out, residual=False)
+    yield norm(part, "stem", rows * out, residual=False)
     yield stream(part, "forward", "pooling", HALF * (rows + pooled) * out)
     if part != "teacher":
         yield stream(part, "backward", "pooling", HALF * (rows + 2 * pooled) * out)
-        yield _norm_backward(part, "stem", rows * out, residual=False)
+        yield norm_backward(part, "stem", rows * out, residual=False)
         yield Cost(part, "backward", "stem conv wgrad", flops, flops, moved)
 
 
-def _block(
+def block(
     part: str, rows_in: int, rows: int, entry: int, middle: int, out: int, *, projected: bool
 ) -> Iterator[Cost]:
     """One bottleneck: `rows_in` positions of `entry` channels become `rows` of `out`."""
@@ -67,16 +67,16 @@ def _convolution(
 
 
 def _normalised(part: str, name: str, elements: int, *, residual: bool) -> Iterator[Cost]:
-    yield _norm(part, name, elements, residual=residual)
+    yield norm(part, name, elements, residual=residual)
     if part != "teacher":
-        yield _norm_backward(part, name, elements, residual=residual)
+        yield norm_backward(part, name, elements, residual=residual)
 
 
-def _norm(part: str, name: str, elements: int, *, residual: bool) -> Cost:
+def norm(part: str, name: str, elements: int, *, residual: bool) -> Cost:
     """A sample's group stays in the cache between its statistics and its result."""
     return stream(part, "forward", name, HALF * elements * (3 if residual else 2))
 
 
-def _norm_backward(part: str, name: str, elements: int, *, residual: bool) -> Cost:
+def norm_backward(part: str, name: str, elements: int, *, residual: bool) -> Cost:
     """The gradient, input and output are read; that of the input, and of the residual, written."""
     return stream(part, "backward", name, HALF * elements * (5 if residual else 4))

@@ -20,11 +20,11 @@ def positions(maps: Maps) -> int:
     return sum(count * side**2 for count, side in maps)
 
 
-def _attention(config: SwinConfig, maps: Maps, width: int, share: float) -> Attention:
-    """Windows at the edges of a map are padded, and each to a tile."""
-    windows = share * sum(count * (-(-side // config.window)) ** 2 for count, side in maps)
+def attention(window: int, maps: Maps, width: int, share: float = 1.0) -> Attention:
+    """Windows at the edges of a map are padded, and each to a tile; of this share of the maps."""
+    windows = share * sum(count * (-(-side // window)) ** 2 for count, side in maps)
     products = 4.0 * windows * width
-    return Attention(products * config.window**4, products * TILE**2, len(maps), keeps_output=False)
+    return Attention(products * window**4, products * TILE**2, len(maps), keeps_output=False)
 
 
 def backbone(config: SwinConfig, work: Workload, part: str, subnet: Subnet) -> Iterator[Cost]:
@@ -39,8 +39,8 @@ def backbone(config: SwinConfig, work: Workload, part: str, subnet: Subnet) -> I
         rows, hidden = positions(maps), int(width * config.mlp_ratio)
         for _ in range(depth):
             share = 1 - next(rates) if student else 1.0
-            attention = _attention(config, maps, width, share)
-            yield from Block(part, width, hidden, share * rows, share * rows, attention, s).costs()
+            within = attention(config.window, maps, width, share)
+            yield from Block(part, width, hidden, share * rows, share * rows, within, s).costs()
         if stage < stages - 1:
             after = [(count, side[stage + 1]) for (count, _), side in zip(crops, sides, strict=True)]
             yield from _merging(part, width, positions(after), s)

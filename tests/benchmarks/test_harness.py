@@ -21,7 +21,7 @@ from benchmarks import cases, harness, results
 from benchmarks.harness import Problem, Unavailable
 from benchmarks.peers import naive
 from benchmarks.roofline import Ceilings
-from elastic_kernels import ElasticBlock, KeptRows
+from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e12, 1e11, None, "made up for a test")
@@ -124,6 +124,32 @@ def test_naive_block_is_the_block(width: int) -> None:
             torch.testing.assert_close(block(x, [(2, 5)], choice), expected)
             assert graphs() == 0
         assert torch.equal(block(x, [(2, 5)], choice), expected)
+
+
+@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_naive_swin_block_is_the_block(width: int, shift: int) -> None:
+    block = ElasticSwinBlock(32, 128, 16, 3, shift)
+    torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    kept = KeptRows(((1, 20), (1, 9)), torch.arange(20, 49), torch.full((29,), 2.0))
+    maps = [(2, 5, 4), (1, 3, 3)]
+    x = cases.draw(CPU, torch.float32, 49, width)
+    for choice in (None, (kept, kept)):
+        expected = block(x, maps, choice)
+        with naive.installed():
+            torch.testing.assert_close(block(x, maps, choice), expected)
+        assert torch.equal(block(x, maps, choice), expected)
+
+
+@pytest.mark.parametrize("middle", [8, 16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_naive_bottleneck_is_the_block(middle: int, stride: int) -> None:
+    block = ElasticBottleneck(12, 16, 24, 4, stride=stride, shortcut=True)
+    x = cases.draw(CPU, torch.float32, 3, 6, 6, 12)
+    expected = block(x, middle)
+    with naive.installed():
+        torch.testing.assert_close(block(x, middle), expected)
+    assert torch.equal(block(x, middle), expected)
 
 
 def test_kernels_command_writes_no_rows_without_a_gpu(

@@ -1,0 +1,91 @@
+"""The kernel benchmarks: an operator, its shape, who computes it, and what it must move.
+
+Shapes are those of a step of ViT-L/16 with 64 images: the teacher's crops, and what stochastic depth leaves
+of a student's, at widths of the intact network and of elastic ones; and those of two stages of Swin-B and
+ResNet-152 with 16 images. On a CPU the same cases run tiny, to test the suite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from benchmarks.cases import method, pyramids, transformer
+from benchmarks.cases.common import ALL_WIDTHS, REAL, TINY, Groups, Sizes, draw
+from benchmarks.harness import Problem
+
+__all__ = ["ALL_WIDTHS", "CASES", "REAL", "TINY", "Case", "Sizes", "draw"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel benchmark.
+
+    Attributes:
+        name: of the operator.
+        about: one line.
+        build: problems on a device for a crop group set and a width.
+        crops: names of the crop groups it is measured on.
+        of: what it is measured for: every width, numbers of prototypes, the network as a whole, or stages of
+            a Swin or ResNet, which have maps of their own.
+    """
+
+    name: str
+    about: str
+    build: Callable[[torch.device, Sizes, Groups, int], Problem]
+    crops: tuple[str, ...] = ("student",)
+    of: Literal["widths", "heads", "network", "stages"] = "widths"
+
+    def problems(self, device: torch.device, sizes: Sizes) -> Iterator[Callable[[], Problem]]:
+        """One at a time: inputs are made when called."""
+        numbers = {
+            "widths": sizes.widths,
+            "heads": sizes.prototypes,
+            "network": (sizes.largest,),
+            "stages": sizes.stages,
+        }[self.of]
+        for name in self.crops:
+            for number in numbers:
+                yield partial(self.build, device, sizes, sizes.crops[name], number)
+
+
+CASES: Sequence[Case] = (
+    Case("layer_norm", "LayerNorm with affine", transformer.layer_norm),
+    Case("attention", "attention within packed crops", transformer.attention, ("teacher", "student")),
+    Case(
+        "linear",
+        "fc1 with bias, nothing fused; `packed` is cuBLAS on a copy of the corner",
+        transformer.linear,
+    ),
+    Case("linear_gelu", "fc1 with bias and exact GELU", transformer.linear_gelu),
+    Case("qkv", "projections of the first heads, three corners of one weight", transformer.qkv),
+    Case("linear_residual", "proj with bias, LayerScale and residual", transformer.linear_residual),
+    Case("mlp", "fc1, GELU, fc2", transformer.mlp),
+    Case("block", "a transformer block", transformer.block),
+    Case(
+        "window_attention",
+        "attention within shifted windows of padded maps",
+        pyramids.window_attention,
+        of="stages",
+    ),
+    Case("swin_block", "a Swin block with shifted windows", pyramids.swin_block, of="stages"),
+    Case("group_norm", "group norm with residual and ReLU, channels last", pyramids.group_norm, of="stages"),
+    Case("bottleneck", "a bottleneck of a ResNet with group norm", pyramids.bottleneck, of="stages"),
+    Case(
+        "prototype_losses",
+        "losses of both students' masked patches with a head",
+        method.prototype_losses,
+        of="heads",
+    ),
+    Case("sinkhorn", "scaling vectors of all heads, class tokens and patches", method.sinkhorn, of="network"),
+    Case(
+        "optimizer",
+        "clipping, AdamW, moving average and bf16 copies of all weights",
+        method.optimizer,
+        of="network",
+    ),
+)
