@@ -44,15 +44,21 @@ from poa.tribranch import (
     tribranch_loss,
 )
 
-TINY = [  # what runs without a GPU, to test the suite
-    "method.backbone.min_width=16",
-    "method.backbone.max_width=32",
-    "method.backbone.min_depth=1",
-    "method.backbone.max_depth=2",
-    "method.head.prototypes=8,12",
-    "method.head.hidden=16",
-    "method.head.bottleneck=8",
-]
+TINY_HEAD = ["method.head.prototypes=8,12", "method.head.hidden=16", "method.head.bottleneck=8"]
+TINY = {  # what runs without a GPU, to test the suite: a preset, and what is smaller still
+    "vit": (
+        "quickstart",
+        [
+            "method.backbone.min_width=16",
+            "method.backbone.max_width=32",
+            "method.backbone.min_depth=1",
+            "method.backbone.max_depth=2",
+            *TINY_HEAD,
+        ],
+    ),
+    "swin": ("quickstart-swin", TINY_HEAD),
+    "resnet": ("quickstart-resnet", TINY_HEAD),
+}
 MIX_STEPS = 12  # of the mix of subnets
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative, between providers
 STEP = 1000  # whose schedules hold: warmed up, with iBOT
@@ -79,6 +85,15 @@ class Setting:
     @property
     def device(self) -> torch.device:
         return self.batch.global_crops.device
+
+
+def config_of(name: str, device: torch.device) -> Config:
+    """The preset; without a GPU a tiny network of its kind stands for it."""
+    config = preset(name)
+    if device.type == "cuda":
+        return config
+    stand_in, smaller = TINY[config.method.backbone.kind]
+    return override(preset(stand_in), smaller)
 
 
 def setting(config: Config, images: int, device: torch.device) -> Setting:
@@ -216,7 +231,7 @@ def run(
     """
     if official is not None:
         require_checkout(official)
-    config = preset(name) if device.type == "cuda" else override(preset("quickstart"), TINY)
+    config = config_of(name, device)
     ceilings, rows = harness.ceilings_of(device, min(seconds, harness.MEASURE)), []
     for count in (
         images if device.type == "cuda" else [min(*images, 4) if len(images) > 1 else min(images[0], 4)]
@@ -390,9 +405,18 @@ def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
 
 # Kernels by name, and the costs that are their floor.
 FAMILIES = (
-    ("norms", r"^_layer_norm|^_branch_grad", r"norm (1|2)|last norm"),
-    ("attention", r"^_attention|flash|fmha", r"attention"),
-    ("products", r"gemm|cutlass|nvjet|^_linear", r"qkv|proj|fc|embed|head MLP"),
+    (
+        "norms",
+        r"^_(layer|group)_norm|^_branch_grad",
+        r"norm [123]$|(last|embedding|merging|stem|shortcut) norm",
+    ),
+    ("attention", r"^_(window_)?attention|flash|fmha", r"attention"),
+    (
+        "products",
+        r"gemm|cutlass|nvjet|conv|^_linear",
+        r"qkv|proj|fc|conv|patch embedding|merging(?! norm)|head MLP",
+    ),
+    ("pooling", r"pool", r"pooling"),
     ("losses", r"^_losses|^_(row|column)_(pass|merge)", r"prototypes|losses|Sinkhorn"),
     ("optimiser", r"adam|multi_tensor|lerp|foreach", r"AdamW|gradient norm"),
 )
@@ -400,7 +424,7 @@ FAMILIES = (
 
 def profile(name: str, images: int, device: torch.device) -> str:
     """The twenty largest kernels of one of our steps, launches, and families against their floor."""
-    config = preset(name) if device.type == "cuda" else override(preset("quickstart"), TINY)
+    config = config_of(name, device)
     here = setting(config, images if device.type == "cuda" else 4, device)
     ours, subnet = Ours(here), chosen(here)[len(chosen(here)) // 2]
     for _ in range(3):

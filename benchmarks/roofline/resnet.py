@@ -30,11 +30,11 @@ def _stem(config: ResNetConfig, part: str, count: int, size: int) -> Iterator[Co
     out, rows, pooled = config.base_width, count * (-(-size // 2)) ** 2, count * config.sides(size)[0] ** 2
     flops, moved = 2.0 * rows * out * 3 * 7**2, HALF * (3 * count * size**2 + rows * out)
     yield Cost(part, "forward", "stem conv", flops, flops, moved)
-    yield norm(part, "stem", rows * out, residual=False)
+    yield norm(part, "stem norm", rows * out, residual=False)
     yield stream(part, "forward", "pooling", HALF * (rows + pooled) * out)
     if part != "teacher":
         yield stream(part, "backward", "pooling", HALF * (rows + 2 * pooled) * out)
-        yield norm_backward(part, "stem", rows * out, residual=False)
+        yield norm_backward(part, "stem norm", rows * out, residual=False)
         yield Cost(part, "backward", "stem conv wgrad", flops, flops, moved)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,9 @@ import torch
 from compiler import HAS_COMPILER
 from tiny import tiny_config
 
-from benchmarks import quality, step
+from benchmarks import quality, roofline, step
 from benchmarks.peers.official import OfficialStep
 from poa.config import preset
-from poa.options import override
 from poa.subnets import Subnet
 from poa.tribranch import Centers, Network, StudentPass, teacher_targets, tribranch_loss
 
@@ -44,6 +44,24 @@ def test_every_provider_that_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -
     graphs = [row["graphs"] for row in rows if row["provider"] == "compiled" and row["mode"] == "16x1"]
     assert all(graphs)
     assert "official    not measured: no checkout was named with --official" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "smallest"), [("swin-b", "16x1-1-1"), ("resnet-152", "16x1-1-1")])
+def test_other_backbones(name: str, smallest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the compiled peer, which compiles for minutes on a CPU."""
+    monkeypatch.setattr(step, "PROVIDERS", ("ours", "reference", "naive"))
+    rows = [row for row in step.run(name, [4], CPU, None, 0.01) if row["op"] == "step"]
+    assert {row["provider"] for row in rows} == {"ours", "reference", "naive"}
+    assert rows[0]["mode"] == smallest
+    assert all(0 < row["share_of_floor"] < 1 for row in rows)
+
+
+@pytest.mark.parametrize("name", ["vit-l16", "swin-b", "resnet-152"])
+def test_costs_belong_to_one_family(name: str) -> None:
+    method = preset(name).method
+    costs = roofline.step(roofline.Workload.of(method, 8), method.backbone.space.smallest)
+    for kernel in {cost.kernel for cost in costs}:
+        assert sum(bool(re.search(pattern, kernel)) for _, _, pattern in step.FAMILIES) == 1, kernel
 
 
 def test_a_provider_with_another_loss_is_refused(
@@ -78,7 +96,7 @@ def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
 def test_official_step_has_our_losses() -> None:
     assert OFFICIAL is not None
     method = tiny_config("method.backbone.drop_path=0.0").method
-    here = step.setting(override(preset("quickstart"), step.TINY), 4, CPU)
+    here = step.setting(step.config_of("vit-l16", CPU), 4, CPU)
     torch.manual_seed(0)
     official = OfficialStep(Path(OFFICIAL), method, CPU)
     try:
