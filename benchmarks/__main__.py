@@ -3,11 +3,12 @@
     python -m benchmarks --list               every case and its peers
     python -m benchmarks kernels              all kernel cases; --case NAME, --all-widths, --provider NAME
     python -m benchmarks step                 the training step; --images 8 64, --official PATH
+    python -m benchmarks networks             subnets of a preset against static ones of their size
     python -m benchmarks quality              k-NN against wall time on small images; --data PATH
     python -m benchmarks sampling             what policies of drawing subnets cost; --processes
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
-    python -m benchmarks gpu                  GPU tests, ceilings, kernels, step in one run; --parts
+    python -m benchmarks gpu                  GPU tests, ceilings, kernels, steps, networks in one run; --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
 Without a GPU everything runs tiny, to test the suite; such rows are not written and no report takes them.
@@ -111,6 +112,17 @@ def step(options: argparse.Namespace) -> None:
     keep(rows, options.out)
 
 
+def networks(options: argparse.Namespace) -> None:
+    from benchmarks import networks as benchmark
+
+    device = device_of(options.device)
+    images = options.images[0] if device.type == "cuda" else 2
+    rows = []
+    for name in options.presets:
+        rows += benchmark.run(name, images, device, options.seconds)
+    keep(rows, options.out)
+
+
 def quality(options: argparse.Namespace) -> None:
     from benchmarks import quality as benchmark
 
@@ -139,18 +151,21 @@ def print_roofline(options: argparse.Namespace) -> None:
 
 
 def gpu(options: argparse.Namespace) -> int:
-    """Tests, then kernels, then steps; a failed test stops it."""
+    """Tests, then kernels, then steps, then networks; a failed test stops it."""
     if not torch.cuda.is_available():
         raise ValueError("gpu: expected a CUDA device, got none")
     official = ["--official", str(options.official)] if options.official else []
     commands = {
-        "tests": [sys.executable, "-m", "pytest", "-q", "-rs", "-k", "cuda"],
-        "kernels": [sys.executable, "-m", "benchmarks", "kernels", "--seconds", "0.15"],
-        "step": [sys.executable, "-m", "benchmarks", "step", "--seconds", "1.5", *official],
+        "tests": ["pytest", "-q", "-rs", "-k", "cuda"],
+        "kernels": ["benchmarks", "kernels", "--seconds", "0.15"],
+        "step": ["benchmarks", "step", "--seconds", "1.5", *official],
+        "step-swin": ["benchmarks", "step", "--preset", "swin-b", "--seconds", "1"],
+        "step-resnet": ["benchmarks", "step", "--preset", "resnet-152", "--seconds", "1"],
+        "networks": ["benchmarks", "networks", "--seconds", "0.5"],
     }
     started = time.perf_counter()
     for part in options.parts:
-        status = subprocess.run(commands[part], cwd=ROOT).returncode
+        status = subprocess.run([sys.executable, "-m", *commands[part]], cwd=ROOT).returncode
         print(f"{part}: exit status {status}, {time.perf_counter() - started:.0f} s so far", flush=True)
         if status:
             return status
@@ -166,6 +181,7 @@ def report(options: argparse.Namespace) -> None:
 COMMANDS = {
     "kernels": (kernels, "operators against their peers"),
     "step": (step, "the training step against naive slicing, compiled slicing and the official code"),
+    "networks": (networks, "subnets as networks against naive slicing and static networks of their size"),
     "quality": (quality, "k-NN of teacher and subnets against wall time"),
     "sampling": (sampling, "the time processes wait for each other, by policy of drawing subnets"),
     "profile": (profile, "the twenty largest kernels of one step"),
@@ -184,6 +200,12 @@ def _device(parser: argparse.ArgumentParser) -> None:
 def _step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="vit-l16", help="network and method")
     parser.add_argument("--images", type=int, nargs="+", default=[64], help="images of a step")
+
+
+def _networks(parser: argparse.ArgumentParser) -> None:
+    presets = ["vit-l16", "swin-b", "resnet-152"]
+    parser.add_argument("--presets", nargs="+", default=presets, help="whose subnets")
+    parser.add_argument("--images", type=int, nargs=1, default=[64], help="of a forward")
 
 
 def _official(parser: argparse.ArgumentParser) -> None:
@@ -210,7 +232,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _gpu(parser: argparse.ArgumentParser) -> None:
-    parts = ("tests", "kernels", "step")
+    parts = ("tests", "kernels", "step", "step-swin", "step-resnet", "networks")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
 
 
@@ -222,6 +244,7 @@ def _report(parser: argparse.ArgumentParser) -> None:
 OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
     "kernels": (_device, _kernels),
     "step": (_device, _step, _official),
+    "networks": (_device, _networks),
     "quality": (_device, _quality, _official),
     "sampling": (_device, _sampling),
     "profile": (_device, _step),

@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 PLOTS = results.FOLDER / "plots"
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks report` -->", "<!-- benchmarks: end -->"
 NOTHING = "Not measured yet."
-OPERATORS_ASIDE = ("step", "step part", "quality")
+OPERATORS_ASIDE = ("step", "step part", "network", "quality")
 
 
 def check(rows: Iterable[Row]) -> None:
@@ -77,7 +77,8 @@ def sections(rows: Sequence[Row]) -> list[str]:
             f"**{gpu}**, driver {newest_row['driver']}, torch {newest_row['torch']}, Triton "
             f"{newest_row['triton']}, commit {newest_row['commit']}, {newest_row['date']}."
         )
-        found += [text for text in (step_table(mine), kernel_table(mine), quality_table(mine)) if text]
+        tables = (step_table, network_table, kernel_table, quality_table)
+        found += [text for text in (table(mine) for table in tables) if text]
     return found
 
 
@@ -118,6 +119,17 @@ def step_table(rows: Sequence[Row]) -> str:
             speed = f"{row['images_per_s']:.0f}"
             lines.append([row["provider"], row["shape"], speed, mfu, memory, f"{row['share_of_floor']:.0%}"])
     head = ("step", "network, chunk", "images/s", "MFU", "peak GiB", "share of floor")
+    return markdown(head, lines) if lines else ""
+
+
+def network_table(rows: Sequence[Row]) -> str:
+    """Images a second of every subnet and provider, forward and with its backward."""
+    lines = []
+    mine = [row for row in rows if row["op"] == "network"]
+    for (shape, provider), several in _by(mine, "shape", "provider").items():
+        speed = {row["mode"]: f"{row['images_per_s']:.0f}" for row in several}
+        lines.append([provider, shape, speed.get("fwd", ""), speed.get("fwd+bwd", "")])
+    head = ("network", "subnet, images", "forward, images/s", "with backward")
     return markdown(head, lines) if lines else ""
 
 

@@ -83,6 +83,10 @@ class Setting:
         return len(self.batch.global_crops) // VIEWS
 
     @property
+    def space(self) -> SearchSpace:
+        return self.config.method.backbone.space
+
+    @property
     def device(self) -> torch.device:
         return self.batch.global_crops.device
 
@@ -125,16 +129,12 @@ class Ours:
         self.state = TrainingState.start(here.config, here.device)
         self.schedules = Schedules.build(here.config.method.optim, 1250, here.images)
         self.temperature = self.schedules.teacher_temperature[STEP]
-        self.passes = {subnet: self.drawn_passes(subnet) for subnet in {*here.mix, *chosen(here)}}
+        self.passes = {subnet: self.drawn_passes(subnet) for subnet in {*here.mix, *chosen(here.space)}}
 
     def drawn_passes(self, elastic: Subnet) -> list[StudentPass]:
         """Both students, with stochastic depth as a step draws it."""
-        subnets, draws = (self._space.intact, elastic), [torch_stream(0, "benchmark") for _ in range(2)]
+        subnets, draws = (self.here.space.intact, elastic), [torch_stream(0, "benchmark") for _ in range(2)]
         return student_passes(self.state.student, self.here.batch, subnets, draws)
-
-    @property
-    def _space(self) -> SearchSpace:
-        return self.here.config.method.backbone.space
 
     def loss(self, elastic: Subnet) -> float:
         """Of one chunk, without stochastic depth."""
@@ -144,7 +144,9 @@ class Ours:
             (targets,) = teacher_targets(
                 self.state.teacher, [here.batch], self.temperature, method.loss, centers
             )
-            outputs = self.state.student(here.batch, [StudentPass(self._space.intact), StudentPass(elastic)])
+            outputs = self.state.student(
+                here.batch, [StudentPass(self.here.space.intact), StudentPass(elastic)]
+            )
         intact, small = outputs
         return float(tribranch_loss(intact, small, targets, here.batch, method.loss)[0])
 
@@ -207,11 +209,14 @@ def provider(name: str, here: Setting, official: Path | None) -> Iterator[tuple[
 PROVIDERS = ("ours", "reference", "naive", "compiled", "official")
 
 
-def chosen(here: Setting) -> list[Subnet]:
+def chosen(space: SearchSpace) -> list[Subnet]:
     """The smallest subnet, one in the middle, and the intact network."""
-    space = here.config.method.backbone.space
-    middle = Subnet(space.widths[len(space.widths) // 2], space.depths[len(space.depths) // 2])
-    return list(dict.fromkeys((space.smallest, middle, space.intact)))
+    return list(dict.fromkeys((space.smallest, middle(space), space.intact)))
+
+
+def middle(space: SearchSpace) -> Subnet:
+    """One in the middle."""
+    return Subnet(space.widths[len(space.widths) // 2], space.depths[len(space.depths) // 2])
 
 
 def run(
@@ -242,7 +247,7 @@ def run(
         for which in PROVIDERS:
             try:
                 with provider(which, here, official) as (found, compiled):
-                    loss = found.loss(chosen(here)[0])
+                    loss = found.loss(chosen(here.space)[0])
                     expected = loss if expected is None else expected
                     tolerance = LOSS_TOLERANCE[config.method.precision]
                     if abs(loss - expected) > tolerance * abs(expected):
@@ -266,7 +271,7 @@ def measure(
 ) -> list[Row]:
     """Rows of a provider: each chosen subnet, and the mix."""
     rows = []
-    for mode, subnets in (*((str(s), (s,)) for s in chosen(here)), ("mix", here.mix)):
+    for mode, subnets in (*((str(s), (s,)) for s in chosen(here.space)), ("mix", here.mix)):
         started, graphs = time.perf_counter(), compiled()
         for subnet in dict.fromkeys(subnets):
             found.step(subnet)  # compiles, allocates
@@ -342,7 +347,8 @@ def _whole(work: roofline.Workload) -> roofline.Workload:
 
 def parts(ours: Ours, ceilings: roofline.Ceilings, seconds: float) -> list[Row]:
     """Time by part of our step, for the middle subnet."""
-    here, subnet = ours.here, chosen(ours.here)[len(chosen(ours.here)) // 2]
+    here = ours.here
+    subnet = middle(here.space)
     rows = []
     for name, times in harness.interleaved(_parts(ours, subnet), here.device, seconds).items():
         rows.append(_row("ours", f"{subnet} {name}", here, (subnet,), times, ceilings))
@@ -426,7 +432,7 @@ def profile(name: str, images: int, device: torch.device) -> str:
     """The twenty largest kernels of one of our steps, launches, and families against their floor."""
     config = config_of(name, device)
     here = setting(config, images if device.type == "cuda" else 4, device)
-    ours, subnet = Ours(here), chosen(here)[len(chosen(here)) // 2]
+    ours, subnet = Ours(here), middle(here.space)
     for _ in range(3):
         ours.step(subnet)
     _synchronize(device)

@@ -1,0 +1,148 @@
+"""Subnets as networks side by side: elastic, naively sliced, and static ones of the same size.
+
+Weights and images are in one dtype, bf16 on a GPU. Features are compared first, with those of the plain
+definitions in fp32; a provider whose features differ is refused. What elasticity costs is the distance from
+`ours` to `static`, the same subnet with weights of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import harness
+from benchmarks.harness import Unavailable
+from benchmarks.peers import naive, timm_networks
+from benchmarks.results import Row, place
+from benchmarks.step import chosen, config_of
+from elastic_kernels import backend
+from poa.backbones import Backbone, BackboneConfig
+from poa.subnets import Subnet
+
+PROVIDERS = ("ours", "reference", "naive", "compiled", "static", "timm", "timm compiled")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the features, relative to their norm
+
+
+def run(name: str, images: int, device: torch.device, seconds: float) -> list[Row]:
+    """Measure the chosen subnets of a preset, forward, and forward with backward to all weights.
+
+    Args:
+        name: of the preset; without a GPU a tiny network stands for it.
+        images: of a forward, in the size of global crops.
+        device: to run on.
+        seconds: of measuring each provider and mode.
+    """
+    config = config_of(name, device).method.backbone
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    elastic = config.build(torch.Generator().manual_seed(0)).eval().to(device)
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (images, 3, config.image_size, config.image_size)
+    crops, rows = torch.randn(shape, device=device, generator=generator), []
+    for subnet in chosen(config.space):
+        print(label_of(config, subnet, images))
+        with backend("reference"), torch.no_grad():
+            expected = elastic([crops], subnet)[0].cls
+        for which in PROVIDERS:
+            try:
+                with provider(which, elastic, subnet, dtype) as found:
+                    refuse_another_function(found, crops.to(dtype), expected)
+                    rows += measure(which, found, config, subnet, crops.to(dtype), seconds)
+            except Exception as error:  # peers fail in their own ways
+                if which == "ours":
+                    raise
+                kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+                print(f"    {which:16}not measured: {kind}{str(error).partition(chr(10))[0]}")
+    return rows
+
+
+def label_of(config: BackboneConfig, subnet: Subnet, images: int) -> str:
+    return f"{config.kind} {subnet} {images}x{config.image_size}px"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A network to be measured.
+
+    Attributes:
+        features: of images `[B, 3, H, W]`.
+        weights: that get gradients.
+        same: whether its function is the subnet's.
+    """
+
+    features: Callable[[Tensor], Tensor]
+    weights: list[nn.Parameter]
+    same: bool
+
+
+def refuse_another_function(found: Found, crops: Tensor, expected: Tensor) -> None:
+    """Raise `Unavailable` where the features should be these and are not."""
+    with torch.no_grad():
+        worst = float((found.features(crops).float() - expected).norm() / expected.norm())
+    if found.same and not worst <= TOLERANCE[crops.dtype]:
+        raise Unavailable(f"its features differ by {worst:.1e}")
+
+
+@contextlib.contextmanager
+def provider(which: str, elastic: Backbone, subnet: Subnet, dtype: torch.dtype) -> Iterator[Found]:
+    """A network with weights of this dtype, on the device of the elastic one."""
+    device = next(elastic.parameters()).device
+    if which.startswith("timm"):
+        model, same = timm_networks.build(elastic.static(subnet))
+        model = model.to(device, dtype)
+        features = torch.compile(model, dynamic=False) if which == "timm compiled" else model
+        yield Found(features, list(model.parameters()), same)
+        return
+    network = copy.deepcopy(elastic.static(subnet) if which == "static" else elastic).to(device, dtype)
+    with contextlib.ExitStack() as stack:
+        if which == "reference":
+            stack.enter_context(backend("reference"))
+        elif which in ("naive", "compiled"):
+            stack.enter_context(naive.installed(compiled=which == "compiled"))
+        yield Found(lambda x: network([x], subnet)[0].cls, list(network.parameters()), True)
+
+
+def measure(
+    which: str, found: Found, config: BackboneConfig, subnet: Subnet, crops: Tensor, seconds: float
+) -> list[Row]:
+    """Rows of a provider: forward, and forward with the gradients of its weights."""
+    device, rows = crops.device, []
+
+    def forward() -> None:
+        with torch.no_grad():
+            found.features(crops)
+
+    def both() -> None:
+        loss = found.features(crops).float().square().sum()
+        torch.autograd.grad(loss, found.weights, allow_unused=True)  # what the subnet leaves out gets none
+
+    for mode, call, times_flops in (("fwd", forward, 1), ("fwd+bwd", both, 3)):
+        call()  # compiles, allocates
+        memory = _peak_mib(call, device)
+        times = harness.interleaved({which: harness.timed(call)}, device, seconds)[which]
+        spread = harness.quantiles(times)
+        taken, flops = spread["p50"] / 1e6, times_flops * len(crops) * config.flops(subnet)
+        row: Row = {"op": "network", "provider": which, "mode": mode, **spread}
+        row |= {"shape": label_of(config, subnet, len(crops)), "dtype": str(crops.dtype).partition(".")[2]}
+        row |= {"images_per_s": len(crops) / taken, "tflop_per_s": flops / taken / 1e12, "peak_mib": memory}
+        rows.append(row | place(device.type))
+        print(
+            f"    {which:16}{mode:8}{len(crops) / taken:10.1f} images/s {taken * 1e3:9.2f} ms"
+            + (f" {memory:8.0f} MiB" if memory is not None else ""),
+            flush=True,
+        )
+    return rows
+
+
+def _peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
