@@ -8,7 +8,7 @@
     python -m benchmarks sampling             what policies of drawing subnets cost; --processes
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
-    python -m benchmarks gpu                  GPU tests, ceilings, kernels, steps, networks in one run; --parts
+    python -m benchmarks gpu                  all that a GPU is needed for, in one run; --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
 Without a GPU everything runs tiny, to test the suite; such rows are not written and no report takes them.
