@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import assert_same, newest, rows, run_of
+from tiny import tiny_pyramid
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,42 +19,23 @@ from poa.config import PRESETS, Config, preset
 from poa.errors import InputError
 from poa.memory import predict_memory
 from poa.optim import Schedules
-from poa.options import from_dict, override, to_dict
+from poa.options import from_dict, to_dict
 from poa.step import TrainingState, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
 
 KINDS = ("swin", "resnet")
 CHANGES = {"swin": ["method.backbone.drop_path=0.3"], "resnet": []}
-SHORT = [
-    "method.batch_size=8",
-    "method.head.prototypes=8,12",
-    "method.head.hidden=16",
-    "method.head.bottleneck=8",
-    "method.optim.epoch_steps=2",
-    "method.optim.epochs=2",
-    "method.optim.warmup_epochs=1",
-    "method.optim.freeze_last_layer_epochs=0.5",
-    "method.optim.ibot_start_epoch=1",
-    "run.log_every=1",
-    "run.save_every=2",
-    "run.evaluate_every=0",
-    "run.device=cpu",
-]
-
-
-def tiny(kind: str, *overrides: str) -> Config:
-    return override(preset(f"quickstart-{kind}"), [*SHORT, *overrides])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_resumes_bitwise_and_gives_models(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = tiny(kind, *CHANGES[kind])
+    config = tiny_pyramid(kind, *CHANGES[kind])
     pretrain(config, tmp_path / "whole")
     found = rows(tmp_path / "whole")
-    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
     assert found[-1]["elastic.ibot.0"] > 0
     (tmp_path / "whole" / "checkpoints").rename(tmp_path / "all")
     (tmp_path / "whole" / "checkpoints").mkdir()
@@ -75,7 +57,7 @@ def test_a_run_resumes_bitwise_and_gives_models(
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputing_changes_nothing(kind: str, tmp_path: Path) -> None:
     for name, changes in (("stored", []), ("recomputed", ["performance.recompute=true"])):
-        pretrain(tiny(kind, *changes), tmp_path / name)
+        pretrain(tiny_pyramid(kind, *changes), tmp_path / name)
     assert_same(*(newest(tmp_path / name)["teacher"] for name in ("stored", "recomputed")))
     assert rows(tmp_path / "stored") == rows(tmp_path / "recomputed")
 
@@ -83,7 +65,7 @@ def test_recomputing_changes_nothing(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_low_precision_agrees_on_the_first_loss(kind: str, tmp_path: Path) -> None:
     for name in ("fp32", "bf16"):
-        pretrain(tiny(kind, f"method.precision={name}"), tmp_path / name)
+        pretrain(tiny_pyramid(kind, f"method.precision={name}"), tmp_path / name)
     exact, rounded = (rows(tmp_path / name)[0]["loss"] for name in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=5e-3)  # measured: 0.1 and 0.2 %
 
@@ -91,7 +73,9 @@ def test_low_precision_agrees_on_the_first_loss(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient(kind: str, tmp_path: Path) -> None:
     """Plain DDP waits for one from each."""
-    config = tiny(kind, *CHANGES[kind], "method.optim.ibot_start_epoch=0", "performance.optimizer=torch")
+    config = tiny_pyramid(
+        kind, *CHANGES[kind], "method.optim.ibot_start_epoch=0", "performance.optimizer=torch"
+    )
     run, state = run_of(config, tmp_path), TrainingState.start(config, torch.device("cpu"))
     (canvases,) = next(run.batches(range(1)))
     chunk = run.prepare(0, 0, canvases)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from elastic_kernels.attention import HEAD_DIMS
+from elastic_kernels.dispatch import forced
 from poa.backbones import Backbone, ResNetConfig, SwinConfig
 from poa.heads import HeadConfig
 from poa.official import UNUSED, backbone_name
@@ -39,6 +41,8 @@ def expected(name: str, key: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "subnet", "key"), CASES, ids=[f"{c[0][:4]}-{c[1]}" for c in CASES])
 def test_golden_forward(name: str, subnet: Subnet, key: str) -> None:
+    if forced() == "triton" and SWIN["config"]["head_dim"] not in HEAD_DIMS and name == "swin_forward":
+        pytest.skip(f"the kernel takes head_dim {HEAD_DIMS}, recorded was {SWIN['config']['head_dim']}")
     model, inputs = golden.pyramid(name), golden.tensors(name, "inputs")
     tolerance, recorded = golden.case(name)["tolerance"], expected(name, key)
     for case in {field.split(".")[0] for field in recorded}:

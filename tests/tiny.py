@@ -1,17 +1,19 @@
-"""A run small enough for tests: digits, four subnets, a few steps."""
+"""A run small enough for tests: digits, a few subnets, a few steps."""
 
 from __future__ import annotations
 
 from poa.config import Config, preset
 from poa.options import override
 
-OVERRIDES = [
-    "method.batch_size=8",
+VIT = [
     "method.backbone.min_width=16",
     "method.backbone.max_width=32",
     "method.backbone.min_depth=1",
     "method.backbone.max_depth=2",
     "method.backbone.drop_path=0.2",
+]
+SHORT = [
+    "method.batch_size=8",
     "method.head.prototypes=8,12",
     "method.head.hidden=16",
     "method.head.bottleneck=8",
@@ -28,5 +30,10 @@ OVERRIDES = [
 
 
 def tiny_config(*overrides: str) -> Config:
-    """Six steps; further overrides win."""
-    return override(preset("quickstart"), [*OVERRIDES, *overrides])
+    """A ViT of four subnets for six steps; further overrides win."""
+    return override(preset("quickstart"), [*VIT, *SHORT, *overrides])
+
+
+def tiny_pyramid(kind: str, *overrides: str) -> Config:
+    """The same with the Swin or ResNet of its quickstart; further overrides win."""
+    return override(preset(f"quickstart-{kind}"), [*SHORT, *overrides])

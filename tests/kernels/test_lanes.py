@@ -20,6 +20,10 @@ LANES = {
     "interpreted": ("tests/kernels/interpreted", INTERPRETED),
     "golden-vit": ("tests/test_golden_vit.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
     "golden-method": ("tests/test_golden_method.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
+    "golden-resnet": (
+        "tests/test_golden_pyramids.py::test_golden_forward",
+        INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"},
+    ),
     "fast-path": ("tests/test_fast_path.py", INTERPRETED),
     "compiled": ("tests/kernels/compiled", {"ELASTIC_KERNELS_LANE": "compiled"}),
 }
