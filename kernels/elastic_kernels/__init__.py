@@ -7,7 +7,12 @@ PyTorch definition that runs on any device;
 """
 
 from elastic_kernels.attention import packed_attention
-from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_half
+from elastic_kernels.block import (
+    KeptRows,
+    elastic_attention_half,
+    elastic_mlp_half,
+    elastic_window_attention_half,
+)
 from elastic_kernels.compilations import compilations
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.dispatch import backend
@@ -62,6 +67,7 @@ __all__ = [
     "elastic_mlp",
     "elastic_mlp_half",
     "elastic_qkv",
+    "elastic_window_attention_half",
     "packed_attention",
     "prototype_cross_entropy",
     "relative_position_bias",

@@ -10,9 +10,11 @@ import torch
 from elastic_kernels import dispatch
 from elastic_kernels.attention import attention_backend
 from elastic_kernels.crops import crops_backend
+from elastic_kernels.group_norm import group_norm_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
 from elastic_kernels.optimizer import fused_adamw_backend
+from elastic_kernels.window_attention import window_attention_backend
 
 LINEARS = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv")
 
@@ -33,11 +35,14 @@ def main() -> None:
     choices |= {
         op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
     }
+    windowed = ("window_attention", "elastic_window_attention_half")
+    choices |= {op: window_attention_backend(x, 7, 16) for op in windowed}
+    choices["elastic_group_norm"] = group_norm_backend(x, 32)
     choices |= {op: dispatch.choose(op, x) for op in ("prototype_cross_entropy", "sinkhorn_scaling")}
     choices["FusedAdamW"] = fused_adamw_backend(x.float())
     choices["render_crops"] = crops_backend(x)
     for op, choice in choices.items():
-        print(f"  {op:<24} {choice.backend:<11} {choice.reason}")
+        print(f"  {op:<29} {choice.backend:<11} {choice.reason}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     x[rows] += row_scale * gamma1 * proj(attention(qkv(norm1(x[rows]))))
     x[rows] += row_scale * gamma2 * fc2(gelu(fc1(norm2(x[rows]))))
 
-A last block may make only the tokens that are read after it: `only`.
+Attention is within sequences, where a last block may make only the tokens that are read after it (`only`), or
+within windows of maps.
 
 On Triton a half is one autograd unit (`triton_ops/units.py`); elsewhere it is made of the others.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,15 @@ from elastic_kernels.attention import attention_backend, packed_attention
 from elastic_kernels.layer_norm import elastic_layer_norm, layer_norm_backend
 from elastic_kernels.linear import elastic_linear_residual, elastic_qkv, layer_spec, linear_backend
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
+from elastic_kernels.window_attention import (
+    APART,
+    validate_windows,
+    window_attention,
+    window_attention_backend,
+)
+
+if TYPE_CHECKING:
+    from elastic_kernels.triton_ops.units import Windows
 
 
 @dataclass(frozen=True)
@@ -94,35 +105,17 @@ def elastic_attention_half(
     op, width = "elastic_attention_half", x.shape[-1]
     if width % head_dim:
         raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
-    qkv_grad, proj_grad = grad_out or (None, None)
     rows, scale = (kept.rows, kept.scale) if kept else (None, None)
     active = kept.groups if kept else groups
-    covered, taking_part = sum(count * length for count, length in active), len(x if rows is None else rows)
-    if covered != taking_part:
-        raise ValueError(f"{op}: groups {list(active)} cover {covered} tokens, expected {taking_part}")
+    _require_cover(op, active, [count * length for count, length in active], x if rows is None else rows)
     attention = attention_backend(x, active, head_dim, dispatch.product_dtype(x))
     if attention.backend == "triton" and _fused(op, x) and only is None:
-        from elastic_kernels.triton_ops.units import AttentionHalfFunction, HalfSpec
-
-        weights = {"qkv_weight": (qkv_weight, qkv_grad), "proj_weight": (proj_weight, proj_grad)}
-        _validate(op, x, (norm_weight, norm_bias), weights, kept)
-        largest = qkv_weight.shape[1]
-        if qkv_weight.shape[0] != 3 * largest or tuple(proj_weight.shape) != (largest, largest):
-            shapes = f"{tuple(qkv_weight.shape)} and {tuple(proj_weight.shape)}"
-            raise ValueError(f"{op}: expected qkv_weight [3 * C, C] and proj_weight [C, C], got {shapes}")
-        lengths = {"proj_bias": (proj_bias, largest), "gamma": (gamma, largest)}
-        validate.vectors(op, x, qkv_bias=(qkv_bias, 3 * largest), **lengths)
-        spec = HalfSpec(
-            eps,
-            layer_spec(x, qkv_weight, width, groups=3, grad_out=qkv_grad),
-            layer_spec(x, proj_weight, width, grad_out=proj_grad),
-            [number for group in active for number in group],
-            head_dim,
-            recompute=False,
-            reuse=reuse,
+        parameters = _AttentionParameters(
+            norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma
         )
-        parameters = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma)
-        return AttentionHalfFunction.apply(x, *parameters, rows, scale, spec)
+        flat = [number for group in active for number in group]
+        return _attention_unit(op, x, parameters, eps, flat, head_dim, kept, reuse, grad_out)
+    qkv_grad, proj_grad = grad_out or (None, None)
     h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
     qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad)
     h = packed_attention(qkv.unflatten(-1, (-1, head_dim)), active)
@@ -132,6 +125,128 @@ def elastic_attention_half(
     return elastic_linear_residual(
         h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
     )
+
+
+def elastic_window_attention_half(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    window_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    gamma: Tensor | None,
+    maps: Sequence[tuple[int, int, int]],
+    head_dim: int,
+    *,
+    window: int,
+    shift: int = 0,
+    kept: KeptRows | None = None,
+    reuse: bool = False,
+    grad_out: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """`elastic_attention_half` with attention within windows of maps, which are padded with zeros (Swin).
+
+    Args:
+        x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, head_dim, kept,
+            reuse, grad_out: as of `elastic_attention_half`.
+        window_bias: `[heads_max, n, n]`, n = window**2, as the bias of `window_attention`.
+        maps: `(count, height, width)` of each group in packing order; with `kept`, the counts are those kept.
+        window, shift: as of `window_attention`.
+
+    Returns:
+        `[tokens, w]`, the dtype of `x`.
+
+    Raises:
+        ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
+        TypeError, RuntimeError: as those.
+    """
+    op, width = "elastic_window_attention_half", x.shape[-1]
+    if width % head_dim:
+        raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
+    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    if kept is not None:
+        sizes = zip(kept.groups, maps, strict=True)
+        maps = [(count, height, across) for (count, _), (_, height, across) in sizes]
+    covered = [count * height * across for count, height, across in maps]
+    _require_cover(op, maps, covered, x if rows is None else rows)
+    attention = window_attention_backend(x, window, head_dim, dispatch.product_dtype(x))
+    if attention.backend == "triton" and _fused(op, x):
+        from elastic_kernels.triton_ops.units import Windows
+
+        validate_windows(op, width // head_dim, window_bias, window, shift)
+        parameters = _AttentionParameters(
+            norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma
+        )
+        flat, windows = [number for group in maps for number in group], Windows(window, shift, APART)
+        return _attention_unit(
+            op, x, parameters, eps, flat, head_dim, kept, reuse, grad_out, windows, window_bias
+        )
+    qkv_grad, proj_grad = grad_out or (None, None)
+    h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
+    qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad).unflatten(-1, (-1, head_dim))
+    pad = qkv_bias.view(3, -1, head_dim)
+    h = window_attention(qkv, window_bias, pad, maps, window=window, shift=shift)
+    return elastic_linear_residual(
+        h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
+    )
+
+
+class _AttentionParameters(NamedTuple):
+    """Of an attention half, in the order in which its unit takes them."""
+
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    proj_weight: Tensor
+    proj_bias: Tensor | None
+    gamma: Tensor | None
+
+
+def _attention_unit(
+    op: str,
+    x: Tensor,
+    parameters: _AttentionParameters,
+    eps: float,
+    groups: Sequence[int],
+    head_dim: int,
+    kept: KeptRows | None,
+    reuse: bool,
+    grad_out: tuple[Tensor, Tensor] | None,
+    windows: Windows | None = None,
+    window_bias: Tensor | None = None,
+) -> Tensor:
+    """An attention half as one unit for autograd."""
+    from elastic_kernels.triton_ops.units import AttentionHalfFunction, HalfSpec
+
+    p, (qkv_grad, proj_grad) = parameters, grad_out or (None, None)
+    weights = {"qkv_weight": (p.qkv_weight, qkv_grad), "proj_weight": (p.proj_weight, proj_grad)}
+    _validate(op, x, (p.norm_weight, p.norm_bias), weights, kept)
+    width, largest = x.shape[1], p.qkv_weight.shape[1]
+    if p.qkv_weight.shape[0] != 3 * largest or tuple(p.proj_weight.shape) != (largest, largest):
+        shapes = f"{tuple(p.qkv_weight.shape)} and {tuple(p.proj_weight.shape)}"
+        raise ValueError(f"{op}: expected qkv_weight [3 * C, C] and proj_weight [C, C], got {shapes}")
+    lengths = {"proj_bias": (p.proj_bias, largest), "gamma": (p.gamma, largest)}
+    validate.vectors(op, x, qkv_bias=(p.qkv_bias, 3 * largest), **lengths)
+    spec = HalfSpec(
+        eps,
+        layer_spec(x, p.qkv_weight, width, groups=3, grad_out=qkv_grad),
+        layer_spec(x, p.proj_weight, width, grad_out=proj_grad),
+        reuse,
+        attention_groups=groups,
+        head_dim=head_dim,
+        windows=windows,
+    )
+    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    return AttentionHalfFunction.apply(x, *parameters, window_bias, rows, scale, spec)
+
+
+def _require_cover(op: str, groups: Sequence[object], covered: Sequence[int], rows: Tensor) -> None:
+    if sum(covered) != len(rows):
+        raise ValueError(f"{op}: groups {list(groups)} cover {sum(covered)} tokens, expected {len(rows)}")
 
 
 def elastic_mlp_half(
@@ -184,10 +299,8 @@ def elastic_mlp_half(
             eps,
             layer_spec(x, fc1_weight, hidden, grad_out=fc1_grad),
             layer_spec(x, fc2_weight, x.shape[1], width=hidden, grad_out=fc2_grad),
-            attention_groups=[],
-            head_dim=0,
-            recompute=recompute,
-            reuse=reuse,
+            reuse,
+            recompute,
         )
         parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
         return MlpHalfFunction.apply(x, *parameters, rows, scale, spec)

@@ -76,7 +76,7 @@ def elastic_linear(
 
         spec = layer_spec(x, weight, rows, scale=scale, grad_out=grad_out)
         y = LinearFunction.apply(x.reshape(-1, width), weight, bias, spec, activation)
-        return y.view(*x.shape[:-1], rows)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)  # a view could not be overwritten
     corner = _corner(weight[:rows, :width], grad_out, lambda buffer: buffer[:rows, :width])
     y = _scaled_linear(x, corner, _head(bias, rows), _offset_scale(weight, width, scale))
     return F.gelu(y) if activation == "gelu" else y

@@ -13,10 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels.attention import packed_attention
-from elastic_kernels.block import KeptRows, elastic_attention_half, elastic_mlp_half
+from elastic_kernels.block import (
+    KeptRows,
+    elastic_attention_half,
+    elastic_mlp_half,
+    elastic_window_attention_half,
+)
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
-from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
+from elastic_kernels.linear import elastic_linear, elastic_qkv
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 
@@ -224,12 +229,16 @@ class ElasticWindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(table)
 
     def forward(self, x: Tensor, maps: Maps) -> Tensor:
-        """`[tokens, w]` -> `[tokens, w]` before the projection; `maps` are `(count, height, width)`."""
+        """`[tokens, w]` -> `[tokens, w]` within each window; `maps` are `(count, height, width)`."""
         qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (-1, self.head_dim))
-        bias = relative_position_bias(self.relative_position_bias_table, self.window)
         # Maps are padded with zeros, whose q, k and v are the biases.
         pad = self.qkv.bias.view(3, -1, self.head_dim)
-        return window_attention(qkv, bias, pad, maps, window=self.window, shift=self.shift)
+        h = window_attention(qkv, self.bias(), pad, maps, window=self.window, shift=self.shift)
+        return self.proj(h, out_features=x.shape[-1])
+
+    def bias(self) -> Tensor:
+        """The bias of scores, `[heads, window**2, window**2]`."""
+        return relative_position_bias(self.relative_position_bias_table, self.window)
 
 
 class ElasticSwinBlock(nn.Module):
@@ -267,20 +276,16 @@ class ElasticSwinBlock(nn.Module):
             `[tokens, w]`, the dtype of `x`.
         """
         first, second = kept or (None, None)
-        norm, mlp, active, rows, scale = self.norm1, self.mlp, maps, None, None
-        if first is not None:
-            rows, scale = first.rows, first.scale
-            sizes = zip(first.groups, maps, strict=True)
-            active = [(count, height, width) for (count, _), (_, height, width) in sizes]
-        h = elastic_layer_norm(x, norm.weight, norm.bias, norm.eps, rows=rows)
-        proj = self.attn.proj
-        x = elastic_linear_residual(
-            self.attn(h, active), proj.weight, proj.bias, x, rows=rows, row_scale=scale
-        )
+        norm, attn, mlp = self.norm1, self.attn, self.mlp
+        x = elastic_window_attention_half(
+            x, norm.weight, norm.bias, norm.eps,
+            attn.qkv.weight, attn.qkv.bias, attn.bias(), attn.proj.weight, attn.proj.bias, None,
+            maps, attn.head_dim, window=attn.window, shift=attn.shift, kept=first, reuse=reuse,
+        )  # fmt: skip
         norm = self.norm2
         return elastic_mlp_half(
             x, norm.weight, norm.bias, norm.eps,
-            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, None, kept=second, reuse=reuse,
+            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, None, kept=second, reuse=True,
         )  # fmt: skip
 
     def static_state(self, width: int) -> dict[str, Tensor]:

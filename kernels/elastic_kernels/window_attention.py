@@ -80,14 +80,19 @@ def window_attention(
     return torch.cat(outputs)
 
 
-def window_attention_backend(qkv: Tensor, window: int, head_dim: int) -> dispatch.Choice:
-    """The backend that `window_attention` takes for such an input, and why."""
+def window_attention_backend(
+    x: Tensor, window: int, head_dim: int, dtype: torch.dtype | None = None
+) -> dispatch.Choice:
+    """The backend that `window_attention` takes for q, k and v on the device of `x`, and why.
+
+    `dtype` is theirs, if not that of `x`.
+    """
     limit = None
     if head_dim not in HEAD_DIMS:
         limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
     elif window > MAX_WINDOW:
         limit = f"the kernel takes windows up to {MAX_WINDOW}, got {window}"
-    return dispatch.choose("window_attention", qkv, limit)
+    return dispatch.choose("window_attention", x, limit, dtype)
 
 
 def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> Tensor:
@@ -158,16 +163,22 @@ def _validate(
     window: int,
     shift: int,
 ) -> None:
-    op, n = "window_attention", window**2
+    op = "window_attention"
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"{op}: expected qkv [tokens, 3, heads, head_dim], got {tuple(qkv.shape)}")
     heads, head_dim = qkv.shape[2:]
-    if bias.dim() != 3 or bias.shape[0] < heads or bias.shape[1:] != (n, n):
-        raise ValueError(f"{op}: expected bias [{heads} or more, {n}, {n}], got {tuple(bias.shape)}")
+    validate_windows(op, heads, bias, window, shift)
     if pad is not None and (pad.dim() != 3 or pad.shape[1] < heads or pad.shape[::2] != (3, head_dim)):
         raise ValueError(f"{op}: expected pad [3, {heads} or more, {head_dim}], got {tuple(pad.shape)}")
     covered = sum(count * height * width for count, height, width in maps)
     if covered != len(qkv):
         raise ValueError(f"{op}: maps {list(maps)} cover {covered} tokens, qkv has {len(qkv)}")
+
+
+def validate_windows(op: str, heads: int, bias: Tensor, window: int, shift: int) -> None:
+    """Raise ValueError for a bias that does not fit the heads and windows, or a shift outside of them."""
+    n = window**2
+    if bias.dim() != 3 or bias.shape[0] < heads or bias.shape[1:] != (n, n):
+        raise ValueError(f"{op}: expected bias [{heads} or more, {n}, {n}], got {tuple(bias.shape)}")
     if not 0 <= shift < window:
         raise ValueError(f"{op}: expected a shift in 0..{window - 1}, got {shift}")

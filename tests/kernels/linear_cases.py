@@ -183,6 +183,21 @@ def attention_half(case: Case, chosen: bool = False) -> tuple[Operator, dict[str
     return operator, tensors
 
 
+def window_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
+    """Maps of 1x5 tokens, then one of the rest; windows of 3, shifted."""
+    first, n, heads = case.rows // 10, 9, case.width // case.head_dim
+    maps = [(first, 1, 5), (1, 1, case.rows - 5 * first)] if case.rows else [(0, 1, 5)]
+    _, tensors = attention_half(case)
+    tensors["window_bias"] = corner(heads, n, n, full=(case.largest // case.head_dim, n, n), seed=18)
+
+    def operator(x: Tensor, **parameters) -> Tensor:
+        kept = kept_rows(case, tuple((count, height * width) for count, height, width in maps), x)
+        sizes = {"head_dim": case.head_dim, "window": 3, "shift": 1}
+        return ek.elastic_window_attention_half(x, eps=EPS, maps=maps, kept=kept, **sizes, **parameters)
+
+    return operator, tensors
+
+
 def move(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.device)
 
@@ -198,6 +213,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
     }
     if case.width % case.head_dim == 0:
         choosing["attention-half"] = attention_half(case)
+        choosing["window-half"] = window_half(case)
         choosing["attention-half-only"] = attention_half(case, chosen=True)
     if case.kept is not None:
         return choosing

@@ -157,6 +157,13 @@ NORM = (torch.ones(32), torch.zeros(32), 1e-6)
 INDEX = torch.zeros(4, 2, dtype=torch.int64)
 
 
+def window_half(**changes) -> Tensor:
+    """A right call, but for the changes."""
+    sizes = {"maps": [(1, 2, 2)], "head_dim": 16, "window": 2} | changes
+    weights = (W.repeat(3, 1), torch.zeros(96), torch.zeros(1, 4, 4), W, None, None)
+    return ek.elastic_window_attention_half(X, *NORM, *weights, **sizes)
+
+
 def prototypes(students: list[Tensor], logits: Tensor = X[:, :8], targets: Tensor = INDEX) -> list[Tensor]:
     weight, scale = torch.zeros(8, 16), torch.zeros(8)
     return ek.prototype_cross_entropy(students, weight, logits, scale, targets, teacher_temperature=0.1)
@@ -203,6 +210,10 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "cover 5 tokens, expected 4",
     ),
+    "window head": (lambda: window_half(head_dim=12), ValueError, "multiple of head_dim 12, got 16"),
+    "maps": (lambda: window_half(maps=[(1, 2, 3)]), ValueError, "cover 6 tokens, expected 4"),
+    "window bias": (lambda: window_half(window=3), ValueError, r"bias \[1 or more, 9, 9\], got \(1, 4, 4\)"),
+    "shift": (lambda: window_half(shift=2), ValueError, "a shift in 0..1, got 2"),
     "module": (lambda: ek.ElasticAttention(40, 16), ValueError, "multiple of head_dim 16, got 40"),
     "students": (lambda: prototypes([]), ValueError, "one or two students, got 0"),
     "student": (lambda: prototypes([X, X[:3]]), ValueError, r"student 1 \(4, 16\), got \(3, 16\)"),

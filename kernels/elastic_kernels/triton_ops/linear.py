@@ -226,8 +226,10 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> 
         _fwd(x, weight, bias, y, scale)
         return y
     if bias is None:
-        return torch.addmm(x.new_empty(groups * out), x, matrix.t(), beta=0, alpha=scale).view(shape)
-    return torch.addmm(bias.reshape(-1).to(x.dtype), x, matrix.t(), alpha=scale).view(shape)
+        y = torch.addmm(x.new_empty(groups * out), x, matrix.t(), beta=0, alpha=scale)
+    else:
+        y = torch.addmm(bias.reshape(-1).to(x.dtype), x, matrix.t(), alpha=scale)
+    return y.view(shape) if groups > 1 else y  # nobody may overwrite a view that a unit returned
 
 
 def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

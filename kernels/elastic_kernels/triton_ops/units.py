@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 import elastic_kernels.triton_ops.attention
 import elastic_kernels.triton_ops.layer_norm
 import elastic_kernels.triton_ops.linear
-import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
+import elastic_kernels.triton_ops.linear_wgrad
+import elastic_kernels.triton_ops.window_attention  # noqa: F401, each registers its operators
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.working_weights import in_dtype
@@ -261,25 +262,36 @@ class MlpFunction(torch.autograd.Function):
         return dx, dw1, db1, dw2, db2, dout if ctx.has_residual else None, dgamma, None, None, None, None
 
 
+class Windows(NamedTuple):
+    """Of windowed attention: side and shift in tokens, and what is added where regions differ."""
+
+    side: int
+    shift: int
+    apart: float
+
+
 class HalfSpec(NamedTuple):
     """What a half-block needs beside tensors.
 
     Attributes:
         eps: of the norm.
         first, second: its layers.
-        attention_groups: flat `(count, length)` pairs of the rows that take part; empty in an MLP half.
-        head_dim: channels of a head; unused in an MLP half.
-        recompute: save less, and make the hidden layer of an MLP half again.
         reuse: the residual stream may be overwritten.
+        recompute: save less, and make the hidden layer of an MLP half again.
+        attention_groups: flat `(count, length)` pairs of the rows that take part, or with windows
+            `(count, height, width)`.
+        head_dim: channels of a head.
+        windows: attention is within windows of maps.
     """
 
     eps: float
     first: LayerSpec
     second: LayerSpec
-    attention_groups: list[int]
-    head_dim: int
-    recompute: bool
     reuse: bool
+    recompute: bool = False
+    attention_groups: Sequence[int] = ()
+    head_dim: int = 0
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)
@@ -338,6 +350,30 @@ def _add_branch(
     return x
 
 
+def _padding(layer: Layer, qkv: Tensor) -> Tensor:
+    """q, k and v of padded positions, `[3, heads, head_dim]`: maps are padded with zeros, so the bias."""
+    if layer.bias is None:
+        return qkv.new_zeros(qkv.shape[1:])
+    return layer.bias.unflatten(-1, qkv.shape[2:]).to(qkv.dtype).contiguous()
+
+
+def _attend(qkv: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec) -> tuple[Tensor, Tensor]:
+    """Attention's output and log-sum-exp."""
+    if spec.windows is None:
+        return ops.attention_fwd(qkv, spec.attention_groups)
+    return ops.window_attention_fwd(qkv, bias, _padding(layer, qkv), spec.attention_groups, *spec.windows)
+
+
+def _attend_backward(
+    qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of qkv, of the bias of windows, and of the padding."""
+    if spec.windows is None:
+        return ops.attention_bwd(qkv, o, lse, do, spec.attention_groups), None, None
+    pad, maps = _padding(layer, qkv), spec.attention_groups
+    return ops.window_attention_bwd(qkv, bias, pad, lse, do, maps, *spec.windows)
+
+
 class AttentionHalfFunction(torch.autograd.Function):
     """`x[rows] += row_scale * gamma * proj(attention(qkv(norm(x[rows]))))`, perhaps as a new tensor."""
 
@@ -352,6 +388,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         proj_weight: Tensor,
         proj_bias: Tensor | None,
         gamma: Tensor | None,
+        window_bias: Tensor | None,
         index: Tensor | None,
         row_scale: Tensor | None,
         spec: HalfSpec,
@@ -361,8 +398,9 @@ class AttentionHalfFunction(torch.autograd.Function):
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, width, spec.first)
         proj = Layer.of(proj_weight, proj_bias, gamma, width, spec.second)
         qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
-        o, lse = ops.attention_fwd(qkv, spec.attention_groups)
-        kept = (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, qkv, o, lse)
+        bias = None if window_bias is None else window_bias.contiguous()
+        o, lse = _attend(qkv, qkv_layer, bias, spec)
+        kept = (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, qkv, o, lse, bias)
         _keep(ctx, kept, [qkv_layer, proj])
         ctx.spec = spec
         return _add_branch(ctx, proj, o, x, index, row_scale, spec.reuse)
@@ -370,15 +408,18 @@ class AttentionHalfFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (*normed, index, row_scale, h, qkv, o, lse), (qkv_layer, proj) = _kept(ctx)
+        (*normed, index, row_scale, h, qkv, o, lse, bias), (qkv_layer, proj) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, h.dtype)
         dw2, db2, dgamma = proj.wgrad(d, o)
         do = proj.dgrad(d)
-        dqkv = ops.attention_bwd(qkv, o, lse, do, ctx.spec.attention_groups).flatten(2)
+        dqkv, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
+        dqkv = dqkv.flatten(2)
         dw1, db1, _ = qkv_layer.wgrad(dqkv, h)
+        if db1 is not None and dpad is not None:
+            db1.unflatten(0, (3, -1))[:, : dqkv.shape[2]] += dpad.flatten(1)
         dh = qkv_layer.dgrad(dqkv)
         dx, *affine = _Normed(*normed).backward(dh, index, dout)
-        return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None
+        return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None
 
 
 class MlpHalfFunction(torch.autograd.Function):

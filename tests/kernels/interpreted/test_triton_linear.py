@@ -93,7 +93,9 @@ def test_gradients_accumulate_into_a_corner() -> None:
             torch.testing.assert_close(leaves["bias"].grad, expected["dbias"])
 
 
-@pytest.mark.parametrize("form", ["residual-gamma", "qkv", "mlp-residual", "mlp-half", "attention-half"])
+@pytest.mark.parametrize(
+    "form", ["residual-gamma", "qkv", "mlp-residual", "mlp-half", "attention-half", "window-half"]
+)
 @pytest.mark.parametrize("name", ["triton", "reference"])
 def test_every_operator_accumulates(form: str, name: str) -> None:
     operator, exact = forms(CASES["prime" if form != "residual-gamma" else "kept"])[form]
@@ -192,9 +194,10 @@ def test_two_widths_share_weights_when_recomputed() -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_stream_that_may_be_overwritten(affine: bool) -> None:
+@pytest.mark.parametrize("half", ["attention-half", "window-half", "mlp-half"])
+def test_a_stream_that_may_be_overwritten(half: str, affine: bool) -> None:
     """The same bits, forward and backward, in the memory of the input."""
-    operator, exact = mlp_half(CASES["kept"], recompute=False)
+    operator, exact = forms(CASES["kept"])[half]
     tensors = {key: t.float() for key, t in exact.items()}
     if not affine:
         tensors |= {"norm_weight": None, "norm_bias": None}
@@ -206,6 +209,20 @@ def test_a_stream_that_may_be_overwritten(affine: bool) -> None:
         assert (y.data_ptr() == stream.data_ptr()) == reuse
         found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_may_become_the_stream(bias: bool) -> None:
+    operator, exact = mlp_half(CASES["kept"], recompute=False)
+    tensors = {key: t.float().nan_to_num() for key, t in exact.items()}
+    width = tensors["x"].shape[1]
+    weight, offset = draw(width, width).float().requires_grad_(), torch.ones(width) if bias else None
+    found = []
+    for reuse in (False, True):
+        stream = ek.elastic_linear(tensors["x"], weight, offset)
+        y = operator(**(tensors | {"x": stream}), reuse=reuse)
+        found.append(torch.autograd.grad(y.sin().sum(), weight)[0])
+    assert torch.equal(*found)
 
 
 def test_overwriting_what_somebody_needs_is_an_error() -> None:
@@ -329,7 +346,7 @@ def test_a_bias_learns_beside_a_frozen_weight() -> None:
     torch.testing.assert_close(gradient[: case.out], dy.sum(0))
 
 
-@pytest.mark.parametrize("half", ["attention-half", "mlp-half"])
+@pytest.mark.parametrize("half", ["attention-half", "window-half", "mlp-half"])
 def test_short_vectors_are_refused_before_a_kernel_reads_beyond_them(half: str) -> None:
     operator, exact = forms(CASES["prime"])[half]
     tensors = {key: t.float() for key, t in exact.items()}
