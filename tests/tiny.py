@@ -27,11 +27,12 @@ SHORT = [
     "run.evaluate_every=0",
     "run.device=cpu",
 ]
+OVERRIDES = [*VIT, *SHORT]
 
 
 def tiny_config(*overrides: str) -> Config:
     """A ViT of four subnets for six steps; further overrides win."""
-    return override(preset("quickstart"), [*VIT, *SHORT, *overrides])
+    return override(preset("quickstart"), [*OVERRIDES, *overrides])
 
 
 def tiny_pyramid(kind: str, *overrides: str) -> Config:
