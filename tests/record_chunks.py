@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_pyramid
 
 from poa import step as step_module
 from poa.checkpoint import RunFolder
+from poa.config import Config
 from poa.data.sources import open_data
 from poa.distributed import World, world
 from poa.train import Run
@@ -17,20 +18,22 @@ from poa.tribranch import Targets
 
 CHUNKS = 4
 OPTIONS = [f"method.chunks={CHUNKS}", "method.optim.ibot_start_epoch=0"]
+CENTERING = [*OPTIONS, "method.loss.targets=centering"]
 VARIANTS = {
-    "per-rank": [],
-    "without KoLeo": ["method.loss.koleo=0"],
-    "bf16 reduction": ["performance.reduce=bf16"],
-    "shared": ["method.sampling=shared"],
-    "balanced": ["method.sampling=balanced"],
-    "exact centers": ["method.loss.targets=centering"],
-    "official centers": ["method.loss.targets=centering", "method.loss.center_weighting=official"],
+    "per-rank": tiny_config(*OPTIONS),
+    "without KoLeo": tiny_config(*OPTIONS, "method.loss.koleo=0"),
+    "bf16 reduction": tiny_config(*OPTIONS, "performance.reduce=bf16"),
+    "shared": tiny_config(*OPTIONS, "method.sampling=shared"),
+    "balanced": tiny_config(*OPTIONS, "method.sampling=balanced"),
+    "exact centers": tiny_config(*CENTERING),
+    "official centers": tiny_config(*CENTERING, "method.loss.center_weighting=official"),
+    "swin": tiny_pyramid("swin", *OPTIONS, "method.backbone.drop_path=0.2"),
+    "resnet": tiny_pyramid("resnet", *OPTIONS),
 }
 
 
-def record(here: World, changes: list[str]) -> dict[str, object]:
+def record(here: World, config: Config) -> dict[str, object]:
     """Losses, targets, gradients and centers of the first step."""
-    config = tiny_config(*OPTIONS, *changes)
     data = open_data("digits", config.run.holdout, config.method.seed)
     run = Run(config, RunFolder(Path(sys.argv[1])), data, here)
     run.wrap()
@@ -61,7 +64,7 @@ def record(here: World, changes: list[str]) -> dict[str, object]:
 def main() -> None:
     torch.set_num_threads(1)
     with world("cpu") as here:
-        found = {name: record(here, changes) for name, changes in VARIANTS.items()}
+        found = {name: record(here, config) for name, config in VARIANTS.items()}
         torch.save(found, Path(sys.argv[1]) / f"{here.size}-{here.rank}.pt")
 
 

@@ -45,6 +45,6 @@ def running() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 @pytest.mark.parametrize("lane", LANES)
 def test_lane(lane: str, running: dict[str, subprocess.Popen[str]]) -> None:
-    printed, _ = running[lane].communicate(timeout=900)
+    printed, _ = running[lane].communicate(timeout=1800)
     print(printed[-6000:])
     assert running[lane].returncode == 0, f"lane {lane}: see its output above"
