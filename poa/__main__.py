@@ -7,10 +7,11 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from poa.backbones import CONFIGS
 from poa.checkpoint import RunFolder
 from poa.config import PRESETS, Config, preset, with_run
 from poa.data.sources import open_data
@@ -244,6 +245,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_pretrain(commands, arguments)
     _add_queries(commands)
+    _add_planning(commands)
     return parser
 
 
@@ -272,16 +274,26 @@ def _options_help(arguments: Sequence[str]) -> str:
     """Every option with its type, value and meaning."""
     names = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--preset"]
     name = names[-1] if names and names[-1] in PRESETS else "quickstart"
-    lines = [f"options, with the values of preset {name}:"]
-    for key, kind, value, text in describe(preset(name)):
-        shown = ",".join(str(v) for v in value) if isinstance(value, tuple) else value
-        lines.append(f"  {key}={shown}\n      {kind}: {text}")
+    config = preset(name)
+    lines = [f"options, with the values of preset {name}:", *_described(config)]
+    for other in CONFIGS:
+        if not isinstance(config.method.backbone, other):
+            lines.append(f"\nthose of method.backbone.kind={other.kind}, with its defaults:")
+            lines += _described(other(), "method.backbone")
     return "\n".join(lines)
 
 
+def _described(options: Any, path: str = "") -> Iterator[str]:
+    for key, kind, value, text in describe(options, path):
+        shown = ",".join(str(v) for v in value) if isinstance(value, tuple) else value
+        yield f"  {key}={shown}\n      {kind}: {text}"
+
+
+RUN_HELP = "run folder that pretrain wrote"
+
+
 def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
-    """The commands that read runs, and the demonstration."""
-    run_help = "run folder that pretrain wrote"
+    """The commands that read runs."""
     which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
     which["help"] = "subnets such as 384x12, or all"
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
@@ -293,7 +305,7 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     }
 
     command = commands.add_parser("extract", help="write subnets as safetensors files in timm's naming")
-    command.add_argument("run", help=run_help)
+    command.add_argument("run", help=RUN_HELP)
     command.add_argument("--subnets", required=True, **which)
     command.add_argument("--out", help="folder; default RUN/models")
     command.add_argument("--image-size", type=int, help="bake position embeddings for this size, pixels")
@@ -302,7 +314,7 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(command=_extract)
 
     command = commands.add_parser("evaluate", help="k-NN and linear accuracy of subnets on held-out images")
-    command.add_argument("run", help=run_help)
+    command.add_argument("run", help=RUN_HELP)
     command.add_argument("--subnets", default=["all"], **which)
     command.add_argument("--data", help="digits or a folder; default: the run's own")
     command.add_argument("--initial", action="store_true", help="also score the weights before training")
@@ -315,11 +327,20 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(command=_evaluate)
 
     command = commands.add_parser("report", help="draw the curves of a run into one page")
-    command.add_argument("run", nargs="+", help=run_help)
+    command.add_argument("run", nargs="+", help=RUN_HELP)
     command.add_argument("--out", help="page (.html) or picture (.png, .svg, ...); default RUN/report.html")
     command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
     command.set_defaults(command=_report)
 
+    command = commands.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
+    command.add_argument("run", nargs="?", help=RUN_HELP)
+    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
+    command.add_argument("--json", action="store_true", help="one JSON list")
+    command.set_defaults(command=_list_subnets, config=None, overrides=[])
+
+
+def _add_planning(commands: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that prepare a run, and the demonstration."""
     command = commands.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
     command.add_argument("preset", help="one of " + ", ".join(PRESETS))
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
@@ -338,12 +359,6 @@ def _add_queries(commands: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of processes to try")
     command.add_argument("--seconds", type=float, default=10.0, help="to measure each")
     command.set_defaults(command=_loader, config=None, overrides=[])
-
-    command = commands.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
-    command.add_argument("run", nargs="?", help=run_help)
-    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
-    command.add_argument("--json", action="store_true", help="one JSON list")
-    command.set_defaults(command=_list_subnets, config=None, overrides=[])
 
     command = commands.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
     command.add_argument("--backbone", choices=tuple(QUICKSTARTS), default="vit", help="of what kind")

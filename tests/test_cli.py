@@ -342,6 +342,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {key}=" in text
         assert explanation in text
     assert "method.backbone.max_width=1024" in text
+    assert "those of method.backbone.kind=swin, with its defaults:\n  method.backbone.image_size=224" in text
 
 
 def test_as_a_program(tmp_path: Path) -> None:
