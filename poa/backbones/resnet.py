@@ -115,8 +115,8 @@ class ResNetConfig(PyramidConfig):
 class ElasticResNet(Pyramid):
     """An elastic ResNet.
 
-    Crop groups run one after the other: to share launches, maps of several sizes would have to be copied around
-    every 3x3 convolution.
+    Crop groups run one after the other: to share launches, maps of several sizes would have to be copied
+    around every 3x3 convolution.
 
     Args:
         config: shape and search space.
