@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import assert_same, newest, rows, run_of
 from tiny import tiny_pyramid
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,6 +99,18 @@ def test_sizes_match_the_network(kind: str) -> None:
             # The bias of windows comes from a table by a product with a matrix of zeros and ones.
             tables = sum(2 * n * n * t * h for n, t, h in tables_of(config, subnet))
             assert sum(counts.values()) - tables == config.flops(subnet, size)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-swin", "quickstart-resnet"])
+def test_planning_leaves_no_constants_behind(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a forward of tensors without values, in a size of its own, the real one has values."""
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at values
+    config = preset(name).method.backbone
+    shape = (1, 3, 5 * config.image_size, 3 * config.image_size)
+    with FakeTensorMode():
+        config.build()([torch.zeros(shape)])
+    (features,) = config.build()([torch.zeros(shape)])
+    assert type(features.cls.detach()) is torch.Tensor
 
 
 def tables_of(config: object, subnet: Subnet) -> list[tuple[int, int, int]]:

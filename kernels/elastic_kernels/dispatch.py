@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -104,6 +104,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def cached_beside(x: Tensor, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A cached maker of constant tensors for an operation on `x`, not cached where `x` has no values.
+
+    Under `FakeTensorMode` constants have no values either, and must not outlive it.
+    """
+    real = type(x) in (Tensor, torch.nn.Parameter)
+    return make if real else make.__wrapped__  # type: ignore[attr-defined]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

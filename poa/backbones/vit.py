@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
-from elastic_kernels.dispatch import without_autocast
+from elastic_kernels.dispatch import cached_beside, without_autocast
 from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
@@ -317,7 +317,8 @@ class ElasticViT(Backbone):
         if (height, breadth) == (side, side):
             return positions
         with without_autocast(positions.device):
-            patches = _interpolation(side, height, breadth, positions.device).to(positions) @ positions[:, 1:]
+            interpolation = cached_beside(positions, _interpolation)
+            patches = interpolation(side, height, breadth, positions.device).to(positions) @ positions[:, 1:]
         return torch.cat([positions[:, :1], patches], dim=1)
 
     def normalise(self, x: Tensor) -> Tensor:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from numerics import draw
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic_kernels import relative_position_bias, window_attention
+from elastic_kernels.window_attention import _apart, _chosen
 
 Maps = list[tuple[int, int, int]]
 MAPS: list[Maps] = [[(2, 4, 4)], [(1, 5, 3), (2, 2, 2)], [(1, 1, 1)], [(2, 3, 7)]]
@@ -105,3 +107,24 @@ def test_wrong_input() -> None:
     ]:
         with pytest.raises(ValueError, match=match):
             window_attention(*arguments, window=2, **options)
+
+
+def test_planning_leaves_no_constants_behind() -> None:
+    """Under `FakeTensorMode` constants have no values; later calls get real ones."""
+    _apart.cache_clear()
+    _chosen.cache_clear()
+    qkv, bias, pad = inputs([(1, 5, 3)], 3)
+    table = draw(25, 3)
+    with FakeTensorMode():
+        planned = window_attention(
+            torch.empty(qkv.shape),
+            torch.empty(bias.shape),
+            torch.empty(pad.shape),
+            [(1, 5, 3)],
+            window=3,
+            shift=1,
+        )
+        relative_position_bias(torch.empty(table.shape), 3)
+    found = window_attention(qkv, bias, pad, [(1, 5, 3)], window=3, shift=1)
+    assert found.shape == planned.shape and found.isfinite().all()
+    assert relative_position_bias(table, 3).isfinite().all()
