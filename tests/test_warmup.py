@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_pyramid
 
 from elastic_kernels import compilations
 from elastic_kernels.dispatch import INTERPRETED
@@ -49,7 +49,8 @@ def test_a_device_without_kernels_is_refused(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.skipif(not CUDA, reason="needs CUDA")
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_nothing_is_compiled_after_a_warm_up(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+def test_nothing_is_compiled_after_a_warm_up(kind: str, precision: str, tmp_path: Path) -> None:
     """By steps of all subnets and by an evaluation."""
     changes = [
         "run.device=cuda",
@@ -57,7 +58,7 @@ def test_nothing_is_compiled_after_a_warm_up(precision: str, tmp_path: Path) -> 
         "method.optim.epochs=12",
         f"method.precision={precision}",
     ]
-    config = tiny_config(*changes)
+    config = tiny_config(*changes) if kind == "vit" else tiny_pyramid(kind, *changes)
     lines = list(warm_up(config))
     assert len(lines) == len(config.method.backbone.space.widths)
     pretrain(config, tmp_path)
