@@ -153,7 +153,7 @@ def elastic_window_attention_half(
         x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, head_dim, kept,
             reuse, grad_out: as of `elastic_attention_half`.
         window_bias: `[heads_max, n, n]`, n = window**2, as the bias of `window_attention`.
-        maps: `(count, height, width)` of each group in packing order; with `kept`, the counts are those kept.
+        maps: `(count, height, width)` of each group in packing order; how many take part, `kept.groups` says.
         window, shift: as of `window_attention`.
 
     Returns:
