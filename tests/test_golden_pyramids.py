@@ -212,4 +212,4 @@ def test_gradients_are_finite_differences(name: str) -> None:
     grads = torch.autograd.grad(value(), parameters, allow_unused=True)
     slope = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True) if g is not None)
     step = 1e-6
-    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(slope, rel=1e-4)
+    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(slope, rel=1e-6)
