@@ -42,6 +42,14 @@ def _columns(groups, per_group, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr):
     return group, group * per_group + within, (group < groups) & (within < per_group)
 
 
+@triton.jit
+def _tile(start, rows, channels, first, mask_c, ROWS: tl.constexpr):
+    """Addresses of a sample's positions from `start`, and which of them there are."""
+    offs_r = start + tl.arange(0, ROWS)
+    mask = (offs_r < rows)[:, None] & mask_c[None, :]
+    return offs_r.to(tl.int64)[:, None] * channels + first[None, :], mask
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _group_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, mean_ptr, rstd_ptr,
@@ -57,9 +65,7 @@ def _group_norm_fwd_kernel(
     mean = tl.zeros([GROUPS * PER_GROUP], tl.float32)
     squares = tl.zeros([GROUPS * PER_GROUP], tl.float32)
     for start in range(0, rows, ROWS):
-        offs_r = start + tl.arange(0, ROWS)
-        mask = (offs_r < rows)[:, None] & mask_c[None, :]
-        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        place, mask = _tile(start, rows, channels, first, mask_c, ROWS)
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         count = tl.minimum(rows - start, ROWS) * 1.0
         here = tl.sum(x, 0) / count
@@ -79,9 +85,7 @@ def _group_norm_fwd_kernel(
     weight = tl.load(weight_ptr + channel, mask=mask_c, other=0.0).to(tl.float32) * rstd
     bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
     for start in range(0, rows, ROWS):
-        offs_r = start + tl.arange(0, ROWS)
-        mask = (offs_r < rows)[:, None] & mask_c[None, :]
-        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        place, mask = _tile(start, rows, channels, first, mask_c, ROWS)
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         y = (x - centre[None, :]) * weight[None, :] + bias[None, :]
         if HAS_RESIDUAL:
@@ -108,9 +112,7 @@ def _group_norm_bwd_kernel(
     dweight = tl.zeros([GROUPS * PER_GROUP], tl.float32)
     dbias = tl.zeros([GROUPS * PER_GROUP], tl.float32)
     for start in range(0, rows, ROWS):
-        offs_r = start + tl.arange(0, ROWS)
-        mask = (offs_r < rows)[:, None] & mask_c[None, :]
-        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        place, mask = _tile(start, rows, channels, first, mask_c, ROWS)
         d = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if RELU:
             d = tl.where(tl.load(y_ptr + place, mask=mask, other=0.0) > 0, d, 0.0)
@@ -124,9 +126,7 @@ def _group_norm_bwd_kernel(
     along = _over_group(weight * dweight, GROUPS, PER_GROUP) / size
     level = _over_group(weight * dbias, GROUPS, PER_GROUP) / size
     for start in range(0, rows, ROWS):
-        offs_r = start + tl.arange(0, ROWS)
-        mask = (offs_r < rows)[:, None] & mask_c[None, :]
-        place = offs_r.to(tl.int64)[:, None] * channels + first[None, :]
+        place, mask = _tile(start, rows, channels, first, mask_c, ROWS)
         d = tl.load(dy_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if RELU:
             d = tl.where(tl.load(y_ptr + place, mask=mask, other=0.0) > 0, d, 0.0)
