@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, newest, rows, run_of
+from run_folders import assert_same, newest, rows, run_of
 from tiny import tiny_pyramid
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from launches import WAITS, Launches, launches
-from runs import TIMINGS, run_of
+from run_folders import TIMINGS, run_of
 from tiny import tiny_config, tiny_pyramid
 from torch import Tensor
 

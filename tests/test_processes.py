@@ -15,7 +15,7 @@ import processes
 import pytest
 import torch
 from record_chunks import CHUNKS, VARIANTS
-from runs import assert_same, newest, rows
+from run_folders import assert_same, newest, rows
 from tiny import OVERRIDES, tiny_config
 
 from poa.checkpoint import RunFolder

@@ -18,7 +18,7 @@ import processes
 import pytest
 import torch
 from kill_repeatedly import OPTIONS
-from runs import assert_same_run, newest, rows
+from run_folders import assert_same_run, newest, rows
 from tiny import OVERRIDES, tiny_config
 
 from poa.__main__ import main

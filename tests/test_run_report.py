@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from runs import rows
+from run_folders import rows
 from tiny import tiny_config
 
 from benchmarks import roofline

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same, assert_same_run, newest, rows, run_of
+from run_folders import assert_same, assert_same_run, newest, rows, run_of
 from tiny import tiny_config
 
 from poa import step as step_module

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launches import WAITS, Launches
-from runs import assert_same, newest, run_of
+from run_folders import assert_same, newest, run_of
 from tiny import tiny_config
 from torch import Tensor
 

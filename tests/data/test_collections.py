@@ -15,7 +15,7 @@ import pytest
 import torch
 from collections_of_images import CLASSES, WRITERS, write_odd
 from PIL import Image
-from runs import newest, rows
+from run_folders import newest, rows
 from tiny import tiny_config
 
 from poa.data import storage
