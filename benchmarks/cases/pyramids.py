@@ -75,7 +75,7 @@ def swin_block(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -
 
 
 def group_norm(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -> Problem:
-    """After the 3x3 convolution of the larger crops, were there a residual."""
+    """Of the larger crops, with the channels of the middle of a bottleneck."""
     count, height, width = _maps(sizes, stage)[-1]
     largest, channels = (w * 2**stage for w in sizes.pyramid)
     shape = (count, height, width, channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.roofline.costs import HALF, Cost, stream
+from benchmarks.roofline.costs import HALF, SINGLE, Cost, stream
 from benchmarks.roofline.workload import Workload
 from poa.backbones import ResNetConfig
 from poa.subnets import Subnet
@@ -61,7 +61,7 @@ def _convolution(
     maps = HALF * (rows_in * inner + rows * out)
     yield Cost(part, "forward", name, flops, flops, maps + HALF * weight)
     if part != "teacher":
-        accumulated = 4 * weight * (1 if part == "intact" else 2)
+        accumulated = SINGLE * weight * (1 if part == "intact" else 2)
         yield Cost(part, "backward", f"{name} dgrad", flops, flops, maps + HALF * weight)
         yield Cost(part, "backward", f"{name} wgrad", flops, flops, maps + accumulated)
 

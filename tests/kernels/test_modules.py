@@ -164,6 +164,18 @@ def window_half(**changes) -> Tensor:
     return ek.elastic_window_attention_half(X, *NORM, *weights, **sizes)
 
 
+@pytest.mark.parametrize("width", [16, 32])
+def test_windowed_attention_is_that_of_its_block(width: int) -> None:
+    """The attention half is the module on the normalised stream, added to it."""
+    torch.manual_seed(0)
+    block, maps = ek.ElasticSwinBlock(32, 64, 16, 2, 1), [(2, 3, 3)]
+    torch.nn.init.normal_(block.attn.relative_position_bias_table)
+    torch.nn.init.zeros_(block.mlp.fc2.weight)
+    torch.nn.init.zeros_(block.mlp.fc2.bias)
+    x = torch.randn(18, width)
+    torch.testing.assert_close(block(x, maps), x + block.attn(block.norm1(x), maps))
+
+
 def prototypes(students: list[Tensor], logits: Tensor = X[:, :8], targets: Tensor = INDEX) -> list[Tensor]:
     weight, scale = torch.zeros(8, 16), torch.zeros(8)
     return ek.prototype_cross_entropy(students, weight, logits, scale, targets, teacher_temperature=0.1)

@@ -352,8 +352,7 @@ def _add_branch(
 
 def _padding(layer: Layer, qkv: Tensor) -> Tensor:
     """q, k and v of padded positions, `[3, heads, head_dim]`: maps are padded with zeros, so the bias."""
-    if layer.bias is None:
-        return qkv.new_zeros(qkv.shape[1:])
+    assert layer.bias is not None
     return layer.bias.unflatten(-1, qkv.shape[2:]).to(qkv.dtype).contiguous()
 
 
