@@ -279,17 +279,6 @@ def _window_cases(part: int, dtype: str) -> Iterator[Case]:
             **{"LOG2": attention.LOG2_E, "APART": -100 * attention.LOG2_E},
         }
         names = ("bias_ptr", "lse_ptr", "dbias_ptr", "dpad_ptr")
-        counts = (
-            "first_token",
-            "height",
-            "width",
-            "rows",
-            "columns",
-            "shift",
-            "heads",
-            "windows",
-            "first_share",
-        )
         for kernel in (
             window_attention._window_attention_fwd_kernel,
             window_attention._window_attention_bwd_kernel,
@@ -299,8 +288,8 @@ def _window_cases(part: int, dtype: str) -> Iterator[Case]:
             settings = f"{block}x{block}, {warps} warps" + (", small tile" if block < 64 else "")
             yield Case(
                 kernel, f"window {side}", part, dtype, settings,
-                constants, dict.fromkeys(names, "fp32"), ("scale", "scale_log2"), counts,
-                warps, 1, matrix=True,
+                constants, dict.fromkeys(names, "fp32"), ("scale", "scale_log2"),
+                tuple(kernel.do_not_specialize), warps, 1, matrix=True,
             )  # fmt: skip
 
 
