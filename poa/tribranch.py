@@ -324,14 +324,15 @@ def _cross_entropies(
     config: LossConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses `[rows]` of a head, of class tokens and of masked patches: of each student, and distillation."""
-    count, dtype = len(rows.classes), OPERANDS[config.operands]
-    features = [student.features[head].to(dtype) for student in students.values()]
-    prototypes = students[learn[-1]].prototypes[head].to(dtype)
+    count = len(rows.classes)
+    features = [student.features[head] for student in students.values()]
+    prototypes = students[learn[-1]].prototypes[head]
 
     def losses_of(part: slice, target: SoftTargets, index: Tensor) -> dict[str, Tensor]:
         found = prototype_cross_entropy(
             [x[part] for x in features], prototypes, target.logits, target.log_scale, index,
             student_temperature=config.student_temperature, teacher_temperature=target.temperature,
+            operands=OPERANDS[config.operands],
         )  # fmt: skip
         return dict(zip((*students, "distilled"), found, strict=False))
 

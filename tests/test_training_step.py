@@ -120,3 +120,20 @@ def test_nothing_waits_for_the_device(
     with Launches() as found:
         bool(none)
     assert found.counts["_local_scalar_dense"] == 1
+
+
+def test_half_operands_keep_gradients_of_many_prototypes(tmp_path: Path) -> None:
+    """One head of the paper's largest size and 12 images: the gradients of its weights are those of fp32
+    operands but for the rounding of operands and targets, which moved them by 3e-5 to 3e-4; rounded
+    gradients are 4e-3 away.
+    """
+    sizes = ["method.batch_size=12", "method.head.prototypes=65536", "method.head.bottleneck=256"]
+    found = {}
+    for operands in ("fp32", "fp16"):
+        run = run_of(tiny_config(WITH_MASKS, *sizes, f"method.loss.operands={operands}"), tmp_path)
+        (canvases,) = next(run.batches(range(1)))
+        train_step(run.model, run.state, run.config, run.schedules, 0, [run.prepare(0, 0, canvases)])
+        found[operands] = {name: p.grad for name, p in run.state.student.head.named_parameters()}
+    for name, exact in found["fp32"].items():
+        assert exact is not None and exact.any()
+        assert (found["fp16"][name] - exact).norm() <= 1e-3 * exact.norm(), name

@@ -17,13 +17,16 @@ from poa.tribranch import Network
 
 
 def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: int) -> Problem:
-    """Masked patches of both students; the naive way keeps every logit and target."""
+    """Masked patches of both students; the naive way keeps every logit and target.
+
+    Features and prototypes are fp32, and are rounded for their products.
+    """
     rows, dim = sizes.masked, sizes.bottleneck
     dtype = torch.float16 if sizes.dtype == torch.bfloat16 else sizes.dtype
     leaves = {
-        "x1": F.normalize(draw(device, torch.float32, rows, dim), dim=1).to(dtype),
-        "x2": F.normalize(draw(device, torch.float32, rows, dim, seed=1), dim=1).to(dtype),
-        "weight": F.normalize(draw(device, torch.float32, count, dim, seed=2), dim=1).to(dtype),
+        "x1": F.normalize(draw(device, torch.float32, rows, dim), dim=1),
+        "x2": F.normalize(draw(device, torch.float32, rows, dim, seed=1), dim=1),
+        "weight": F.normalize(draw(device, torch.float32, count, dim, seed=2), dim=1),
     }
     teacher = draw(device, torch.float32, rows, count, seed=3).tanh().to(dtype)
     scale = draw(device, torch.float32, count, seed=4)
@@ -31,22 +34,26 @@ def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: 
     index = torch.stack([own, torch.full_like(own, -1)], dim=1)
 
     def ours(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
-        losses = ek.prototype_cross_entropy([x1, x2], weight, teacher, scale, index, teacher_temperature=0.05)
+        losses = ek.prototype_cross_entropy(
+            [x1, x2], weight, teacher, scale, index, teacher_temperature=0.05, operands=dtype
+        )
         return torch.stack(losses)
 
     def plain(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
         wide = torch.promote_types(x1.dtype, torch.float32)
         target = torch.softmax(teacher.to(wide) / 0.05 + scale, dim=-1)
-        s1, s2 = (torch.log_softmax(F.linear(x, weight).to(wide) / 0.1, dim=-1) for x in (x1, x2))
+        narrow = dtype if wide == torch.float32 else wide  # the truth is made of float64
+        logits = (F.linear(x.to(narrow), weight.to(narrow)).to(wide) for x in (x1, x2))
+        s1, s2 = (torch.log_softmax(s / 0.1, dim=-1) for s in logits)
         return torch.stack(
             [-(q * s).sum(-1) for q, s in ((target, s1), (target, s2), (s1.detach().exp(), s2))]
         )
 
     flops, size = 4.0 * rows * count * dim, dtype.itemsize
-    forward = size * (2 * rows * dim + count * dim + rows * count)
+    forward = 4.0 * (2 * rows * dim + count * dim) + size * rows * count
     moved = {"fwd": forward, "bwd": 2.0 * forward + 4 * size * rows * count, "fwd+bwd": 0.0}
     moved["fwd+bwd"] = moved["fwd"] + moved["bwd"]
-    shape = f"2x{rows} {dim}x{count}"
+    shape = f"2x{rows} {dim}x{count}, {str(dtype).removeprefix('torch.')} operands"
     providers = providers_of(ours, plain, liger=prototype_peers.liger)
     return Problem("prototype_losses", shape, leaves, providers, flops, moved)
 

@@ -148,6 +148,7 @@ def prototype_cross_entropy(
     *,
     student_temperature: float = 0.1,
     teacher_temperature: float,
+    operands: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Cross-entropies of one or two students' rows with targets made of teacher logits, in one pass.
 
@@ -160,6 +161,9 @@ def prototype_cross_entropy(
         targets: int64 `[rows, 2]`: rows of `teacher_logits` that a row learns from, -1 for none. Two targets
             are summed.
         student_temperature, teacher_temperature: divide the logits.
+        operands: floating dtype to which students and weight are rounded for their products; default their
+            own. Gradients have the dtype of the inputs and are never rounded to this one: with many
+            prototypes most of them would underflow in float16.
 
     Returns:
         float32 `[rows]` for each student, and with two students the distillation loss `[rows]`, in which the
@@ -168,13 +172,14 @@ def prototype_cross_entropy(
 
     Raises:
         ValueError: mismatched shapes or devices, or another number of students.
-        TypeError: students and weight of different dtypes, or `targets` of no int64.
+        TypeError: students and weight of different dtypes, `targets` of no int64, or `operands` of no
+            floating dtype.
         RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
 
-    Numerics: products of the given dtype are summed in fp32 and not rounded before the softmax; gradients are
-    fp32 sums. With Triton at most 256 MiB of student logits' gradients exist at once and no other tensor of
-    rows x prototypes; the rest of the peak is a few fp32 tensors of the sizes of students and weight. Results
-    repeat bitwise.
+    Numerics: products of the operands' dtype are summed in fp32 and not rounded before the softmax; gradients
+    are fp32 sums. With Triton at most 256 MiB of student logits' gradients exist at once and no other tensor
+    of rows x prototypes; the rest of the peak is a few fp32 tensors of the sizes of students and weight.
+    Results repeat bitwise.
 
     Example:
         >>> x, W, t = torch.randn(4, 8), torch.randn(10, 8), torch.randn(3, 10)
@@ -184,21 +189,27 @@ def prototype_cross_entropy(
         torch.Size([4])
     """
     op = "prototype_cross_entropy"
-    _validate(op, students, weight, teacher_logits, log_scale, targets)
+    operands = operands or weight.dtype
+    _validate(op, students, weight, teacher_logits, log_scale, targets, operands)
     x1, x2 = students[0], students[1] if len(students) == 2 else None
     taus = (student_temperature, teacher_temperature)
-    if dispatch.choose(op, x1).backend == "triton":
+    if dispatch.choose(op, x1, dtype=operands).backend == "triton":
         from elastic_kernels.triton_ops.prototypes import PrototypeLosses
 
-        losses = PrototypeLosses.apply(x1, x2, weight, teacher_logits, log_scale, targets, *taus)
+        losses = PrototypeLosses.apply(x1, x2, weight, teacher_logits, log_scale, targets, *taus, operands)
     else:
-        losses = _reference(x1, x2, weight, teacher_logits, log_scale, targets, *taus)
+        rounded = [_rounded(x, operands) for x in (*students, weight)]
+        losses = _reference(rounded[:-1], rounded[-1], teacher_logits, log_scale, targets, *taus)
     return list(losses[: 1 if x2 is None else 3])
 
 
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` rounded to a dtype but kept in its own; its gradient passes as it is, the sum is exact."""
+    return x if x.dtype == dtype else x + (x.to(dtype).to(x.dtype) - x).detach()
+
+
 def _reference(
-    x1: Tensor,
-    x2: Tensor | None,
+    students: Sequence[Tensor],
     weight: Tensor,
     t: Tensor,
     log_scale: Tensor,
@@ -206,21 +217,27 @@ def _reference(
     tau_s: float,
     tau_t: float,
 ) -> Tensor:
-    """The plain definition, `[3, rows]`."""
-    wide = torch.promote_types(x1.dtype, torch.float32)
+    """The plain definition, `[1 or 3, rows]`."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
     q = torch.softmax(t.to(wide) / tau_t + log_scale, dim=-1).detach()
     taught = targets >= 0
     target = (q[targets.clamp(min=0)] * taught.unsqueeze(-1)).sum(1)
     columns = weight.to(wide).t()
-    log_p = [torch.log_softmax(x.to(wide) @ columns / tau_s, dim=-1) for x in (x1, x2) if x is not None]
+    log_p = [torch.log_softmax(x.to(wide) @ columns / tau_s, dim=-1) for x in students]
     losses = [-(target * lp).sum(-1) for lp in log_p]
-    if x2 is not None:
+    if len(students) == 2:
         losses.append(-(log_p[0].detach().exp() * log_p[1]).sum(-1))
     return torch.stack(losses)
 
 
 def _validate(
-    op: str, students: Sequence[Tensor], weight: Tensor, t: Tensor, log_scale: Tensor, targets: Tensor
+    op: str,
+    students: Sequence[Tensor],
+    weight: Tensor,
+    t: Tensor,
+    log_scale: Tensor,
+    targets: Tensor,
+    operands: torch.dtype,
 ) -> None:
     if len(students) not in (1, 2):
         raise ValueError(f"{op}: expected one or two students, got {len(students)}")
@@ -239,3 +256,5 @@ def _validate(
             raise ValueError(f"{op}: expected {name} on {weight.device}, got {tensor.device}")
     if targets.dtype != torch.int64:
         raise TypeError(f"{op}: expected int64 targets, got {targets.dtype}")
+    if not operands.is_floating_point:
+        raise TypeError(f"{op}: expected operands of a floating dtype, got {operands}")

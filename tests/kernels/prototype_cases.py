@@ -40,14 +40,14 @@ class Case:
         }
 
 
-def run(inputs: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def run(inputs: dict[str, Tensor], name: str, operands: torch.dtype | None = None) -> dict[str, Tensor]:
     """Losses and gradients on a backend, for random upstream gradients of realistic size."""
     students = [inputs[n].detach().requires_grad_() for n in ("x0", "x1") if n in inputs]
     weight = inputs["weight"].detach().requires_grad_()
     with backend(name):
         losses = prototype_cross_entropy(
             students, weight, inputs["teacher"], inputs["log_scale"], inputs["targets"],
-            student_temperature=TAU_S, teacher_temperature=TAU_T,
+            student_temperature=TAU_S, teacher_temperature=TAU_T, operands=operands,
         )  # fmt: skip
         upstream = [1e-4 * draw(len(x), seed=9 + i).to(x) for i, x in enumerate(losses)]
         grads = torch.autograd.grad(losses, [*students, weight], upstream)
@@ -65,6 +65,22 @@ def assert_accurate(case: Case, dtype: torch.dtype, teacher_dtype: torch.dtype, 
         assert value.dtype == torchs[name].dtype
         scale = 1 / max(float(truth[name].abs().max()), 1e-30) if truth[name].numel() else 1.0
         assert_as_good_as_torch(value * scale, torchs[name] * scale, truth[name] * scale, label=name)
+
+
+def assert_gradients_are_not_rounded(case: Case, operands: torch.dtype, device: str = "cpu") -> None:
+    """Rounded operands leave fp32 gradients, also where each is far below what a float16 can hold.
+
+    The truth multiplies the same rounded operands in float64. Triton keeps the gradients of logits in the
+    operands' dtype, relative to the largest upstream gradient, so its errors are a rounding of each.
+    """
+    inputs = {name: t.to(device) for name, t in case.inputs(torch.float32, torch.float16).items()}
+    rounded = {n: t.to(operands).double() if n in ("x0", "x1", "weight") else t for n, t in inputs.items()}
+    truth = run(rounded | {"log_scale": inputs["log_scale"].double()}, "reference")
+    limits = {"reference": 1e-5, "triton": torch.finfo(operands).eps / 2}
+    for name in limits if case.rows else ():
+        for key, value in run(inputs, name, operands).items():
+            assert value.dtype == torch.float32
+            assert (value.double() - truth[key]).norm() <= limits[name] * truth[key].norm(), (name, key)
 
 
 def assert_sinkhorn(t: Tensor, tau: float = TAU_T) -> None:

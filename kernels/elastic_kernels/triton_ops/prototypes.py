@@ -354,9 +354,12 @@ class PrototypeLosses(torch.autograd.Function):
         index: Tensor,
         tau_s: float,
         tau_t: float,
+        operands: torch.dtype,
     ) -> Tensor:
-        x1, weight, index = x1.contiguous(), weight.contiguous(), index.contiguous()
-        x2, t, log_u = None if x2 is None else x2.contiguous(), unit_stride(t), log_u.float().contiguous()
+        # Rounded in here, as autograd would round the gradients of tensors that were rounded outside.
+        x1, weight, index = x1.to(operands).contiguous(), weight.to(operands).contiguous(), index.contiguous()
+        x2 = None if x2 is None else x2.to(operands).contiguous()
+        t, log_u = unit_stride(t), log_u.float().contiguous()
         losses, lse = torch.ops.elastic_kernels.prototype_losses_fwd(
             x1, x2, weight, t, log_u, index, tau_s, tau_t
         )
@@ -371,4 +374,4 @@ class PrototypeLosses(torch.autograd.Function):
         dx1, dx2, dweight = torch.ops.elastic_kernels.prototype_losses_bwd(
             grad.float().contiguous(), x1, x2, weight, *rest, *ctx.temperatures
         )
-        return dx1, dx2 if x2 is not None else None, dweight, None, None, None, None, None
+        return dx1, dx2 if x2 is not None else None, dweight, *[None] * 6

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from numerics import DTYPES, draw
-from prototype_cases import TAU_S, TAU_T, Case, assert_accurate, assert_sinkhorn, run
+from prototype_cases import (
+    TAU_S,
+    TAU_T,
+    Case,
+    assert_accurate,
+    assert_gradients_are_not_rounded,
+    assert_sinkhorn,
+    run,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +43,12 @@ def test_losses_and_gradients(case: str, dtype: torch.dtype) -> None:
 
 def test_half_teacher_logits_beside_fp32_students() -> None:
     assert_accurate(CASES["prime"], torch.float32, torch.float16)
+
+
+@pytest.mark.parametrize("students", [1, 2])
+def test_gradients_of_fp32_inputs_are_not_rounded_to_half_operands(students: int) -> None:
+    """At the size of the paper's largest head, where they are near 1e-9."""
+    assert_gradients_are_not_rounded(Case(12, 65_536, 32, students=students), torch.float16)
 
 
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
