@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from poa.errors import InputError
+
+T = TypeVar("T")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -49,8 +54,8 @@ def repeating(on: bool) -> Iterator[None]:
 
 
 @lru_cache
-def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """The stream of a GPU for work that runs beside the main one; None on a CPU."""
+def side_stream(device: torch.device, work: str) -> torch.cuda.Stream | None:
+    """The stream of a GPU for some work that runs beside the main one; None on a CPU."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
@@ -69,3 +74,37 @@ def join(stream: torch.cuda.Stream | None) -> None:
     """What is started from here on comes after the work of a side stream."""
     if stream is not None:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
+
+
+def prepared_ahead(device: torch.device, prepare: Callable[[], T]) -> T:
+    """What `prepare` makes out of host memory alone, made beside the step before.
+
+    The host is ahead of a GPU, which still runs that step: on a stream of their own, copies and augmentation
+    need not wait for it. What is started from here on comes after them.
+
+    Args:
+        device: of the training.
+        prepare: reads nothing that other streams write; gives tensors, dataclasses and sequences of them.
+    """
+    stream = side_stream(device, "input")
+    if stream is None:
+        return prepare()
+    with torch.cuda.stream(stream):
+        prepared = prepare()
+    join(stream)
+    for tensor in tensors_in(prepared):
+        if tensor.is_cuda:  # the allocator may give its memory away only after the main stream has read it
+            tensor.record_stream(torch.cuda.current_stream(device))
+    return prepared
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """All tensors in nested dataclasses and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, field.name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from tensors_in(part)

@@ -22,7 +22,7 @@ from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.masking import Masks, draw_masks
 from poa.data.sources import DataSplit, open_data
 from poa.data.unreadable import Unreadable
-from poa.device import repeating
+from poa.device import prepared_ahead, repeating
 from poa.distributed import Poll, World, mean_in_bf16, world
 from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
@@ -212,7 +212,9 @@ class Run:
         """Let DDP reduce the gradients of several processes."""
         if self.here.size > 1:
             devices = [self.here.device] if self.here.device.type == "cuda" else None
-            self.model = wrapped = DistributedDataParallel(self.state.student, device_ids=devices)
+            self.model = wrapped = DistributedDataParallel(
+                self.state.student, device_ids=devices, gradient_as_bucket_view=True
+            )
             if self.config.performance.reduce == "bf16":
                 wrapped.register_comm_hook(self.here.size, mean_in_bf16)
 
@@ -292,9 +294,10 @@ class Run:
     def step(self, step: int, canvases: Sequence[Canvases], observed: bool = False) -> StepReport:
         """One optimisation step on this process's chunks."""
         started = time.perf_counter()
-        chunks = [
-            self.prepare(step, chunk, decoded) for chunk, decoded in zip(self.chunks, canvases, strict=True)
-        ]
+        chunks = prepared_ahead(
+            self.here.device,
+            lambda: [self.prepare(step, *pair) for pair in zip(self.chunks, canvases, strict=True)],
+        )
         weight = self.here.size / self.plan.chunks  # DDP takes the mean over processes
         report = train_step(
             self.model,

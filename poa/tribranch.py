@@ -197,7 +197,7 @@ def teacher_targets(
     sizes = [[len(chunk[kind][0]) for chunk in logits] for kind in range(2)]
     stream = None
     if config.targets == "sinkhorn":
-        stream = side_stream(batches[0].global_crops.device)
+        stream = side_stream(batches[0].global_crops.device, "targets")
         with beside(stream):
             both = losses.sinkhorn([*cls, *patches], temperature)
     else:

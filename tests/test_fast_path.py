@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from launches import WAITS, Launches, launches
-from run_folders import TIMINGS, run_of
+from run_folders import TIMINGS, assert_same, newest, run_of
 from tiny import tiny_config, tiny_pyramid
 from torch import Tensor
 
 from elastic_kernels import backend
 from elastic_kernels.dispatch import INTERPRETED
+from poa import device
 from poa.checkpoint import RunFolder
 from poa.config import Config, preset
 from poa.options import override
@@ -153,6 +154,16 @@ def test_many_steps_on_digits(tmp_path: Path) -> None:
         assert len(curves[1]) == STEPS // 20
         assert curves[1] == pytest.approx(curves[0], rel=CURVE_TOLERANCE)
     assert scores["triton"] == pytest.approx(scores["reference"], abs=KNN_TOLERANCE)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+def test_input_made_beside_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as with everything on one stream."""
+    config = tiny_config("run.device=cuda", "performance.deterministic=true")
+    pretrain(config, tmp_path / "beside")
+    monkeypatch.setattr(device, "side_stream", lambda *_: None)
+    pretrain(config, tmp_path / "after")
+    assert_same(*(newest(tmp_path / name)["student"] for name in ("beside", "after")))
 
 
 def launched(name: str, folder: Path, depth: int, elastic: int) -> Launches:

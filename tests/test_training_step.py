@@ -15,6 +15,7 @@ from poa import step as step_module
 from poa import tribranch
 from poa.checkpoint import RunFolder
 from poa.config import Config
+from poa.device import tensors_in
 from poa.errors import InputError
 from poa.optim import Schedules
 from poa.step import Chunk, TrainingState, train_step
@@ -137,3 +138,15 @@ def test_half_operands_keep_gradients_of_many_prototypes(tmp_path: Path) -> None
     for name, exact in found["fp32"].items():
         assert exact is not None and exact.any()
         assert (found["fp16"][name] - exact).norm() <= 1e-3 * exact.norm(), name
+
+
+def test_every_tensor_of_a_chunk_is_handed_to_the_main_stream(tmp_path: Path) -> None:
+    run = run_of(tiny_config(WITH_MASKS), tmp_path)
+    (canvases,) = next(run.batches(range(1)))
+    chunk = run.prepare(0, 0, canvases)
+    batch, drops = chunk.batch, [p.drop for p in chunk.passes]
+    halves = [half for drop in drops if drop for block in drop.blocks for half in block]
+    assert len(halves) == 2 * sum(p.subnet.depth for p in chunk.passes)
+    expected = [batch.global_crops, batch.local_crops, *vars(batch.masks).values()]
+    expected += [tensor for half in halves for tensor in (half.rows, half.scale)]
+    assert {id(t) for t in tensors_in([chunk])} == {id(t) for t in expected}
