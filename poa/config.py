@@ -15,97 +15,114 @@ from poa.backbones import ResNetConfig, SwinConfig, ViTConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
 from poa.optim import OptimConfig, OptimizerKind
-from poa.options import option, section
+from poa.options import Options, option, section
 from poa.tribranch import LossConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Destination = Literal["tensorboard", "wandb"]
 BackboneOptions = ViTConfig | SwinConfig | ResNetConfig
+MOST_PARAMETERS = 10_000_000_000  # fp32 weights, teacher, gradients and moments of which take 200 GB
 
 
 @dataclass(frozen=True)
-class CropsConfig:
+class CropsConfig(Options, at="method.crops"):
     """Crops and augmentation; triples are for global view 1, global view 2 and local crops."""
 
-    global_size: int = option(224, "pixels of a side of the two global crops")
-    local_size: int = option(96, "pixels of a side of the local crops")
-    local_count: int = option(8, "local crops of an image")
-    global_scale: tuple[float, float] = option((0.32, 1.0), "area of a global crop over the image's")
-    local_scale: tuple[float, float] = option((0.05, 0.32), "area of a local crop over the image's")
-    aspect: tuple[float, float] = option((0.75, 4 / 3), "aspect ratios of the crops")
-    flip: float = option(0.5, "probability of a horizontal flip")
-    rotation: float = option(0.0, "degrees, drawn from both directions; 0: off")
-    jitter: float = option(0.8, "probability of colour jitter")
-    brightness: float = option(0.4, "of the colour jitter: factors 1 - value .. 1 + value")
-    contrast: float = option(0.4, "likewise")
-    saturation: float = option(0.2, "likewise")
-    hue: float = option(0.1, "of the colour jitter: shift in turns of the colour circle")
-    grayscale: float = option(0.2, "probability of losing the colour")
-    blur: tuple[float, float, float] = option((0.0, 0.9, 0.5), "probabilities of a Gaussian blur")
-    blur_sigma: tuple[float, float] = option((0.1, 2.0), "pixels")
-    blur_kernel: int = option(9, "taps, odd")
-    solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), "probabilities of solarisation")
-    eval_share: float = option(0.875, "share of the shorter side in the centre crop of evaluation")
-    mean: tuple[float, float, float] = option((0.485, 0.456, 0.406), "of the pixels, in 0..1")
-    std: tuple[float, float, float] = option((0.229, 0.224, 0.225), "of the pixels, in 0..1")
+    global_size: int = option(224, "pixels of a side of the two global crops", "[1, 4096]")
+    local_size: int = option(96, "pixels of a side of the local crops", "[1, 4096]")
+    local_count: int = option(8, "local crops of an image", "[0, 256]")
+    global_scale: tuple[float, float] = option(
+        (0.32, 1.0), "smallest and largest area of a global crop over the image's", "(0, 1]"
+    )
+    local_scale: tuple[float, float] = option(
+        (0.05, 0.32), "smallest and largest area of a local crop over the image's", "(0, 1]"
+    )
+    aspect: tuple[float, float] = option(
+        (0.75, 4 / 3), "smallest and largest aspect ratio of a crop", "[0.01, 100]"
+    )
+    flip: float = option(0.5, "probability of a horizontal flip", "[0, 1]")
+    rotation: float = option(0.0, "largest rotation in degrees, either way; 0: none", "[0, 180]")
+    jitter: float = option(0.8, "probability of colour jitter", "[0, 1]")
+    brightness: float = option(
+        0.4, "colour jitter: brightness factors from 1 - value to 1 + value", "[0, 10]"
+    )
+    contrast: float = option(0.4, "colour jitter: contrast factors from 1 - value to 1 + value", "[0, 10]")
+    saturation: float = option(
+        0.2, "colour jitter: saturation factors from 1 - value to 1 + value", "[0, 10]"
+    )
+    hue: float = option(0.1, "colour jitter: largest hue shift, in turns of the colour circle", "[0, 0.5]")
+    grayscale: float = option(0.2, "probability of a grey-scale crop", "[0, 1]")
+    blur: tuple[float, float, float] = option((0.0, 0.9, 0.5), "probabilities of a Gaussian blur", "[0, 1]")
+    blur_sigma: tuple[float, float] = option(
+        (0.1, 2.0), "smallest and largest sigma of the blur, pixels", "[0.001, 1000]"
+    )
+    blur_kernel: int = option(9, "taps of the blur, an odd number", "[1, 255]")
+    solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), "probabilities of solarisation", "[0, 1]")
+    eval_share: float = option(
+        0.875, "share of the shorter side that the centre crop of evaluation shows", "[0.1, 1]"
+    )
+    mean: tuple[float, float, float] = option(
+        (0.485, 0.456, 0.406), "mean of the pixels by channel, in 0..1, for normalisation", "[0, 1]"
+    )
+    std: tuple[float, float, float] = option(
+        (0.229, 0.224, 0.225),
+        "standard deviation of the pixels by channel, for normalisation",
+        "[0.0001, 10]",
+    )
 
     def eval_resize(self, size: int | None = None) -> int:
         """Pixels of the shorter side before the centre crop of `size` (default: `global_size`) pixels."""
         return round((size or self.global_size) / self.eval_share)
 
-    def __post_init__(self) -> None:
-        for name in ("global_scale", "local_scale"):
+    def check(self) -> None:
+        for name in ("global_scale", "local_scale", "aspect", "blur_sigma"):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise InputError(f"crops.{name}: expected 0 < low <= high <= 1, got {(low, high)}")
-        for name in ("global_size", "local_size", "blur_kernel"):
-            if getattr(self, name) < 1:
-                raise InputError(f"crops.{name}: expected at least 1, got {getattr(self, name)}")
+            if low > high:
+                raise self.wrong(name, "the smaller value first")
         blurred = [self.global_size] * any(self.blur[:2]) + [self.local_size] * bool(
             self.blur[2] and self.local_count
         )
         if blurred and (self.blur_kernel % 2 == 0 or self.blur_kernel // 2 >= min(blurred)):
-            raise InputError(
-                f"crops.blur_kernel: expected an odd number below {2 * min(blurred)}, got {self.blur_kernel}"
-            )
-        if not 0 < self.eval_share <= 1:
-            raise InputError(f"crops.eval_share: expected a share in (0, 1], got {self.eval_share}")
-        if self.local_count < 0:
-            raise InputError(f"crops.local_count: expected at least 0, got {self.local_count}")
+            raise self.wrong("blur_kernel", f"an odd number below {2 * min(blurred)}")
 
 
 @dataclass(frozen=True)
-class MaskConfig:
+class MaskConfig(Options, at="method.masks"):
     """Masks of the masked-patch (iBOT) loss."""
 
-    probability: float = option(0.5, "share of the global crops that get a mask")
-    ratio: tuple[float, float] = option((0.1, 0.5), "smallest and largest share of masked patches")
+    probability: float = option(0.5, "share of the global crops that get a mask", "[0, 1]")
+    ratio: tuple[float, float] = option(
+        (0.1, 0.5), "smallest and largest share of masked patches of such a crop", "[0, 1]"
+    )
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise InputError(f"masks.probability: expected a value in [0, 1], got {self.probability}")
-        if not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
-            raise InputError(f"masks.ratio: expected 0 <= low <= high <= 1, got {self.ratio}")
+    def check(self) -> None:
+        if self.ratio[0] > self.ratio[1]:
+            raise self.wrong("ratio", "the smaller value first")
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class MethodConfig(Options, at="method"):
     """Everything that changes results."""
 
-    seed: int = option(0, "of every random choice")
-    batch_size: int = option(64, "images of a chunk, which a device takes at once")
+    seed: int = option(0, "seed of every random choice", "[0, 4294967295]")
+    batch_size: int = option(64, "images of a chunk, which a device takes at once", "[1, 65536]")
     chunks: int | None = option(
-        None, "chunks of a step; with fewer processes each takes several in turn; none: one a process"
+        None,
+        "chunks of a step; with fewer processes each takes several in turn; none: one a process",
+        "[1, 65536]",
     )
-    precision: Precision = option("bf16", "of the matrix products; weights and loss are fp32")
+    precision: Precision = option("bf16", "dtype of the matrix products; weights and loss are fp32")
     sampling: Literal["per-rank", "shared", "balanced"] = option(
         "per-rank", "elastic subnet of each chunk: its own, one for all, or of about equal cost"
     )
     shuffle_block: int = option(
         1,
         "neighbouring images that stay near to each other when shuffled, for storage that is slow at random",
+        "[1, 1e9]",
     )
-    canvas: int = option(256, "images are shrunk to fit a square of this many pixels when decoded")
+    canvas: int = option(
+        256, "images are shrunk to fit a square of this many pixels when decoded", "[1, 16384]"
+    )
     backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
     loss: LossConfig = section(LossConfig(), "the loss")
@@ -113,27 +130,26 @@ class MethodConfig:
     masks: MaskConfig = section(MaskConfig(), "masks of patches")
     optim: OptimConfig = section(OptimConfig(), "optimiser, schedules and teacher")
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"batch_size: expected at least 1, got {self.batch_size}")
-        if self.chunks is not None and self.chunks < 1:
-            raise InputError(f"chunks: expected at least 1, got {self.chunks}")
-        if self.shuffle_block < 1:
-            raise InputError(f"shuffle_block: expected at least 1, got {self.shuffle_block}")
+    def check(self) -> None:
         if self.crops.global_size != self.backbone.image_size:
-            raise InputError(
-                f"crops.global_size: expected backbone.image_size {self.backbone.image_size}, "
-                f"got {self.crops.global_size}"
-            )
+            raise self.crops.wrong("global_size", f"method.backbone.image_size {self.backbone.image_size}")
         if self.crops.local_count:
             self.backbone.grid(self.crops.local_size)
+        self.optim.require_durations(ibot=self.loss.ibot > 0)
+        parameters = self.backbone.parameters(self.backbone.space.intact) + self.head.parameters(
+            self.backbone.feature_width(self.backbone.space.intact)
+        )
+        if parameters > MOST_PARAMETERS:
+            raise InputError(f"method: expected at most {MOST_PARAMETERS:,} parameters, got {parameters:,}")
 
 
 @dataclass(frozen=True)
-class PerformanceConfig:
+class PerformanceConfig(Options, at="performance"):
     """Everything that changes speed and memory only."""
 
-    workers: int = option(4, "processes that decode images, at most one a CPU; 0: in the training process")
+    workers: int = option(
+        4, "processes that decode images, at most one a CPU; 0: in the training process", "[0, 1024]"
+    )
     recompute: bool = option(False, "recompute blocks in backward: less memory, more time")
     backward: Literal["together", "apart"] = option(
         "together",
@@ -145,38 +161,37 @@ class PerformanceConfig:
         "fused",
         "AdamW in one pass with clipping and the teacher's average, or PyTorch's, or apex's FusedAdam",
     )
-    threads: int | None = option(None, "CPU threads of PyTorch; none: its own choice")
+    threads: int | None = option(None, "CPU threads of PyTorch; none: its own choice", "[1, 1024]")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Options, at="run"):
     """What happens around the training."""
 
     data: str = option("digits", "digits, or where the images are (see README)")
-    holdout: float = option(0.25, "share of the images held out for k-NN where data has no test folder")
-    unreadable_share: float = option(0.01, "share of images, and of shards, that may be unreadable")
+    holdout: float = option(
+        0.25, "share of the images held out for k-NN where data has no test folder", "[0, 1)"
+    )
+    unreadable_share: float = option(0.01, "share of images, and of shards, that may be unreadable", "[0, 1]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress")
-    save_every: int = option(1000, "steps between checkpoints; the last step is always saved")
-    keep_last: int = option(2, "this many of the newest checkpoints are kept")
-    keep_every: int = option(0, "and those of every so many steps, for good; 0: none")
-    evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never")
-    knn_images: int = option(10000, "at most this many bank and query images in k-NN during training")
+    log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress", "[1, 1e9]")
+    save_every: int = option(1000, "steps between checkpoints; the last step is always saved", "[1, 1e9]")
+    keep_last: int = option(2, "number of newest checkpoints that are kept", "[1, 1e6]")
+    keep_every: int = option(
+        0, "checkpoints of every so many steps are kept for good; 0: of none", "[0, 1e9]"
+    )
+    evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never", "[0, 1e9]")
+    knn_images: int = option(
+        10000, "at most this many bank and query images in k-NN during training", "[1, 1e9]"
+    )
     knn_subnets: tuple[str, ...] = option(
         (), "subnets of the teacher for them, such as 384x12,192x6; none: the intact one and the smallest"
     )
-    skip_limit: int = option(30, "a run stops after so many skipped steps (gradients no numbers) in a row")
-    timeout: float = option(600.0, "seconds to wait for another process before it is missed")
+    skip_limit: int = option(
+        30, "a run stops after so many skipped steps (NaN or inf gradients) in a row", "[1, 1e9]"
+    )
+    timeout: float = option(600.0, "seconds to wait for another process before it is missed", "[1, 1e6]")
     log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
-
-    def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep_last", "skip_limit"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.unreadable_share <= 1:
-            raise InputError(f"unreadable_share: expected a share in [0, 1], got {self.unreadable_share}")
-        if not 0 < self.holdout < 1:
-            raise InputError(f"holdout: expected a share in (0, 1), got {self.holdout}")
 
 
 @dataclass(frozen=True)

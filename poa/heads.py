@@ -17,25 +17,33 @@ from torch import Tensor, nn
 
 from elastic_kernels import elastic_linear
 from elastic_kernels.dispatch import without_autocast
-from poa.errors import InputError
-from poa.options import option
+from poa.options import Options, option
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Options, at="method.head"):
     """The projection heads."""
 
-    prototypes: tuple[int, ...] = option((8192, 16384, 32768, 65536), "prototypes of each head")
-    hidden: int = option(2048, "hidden units of a head's MLP")
-    bottleneck: int = option(256, "channels before the prototypes")
-    layers: int = option(3, "linear layers of a head's MLP")
+    prototypes: tuple[int, ...] = option(
+        (8192, 16384, 32768, 65536), "prototypes of each head", "[2, 16777216]"
+    )
+    hidden: int = option(2048, "hidden units of a head's MLP", "[1, 65536]")
+    bottleneck: int = option(256, "channels of the features that meet the prototypes", "[1, 65536]")
+    layers: int = option(3, "linear layers of a head's MLP", "[1, 64]")
 
-    def __post_init__(self) -> None:
-        for name in ("hidden", "bottleneck", "layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"head.{name}: expected at least 1, got {getattr(self, name)}")
-        if not self.prototypes or min(self.prototypes) < 2:
-            raise InputError(f"head.prototypes: expected counts >= 2, got {self.prototypes}")
+    def check(self) -> None:
+        if not 1 <= len(self.prototypes) <= 64:
+            raise self.wrong("prototypes", "1 to 64 heads")
+
+    def sizes(self, width: int) -> list[int]:
+        """Channels between the layers of a head's MLP, from those of the intact backbone on."""
+        return [width] + [self.hidden] * (self.layers - 1) + [self.bottleneck]
+
+    def parameters(self, width: int) -> int:
+        """Parameters of all heads, for features of so many channels."""
+        sizes = self.sizes(width)
+        mlp = sum(a * b + b for a, b in zip(sizes, sizes[1:], strict=False))
+        return len(self.prototypes) * mlp + sum(self.prototypes) * (self.bottleneck + 1)
 
 
 class Prototypes(nn.Module):
@@ -65,7 +73,7 @@ class ProjectionHead(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        sizes = [max_width] + [config.hidden] * (config.layers - 1) + [config.bottleneck]
+        sizes = config.sizes(max_width)
         layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)]
         for layer in layers:
             nn.init.trunc_normal_(layer.weight, std=0.02, generator=generator)

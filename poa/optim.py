@@ -17,55 +17,78 @@ from torch import Tensor, nn
 from elastic_kernels import FusedAdamW, working_weights
 from elastic_kernels.optimizer import fused_adamw_backend
 from poa.errors import InputError
-from poa.options import option
+from poa.options import Options, option
 from poa.tribranch import Network
 
 OptimizerKind = Literal["fused", "torch", "apex"]
+DURATIONS = (
+    "warmup_epochs",
+    "freeze_last_layer_epochs",
+    "teacher_temperature_epochs",
+    "ibot_start_epoch",
+)
+MOST_STEPS = 10_000_000  # of a run; the paper's has 276,800
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Options, at="method.optim"):
     """AdamW, its schedules and the teacher's. Durations are epochs and may be fractions."""
 
-    epochs: float = option(300.0, "length of the run")
-    epoch_steps: int | None = option(None, "steps of an epoch; none: images / images of a step")
-    base_lr: float = option(4e-3, "learning rate at the peak, before lr_scaling")
-    lr_scaling: Literal["sqrt", "none"] = option("sqrt", "sqrt: times sqrt(images of a step / 1024)")
-    min_lr: float = option(2e-5, "learning rate at the end")
-    warmup_epochs: float = option(10.0, "linear warm-up of the learning rate")
-    freeze_last_layer_epochs: float = option(1.0, "prototypes are not trained before")
-    weight_decay: float = option(0.04, "at the start")
-    weight_decay_end: float = option(0.4, "at the end")
-    beta1: float = option(0.9, "of AdamW")
-    beta2: float = option(0.999, "of AdamW")
-    layer_decay: float = option(0.9, "learning-rate factor from a block to the one before it")
-    patch_embed_lr: float = option(0.2, "additional learning-rate factor of the patch embedding")
-    clip: float = option(1.5, "largest gradient norm of backbone and of heads; 0: no clipping")
-    stretch: float = option(0.78, "the cosine has length 1/stretch and is cut at the end")
-    momentum: float = option(0.992, "of the teacher's moving average at the start")
-    momentum_end: float = option(0.9999, "at the end")
-    teacher_temperature: float = option(0.07, "of the teacher, after its warm-up")
-    teacher_temperature_start: float = option(0.04, "at the start")
-    teacher_temperature_epochs: float = option(30.0, "linear warm-up of the teacher temperature")
-    ibot_start_epoch: float = option(30.0, "the masked-patch loss and the masks start here")
+    epochs: float = option(300.0, "length of the run, epochs", "(0, 1e6]")
+    epoch_steps: int | None = option(None, "steps of an epoch; none: images / images of a step", "[1, 1e7]")
+    base_lr: float = option(4e-3, "learning rate at the peak, before lr_scaling", "(0, 100]")
+    lr_scaling: Literal["sqrt", "none"] = option(
+        "sqrt", "sqrt: the learning rate is multiplied by sqrt(images of a step / 1024)"
+    )
+    min_lr: float = option(2e-5, "learning rate at the end of the cosine", "[0, 100]")
+    warmup_epochs: float = option(10.0, "epochs of the linear warm-up of the learning rate", "[0, 1e6]")
+    freeze_last_layer_epochs: float = option(1.0, "epochs before prototypes are trained", "[0, 1e6]")
+    weight_decay: float = option(0.04, "weight decay at the start", "[0, 100]")
+    weight_decay_end: float = option(0.4, "weight decay at the end of the cosine", "[0, 100]")
+    beta1: float = option(0.9, "beta1 of AdamW", "[0, 1)")
+    beta2: float = option(0.999, "beta2 of AdamW", "[0, 1)")
+    layer_decay: float = option(0.9, "learning-rate factor from a block to the one before it", "(0, 1]")
+    patch_embed_lr: float = option(0.2, "additional learning-rate factor of the patch embedding", "[0, 100]")
+    clip: float = option(
+        1.5, "largest gradient norm, of backbone and of heads each; 0: no clipping", "[0, 1e6]"
+    )
+    stretch: float = option(
+        0.78, "cosines are planned for a run 1/stretch times as long, and cut at the end", "[0.01, 1]"
+    )
+    momentum: float = option(0.992, "momentum of the teacher's moving average at the start", "[0, 1]")
+    momentum_end: float = option(
+        0.9999, "momentum of the teacher's moving average at the end of the cosine", "[0, 1]"
+    )
+    teacher_temperature: float = option(0.07, "softmax temperature of the teacher", "[0.0001, 100]")
+    teacher_temperature_start: float = option(
+        0.04, "softmax temperature of the teacher at the start of its linear warm-up", "[0.0001, 100]"
+    )
+    teacher_temperature_epochs: float = option(
+        30.0, "epochs of the warm-up of the teacher temperature", "[0, 1e6]"
+    )
+    ibot_start_epoch: float = option(
+        30.0, "epoch in which the masked-patch loss and the masks start", "[0, 1e6]"
+    )
 
-    def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise InputError(f"optim.epochs: expected more than 0, got {self.epochs}")
-        if not 0 <= self.warmup_epochs <= self.epochs:
-            raise InputError(
-                f"optim.warmup_epochs: expected 0..{self.epochs} (optim.epochs), got {self.warmup_epochs}"
-            )
-        if not 0 < self.stretch <= 1:
-            raise InputError(f"optim.stretch: expected a value in (0, 1], got {self.stretch}")
-        for name in ("teacher_temperature", "teacher_temperature_start"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"optim.{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("momentum", "momentum_end", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"optim.{name}: expected a value in [0, 1], got {getattr(self, name)}")
-        if self.epoch_steps is not None and self.epoch_steps < 1:
-            raise InputError(f"optim.epoch_steps: expected at least 1, got {self.epoch_steps}")
+    def require_durations(self, ibot: bool) -> None:
+        """Raise InputError where a phase would not be over, or not begin, before the run ends.
+
+        The message gives durations of the same proportions that fit: the longest a tenth of the run, as in
+        the published recipe.
+
+        Args:
+            ibot: the masked-patch loss has a weight, so that it must begin.
+        """
+        found = {name: getattr(self, name) for name in DURATIONS if ibot or name != "ibot_start_epoch"}
+        if all(value < self.epochs or value == 0 for value in found.values()):
+            return
+        scale = self.epochs / max(found.values()) / 10
+        fit = " ".join(f"{self.at}.{name}={float(f'{scale * value:.3g}')}" for name, value in found.items())
+        long = ", ".join(f"{name} {value:g}" for name, value in found.items() if value >= self.epochs)
+        raise InputError(
+            f"{self.at}: expected every phase to end before epochs {self.epochs:g}, got {long}; "
+            f"these would fit: {fit}"
+        )
 
 
 @dataclass(frozen=True)
@@ -100,8 +123,9 @@ def cosine_schedule(
         stretch: in (0, 1].
     """
     length = int(total / stretch) - warmup - freeze
-    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(length) / max(length, 1)))
-    parts = (np.zeros(freeze), np.linspace(start, base, warmup), cosine[: total - warmup - freeze])
+    steps = np.arange(min(length, max(total - warmup - freeze, 0)))
+    cosine = final + 0.5 * (base - final) * (1 + np.cos(np.pi * steps / max(length, 1)))
+    parts = (np.zeros(freeze), np.linspace(start, base, warmup), cosine)
     return Schedule(np.concatenate(parts)[:total], final)
 
 
@@ -131,6 +155,11 @@ class Schedules:
             return round(epochs * epoch_steps)
 
         total = max(steps(config.epochs), 1)
+        if total > MOST_STEPS:
+            raise InputError(
+                f"{config.at}.epochs: expected at most {MOST_STEPS:,} steps, got {config.epochs:g} epochs of "
+                f"{epoch_steps:,} steps"
+            )
         peak = config.base_lr
         if config.lr_scaling == "sqrt":
             peak *= math.sqrt(images_a_step / 1024)
@@ -139,7 +168,7 @@ class Schedules:
         )
         frozen = lr.values.copy()
         frozen[: steps(config.freeze_last_layer_epochs)] = 0
-        warm = steps(config.teacher_temperature_epochs)
+        warm = min(steps(config.teacher_temperature_epochs), MOST_STEPS)
         return cls(
             total_steps=total,
             ibot_start=steps(config.ibot_start_epoch),

@@ -1,23 +1,90 @@
-"""Typed, documented options: frozen dataclasses to and from JSON, dotted overrides and help text."""
+"""Typed, documented, bounded options: frozen dataclasses to and from JSON, dotted overrides and help text."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
 
 from poa.errors import InputError
 
 T = TypeVar("T")
 
+SHOWN = 60  # characters of a wrong value in a message
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with the text that `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+
+def option(default: Any, help: str, within: str = "") -> Any:
+    """A dataclass field with the text that `--help` shows.
+
+    Args:
+        default: value.
+        help: one sentence or less.
+        within: of a number, or of each of several: the interval it must lie in, such as `[1, 4096]` or
+            `(0, 1]`. Every number has one.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "within": within})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers from `low` to `high`, either end included or not. NaN lies in none."""
+
+    text: str
+    low: float
+    high: float
+
+    @classmethod
+    def parse(cls, text: str) -> Interval:
+        match = re.fullmatch(r"[\[(](\S+), (\S+)[\])]", text)
+        assert match, text
+        return cls(text, float(match[1]), float(match[2]))
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low or (value == self.low and self.text[0] == "[")
+        return above and (value < self.high or (value == self.high and self.text[-1] == "]"))
+
+
+class Options:
+    """Base of a group of options, whose values are checked when it is made.
+
+    Attributes:
+        at: its place in a run's configuration, for messages: `class Crops(Options, at="method.crops")`.
+    """
+
+    at: ClassVar[str] = ""
+
+    def __init_subclass__(cls, at: str = "", **rest: Any):
+        super().__init_subclass__(**rest)
+        cls.at = at or cls.at
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            within, value = field.metadata.get("within"), getattr(self, field.name)
+            if within and value is not None:
+                many = isinstance(value, tuple)
+                interval = Interval.parse(within)
+                if any(number not in interval for number in (value if many else (value,))):
+                    raise self.wrong(field.name, f"{'values' if many else 'a value'} in {within}")
+        self.check()
+
+    def check(self) -> None:
+        """Raise `self.wrong(...)` for what no interval says: options that do not fit each other."""
+
+    def wrong(self, name: str, expected: str) -> InputError:
+        """The error that an option's value is not what was expected."""
+        return InputError(f"{self.at}.{name}: expected {expected}, got {shown(getattr(self, name))}")
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = value if isinstance(value, str) else f"{value}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
 
 
 def section(default: Any, help: str) -> Any:
@@ -37,7 +104,7 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
         InputError: an unknown key (with a suggestion), or a value of the wrong type.
     """
     if not isinstance(values, dict):
-        raise InputError(f"{path or 'options'}: expected an object of options, got {json.dumps(values)[:60]}")
+        raise InputError(f"{path or 'options'}: expected an object of options, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
     arguments = {}
@@ -86,7 +153,7 @@ def override(options: T, assignments: Sequence[str]) -> T:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise InputError(f"expected an option KEY=VALUE, got {assignment!r}")
+            raise InputError(f"expected an option KEY=VALUE, got {shown(assignment)!r}")
         pairs.append((key, text))
     values = to_dict(options)
     for key, text in pairs:
@@ -131,7 +198,7 @@ def _keys(values: dict[str, Any], path: str = "") -> Iterator[str]:
 
 
 def describe(options: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]]:
-    """Yield `(dotted key, type, value, help)` of every option."""
+    """Yield `(dotted key, type and bounds, value, help)` of every option."""
     hints = typing.get_type_hints(type(options))
     for field in dataclasses.fields(options):
         key = f"{path}.{field.name}" if path else field.name
@@ -139,7 +206,8 @@ def describe(options: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]
         if dataclasses.is_dataclass(value):
             yield from describe(value, key)
         else:
-            yield key, _type_name(hints[field.name]), value, field.metadata.get("help", "")
+            kind, within = _type_name(hints[field.name]), field.metadata.get("within")
+            yield key, f"{kind} in {within}" if within else kind, value, field.metadata.get("help", "")
 
 
 def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | None:
@@ -164,7 +232,7 @@ def _parse(text: str, current: Any) -> Any:
         text = {"none": "null"}.get(text.lower(), text.lower())
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or an integer of thousands of digits, or nested as deep
         return text
 
 
@@ -185,7 +253,7 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(kind, type) and origin is None and type(value) is kind:
         return value
-    raise InputError(f"{where}: expected {_type_name(kind)}, got {value!r}")
+    raise InputError(f"{where}: expected {_type_name(kind)}, got {shown(repr(value))}")
 
 
 def _type_name(kind: Any) -> str:

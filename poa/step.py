@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ class TrainingState:
             Centers.zeros(method.head.prototypes, device),
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
         )
+
+    def is_finite(self) -> bool:
+        """Whether no weight of student and teacher is NaN or inf; waits for the device."""
+        weights = [p.detach() for network in (self.student, self.teacher) for p in network.parameters()]
+        return bool(torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -408,7 +408,18 @@ class Run:
             writer.write(row["step"], {k: v for k, v in flat(row).items() if k != "step"})
 
     def save(self, done: int) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            DivergenceError: weights are NaN or inf, in all processes alike; the checkpoints before are kept.
+        """
+        if not self.state.is_finite():
+            before = self.folder.checkpoints()
+            newest = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
+            raise DivergenceError(
+                f"step {done}: weights are NaN or inf, though gradients were finite; no checkpoint was "
+                f"saved, {newest}; lower method.optim.base_lr"
+            )
         if self.here.is_main:
             state = {
                 "step": done,

@@ -30,7 +30,7 @@ from poa.device import beside, join, side_stream
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import SoftTargets
 from poa.multicrop import StochasticDepth
-from poa.options import option
+from poa.options import Options, option
 from poa.subnets import Subnet
 
 VIEWS = 2  # global crops of an image
@@ -39,16 +39,18 @@ OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Options, at="method.loss"):
     """Weights and temperatures of the loss."""
 
-    intact: float = option(0.8, "lambda: weight of the intact student; the elastic one has 1 - lambda")
-    dino: float = option(1.0, "weight of the class-token loss")
-    ibot: float = option(1.0, "weight of the masked-patch loss")
-    koleo: float = option(0.1, "weight of the KoLeo regulariser")
-    student_temperature: float = option(0.1, "temperature of both students")
+    intact: float = option(
+        0.8, "lambda: weight of the intact student; the elastic one has 1 - lambda", "[0, 1]"
+    )
+    dino: float = option(1.0, "weight of the class-token loss", "[0, 1000]")
+    ibot: float = option(1.0, "weight of the masked-patch loss", "[0, 1000]")
+    koleo: float = option(0.1, "weight of the KoLeo regulariser", "[0, 1000]")
+    student_temperature: float = option(0.1, "softmax temperature of both students", "[0.0001, 100]")
     targets: Literal["sinkhorn", "centering"] = option("sinkhorn", "how teacher logits become targets")
-    center_momentum: float = option(0.9, "momentum of the centers (centering)")
+    center_momentum: float = option(0.9, "momentum of the centers (centering)", "[0, 1]")
     operands: Literal["fp32", "fp16"] = option(
         "fp32", "dtype of features and prototypes in their products, and of the teacher logits that are kept"
     )

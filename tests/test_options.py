@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from poa.backbones import SwinConfig
+from poa.backbones import ResNetConfig, SwinConfig
 from poa.config import PRESETS, Config, preset
 from poa.errors import InputError
-from poa.options import describe, first_difference, from_dict, override, to_dict
+from poa.optim import Schedules
+from poa.options import Interval, describe, first_difference, from_dict, override, to_dict
 
 
 @pytest.mark.parametrize(
@@ -59,11 +60,19 @@ def test_another_kind_brings_its_defaults() -> None:
         ("method.crops.blur=0,1", "method.crops.blur: expected float,float,float, got"),
         ("method.precision=fp8", r"method.precision: expected fp32\|bf16\|fp16, got 'fp8'"),
         ("method.batch_size", "expected an option KEY=VALUE, got 'method.batch_size'"),
-        ("method.batch_size=0", "batch_size: expected at least 1, got 0"),
+        ("method.batch_size=0", r"method.batch_size: expected a value in \[1, 65536\], got 0$"),
         ("method.crops.local_size=12", "multiple of the patch size 8, got 12"),
-        ("method.backbone.image_size=32", "crops.global_size: expected backbone.image_size 32, got 24"),
-        ("method.masks.ratio=0.6,0.5", "masks.ratio: expected 0 <= low <= high"),
-        ("method.optim.warmup_epochs=1000", "optim.warmup_epochs: expected 0..75.0"),
+        (
+            "method.backbone.image_size=32",
+            "method.crops.global_size: expected method.backbone.image_size 32, got 24",
+        ),
+        ("method.masks.ratio=0.6,0.5", "method.masks.ratio: expected the smaller value first, got"),
+        ("method.optim.base_lr=NaN", r"method.optim.base_lr: expected a value in \(0, 100\], got nan"),
+        ("method.crops.std=0,1,1", r"method.crops.std: expected values in \[0.0001, 10\], got \(0.0"),
+        ("method.optim.epochs=1e300", r"method.optim.epochs: expected a value in \(0, 1e6\], got 1e\+300"),
+        ("method.seed=" + "9" * 5000, r"method.seed: expected int, got '9{59}... \(5,002 characters\)"),
+        ("method.seed=" + "[" * 60_000, "method.seed: expected int, got "),
+        ("method.head.hidden=65536", "method: expected at most 10,000,000,000 parameters, got 17,2"),
     ],
 )
 def test_wrong_override(assignment: str, message: str) -> None:
@@ -88,6 +97,70 @@ def test_every_option_is_explained() -> None:
     for key, kind, _, text in describe(Config()):
         assert text, key
         assert kind, key
+
+
+@pytest.mark.parametrize("options", [Config(), SwinConfig(), ResNetConfig()], ids=lambda o: type(o).__name__)
+def test_every_number_has_bounds(options: Any) -> None:
+    for key, kind, value, _ in describe(options):
+        numbers = value if isinstance(value, tuple) else (value,)
+        if "int" in kind or "float" in kind:
+            assert " in " in kind, key
+        else:
+            assert not any(type(number) in (int, float) for number in numbers), key
+
+
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "-1", "0", "1e30", "1" + "0" * 30, "1e-30"]
+)
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-swin", "quickstart-resnet"])
+def test_absurd_numbers_are_refused_or_harmless(name: str, value: str) -> None:
+    """Every option by its full name in the message; what is taken is within the bounds."""
+    config = preset(name)
+    for key, kind, old, _ in describe(config):
+        if " in " not in kind:
+            continue
+        text = ",".join([value] * len(old)) if isinstance(old, tuple) else value
+        try:
+            changed = override(config, [f"{key}={text}"])
+        except InputError as error:
+            assert str(error).startswith(key.rpartition(".")[0].split(".")[0]), str(error)
+            assert "\n" not in str(error) and len(str(error)) < 500
+            continue
+        got = next(v for k, _, v, _ in describe(changed) if k == key)
+        interval = Interval.parse(kind.partition(" in ")[2])
+        assert got is None or all(n in interval for n in (got if isinstance(got, tuple) else (got,))), key
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1, 20, 30])
+def test_durations_that_do_not_fit_are_refused_with_some_that_do(epochs: float) -> None:
+    """The published recipe for a shorter run; the message can be copied."""
+    short = f"method.optim.epochs={epochs}"
+    with pytest.raises(InputError, match="expected every phase to end before epochs") as caught:
+        override(preset("vit-s16"), [short])
+    fitting = str(caught.value).partition("these would fit: ")[2].split()
+    optim = override(preset("vit-s16"), [short, *fitting]).method.optim
+    assert optim.ibot_start_epoch == optim.teacher_temperature_epochs == pytest.approx(epochs / 10)
+    assert optim.warmup_epochs == pytest.approx(epochs / 30, rel=1e-2)
+    schedules = Schedules.build(optim, 1000, 1024)
+    assert (schedules.last_layer_lr.values > 0).any() and schedules.ibot_start < schedules.total_steps
+
+
+def test_masks_need_not_begin_without_their_loss() -> None:
+    never = ["method.optim.ibot_start_epoch=100", "method.loss.ibot=0"]
+    assert override(preset("quickstart"), never).method.optim.ibot_start_epoch == 100
+
+
+def test_more_subnets_than_anybody_lists() -> None:
+    with pytest.raises(InputError, match="method.backbone: expected at most 100,000 subnets, got 3"):
+        SwinConfig(max_depths=(99, 99, 99, 9))
+
+
+def test_more_steps_than_anybody_takes() -> None:
+    optim = override(preset("quickstart"), ["method.optim.epochs=1e6"]).method.optim
+    with pytest.raises(
+        InputError, match="method.optim.epochs: expected at most 10,000,000 steps, got 1e.06 ep"
+    ):
+        Schedules.build(optim, 21, 64)
 
 
 def test_unknown_keys_in_a_file() -> None:

@@ -116,9 +116,9 @@ def test_more_chunks_repeat_no_image() -> None:
 THREADS_AFTER_A_RUN = """
 import sys
 from pathlib import Path
-from tiny import tiny_config
+from tiny import ONE_STEP, tiny_config
 from poa.train import pretrain
-pretrain(tiny_config("method.optim.epochs=0.5", "method.optim.warmup_epochs=0"), Path(sys.argv[1]))
+pretrain(tiny_config(*ONE_STEP), Path(sys.argv[1]))
 names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
 assert not [name for name in names if "gloo" in name], names
 """

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from run_folders import rows
-from tiny import tiny_config
+from tiny import ONE_STEP, tiny_config
 
 from benchmarks import roofline
 from poa import report
@@ -69,7 +69,7 @@ def test_figures(trained: Path) -> None:
 
 def test_mfu_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("poa.train.Run.peak", 1e12)
-    pretrain(tiny_config("method.optim.epochs=0.5", "method.optim.warmup_epochs=0"), tmp_path / "run")
+    pretrain(tiny_config(*ONE_STEP), tmp_path / "run")
     (row,) = RunFolder(tmp_path / "run").rows()
     assert row["mfu"] == pytest.approx(row["tflop_per_s"], rel=1e-9)
 

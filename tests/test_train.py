@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from run_folders import assert_same, assert_same_run, newest, rows, run_of
-from tiny import tiny_config
+from tiny import ONE_STEP, tiny_config
 
 from poa import step as step_module
 from poa.checkpoint import RunFolder
@@ -101,7 +101,7 @@ def test_metrics_and_evaluation_lines(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_prototypes_are_frozen_at_first(tmp_path: Path) -> None:
-    pretrain(tiny_config("method.optim.epochs=0.5", "method.optim.warmup_epochs=0"), tmp_path / "run")
+    pretrain(tiny_config(*ONE_STEP), tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     student, teacher = (folder.network(branch)[0] for branch in ("student", "teacher"))
     start = dict(initial_network(folder.config()).named_parameters())
@@ -178,6 +178,28 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Run, "step", infinite)
     with pytest.raises(DivergenceError, match="step 1: the loss is no number, though gradients are"):
         pretrain(tiny_config(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_not_saved_over_good_ones(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though gradients were finite."""
+    step = Run.step
+
+    def broken(self: Run, number: int, *rest: Any, **options: Any) -> Any:
+        report = step(self, number, *rest, **options)
+        if number == 5:
+            next(self.state.teacher.parameters())[0] = value
+        return report
+
+    monkeypatch.setattr(Run, "step", broken)
+    message = (
+        "step 6: weights are NaN or inf, .* no checkpoint was saved, that of step 3 is the newest; lower"
+    )
+    with pytest.raises(DivergenceError, match=message):
+        pretrain(tiny_config(), tmp_path / "run")
+    assert newest(tmp_path / "run")["step"] == 3
 
 
 @pytest.mark.parametrize("kinds", [("torch", "fused"), ("fused", "torch")])

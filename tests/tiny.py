@@ -28,6 +28,12 @@ SHORT = [
     "run.device=cpu",
 ]
 OVERRIDES = [*VIT, *SHORT]
+ONE_STEP = [  # of which the prototypes are frozen in the first
+    "method.optim.epochs=0.5",
+    "method.optim.warmup_epochs=0",
+    "method.optim.freeze_last_layer_epochs=0.49",
+    "method.optim.ibot_start_epoch=0.49",
+]
 
 
 def tiny_config(*overrides: str) -> Config:

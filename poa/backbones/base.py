@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from poa.errors import InputError
 from poa.multicrop import StochasticDepth
+from poa.options import Options
 from poa.subnets import SearchSpace, Subnet
 from poa.weights import load_strictly
+
+MOST_SUBNETS = 100_000
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Features:
     tokens: Tensor
 
 
-class BackboneConfig(ABC):
+class BackboneConfig(Options, ABC, at="method.backbone"):
     """Shape and search space of a backbone; subclasses are frozen dataclasses of options.
 
     Attributes:
@@ -45,6 +49,17 @@ class BackboneConfig(ABC):
 
     kind: str
     image_size: int
+
+    def require_order(self, low: str, high: str) -> None:
+        """Raise InputError where the option `low` is above the option `high`."""
+        if getattr(self, low) > getattr(self, high):
+            raise self.wrong(low, f"at most {high} {getattr(self, high)}")
+
+    def require_subnets(self, widths: int, depths: int) -> None:
+        """Raise InputError where there are more subnets than anybody can list."""
+        if widths * depths > MOST_SUBNETS:
+            got = f"{widths:,} widths of {depths:,} depths"
+            raise InputError(f"{self.at}: expected at most {MOST_SUBNETS:,} subnets, got {got}")
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,43 +20,49 @@ from poa.subnets import SearchSpace, Subnet, active_blocks, stage_depths
 
 C = TypeVar("C", bound="PyramidConfig")
 
+MOST_STAGES = 8
+
 
 @dataclass(frozen=True)
 class PyramidConfig(BackboneConfig):
     """Options of networks of several stages."""
 
-    image_size: int = option(224, "pixels of a side of the global crops")
-    min_depths: tuple[int, ...] = option((2, 2, 6, 2), "blocks of each stage of the shallowest subnet")
-    max_depths: tuple[int, ...] = option((2, 2, 18, 2), "blocks of each stage of the intact network")
-    min_width: int = option(96, "channels of the first stage of the narrowest subnet")
-    max_width: int = option(128, "of the intact network")
-    width_step: int | None = option(None, "distance between widths; none: the smallest")
-    mask_scale: int = option(2, "maskable patches along a side of a position of the last map: 1, 2 or 4")
-    sampling_scale: float = option(2.0, "how much more often the smallest subnet is drawn, per axis")
+    image_size: int = option(224, "pixels of a side of the global crops", "[1, 4096]")
+    min_depths: tuple[int, ...] = option(
+        (2, 2, 6, 2), "blocks of each stage of the shallowest subnet", "[1, 1024]"
+    )
+    max_depths: tuple[int, ...] = option(
+        (2, 2, 18, 2), "blocks of each stage of the intact network", "[1, 1024]"
+    )
+    min_width: int = option(96, "channels of the first stage of the narrowest subnet", "[1, 4096]")
+    max_width: int = option(128, "channels of the first stage of the intact network", "[1, 4096]")
+    width_step: int | None = option(None, "distance between widths; none: the smallest", "[1, 4096]")
+    mask_scale: int = option(
+        2, "maskable patches along a side of a position of the last map: 1, 2 or 4", "[1, 4]"
+    )
+    sampling_scale: float = option(
+        2.0, "how much more often the smallest subnet is drawn, per axis", "[1, 100]"
+    )
     masked: bool = option(True, "has a mask token; false for exported models")
 
-    def __post_init__(self) -> None:
-        pairs = list(zip(self.min_depths, self.max_depths, strict=False))
-        if len(self.min_depths) != len(self.max_depths) or len(pairs) < 2:
-            raise InputError(
-                "max_depths: expected as many stages as min_depths, two or more, "
-                f"got {self.max_depths} and {self.min_depths}"
-            )
-        if any(not 1 <= low <= high for low, high in pairs):
-            raise InputError(f"min_depths: expected 1..{self.max_depths} each, got {self.min_depths}")
-        for name, value in (
-            ("min_width", self.min_width),
-            ("max_width", self.max_width),
-            ("width_step", self.step),
-        ):
-            if value < 1 or value % self.unit:
-                raise InputError(f"{name}: expected a multiple of {self.unit}, got {value}")
-        if not self.min_width <= self.max_width or (self.max_width - self.min_width) % self.step:
-            raise InputError(
-                f"width_step: expected whole steps from {self.min_width} to {self.max_width}, got {self.step}"
-            )
-        if self.mask_scale not in (1, 2, 4):
-            raise InputError(f"mask_scale: expected 1, 2 or 4, got {self.mask_scale}")
+    def check(self) -> None:
+        if not 2 <= len(self.max_depths) <= MOST_STAGES:
+            raise self.wrong("max_depths", f"2 to {MOST_STAGES} stages")
+        if len(self.min_depths) != len(self.max_depths):
+            raise self.wrong("min_depths", f"as many stages as max_depths {self.max_depths}")
+        if any(low > high for low, high in zip(self.min_depths, self.max_depths, strict=True)):
+            raise self.wrong("min_depths", f"at most max_depths {self.max_depths}")
+        for name in ("min_width", "max_width", "width_step"):
+            if (getattr(self, name) or self.unit) % self.unit:
+                raise self.wrong(name, f"a multiple of {self.unit}")
+        self.require_order("min_width", "max_width")
+        if (self.max_width - self.min_width) % self.step:
+            raise self.wrong("width_step", f"whole steps from {self.min_width} to {self.max_width}")
+        if self.mask_scale == 3:
+            raise self.wrong("mask_scale", "1, 2 or 4")
+        ranges = zip(self.min_depths, self.max_depths, strict=True)
+        depths = math.prod(1 + high - low for low, high in ranges)
+        self.require_subnets(1 + (self.max_width - self.min_width) // self.step, depths)
         self.grid(self.image_size)
 
     @property

@@ -24,7 +24,6 @@ from elastic_kernels import ElasticBottleneck, ElasticGroupNorm
 from elastic_kernels.modules import conv_channels_last
 from poa.backbones.base import Features, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
-from poa.errors import InputError
 from poa.multicrop import StochasticDepth
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet
@@ -39,18 +38,20 @@ class ResNetConfig(PyramidConfig):
     """Shape of an elastic ResNet, and its search space."""
 
     kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
-    min_depths: tuple[int, ...] = option((3, 4, 6, 3), "blocks of each stage of the shallowest subnet")
-    max_depths: tuple[int, ...] = option((3, 8, 36, 3), "blocks of each stage of the intact network")
-    base_width: int = option(64, "channels of the stem; a fourth of those of the first stage")
-    min_width: int = option(64, "middle channels of the first stage of the narrowest subnet")
-    norm_groups: int = option(32, "of every group norm, whatever the width")
+    min_depths: tuple[int, ...] = option(
+        (3, 4, 6, 3), "blocks of each stage of the shallowest subnet", "[1, 1024]"
+    )
+    max_depths: tuple[int, ...] = option(
+        (3, 8, 36, 3), "blocks of each stage of the intact network", "[1, 1024]"
+    )
+    base_width: int = option(64, "channels of the stem; a fourth of those of the first stage", "[1, 4096]")
+    min_width: int = option(64, "middle channels of the first stage of the narrowest subnet", "[1, 4096]")
+    norm_groups: int = option(32, "groups of every group norm, whatever the width", "[1, 4096]")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.base_width < 1 or self.base_width % self.norm_groups:
-            raise InputError(
-                f"base_width: expected a multiple of norm_groups {self.norm_groups}, got {self.base_width}"
-            )
+    def check(self) -> None:
+        super().check()
+        if self.base_width % self.norm_groups:
+            raise self.wrong("base_width", f"a multiple of norm_groups {self.norm_groups}")
 
     @property
     def unit(self) -> int:

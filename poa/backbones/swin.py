@@ -45,27 +45,30 @@ class SwinConfig(PyramidConfig):
     """Shape of an elastic Swin transformer, and its search space."""
 
     kind: Literal["swin"] = option("swin", "Swin transformer")
-    patch_size: int = option(4, "pixels of a side of a patch")
-    head_dim: int = option(16, "channels of an attention head")
-    window: int = option(7, "side of a window, in tokens")
-    mlp_ratio: float = option(4.0, "hidden units of the MLP over the width")
-    drop_path: float = option(0.2, "stochastic-depth rate of the last block; linear from 0")
+    patch_size: int = option(4, "pixels of a side of a patch", "[1, 1024]")
+    head_dim: int = option(16, "channels of an attention head", "[1, 1024]")
+    window: int = option(7, "side of a window, in tokens", "[2, 64]")
+    mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
+    drop_path: float = option(0.2, "stochastic-depth rate of the last block; linear from 0", "[0, 1)")
     embedding_width: int | None = option(
-        None, "channels of the patch embedding, over all of which it is normalised; none: max_width"
+        None,
+        "channels of the patch embedding, over all of which it is normalised; none: max_width",
+        "[1, 16384]",
     )
     shifted: tuple[tuple[bool, ...], ...] | None = option(
         None, "which blocks of each stage shift their windows; none: every second"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.drop_path < 1:
-            raise InputError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
-        if self.window < 2:
-            raise InputError(f"window: expected at least 2, got {self.window}")
+    def check(self) -> None:
+        super().check()
+        if self.embedding < self.max_width:
+            raise self.wrong("embedding_width", f"at least max_width {self.max_width}")
+        if int(self.mlp_ratio * self.min_width) < 1:
+            raise self.wrong(
+                "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
+            )
         if self.shifted is not None and tuple(map(len, self.shifted)) != self.max_depths:
-            got = tuple(map(len, self.shifted))
-            raise InputError(f"shifted: expected as many flags as max_depths {self.max_depths}, got {got}")
+            raise self.wrong("shifted", f"as many flags as max_depths {self.max_depths}")
 
     @property
     def unit(self) -> int:

@@ -34,43 +34,40 @@ class ViTConfig(BackboneConfig):
     """Shape and initialisation of an elastic ViT, and its search space."""
 
     kind: Literal["vit"] = option("vit", "vision transformer")
-    image_size: int = option(224, "pixels of a side of the global crops; sets the position grid")
-    patch_size: int = option(16, "pixels of a side of a patch")
-    min_width: int = option(384, "channels of the narrowest subnet")
-    max_width: int = option(1024, "channels of the intact network")
-    width_step: int | None = option(None, "distance between widths; none: head_dim")
-    min_depth: int = option(12, "blocks of the shallowest subnet")
-    max_depth: int = option(24, "blocks of the intact network")
-    depth_step: int = option(1, "distance between depths")
-    head_dim: int = option(64, "channels of an attention head")
-    mlp_ratio: float = option(4.0, "hidden units of the MLP over the width")
-    layer_scale: float = option(1e-5, "initial LayerScale")
-    drop_path: float = option(0.2, "stochastic-depth rate of the students")
-    drop_path_uniform: bool = option(True, "the same rate in all blocks, or linear from 0")
-    sampling_scale: float = option(3.0, "how much more often the smallest subnet is drawn, per axis")
+    image_size: int = option(224, "pixels of a side of the global crops; sets the position grid", "[1, 4096]")
+    patch_size: int = option(16, "pixels of a side of a patch", "[1, 1024]")
+    min_width: int = option(384, "channels of the narrowest subnet", "[1, 16384]")
+    max_width: int = option(1024, "channels of the intact network", "[1, 16384]")
+    width_step: int | None = option(None, "distance between widths; none: head_dim", "[1, 16384]")
+    min_depth: int = option(12, "blocks of the shallowest subnet", "[1, 1024]")
+    max_depth: int = option(24, "blocks of the intact network", "[1, 1024]")
+    depth_step: int = option(1, "distance between depths", "[1, 1024]")
+    head_dim: int = option(64, "channels of an attention head", "[1, 1024]")
+    mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
+    layer_scale: float = option(1e-5, "initial LayerScale", "[0, 100]")
+    drop_path: float = option(0.2, "stochastic-depth rate of the students", "[0, 1)")
+    drop_path_uniform: bool = option(True, "the same stochastic-depth rate in all blocks, or linear from 0")
+    sampling_scale: float = option(
+        3.0, "how much more often the smallest subnet is drawn, per axis", "[1, 100]"
+    )
     masked: bool = option(True, "has a mask token; false for exported models")
 
-    def __post_init__(self) -> None:
-        step = self.width_step or self.head_dim
-        for name, value in (
-            ("min_width", self.min_width),
-            ("max_width", self.max_width),
-            ("width_step", step),
-        ):
-            if value < 1 or value % self.head_dim:
-                raise InputError(f"{name}: expected a multiple of head_dim {self.head_dim}, got {value}")
-        if not self.min_width <= self.max_width:
-            raise InputError(f"min_width: expected at most {self.max_width}, got {self.min_width}")
-        if not 1 <= self.min_depth <= self.max_depth:
-            raise InputError(f"min_depth: expected 1..{self.max_depth}, got {self.min_depth}")
-        if not 0 <= self.drop_path < 1:
-            raise InputError(f"drop_path: expected a rate in [0, 1), got {self.drop_path}")
-        if (self.max_width - self.min_width) % step or (self.max_depth - self.min_depth) % self.depth_step:
-            raise InputError(
-                "search space: expected whole steps from smallest to largest, got "
-                f"widths {self.min_width}..{self.max_width} step {step}, "
-                f"depths {self.min_depth}..{self.max_depth} step {self.depth_step}"
+    def check(self) -> None:
+        for name in ("min_width", "max_width", "width_step"):
+            if (getattr(self, name) or self.head_dim) % self.head_dim:
+                raise self.wrong(name, f"a multiple of head_dim {self.head_dim}")
+        self.require_order("min_width", "max_width")
+        self.require_order("min_depth", "max_depth")
+        if (self.max_width - self.min_width) % (self.width_step or self.head_dim):
+            raise self.wrong("width_step", f"whole steps from {self.min_width} to {self.max_width}")
+        if (self.max_depth - self.min_depth) % self.depth_step:
+            raise self.wrong("depth_step", f"whole steps from {self.min_depth} to {self.max_depth}")
+        if int(self.mlp_ratio * self.min_width) < 1:
+            raise self.wrong(
+                "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
             )
+        widths = 1 + (self.max_width - self.min_width) // (self.width_step or self.head_dim)
+        self.require_subnets(widths, 1 + (self.max_depth - self.min_depth) // self.depth_step)
         self.grid(self.image_size)
 
     @property
