@@ -24,6 +24,7 @@ from poa.memory import memory_report
 from poa.options import describe, from_dict, override
 from poa.quickstart import quickstart
 from poa.report import record_band, require_matplotlib, write_report
+from poa.signals import INTERRUPTED
 from poa.step import initial_network
 from poa.subnets import SearchSpace, Subnet
 from poa.train import pretrain
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what ends it early is one line on standard error.
 
     Exit codes: 2 for wrong input, 1 where training cannot go on, 75 where a signal stopped a run that was
-    saved and can go on, 130 for Ctrl-C.
+    saved and can go on, 130 where Ctrl-C did (a second one leaves at once).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
@@ -53,11 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"poa: error: {error}", file=sys.stderr)
         return 1
     except Preempted as stop:
-        print(f"poa: {stop}; saved, goes on with pretrain --resume RUN", file=sys.stderr)
-        return REQUEUE
+        print(f"poa: {stop}", file=sys.stderr)
+        return INTERRUPTED if stop.interrupted else REQUEUE
     except KeyboardInterrupt:
-        print("poa: interrupted; a run continues with pretrain --resume RUN", file=sys.stderr)
-        return 130
+        print("poa: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as in `| head`
         return 141
@@ -138,8 +139,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         report = evaluate_subnets(
             backbone, subnets, data, config, here, initial=initial, linear=options.linear
         )
-    if report is None:
-        return  # not the main process
+    if not here.is_main:
+        return
     print(report.table())
     out = Path(options.out or folder.path / "evaluation.json")
     report.write(out)

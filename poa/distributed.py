@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,13 +20,16 @@ import torch.distributed.nn.functional  # noqa: F401, see `world`
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from poa import errors
 from poa.device import choose_device
 from poa.errors import InputError, PeerError
 
 T = TypeVar("T")
 
-ANSWER_SECONDS = 5.0  # what the living get to say so when a process is missed
-LOST = ("gloo", "nccl", "connection", "timed out", "timeout", "store")  # in what torch raises then
+BEAT_SECONDS = 1.0  # between the signs of life of a main process at work alone
+ANSWER_SECONDS = 5.0  # what the others get to say what happened, when a connection breaks
+# What RuntimeErrors of process groups and their store say; `dist.DistError` is raised by some only.
+LOST = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe|Timed out")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class World:
         device: that this process trains on.
         hosts: process group for what lies in CPU memory; None for a single process.
         store: that all processes share; None for a single process.
+        timeout: seconds without a sign of life after which a process is given up.
     """
 
     rank: int
@@ -42,6 +49,8 @@ class World:
     device: torch.device
     hosts: dist.ProcessGroup | None = None
     store: dist.Store | None = None
+    timeout: float = 600.0
+    _alone: Iterator[int] = field(default_factory=itertools.count, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -60,19 +69,61 @@ class World:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What the main process makes, in all of them; an `InputError` of it is raised in all."""
+        """What the main process makes, in all of them.
+
+        It may take as long as it takes: the others wait while it shows signs of life.
+
+        Raises:
+            InputError, SaveError, DivergenceError: in all processes, where the main one raises it.
+            PeerError: in the others, where the main process shows no sign of life for `timeout` seconds.
+        """
         if self.size == 1:
             return make()
-        made: list[Any] = [None, None]
+        assert self.store is not None
+        made: list[Any] = [None, "", ""]
+        name = f"alone {next(self._alone)}"
         if self.is_main:
-            try:
-                made[0] = make()
-            except InputError as error:
-                made[1] = str(error)
+            with _signs_of_life(self.store, name):
+                try:
+                    made[0] = make()
+                except (errors.InputError, errors.SaveError, errors.DivergenceError) as error:
+                    made[1:] = type(error).__name__, str(error)
+        else:
+            self._await_main(self.store, name)
         dist.broadcast_object_list(made, group=self.hosts)
-        if made[1] is not None:
-            raise InputError(made[1])
+        if made[1]:
+            raise getattr(errors, made[1])(made[2])
         return made[0]
+
+    def _await_main(self, store: dist.Store, name: str) -> None:
+        """Wait until the main process has done something alone."""
+        beat, seen, pause = b"", time.monotonic(), 0.001
+        while not store.check([f"{name} done"]):
+            if store.check(["failed 0"]):
+                raise PeerError(_told(self, {0: store.get("failed 0").decode()}))
+            newest = store.get(name) if store.check([name]) else b""
+            if newest != beat:
+                beat, seen = newest, time.monotonic()
+            elif time.monotonic() - seen > self.timeout:
+                raise PeerError(
+                    f"rank {self.rank} of {self.size}: lost contact with rank 0: no sign of life for "
+                    f"{self.timeout:g} s (run.timeout)"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.2)
+
+    def require_same(self, what: str, values: Mapping[str, object]) -> None:
+        """Raise InputError, in all processes, where a value is not the same in all of them.
+
+        Args:
+            what: the values are, for the message.
+            values: small things by name, in the same order everywhere.
+        """
+        for rank, others in enumerate(self.gather(dict(values))):
+            for name, value in values.items():
+                if others.get(name) != value:
+                    ours, theirs = f"{value} on rank {self.rank}", f"{others.get(name)} on rank {rank}"
+                    raise InputError(f"{what}: expected the same on all ranks, got {name} {ours}, {theirs}")
 
     def gather(self, value: T) -> list[T]:
         """The value of every process, in all of them. Small things only: they are pickled."""
@@ -145,64 +196,141 @@ def world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
 
     Args:
         device_name: see `choose_device`.
-        timeout: seconds to wait for another process before it is missed.
+        timeout: seconds to wait for another process before it is given up.
 
     Raises:
-        PeerError: another process is dead or does not answer.
+        InputError: a launcher's environment that makes no sense.
+        PeerError: another process never came, failed, or does not respond; the message names it.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    device = choose_device(device_name, int(os.environ.get("LOCAL_RANK", "0")))
+    rank, size, local = (
+        _from_launcher(*what) for what in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = choose_device(device_name, local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        yield World(rank, size, device)
+        yield World(rank, size, device, timeout=timeout)
         return
     patience = timedelta(seconds=timeout)
-    store, rank, size = next(rendezvous("env://"))
+    store = _meet(rank, size, patience)
     # The CPUs talk in every step; they notice first, and can say so, where NCCL would abort the process.
     backend, wait = ("nccl", 2 * patience) if device.type == "cuda" else ("gloo", patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    ours, failed = dist.PrefixStore("poa", store), True
     try:
         hosts = dist.new_group(backend="gloo", timeout=patience)
-        with _missing_peers(here := World(rank, size, device, hosts, dist.PrefixStore("poa", store))):
+        with _told_failures(here := World(rank, size, device, hosts, ours, timeout)):
             yield here
         del here, hosts
+        failed = False
     finally:
         gc.collect()  # DDP modules lie in reference cycles
         dist.destroy_process_group()
+        if failed and rank == 0:
+            _linger(ours, size)
+
+
+def _from_launcher(name: str, default: int) -> int:
+    """An environment variable of `torchrun` and the like."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name}: expected a whole number in the environment, got {text!r}")
+    return int(text)
+
+
+def _meet(rank: int, size: int, patience: timedelta) -> dist.Store:
+    """The store of all processes, once they are there."""
+    try:
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=patience))
+    except ValueError as error:  # an environment without an address
+        raise InputError(f"launcher: expected what torchrun sets, got: {error}") from None
+    except (RuntimeError, TimeoutError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PeerError(
+            f"rank {rank} of {size}: expected all ranks within {patience.total_seconds():g} s (run.timeout), "
+            f"got: {reason}"
+        ) from None
+    return store
 
 
 @contextmanager
-def _missing_peers(here: World) -> Iterator[None]:
-    """Turn an error of the process group into one that names the processes that do not answer."""
+def _signs_of_life(store: dist.Store, name: str) -> Iterator[None]:
+    """Let the others see that this process is alive; then that what it did alone is done."""
+    done = threading.Event()
+
+    def beat() -> None:
+        for count in itertools.count():
+            store.set(name, str(count))
+            if done.wait(BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    store.set(f"{name} done", "")
+
+
+@contextmanager
+def _told_failures(here: World) -> Iterator[None]:
+    """Tell the others what fails here; say of a connection that breaks which rank failed, and why."""
     try:
         yield
     except RuntimeError as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError) or not any(word in text.lower() for word in LOST):
+        if isinstance(error, PeerError) or not (isinstance(error, dist.DistError) or LOST.search(text)):
+            _tell(here, error)
             raise
-        silent = _silent(here)
-        who = ", ".join(str(rank) for rank in silent) or "none, but a connection broke"
-        reason = text.splitlines()[0]
-        raise PeerError(
-            f"rank {here.rank} of {here.size}: another process is missed; without an answer: {who} ({reason})"
-        ) from None
+        raise PeerError(_told(here, _answers(here), text.splitlines()[0])) from None
+    except errors.Preempted:
+        raise
+    except Exception as error:
+        _tell(here, error)
+        raise
 
 
-def _silent(here: World) -> Sequence[int]:
-    """The processes that do not answer within `ANSWER_SECONDS`: all that miss one ask at about one time."""
+def _tell(here: World, error: Exception) -> None:
     assert here.store is not None
+    line = (str(error).strip() or "no message").splitlines()[-1]
+    with suppress(RuntimeError):  # the store went with the process that kept it
+        here.store.set(f"failed {here.rank}", f"{type(error).__name__}: {line}")
+
+
+def _answers(here: World) -> dict[int, str | None]:
+    """What each other rank says within `ANSWER_SECONDS`: how it failed, or "" if it lost contact, too."""
+    assert here.store is not None
+    answers: dict[int, str | None] = {}
     missing = set(range(here.size)) - {here.rank}
-    try:
-        here.store.set(f"alive {here.rank}", "yes")
+    with suppress(RuntimeError):
+        here.store.set(f"alive {here.rank}", "")
         deadline = time.monotonic() + ANSWER_SECONDS
         while missing and time.monotonic() < deadline:
-            missing = {rank for rank in missing if not here.store.check([f"alive {rank}"])}
-            time.sleep(0.1)
-    except RuntimeError:  # the store went with the process that kept it
-        pass
-    return sorted(missing)
+            for rank in sorted(missing):
+                for name in (f"failed {rank}", f"alive {rank}"):
+                    if rank not in answers and here.store.check([name]):
+                        answers[rank] = here.store.get(name).decode()
+            missing -= answers.keys()
+            time.sleep(0.05)
+    return answers | dict.fromkeys(missing)
+
+
+def _told(here: World, answers: Mapping[int, str | None], reason: str = "") -> str:
+    """The message of a rank whose connection broke."""
+    failed = [f"rank {rank} failed ({line})" for rank, line in answers.items() if line]
+    silent = [f"lost contact with rank {rank}" for rank, line in answers.items() if line is None]
+    what = "; ".join(failed or silent or [f"a connection broke, though all ranks respond ({reason})"])
+    return f"rank {here.rank} of {here.size}: {what}"
+
+
+def _linger(store: dist.Store, size: int) -> None:
+    """Keep the store, which the main process may hold, until the others have read why this one ends."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    with suppress(RuntimeError):
+        while time.monotonic() < deadline and not store.check([f"alive {r}" for r in range(1, size)]):
+            time.sleep(0.05)
 
 
 def mean_in_bf16(size, bucket):  # type: ignore[no-untyped-def]

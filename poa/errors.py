@@ -8,7 +8,7 @@ class InputError(ValueError):
 
 
 class PeerError(RuntimeError):
-    """Another process of the run is dead or does not answer; the message names it."""
+    """Another rank failed, or does not respond; the message names it."""
 
 
 class DivergenceError(ArithmeticError):
@@ -20,4 +20,12 @@ class SaveError(OSError):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop: it was saved, and can go on."""
+    """A signal asked the run to stop: it was saved; the message says how it goes on.
+
+    Attributes:
+        interrupted: by Ctrl-C.
+    """
+
+    def __init__(self, message: str, interrupted: bool):
+        super().__init__(message)
+        self.interrupted = interrupted

@@ -44,7 +44,6 @@ def quickstart(config: Config, out: Path) -> None:
     initial = initial_network(config).backbone
     here = World(0, 1, torch.device("cpu"))
     report = evaluate_subnets(backbone, subnets, data, config, here, initial=initial)
-    assert report is not None
     pixels = knn_of_pixels(data, config)[REPORTED_K]
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))

@@ -1,32 +1,63 @@
-"""Being asked to stop: what schedulers send before they take a machine away."""
+"""Being asked to stop: by Ctrl-C, or by a scheduler before it takes a machine away."""
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import threading
+import time
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+INTERRUPTED = 130  # exit code of Ctrl-C
+AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: launchers pass the first on once more
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGUSR1 only set `received` to their name.
+    """While entered, SIGINT, SIGTERM and SIGUSR1 only set `received` to their name.
 
+    A second Ctrl-C leaves at once, also where the main thread waits in a library and cannot handle signals.
     Signals belong to the main thread; elsewhere nothing is changed.
+
+    Args:
+        hint: what a first Ctrl-C shows; empty: nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hint: str = "") -> None:
         self.received: str | None = None
+        self.hint = hint
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
+            self._ours, theirs = socket.socketpair()
+            theirs.setblocking(False)
+            self._theirs, self._fd_before = theirs, signal.set_wakeup_fd(theirs.fileno())
+            threading.Thread(target=self._watch, daemon=True).start()
             self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.set_wakeup_fd(self._fd_before)
+            self._theirs.close()  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        if self.received is None and number == signal.SIGINT and self.hint:
+            os.write(2, f"\n{self.hint}\n".encode())  # printing may have been interrupted
+        self.received = self.received or signal.Signals(number).name
+
+    def _watch(self) -> None:
+        """Leave at a second Ctrl-C; the interpreter tells this thread of every signal as it comes."""
+        first = None
+        with self._ours as ours:
+            while numbers := ours.recv(64):
+                if signal.SIGINT not in numbers:
+                    continue
+                first, now = first or time.monotonic(), time.monotonic()
+                if now - first > AGAIN:
+                    os.write(2, b"poa: left at once, without saving\n")
+                    os._exit(INTERRUPTED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,13 +31,17 @@ from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
 from poa.optim import Schedules
-from poa.options import to_dict
+from poa.options import describe, to_dict
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
 from poa.step import AUTOCAST, Chunk, StepReport, TrainingState, student_passes, train_step
 from poa.subnets import Subnet, SubnetSampler
 from poa.tribranch import VIEWS, Batch, StudentPass
+
+# Options that may differ between ranks.
+LOCAL = {"run.data", "run.device", "performance.workers", "performance.threads"}
+STOP_HINT = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
 
 
 def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
@@ -67,6 +72,7 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool) -> None
     if resume:
         checkpoint = here.from_main(folder.newest)
         content = folder.load(checkpoint, config)
+    here.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
     run = Run(config, folder, _open_data(config, here), here, content)
     run.begin()
     run.train()
@@ -232,7 +238,7 @@ class Run:
         total, options = self.schedules.total_steps, self.config.run
         meter, poll = Meter(self.here, self.step_images), Poll(self.here)
         with Progress(total, self.first_step, self.here.is_main) as progress, ExitStack() as stack:
-            signals = stack.enter_context(StopSignals())
+            signals = stack.enter_context(StopSignals(STOP_HINT if self.here.is_main else ""))
             self.compiled = stack.enter_context(compilations())
             self._open_writers(stack)
             if self.here.from_main(self._misses_evaluation):
@@ -257,9 +263,18 @@ class Run:
                 if saves or stops:
                     self.save(done)  # last, as what comes before would not be repeated
                 if stops:
-                    raise Preempted(f"step {done}: stopped by {signals.received or 'a signal elsewhere'}")
+                    raise self._preempted(done, signals.received)
                 if saves or evaluates:
                     meter.reset()  # neither counts as training time
+
+    def _preempted(self, done: int, signal: str | None) -> Preempted:
+        """The end of a run that was stopped and saved."""
+        resume = f"python -m poa pretrain --resume {shlex.quote(str(self.folder.path))}"
+        return Preempted(
+            f"step {done}: stopped by {signal or 'a signal to another rank'}, checkpoint saved; "
+            f"resume with: {resume}",
+            interrupted=signal == "SIGINT",
+        )
 
     def _misses_evaluation(self) -> bool:
         """Whether the state the run begins with should have been evaluated and was not."""
@@ -420,7 +435,8 @@ class Run:
                 f"step {done}: weights are NaN or inf, though gradients were finite; no checkpoint was "
                 f"saved, {newest}; lower method.optim.base_lr"
             )
-        if self.here.is_main:
+
+        def write() -> None:
             state = {
                 "step": done,
                 "processes": self.here.size,
@@ -432,6 +448,8 @@ class Run:
             }
             self.folder.save(state, self.config)
 
+        self.here.from_main(write)
+
     def evaluate(self, done: int, progress: Progress) -> None:
         """k-NN of the teacher's chosen subnets and of the intact student."""
         if self.data.test is None:
@@ -441,7 +459,7 @@ class Run:
         scores = {}
         for branch, (network, subnets) in branches.items():
             found = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.here, limit)
-            for subnet, score in zip(subnets, found or (), strict=False):
+            for subnet, score in zip(subnets, found, strict=True):
                 scores[f"{branch} {subnet}"] = score[REPORTED_K]
         self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = "  ".join(f"{name} {score:.1%}" for name, score in scores.items())

@@ -210,12 +210,97 @@ def test_a_lost_rank_ends_the_others_with_a_message(how: str, tmp_path: Path) ->
     both[1].kill()
     both[1].communicate()
     assert both[0].returncode == 1, errors
-    assert "rank 0 of 2: another process is missed; without an answer: 1" in errors
+    assert "poa: error: rank 0 of 2: lost contact with rank 1\n" in errors
     assert "Traceback" not in errors
     assert newest(out)["step"] == 3
     processes.run(2, "-m", "poa", "pretrain", "--resume", str(out))
     processes.run(2, *PRETRAIN, "--out", str(tmp_path / "whole"))
     assert rows(out) == rows(tmp_path / "whole")
+
+
+FAILED_RANK = """
+import sys
+from poa.__main__ import main
+from poa.train import Run
+step = Run.step
+
+def failing(self, number, *rest, **options):
+    if number == 2 and self.here.rank == int(sys.argv[2]):
+        raise KeyError("a connection of its own")
+    return step(self, number, *rest, **options)
+
+Run.step = failing
+sys.exit(main(["pretrain", "--out", sys.argv[1], *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_failed_is_named_with_its_reason(rank: int, tmp_path: Path) -> None:
+    """It shows its own trace; the others one line."""
+    both = processes.finish(
+        processes.start(2, "-c", FAILED_RANK, str(tmp_path / "run"), str(rank), *OVERRIDES)
+    )
+    assert [code for code, _, _ in both] == [1, 1]
+    failed, other = both[rank][2], both[1 - rank][2]
+    assert "Traceback" in failed and "KeyError: 'a connection of its own'" in failed
+    reason = f"rank {rank} failed (KeyError: 'a connection of its own')"
+    assert f"poa: error: rank {1 - rank} of 2: {reason}\n" in other, other
+    assert "Traceback" not in other
+
+
+def test_a_rank_that_never_comes(tmp_path: Path) -> None:
+    both = processes.start(2, *PRETRAIN, "--out", str(tmp_path / "run"), "run.timeout=3")
+    both[1].kill()
+    started = time.monotonic()
+    code, _, errors = processes.finish(both)[0]
+    assert code == 1 and time.monotonic() - started < 40
+    assert "rank 0 of 2: expected all ranks within 3 s (run.timeout), got: " in errors, errors
+    assert "Traceback" not in errors
+
+
+def test_ranks_with_other_options_are_refused(tmp_path: Path) -> None:
+    """But for where data lie and how many processes decode them."""
+    program = "import sys; from poa.__main__ import main; import os; r = os.environ['RANK']\n"
+    program += "sys.exit(main([a.replace('RANK', r) for a in sys.argv[1:]]))"
+    arguments = ["pretrain", *OVERRIDES, "performance.workers=RANK", "--out", str(tmp_path / "run")]
+    processes.run(2, "-c", program, *arguments)
+    arguments = ["pretrain", *OVERRIDES, "method.seed=RANK", "--out", str(tmp_path / "other")]
+    for rank, (code, _, errors) in enumerate(processes.finish(processes.start(2, "-c", program, *arguments))):
+        found = f"got method.seed {rank} on rank {rank}, {1 - rank} on rank {1 - rank}"
+        assert code == 2 and f"options: expected the same on all ranks, {found}" in errors, errors
+    assert not (tmp_path / "other").exists()
+
+
+MAIN_ALONE = """
+import sys, time
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+save = RunFolder.save
+
+def slow(self, *inputs):
+    time.sleep(9)
+    save(self, *inputs)
+    if sys.argv[2] == "fails":
+        raise OSError("of the disk")
+
+RunFolder.save = slow
+sys.exit(main(["pretrain", "--out", sys.argv[1], *sys.argv[3:]]))
+"""
+
+
+def test_what_the_main_rank_does_alone_may_outlast_the_timeout(tmp_path: Path) -> None:
+    """A checkpoint on a slow disk."""
+    out = tmp_path / "run"
+    options = [*OVERRIDES, "run.timeout=4", "run.save_every=6"]
+    processes.run(2, "-c", MAIN_ALONE, str(out), "works", *options)
+    assert newest(out)["step"] == 6
+
+
+def test_the_main_rank_that_fails_alone_is_named(tmp_path: Path) -> None:
+    options = [*OVERRIDES, "run.timeout=20", "run.save_every=6"]
+    both = processes.finish(processes.start(2, "-c", MAIN_ALONE, str(tmp_path / "run"), "fails", *options))
+    assert [code for code, _, _ in both] == [1, 1]
+    assert "poa: error: rank 1 of 2: rank 0 failed (OSError: of the disk)\n" in both[1][2], both[1][2]
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
@@ -230,5 +315,6 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
     done = processes.finish(both)
     assert [code for code, _, _ in done] == [75, 75], done
     step = newest(out)["step"]
-    assert f"poa: step {step}: stopped by SIGUSR1; saved" in done[1][2]
+    assert f"poa: step {step}: stopped by SIGUSR1, checkpoint saved; resume with" in done[1][2]
+    assert f"poa: step {step}: stopped by a signal to another rank, checkpoint saved" in done[0][2]
     assert rows(out)[-1]["step"] == step

@@ -115,7 +115,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list((tmp_path / "run").glob("**/*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_saves_and_asks_to_be_queued_again(
     number: signal.Signals, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -138,21 +138,61 @@ def test_a_signal_saves_and_asks_to_be_queued_again(
     assert_same_run(out, uninterrupted)
 
 
-def test_the_exit_code_of_a_stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_the_exit_code_of_a_stopped_run(
+    number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     step = Run.step
 
     def asked(self: Run, *rest: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return step(self, *rest, **options)
 
     monkeypatch.setattr(Run, "step", asked)
     (tmp_path / "c.json").write_text(json.dumps(to_dict(tiny_config())))
-    arguments = ["pretrain", "--config", str(tmp_path / "c.json"), "--out", str(tmp_path / "run")]
-    assert main(arguments) == 75
-    assert (
-        "poa: step 1: stopped by SIGTERM; saved, goes on with pretrain --resume RUN"
-        in capsys.readouterr().err
+    out = tmp_path / "a run"
+    assert main(["pretrain", "--config", str(tmp_path / "c.json"), "--out", str(out)]) == code
+    lines = capfd.readouterr().err.strip().splitlines()
+    assert lines[-1] == (
+        f"poa: step 1: stopped by {number.name}, checkpoint saved; "
+        f"resume with: python -m poa pretrain --resume '{out}'"
     )
+    hint = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
+    assert (hint in lines) == (number == signal.SIGINT)
+
+
+LEFT_AT_ONCE = """
+import sys, threading, time
+from poa.__main__ import main
+from poa.train import Run
+
+def stuck(self, *rest, **options):
+    print("stuck", flush=True)
+    threading.Lock().acquire(), lock.acquire()
+
+lock = threading.Lock()
+lock.acquire()
+Run.step = stuck
+main(["pretrain", "--out", *sys.argv[1:]])
+"""
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    """Also from a step that never ends. Two in quick succession are one: launchers pass the first on."""
+    environment = os.environ | {"PYTHONPATH": processes.PATHS, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LEFT_AT_ONCE, str(tmp_path / "run"), *OVERRIDES]
+    run = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+    assert run.stdout is not None
+    while "stuck" not in run.stdout.readline():
+        assert run.poll() is None
+    for _ in range(2):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert run.poll() is None
+    time.sleep(1)
+    run.send_signal(signal.SIGINT)
+    errors = run.communicate(timeout=10)[1]
+    assert run.returncode == 130 and errors.endswith("poa: left at once, without saving\n"), errors
 
 
 def test_other_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +203,8 @@ def test_other_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert "step 3: expected 1,347 images as before, got 89" in caplog.text
 
 
-def test_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_of_a_run(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """Decoding processes outlive it, so that the training process can save."""
     out = tmp_path / "run"
     options = [*OVERRIDES, "method.optim.epochs=2000", "performance.workers=2", "run.save_every=100000"]
@@ -175,9 +216,9 @@ def test_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> None:
     while len(RunFolder(out).rows()) < 3:
         assert run.poll() is None
         time.sleep(0.05)
-    os.killpg(run.pid, signal.SIGTERM)
+    os.killpg(run.pid, number)
     errors = run.communicate(timeout=60)[1]
-    assert run.returncode == 75, errors
+    assert run.returncode == code, errors
     assert newest(out)["step"] == rows(out)[-1]["step"] >= 3
 
 

@@ -205,7 +205,8 @@ def evaluation_batches(
 
 def _outlive_signals(worker: int) -> None:
     """Leave it to the training process to stop: a scheduler may send its signals to all processes."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_for_parent, args=(os.getppid(),), daemon=True).start()

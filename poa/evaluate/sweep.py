@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def evaluate_subnets(
     *,
     initial: Backbone | None = None,
     linear: bool = False,
-) -> Report | None:
+) -> Report:
     """Score subnets on the held-out images with the training images as bank.
 
     Args:
@@ -130,15 +131,10 @@ def evaluate_subnets(
         here: this process; all of them extract features.
         initial: the weights before training, scored too.
         linear: train linear classifiers too.
-
-    Returns:
-        On the main process; None on the others.
     """
     after = knn_of_subnets(backbone, subnets, data, config, here)
     before = knn_of_subnets(initial, subnets, data, config, here) if initial else None
     probes = [linear_of_subnet(backbone, s, data, config, here) for s in subnets] if linear else None
-    if after is None:
-        return None
     network = config.method.backbone
     scores = [
         SubnetScore(
@@ -178,7 +174,7 @@ def knn_of_subnets(
     config: Config,
     here: World,
     limit: int | None = None,
-) -> list[dict[int, float]] | None:
+) -> list[dict[int, float]]:
     """k-NN accuracy of each subnet by k.
 
     Images are decoded once for as many subnets as have room for their features at a time.
@@ -190,13 +186,21 @@ def knn_of_subnets(
     sources = [_limited(source, limit) for source in _labelled(data)]
     scores: list[dict[int, float]] = []
     for group in _groups(config.method.backbone, subnets, max(len(source) for source in sources)):
-        features = [_extract([class_token(backbone, s) for s in group], s, config, here) for s in sources]
-        bank, queries = features
-        if bank is not None and queries is not None:
-            if unreadable := bank.unreadable + queries.unreadable:
-                log.warning("k-NN: %d images could not be read and are left out", unreadable)
-            scores += [_knn(bank, queries, number, here.device) for number in range(len(group))]
-    return scores if here.is_main else None
+        bank, queries = (
+            _extract([class_token(backbone, s) for s in group], source, config, here) for source in sources
+        )
+        scores += here.from_main(partial(_knn_of_group, bank, queries, len(group), here.device))
+    return scores
+
+
+def _knn_of_group(
+    bank: FeatureSet | None, queries: FeatureSet | None, count: int, device: torch.device
+) -> list[dict[int, float]]:
+    """k-NN accuracies of the first `count` features; the main process has them."""
+    assert bank is not None and queries is not None
+    if unreadable := bank.unreadable + queries.unreadable:
+        log.warning("k-NN: %d images could not be read and are left out", unreadable)
+    return [_knn(bank, queries, number, device) for number in range(count)]
 
 
 def _groups(backbone: BackboneConfig, subnets: Sequence[Subnet], images: int) -> Iterator[list[Subnet]]:
@@ -215,18 +219,21 @@ def _groups(backbone: BackboneConfig, subnets: Sequence[Subnet], images: int) ->
 
 def linear_of_subnet(
     backbone: Backbone, subnet: Subnet, data: DataSplit, config: Config, here: World
-) -> list[LinearScore] | None:
+) -> list[LinearScore]:
     """The linear classifiers of a subnet, best first."""
     train, queries = (
         _extract([probe_input(backbone, subnet)], source, config, here) for source in _labelled(data)
     )
-    if train is None or queries is None:
-        return None
-    return linear_accuracy(
-        train.features[0], train.labels, queries.features[0], queries.labels,
-        config.method.backbone.feature_width(subnet), here.device,
-        seed=config.method.seed,
-    )  # fmt: skip
+
+    def scored() -> list[LinearScore]:
+        assert train is not None and queries is not None  # the main process has them
+        return linear_accuracy(
+            train.features[0], train.labels, queries.features[0], queries.labels,
+            config.method.backbone.feature_width(subnet), here.device,
+            seed=config.method.seed,
+        )  # fmt: skip
+
+    return here.from_main(scored)
 
 
 def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
