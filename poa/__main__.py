@@ -21,7 +21,7 @@ from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveEr
 from poa.evaluate import evaluate_subnets
 from poa.export import extract
 from poa.memory import memory_report
-from poa.options import describe, from_dict, override
+from poa.options import describe, differences, from_dict, override
 from poa.quickstart import quickstart
 from poa.report import record_band, require_matplotlib, write_report
 from poa.signals import INTERRUPTED
@@ -79,12 +79,22 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _pretrain(options: argparse.Namespace) -> None:
     if options.resume:
-        if options.preset or options.config or options.out or options.auto_resume:
-            raise InputError("--resume: expected no --preset, --config, --out or --auto-resume beside it")
+        if options.preset or options.config or options.out or options.auto_resume or options.init_from:
+            raise InputError(
+                "--resume: expected no --preset, --config, --init-from, --out or --auto-resume beside it"
+            )
         folder = RunFolder(Path(options.resume))
         config = _overridden(folder.config(), options)
+        changed = next(differences(config.method.optim, folder.config().method.optim), None)
+        if changed and not options.replan:
+            raise InputError(
+                f"method.optim.{changed[0]}: expected {changed[2]} as the run was planned, got {changed[1]}; "
+                "--replan plans its schedules again"
+            )
         pretrain(config, folder.path, resume=True)
         return
+    if options.replan:
+        raise InputError("--replan: expected --resume RUN beside it")
     if not options.out:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")
     out = RunFolder(Path(options.out))
@@ -135,7 +145,9 @@ def _evaluate(options: argparse.Namespace) -> None:
         data = open_data(config.run.data, config.run.holdout, config.method.seed, config.run.unreadable_share)
         network, _ = folder.network(options.branch, options.step)
         backbone = network.backbone.to(here.device)
-        initial = initial_network(config).backbone.to(here.device) if options.initial else None
+        initial = None
+        if options.initial:
+            initial = initial_network(config, options.branch).backbone.to(here.device)
         report = evaluate_subnets(
             backbone, subnets, data, config, here, initial=initial, linear=options.linear
         )
@@ -205,15 +217,21 @@ def _list_subnets(options: argparse.Namespace) -> None:
 
 
 def _new_config(options: argparse.Namespace) -> Config:
+    """Of a preset, a file or the run to start from, in this order; the quickstart's where none is named."""
+    source = getattr(options, "init_from", None)
     if options.preset and options.config:
         raise InputError("expected one of --preset and --config, got both")
     if options.config:
         try:
             values = json.loads(Path(options.config).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"config: expected a JSON file, got {options.config}: {error}") from None
-        return _overridden(from_dict(Config, values), options)
-    return _overridden(preset(options.preset or "quickstart"), options)
+        config = from_dict(Config, values)
+    elif source and not options.preset:
+        config = RunFolder(Path(source)).config()
+    else:
+        config = preset(options.preset or "quickstart")
+    return _overridden(with_run(config, init_from=source) if source else config, options)
 
 
 def _overridden(config: Config, options: argparse.Namespace) -> Config:
@@ -265,6 +283,14 @@ def _add_pretrain(commands: argparse._SubParsersAction[_Parser], arguments: Sequ
     command.add_argument("--data", help="digits, or a folder of images (run.data)")
     command.add_argument("--out", help="run folder, new")
     command.add_argument("--resume", metavar="RUN", help="continue this run from its checkpoint")
+    command.add_argument(
+        "--replan", action="store_true", help="with --resume: take other method.optim options, such as epochs"
+    )
+    command.add_argument(
+        "--init-from",
+        metavar="RUN",
+        help="start from the weights of this run, with its options or --preset's",
+    )
     command.add_argument("--auto-resume", action="store_true", help="continue --out where it holds a run")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N (run.device)")
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any option below")

@@ -12,6 +12,7 @@ code.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,16 +21,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import torch
 
 from poa.config import Config
 from poa.errors import InputError, SaveError
+from poa.optim import FIXED, OptimConfig
 from poa.options import first_difference, from_dict, to_dict
 from poa.tribranch import Network
 from poa.weights import load_strictly, read_weights
 
+Branch = Literal["teacher", "student"]
+SCHEDULES = [f"optim.{f.name}" for f in dataclasses.fields(OptimConfig) if f.name not in FIXED]
 FORMAT = "poa-checkpoint-2"
 DIGITS = 16  # of the checksum in a name
 NAME = re.compile(rf"(\d{{8,}})-([0-9a-f]{{{DIGITS}}})\.pt")
@@ -92,6 +96,14 @@ class RunFolder:
         self.metrics.unlink(missing_ok=True)
         self.unreadable.unlink(missing_ok=True)
         write_json(self.path / "config.json", to_dict(config))
+
+    def keep_config(self, config: Config) -> None:
+        """Let the run go on with other schedules than it was started with."""
+        if config.method.optim != self.config().method.optim:
+            optim = config.method.optim
+            kept = self.config()
+            kept = dataclasses.replace(kept, method=dataclasses.replace(kept.method, optim=optim))
+            write_json(self.path / "config.json", to_dict(kept))
 
     def config(self) -> Config:
         """The configuration the run was started with."""
@@ -173,7 +185,8 @@ class RunFolder:
 
         Args:
             checkpoint: see `newest`.
-            config: its `method` must be the checkpoint's, apart from `chunks`.
+            config: its `method` must be the checkpoint's, apart from `chunks` and, as they may be planned
+                again, the schedules.
             mapped: leave the tensors in the file until they are used.
 
         Raises:
@@ -181,14 +194,14 @@ class RunFolder:
         """
         content = read_checkpoint(checkpoint.path, mapped=mapped)
         theirs = from_dict(Config, content["config"])
-        if difference := first_difference(config.method, theirs.method, leave_out=("chunks",)):
+        if difference := first_difference(config.method, theirs.method, leave_out=("chunks", *SCHEDULES)):
             raise InputError(
                 f"{checkpoint.path}: expected a checkpoint of this configuration, got another: "
                 f"method.{difference} in the checkpoint"
             )
         return content
 
-    def network(self, branch: str = "teacher", step: int | None = None) -> tuple[Network, Checkpoint]:
+    def network(self, branch: Branch = "teacher", step: int | None = None) -> tuple[Network, Checkpoint]:
         """The trained teacher or student, on the CPU, in evaluation mode; and where it comes from."""
         config, checkpoint = self.config(), self.newest(step)
         network = Network(config.method.backbone, config.method.head)

@@ -121,7 +121,7 @@ class MethodConfig(Options, at="method"):
         "[1, 1e9]",
     )
     canvas: int = option(
-        256, "images are shrunk to fit a square of this many pixels when decoded", "[1, 16384]"
+        256, "images are shrunk to fit a square of this many pixels when decoded", "[8, 16384]"
     )
     backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
@@ -169,6 +169,7 @@ class RunConfig(Options, at="run"):
     """What happens around the training."""
 
     data: str = option("digits", "digits, or where the images are (see README)")
+    init_from: str = option("", "run folder whose newest weights the run starts from; empty: random weights")
     holdout: float = option(
         0.25, "share of the images held out for k-NN where data has no test folder", "[0, 1)"
     )

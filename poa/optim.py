@@ -27,6 +27,8 @@ DURATIONS = (
     "teacher_temperature_epochs",
     "ibot_start_epoch",
 )
+# What cannot be planned again in the middle of a run: the rest are schedules.
+FIXED = ("epoch_steps", "beta1", "beta2", "layer_decay", "patch_embed_lr")
 MOST_STEPS = 10_000_000  # of a run; the paper's has 276,800
 
 

@@ -210,10 +210,22 @@ def describe(options: Any, path: str = "") -> Iterator[tuple[str, str, Any, str]
             yield key, f"{kind} in {within}" if within else kind, value, field.metadata.get("help", "")
 
 
-def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | None:
-    """The first option in which two groups of one type differ, as `key: value against value`."""
+def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield `(dotted key, value, other value)` of the options in which two groups of one type differ."""
     for (key, _, left, _), (_, _, right, _) in zip(describe(a), describe(b), strict=True):
-        if left != right and key not in leave_out:
+        if left != right:
+            yield key, left, right
+
+
+def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | None:
+    """The first difference of two groups, as `key: value against value`.
+
+    Args:
+        a, b: the groups.
+        leave_out: options, or groups of them, that may differ.
+    """
+    for key, left, right in differences(a, b):
+        if not any(key == name or key.startswith(f"{name}.") for name in leave_out):
             return f"{key}: {left} against {right}"
     return None
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.health import observe
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
@@ -48,11 +51,11 @@ class TrainingState:
 
     @classmethod
     def start(cls, config: Config, device: torch.device) -> TrainingState:
-        """Networks as the seed initialises them; the teacher begins as a copy of the student."""
+        """Initial networks, and an optimiser that has not stepped."""
         method = config.method
         student = initial_network(config).to(device)
-        teacher = Network(method.backbone, method.head).to(device).requires_grad_(False)
-        teacher.load_state_dict(student.state_dict())
+        teacher = initial_network(config, "teacher").to(device) if config.run.init_from else deepcopy(student)
+        teacher.requires_grad_(False)
         return cls(
             student,
             teacher,
@@ -92,10 +95,18 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def initial_network(config: Config) -> Network:
-    """The network before training, a function of the configuration alone."""
+def initial_network(config: Config, branch: Branch = "student") -> Network:
+    """The student or the teacher before training: random weights, the same for both, or those of another run.
+
+    Raises:
+        InputError: the other run has no weights, or some of other names or shapes.
+    """
     generator = torch_stream(config.method.seed, "initial weights")
-    return Network(config.method.backbone, config.method.head, generator)
+    network = Network(config.method.backbone, config.method.head, generator)
+    if config.run.init_from:
+        source, checkpoint = RunFolder(Path(config.run.init_from)).network(branch)
+        load_strictly(network, source.state_dict(), f"run.init_from: {checkpoint.path}")
+    return network
 
 
 @dataclass(frozen=True)

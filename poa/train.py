@@ -30,8 +30,8 @@ from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
-from poa.optim import Schedules
-from poa.options import describe, to_dict
+from poa.optim import OptimConfig, Schedules
+from poa.options import describe, differences, from_dict, to_dict
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
@@ -198,11 +198,36 @@ class Run:
             self.first_step = content["step"]
             processes = here.size, content["processes"]
             self.differences += self.plan.differences(Plan(**content["plan"]), processes)
+            self.differences += self._planned_again(from_dict(Config, content["config"]).method.optim)
             self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
             self.guard.load_state_dict(content["skipped"])
             self.watch.load_state_dict(content["watch"])
             self.unreadable.count = content["unreadable"]
         self.model: torch.nn.Module = self.state.student
+
+    def _planned_again(self, before: OptimConfig) -> Iterator[str]:
+        """What changed in the schedules since the checkpoint.
+
+        Raises:
+            InputError: the run would be over.
+        """
+        changes = [
+            f"method.optim.{key} {old} -> {new}"
+            for key, old, new in differences(before, self.config.method.optim)
+        ]
+        if not changes:
+            return
+        step, total = self.first_step, self.schedules.total_steps
+        if step > total:
+            raise InputError(
+                f"method.optim: expected more than {step} steps, which are done, got a run of {total}"
+            )
+        old = Schedules.build(before, self.plan.epoch_steps, self.step_images)
+        rates = [plan.lr[min(step, plan.total_steps - 1)] for plan in (old, self.schedules)]
+        yield (
+            f"schedules planned again: {', '.join(changes)}; {old.total_steps} -> {total} steps, "
+            f"learning rate {rates[0]:.3g} -> {rates[1]:.3g}"
+        )
 
     @property
     def step_images(self) -> int:
@@ -230,6 +255,7 @@ class Run:
             return
         self.folder.set_aside_after(self.first_step)
         self.folder.forget_metrics_after(self.first_step)
+        self.folder.keep_config(self.config)
         for line in self.differences:
             log.warning("step %d: %s", self.first_step, line)
 

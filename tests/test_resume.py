@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.config import with_run
 from poa.errors import InputError, Preempted, SaveError
+from poa.optim import Schedules
 from poa.options import to_dict
+from poa.step import TrainingState
 from poa.train import Run, pretrain
 
 TESTS = Path(__file__).parent
@@ -201,6 +204,59 @@ def test_other_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     config = RunFolder(out).config()
     pretrain(with_run(config, holdout=0.5), out, resume=True)
     assert "step 3: expected 1,347 images as before, got 89" in caplog.text
+
+
+def test_a_run_is_extended_by_planning_its_schedules_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, longer = tmp_path / "run", ["method.optim.epochs=4", "method.optim.base_lr=0.002"]
+    pretrain(tiny_config(), out)
+    before = rows(out)
+    assert main(["pretrain", "--resume", str(out), *longer]) == 2
+    refused = "poa: error: method.optim.epochs: expected 3.0 as the run was planned, got 4.0; --replan plans"
+    assert refused in capsys.readouterr().err
+    assert main(["pretrain", "--resume", str(out), "--replan", *longer]) == 0
+    assert "step 6: schedules planned again: method.optim.epochs 3.0 -> 4.0, method.optim." in caplog.text
+    assert "base_lr 0.003 -> 0.002; 6 -> 8 steps, learning rate 0.000448 -> 0.000508" in caplog.text
+    assert [row["step"] for row in rows(out)] == list(range(1, 9)) and rows(out)[:6] == before
+    optim = RunFolder(out).config().method.optim
+    assert (optim.epochs, optim.base_lr) == (4.0, 0.002)
+    planned = Schedules.build(optim, 2, 8)
+    assert [row["lr"] for row in rows(out)[6:]] == [planned.lr[6], planned.lr[7]]
+    assert main(["pretrain", "--resume", str(out)]) == 0  # as it is now
+    assert main(["pretrain", "--resume", str(out), "--replan", "method.optim.epochs=2"]) == 2
+    assert "expected more than 8 steps, which are done, got a run of 4" in capsys.readouterr().err
+    assert RunFolder(out).config().method.optim.epochs == 4.0
+
+
+@pytest.mark.parametrize("option", ["method.optim.beta1=0.5", "method.optim.layer_decay=0.5"])
+def test_what_cannot_be_planned_again(option: str, tmp_path: Path, capsys: Any) -> None:
+    pretrain(tiny_config(), tmp_path / "run")
+    assert main(["pretrain", "--resume", str(tmp_path / "run"), "--replan", option]) == 2
+    assert (
+        "expected a checkpoint of this configuration, got another: method.optim." in capsys.readouterr().err
+    )
+
+
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    pretrain(tiny_config(), first)
+    start = ["pretrain", "--init-from", str(first), "--out", str(second), "method.optim.base_lr=0.001"]
+    assert main(start) == 0
+    config = RunFolder(second).config()
+    assert config.run.init_from == str(first)
+    assert config.method == replace(tiny_config().method, optim=config.method.optim)
+    state = TrainingState.start(config, torch.device("cpu"))
+    for branch in ("student", "teacher"):
+        saved = newest(first)[branch]
+        weights = getattr(state, branch).state_dict()
+        assert weights.keys() == saved.keys() and all(torch.equal(weights[k], saved[k]) for k in saved)
+    assert [row["step"] for row in rows(second)] == [1, 2, 3, 4, 5, 6]
+    wider = ["--preset", "quickstart", *OVERRIDES, "method.backbone.max_width=48"]
+    assert main(["pretrain", "--init-from", str(first), "--out", str(tmp_path / "third"), *wider]) == 2
+    error = capsys.readouterr().err
+    assert "run.init_from: " in error and "expected shape (1, 1, 48), got (1, 1, 32)" in error
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
