@@ -86,7 +86,10 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["--preset", "vit-xxl"], "preset: expected one of"),
         (["--config", "nowhere.json"], "config: expected a JSON file"),
         (["--flag"], "unrecognized arguments: --flag"),
-        (["--resume", "somewhere"], "--resume: expected no --preset, --config, --out or --auto-resume"),
+        (
+            ["--resume", "somewhere"],
+            "--resume: expected no --preset, --config, --init-from, --out or --auto-resume",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -187,7 +190,7 @@ def damage_foreign(run: Run) -> None:
 
 def damage_config(run: Run) -> None:
     config = json.loads((run / "config.json").read_text())
-    config["method"]["optim"]["clip"] = 9.0
+    config["method"]["loss"]["koleo"] = 9.0
     (run / "config.json").write_text(json.dumps(config))
 
 
@@ -206,7 +209,7 @@ def damage_no_config(run: Run) -> None:
         (damage_pickle, "expected a complete file of weights only, got a damaged or foreign"),
         (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
         (damage_foreign, "expected a checkpoint of format poa-checkpoint-2, got None"),
-        (damage_config, "got another: method.optim.clip: 9.0 against 1.5 in the checkpoint"),
+        (damage_config, "got another: method.loss.koleo: 9.0 against 0.1 in the checkpoint"),
         (damage_missing, "expected a checkpoint, got checkpoints of steps: none"),
         (damage_no_config, "expected a run folder"),
     ],
@@ -229,8 +232,8 @@ def test_damaged_runs(
 
 def test_resume_with_another_method(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run)
-    line = fails(capsys, "pretrain", "--resume", str(run), "method.optim.clip=9")
-    assert "method.optim.clip: 9.0 against 1.5 in the checkpoint" in line
+    line = fails(capsys, "pretrain", "--resume", str(run), "method.loss.koleo=9")
+    assert "method.loss.koleo: 9.0 against 0.1 in the checkpoint" in line
     assert contents(run) == before
 
 
