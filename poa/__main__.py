@@ -178,12 +178,12 @@ def _report(options: argparse.Namespace) -> None:
 def _loader(options: argparse.Namespace) -> None:
     config = _new_config(options)
     for row in loader_speed(config, options.workers, options.seconds):
-        print(row)
+        print(row, flush=True)
 
 
 def _memory(options: argparse.Namespace) -> None:
     for row in memory_report(_new_config(options)):
-        print(row)
+        print(row, flush=True)
 
 
 def _warmup(options: argparse.Namespace) -> None:

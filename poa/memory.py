@@ -10,6 +10,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class Prediction:
         return self.peak + self.buckets + RESERVE <= gigabytes * 1e9
 
 
+@lru_cache(maxsize=None)
 def predict_memory(config: Config, images: int | None = None, elastic: Subnet | None = None) -> Prediction:
     """The memory of a step on one GPU.
 
@@ -162,10 +164,10 @@ def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:
 def memory_report(config: Config) -> Iterator[str]:
     """Lines about the configuration's step, and the largest chunks that fit on GPUs."""
     space = config.method.backbone.space
-    asked = predict_memory(config)
+    asked = predict_memory(config, config.method.batch_size)
     yield (
         f"{asked.images} images a GPU: {_gb(asked.peak)} at the peak with the largest elastic student, "
-        f"{_gb(predict_memory(config, elastic=space.smallest).peak)} with the smallest; "
+        f"{_gb(predict_memory(config, asked.images, space.smallest).peak)} with the smallest; "
         f"{_gb(asked.fixed)} of it weights and moments"
     )
     yield f"{_gb(RESERVE)} more are left to CUDA, {_gb(asked.buckets)} to DDP; all is predicted, not measured"
@@ -177,12 +179,12 @@ def memory_report(config: Config) -> Iterator[str]:
 def largest_chunk(config: Config, gigabytes: float, step: int = 8) -> int:
     """The most images, a multiple of `step`, whose step fits on a GPU; 0 for none.
 
-    Memory grows nearly linearly with images: two predictions give a line, others confirm what it says.
+    Memory grows linearly with images, but for rounding: two predictions give a line, another confirms it.
     """
-    few, many = (predict_memory(config, images) for images in (step, 4 * step))
-    slope = (many.peak - few.peak) / (3 * step)
+    few, many = (predict_memory(config, images) for images in (step, 8 * step))
+    slope = (many.peak - few.peak) / (7 * step)
     room = gigabytes * 1e9 - RESERVE - few.buckets - few.peak
-    images = max(int(room / slope + 2 * step) // step * step, 0)
+    images = max(round(room / slope / step + 1) * step, 0)
     while images and not predict_memory(config, images).fits(gigabytes):
         images -= step
     return images

@@ -266,15 +266,16 @@ def _validate(
     averages: Mapping[Tensor, Tensor],
     copies: Mapping[Tensor, Tensor],
 ) -> None:
-    placed = [p for part in parts.values() for p in part]
-    if len(placed) != len(params) or set(placed) != set(params):
+    placed, known = [p for part in parts.values() for p in part], {*params}
+    if len(placed) != len(params) or {*placed} != known:
         raise ValueError(
             f"{OP}: expected every one of {len(params)} parameters in one part, got {len(placed)} in "
             + ", ".join(f"{name} {len(part)}" for name, part in parts.items())
         )
-    if unknown := [t for t in averages if t not in set(params)]:
+    if unknown := [t for t in averages if t not in known]:
         raise ValueError(f"{OP}: expected averages of its parameters, got one of {tuple(unknown[0].shape)}")
-    if unknown := [t for t in copies if t not in {*params, *averages.values()}]:
+    known |= {*averages.values()}
+    if unknown := [t for t in copies if t not in known]:
         raise ValueError(
             f"{OP}: expected copies of parameters and averages, got one of {tuple(unknown[0].shape)}"
         )
