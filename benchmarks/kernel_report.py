@@ -357,7 +357,7 @@ def _tile(rows: int, columns: int) -> dict[str, Any]:
 
 
 def _optimizer_cases(part: int) -> Iterator[Case]:
-    """A step of tensors found by address, all in fp32, with copies in bf16."""
+    """A step of tensors found by address, all in fp32."""
     launch = {"CHUNK": optimizer.CHUNK, "BLOCK": optimizer.BLOCK}
     names = optimizer._adamw_kernel.arg_names + optimizer._adamw_coefficients_kernel.arg_names
     pointers = {name: "i64" for name in names if name.endswith("s_ptr")}
@@ -368,7 +368,7 @@ def _optimizer_cases(part: int) -> Iterator[Case]:
     settings = f"chunks of {optimizer.CHUNK}, {optimizer.BLOCK}, {optimizer.WARPS} warps"
     kernels: tuple[tuple[Any, str, dict[str, Any], bool], ...] = (
         (optimizer._adamw_norms_kernel, settings, {"ALIGNED": True, **launch}, False),
-        (optimizer._adamw_kernel, settings, {"ALIGNED": True, "COPY": tl.bfloat16, **launch}, True),
+        (optimizer._adamw_kernel, settings, {"ALIGNED": True, **launch}, True),
         (optimizer._adamw_coefficients_kernel, "4 warps", {"TENSORS": optimizer.TENSORS}, False),
     )
     for kernel, how, constants, rows in kernels:

@@ -10,7 +10,7 @@ import dataclasses
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +25,14 @@ from poa.errors import InputError
 from poa.flops import expected_masked
 from poa.optim import build_optimizer
 from poa.random import torch_stream
-from poa.step import AUTOCAST, Chunk, TrainingState, accumulate_gradients, student_passes
+from poa.step import (
+    AUTOCAST,
+    Chunk,
+    TrainingState,
+    accumulate_gradients,
+    rounded_weights,
+    student_passes,
+)
 from poa.subnets import Subnet
 from poa.tribranch import VIEWS, Batch, Centers, Network, teacher_targets
 
@@ -57,7 +64,7 @@ class Prediction:
         return self.peak + self.buckets + RESERVE <= gigabytes * 1e9
 
 
-@lru_cache(maxsize=None)
+@cache
 def predict_memory(config: Config, images: int | None = None, elastic: Subnet | None = None) -> Prediction:
     """The memory of a step on one GPU.
 
@@ -127,11 +134,12 @@ def planned_state(config: Config) -> TrainingState:
     with torch.device("meta"):
         student, teacher = (Network(method.backbone, method.head) for _ in range(2))
     teacher.requires_grad_(False)
-    products = AUTOCAST.get(method.precision, torch.float32)
-    with planning(products):
-        optimizer = build_optimizer(student, teacher, method.optim, config.performance.optimizer, products)
+    with planning(AUTOCAST.get(method.precision, torch.float32)):
+        optimizer = build_optimizer(student, teacher, method.optim, config.performance.optimizer)
+        rounded = rounded_weights(student, teacher, method.precision)
     centers = Centers.zeros(method.head.prototypes, torch.device("meta"))
-    return TrainingState(student, teacher, optimizer, centers, torch.amp.GradScaler("cpu", enabled=False))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return TrainingState(student, teacher, optimizer, centers, scaler, rounded)
 
 
 def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> None:
@@ -140,7 +148,7 @@ def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> 
     chunk = _chunk(config, state, elastic)
     # Meta tensors know no autocast; `planning` stands for it.
     exact = dataclasses.replace(config, method=dataclasses.replace(method, precision="fp32"))
-    with planning(AUTOCAST.get(method.precision, torch.float32)):
+    with planning(AUTOCAST.get(method.precision, torch.float32)), state.rounded:
         (targets,) = teacher_targets(state.teacher, [chunk.batch], 0.07, method.loss, state.centers)
         accumulate_gradients(state.student, state, exact, chunk, targets, 1.0)
 

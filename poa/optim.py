@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from elastic_kernels import FusedAdamW, working_weights
-from elastic_kernels.optimizer import fused_adamw_backend
+from elastic_kernels import FusedAdamW
 from poa.errors import InputError
 from poa.options import Options, option
 from poa.tribranch import Network
@@ -220,16 +219,13 @@ def build_optimizer(
     teacher: Network,
     config: OptimConfig,
     kind: OptimizerKind = "fused",
-    products: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step.
 
     Args:
         student, teacher: the weights, and their moving average.
         config: of the optimiser.
-        kind: who runs it. The fused one writes the teacher, and where it runs on Triton also both networks'
-            working weights.
-        products: dtype of the products with them.
+        kind: who runs it. The fused one writes the teacher, too.
 
     Raises:
         InputError: apex was asked for and is not there.
@@ -239,11 +235,7 @@ def build_optimizer(
     if kind == "fused":
         parts = {name: part.parameters() for name, part in student.named_children()}
         averages: dict[Tensor, Tensor] = dict(zip(student.parameters(), teacher.parameters(), strict=True))
-        copies = {}
-        if products != torch.float32 and fused_adamw_backend(next(student.parameters())).backend == "triton":
-            linears = [m for net in (student, teacher) for m in net.modules() if isinstance(m, nn.Linear)]
-            copies = working_weights([layer.weight for layer in linears], products)
-        return FusedAdamW(groups, **options, parts=parts, averages=averages, copies=copies)
+        return FusedAdamW(groups, **options, parts=parts, averages=averages)
     if kind == "torch":
         on_gpu = next(student.parameters()).is_cuda
         return torch.optim.AdamW(groups, **options, fused=on_gpu)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from elastic_kernels import working_weights
+from elastic_kernels.linear import linear_backend
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.health import observe
@@ -48,6 +50,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     centers: Centers
     scaler: torch.amp.GradScaler
+    rounded: working_weights
 
     @classmethod
     def start(cls, config: Config, device: torch.device) -> TrainingState:
@@ -59,15 +62,10 @@ class TrainingState:
         return cls(
             student,
             teacher,
-            build_optimizer(
-                student,
-                teacher,
-                method.optim,
-                config.performance.optimizer,
-                AUTOCAST.get(method.precision, torch.float32),
-            ),
+            build_optimizer(student, teacher, method.optim, config.performance.optimizer),
             Centers.zeros(method.head.prototypes, device),
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
+            rounded_weights(student, teacher, method.precision),
         )
 
     def is_finite(self) -> bool:
@@ -107,6 +105,15 @@ def initial_network(config: Config, branch: Branch = "student") -> Network:
         source, checkpoint = RunFolder(Path(config.run.init_from)).network(branch)
         load_strictly(network, source.state_dict(), f"run.init_from: {checkpoint.path}")
     return network
+
+
+def rounded_weights(student: Network, teacher: Network, precision: Precision) -> working_weights:
+    """The weights of both networks' linear layers in the dtype of the products, where Triton reads them."""
+    first = next(student.parameters())
+    if precision == "fp32" or linear_backend("working_weights", first).backend != "triton":
+        return working_weights([], torch.bfloat16)
+    linears = [m for network in (student, teacher) for m in network.modules() if isinstance(m, nn.Linear)]
+    return working_weights([layer.weight for layer in linears], AUTOCAST[precision])
 
 
 @dataclass(frozen=True)
@@ -177,24 +184,25 @@ def train_step(
     """
     method, first = config.method, chunks[0].batch
     weight = 1 / len(chunks) if weight is None else weight
-    with autocast(first.global_crops.device, method.precision):
-        targets = teacher_targets(
-            state.teacher,
-            [chunk.batch for chunk in chunks],
-            schedules.teacher_temperature[step],
-            method.loss,
-            state.centers,
-        )
     state.optimizer.zero_grad(set_to_none=True)
     values: dict[str, Tensor] = {}
     health: dict[str, Tensor] = {}
-    for number, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
-        with _reduced_later(model, later=number < len(chunks) - 1):
-            terms, outputs = accumulate_gradients(model, state, config, chunk, target, weight, timed)
-        values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
-        if observed:
-            seen = observe(target, outputs)
-            health = {name: health.get(name, 0.0) + weight * figure for name, figure in seen.items()}
+    with state.rounded:
+        with autocast(first.global_crops.device, method.precision):
+            targets = teacher_targets(
+                state.teacher,
+                [chunk.batch for chunk in chunks],
+                schedules.teacher_temperature[step],
+                method.loss,
+                state.centers,
+            )
+        for number, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
+            with _reduced_later(model, later=number < len(chunks) - 1):
+                terms, outputs = accumulate_gradients(model, state, config, chunk, target, weight, timed)
+            values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
+            if observed:
+                seen = observe(target, outputs)
+                health = {name: health.get(name, 0.0) + weight * figure for name, figure in seen.items()}
     state.scaler.unscale_(state.optimizer)
     apply_schedules(state.optimizer, schedules, step)
     clip, momentum = method.optim.clip, schedules.momentum[step]

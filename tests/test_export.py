@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import poa
 from poa import export
 from poa.backbones import ElasticViT, ResNetConfig
-from poa.config import CropsConfig
+from poa.config import CropsConfig, preset
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
@@ -113,6 +113,19 @@ def test_resnets_in_timm(width: int, depths: tuple[int, ...], tmp_path: Path) ->
         images = torch.randn(2, 3, size, size)
         with torch.no_grad():
             torch.testing.assert_close(model(images), poa.load(path)(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-swin", "quickstart-resnet"])
+def test_torch_export_with_any_number_of_images(name: str, tmp_path: Path) -> None:
+    backbone = preset(name).method.backbone.build()
+    model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path, CROPS))
+    size = backbone.config.image_size
+    batches = {0: torch.export.Dim("batch", min=1, max=64)}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=(batches,))
+        for count in (1, 5, 64):
+            images = torch.randn(count, 3, size, size)
+            torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=0)
 
 
 def test_a_wrong_fold_is_refused(

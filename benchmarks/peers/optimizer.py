@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import Provider, Unavailable
-from elastic_kernels import FusedAdamW
+from elastic_kernels import FusedAdamW, working_weights
 
 CLIP, MOMENTUM = 1.0, 0.5
 RATES: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
@@ -36,20 +36,22 @@ def provider(sizes: Sequence[int], make: MakeStep) -> Provider:
     return step
 
 
-def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.empty_like(t, dtype=torch.bfloat16, requires_grad=False) for t in tensors]
-
-
 def ours(leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
     pairs: dict[Tensor, Tensor] = dict(zip(leaves, averages, strict=True))
-    copies = dict(zip([*leaves, *averages], _copies([*leaves, *averages]), strict=True))
-    optimizer = FusedAdamW(leaves, **RATES, averages=pairs, copies=copies)
-    return lambda: optimizer.step(max_norm=CLIP, momentum=MOMENTUM)
+    optimizer = FusedAdamW(leaves, **RATES, averages=pairs)
+    rounded = working_weights([*leaves, *averages], torch.bfloat16)
+
+    def step() -> None:
+        optimizer.step(max_norm=CLIP, momentum=MOMENTUM)
+        with rounded:
+            pass
+
+    return step
 
 
 def _separate(optimizer: torch.optim.Optimizer, leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
     sources = [leaf.detach() for leaf in leaves]
-    copies = _copies([*sources, *averages])
+    copies = [t.to(torch.bfloat16) for t in (*sources, *averages)]
 
     def step() -> None:
         nn.utils.clip_grad_norm_(leaves, CLIP)

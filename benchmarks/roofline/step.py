@@ -43,11 +43,8 @@ def heads(work: Workload, part: str, width: int) -> Iterator[Cost]:
 
 def parameters(method: MethodConfig) -> int:
     """Of the intact network with its heads."""
-    head, width = method.head, method.backbone.feature_width(method.backbone.space.intact)
-    sizes = [width] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
-    mlp = sum(out * (inner + 1) for inner, out in zip(sizes, sizes[1:], strict=False))
-    prototypes = sum(head.prototypes) * (head.bottleneck + 1)
-    return method.backbone.parameters(method.backbone.space.intact) + len(head.prototypes) * mlp + prototypes
+    backbone, intact = method.backbone, method.backbone.space.intact
+    return backbone.parameters(intact) + method.head.parameters(backbone.feature_width(intact))
 
 
 def update(method: MethodConfig) -> Iterator[Cost]:

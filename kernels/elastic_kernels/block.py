@@ -120,7 +120,7 @@ def elastic_attention_half(
     qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad)
     h = packed_attention(qkv.unflatten(-1, (-1, head_dim)), active)
     if only is not None:
-        h, scale = _wanted(h, only, kept, len(x))
+        h, scale = _wanted(h, only, kept, x.shape[0])
         x, rows = x.index_select(0, only), None
     return elastic_linear_residual(
         h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
@@ -245,8 +245,8 @@ def _attention_unit(
 
 
 def _require_cover(op: str, groups: Sequence[object], covered: Sequence[int], rows: Tensor) -> None:
-    if sum(covered) != len(rows):
-        raise ValueError(f"{op}: groups {list(groups)} cover {sum(covered)} tokens, expected {len(rows)}")
+    if sum(covered) != rows.shape[0]:
+        raise ValueError(f"{op}: groups {list(groups)} cover {sum(covered)} tokens, expected {rows.shape[0]}")
 
 
 def elastic_mlp_half(
@@ -292,7 +292,7 @@ def elastic_mlp_half(
         fc1_grad, fc2_grad = grad_out or (None, None)
         weights = {"fc1_weight": (fc1_weight, fc1_grad), "fc2_weight": (fc2_weight, fc2_grad)}
         _validate(op, x, (norm_weight, norm_bias), weights, kept)
-        validate.vectors(op, x, row_scale=(row_scale, len(x)))
+        validate.vectors(op, x, row_scale=(row_scale, x.shape[0]))
         validate.mlp(op, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
         hidden = elastic_hidden_features(x.shape[1], fc1_weight.shape[1], fc1_weight.shape[0])
         spec = HalfSpec(
@@ -316,7 +316,7 @@ def _wanted(h: Tensor, only: Tensor, kept: KeptRows | None, tokens: int) -> tupl
     if kept is None:
         return h.index_select(0, only), None
     place, scale = kept.among(only, tokens)
-    if not len(h):  # no sequence takes part; the parameters still get gradients, of zero
+    if not h.shape[0]:  # no sequence takes part; the parameters still get gradients, of zero
         h = F.pad(h, (0, 0, 0, 1))
     return h.index_select(0, place), scale
 
@@ -342,6 +342,7 @@ def _validate(
         longest = weights[next(iter(weights))][0].shape[1]
         validate.vectors(op, x, norm_weight=(norm[0], longest), norm_bias=(norm[1], longest))
     if kept is not None:
-        validate.vectors(op, x, rows=(kept.rows, len(kept.rows)), row_scale=(kept.scale, len(kept.rows)))
+        kept_tokens = kept.rows.shape[0]
+        validate.vectors(op, x, rows=(kept.rows, kept_tokens), row_scale=(kept.scale, kept_tokens))
     for weight, buffer in weights.values():
         validate.grad_out(op, buffer, weight)

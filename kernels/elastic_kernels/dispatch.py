@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -38,14 +39,18 @@ def _checked(name: str) -> str:
     return name
 
 
-_forced = os.environ.get(ENVIRONMENT_VARIABLE) or None
-if _forced is not None:
-    _checked(_forced)
+_default = os.environ.get(ENVIRONMENT_VARIABLE) or None
+if _default is not None:
+    _checked(_default)
+_forced: ContextVar[str | None] = ContextVar("backend", default=_default)
+_planned: ContextVar[torch.dtype | None] = ContextVar("planning", default=None)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend for all operators of this process while the context lasts.
+    """Force a backend for all operators of this thread while the context lasts.
+
+    What `torch.compile` traces in the context keeps the backend.
 
     Args:
         name: "reference" or "triton"; "sdpa" or "xformers" force attention alone.
@@ -59,15 +64,11 @@ def backend(name: str) -> Iterator[None]:
         ...     packed_attention(torch.randn(4, 3, 2, 16), [(1, 4)]).shape
         torch.Size([4, 32])
     """
-    global _forced
-    before, _forced = _forced, _checked(name)
+    token = _forced.set(_checked(name))
     try:
         yield
     finally:
-        _forced = before
-
-
-_planned: torch.dtype | None = None
+        _forced.reset(token)
 
 
 @contextmanager
@@ -76,24 +77,33 @@ def planning(products: torch.dtype) -> Iterator[None]:
 
     Operators then give shapes and dtypes and compute nothing: for the planning of memory and launches.
     """
-    global _planned
-    before, _planned = _planned, products
+    token = _planned.set(products)
     try:
         yield
     finally:
-        _planned = before
+        _planned.reset(token)
 
 
 def forced() -> str | None:
     """The backend that `backend(...)` or the environment forces."""
-    return _forced
+    return _forced.get()
+
+
+def planned() -> torch.dtype | None:
+    """The dtype of products that `planning(...)` asks for; None outside of it."""
+    return _planned.get()
+
+
+# Dynamo traces no context variables before torch 2.14. This is what `torch.compiler.assume_constant_result`
+# does, which would make everybody who imports this package wait for dynamo.
+forced._dynamo_marked_constant = planned._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast makes of matrix products on a device, or None where it is off."""
     kind = device.type
     if kind == "meta":
-        return _planned
+        return planned()
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
@@ -106,13 +116,16 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-def cached_beside(x: Tensor, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A cached maker of constant tensors for an operation on `x`, not cached where `x` has no values.
+def constant(x: Tensor, make: Callable[..., Tensor], *arguments: object) -> Tensor:
+    """A constant tensor for an operation on `x`, from a maker with `lru_cache`.
 
-    Under `FakeTensorMode` constants have no values either, and must not outlive it.
+    Not cached where `x` has no values: under `FakeTensorMode` constants have none either, and must not
+    outlive it. Made outside of inference mode: an inference tensor would spoil later training.
     """
-    real = type(x) in (Tensor, torch.nn.Parameter)
-    return make if real else make.__wrapped__  # type: ignore[attr-defined]
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return make.__wrapped__(*arguments)  # type: ignore[attr-defined]
+    with torch.inference_mode(False):
+        return make(*arguments)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -132,11 +145,12 @@ def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | No
     Raises:
         RuntimeError: `triton` is forced and cannot run.
     """
-    if _forced == "reference":
+    wanted = forced()
+    if wanted == "reference":
         return Choice("reference", "forced")
     dtype = dtype or x.dtype
     obstacle = _obstacle(x.device.type, dtype) or limit
-    if _forced == "triton":
+    if wanted == "triton":
         if obstacle:
             raise RuntimeError(f"{op}: expected to run on triton, which was forced, but {obstacle}")
         return Choice("triton", "forced")
@@ -155,7 +169,7 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"the kernel takes float32, float16 and bfloat16, got {dtype}"
     if device == "cpu" and not INTERPRETED:
         return "the tensors are on a CPU (without TRITON_INTERPRET=1)"
-    if device == "meta" and _planned is not None:
+    if device == "meta" and planned() is not None:
         return None
     if device not in ("cpu", "cuda"):
         return f"the tensors are on {device!r}, expected cuda"

@@ -95,7 +95,8 @@ def _reference(
     """The plain definition."""
     exact = x if x.dtype == torch.float64 else x.float()
     weight, bias = weight.to(exact.dtype), bias.to(exact.dtype)
-    y = F.group_norm(exact.movedim(-1, 1), groups, weight, bias, eps).movedim(1, -1)
+    # Of channels-last maps PyTorch sums squares, which cancel where means are large.
+    y = F.group_norm(exact.movedim(-1, 1).contiguous(), groups, weight, bias, eps).movedim(1, -1)
     if residual is not None:
         y = y + residual
     return (F.relu(y) if activation == "relu" else y).to(x.dtype)

@@ -8,10 +8,10 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicMlp`.
 from __future__ import annotations
 
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import validate
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, layer_spec, linear_backend
+from elastic_kernels.recompute import recomputed
 
 
 def elastic_hidden_features(width: int, max_width: int, max_hidden: int) -> int:
@@ -86,4 +86,4 @@ def elastic_mlp(
             inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale, grad_out=buffers[1]
         )
 
-    return checkpoint(mlp, x, residual, use_reentrant=False) if recompute else mlp(x, residual)
+    return recomputed(mlp, x, residual) if recompute else mlp(x, residual)

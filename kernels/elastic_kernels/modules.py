@@ -147,7 +147,7 @@ class ElasticBlock(nn.Module):
             `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
         """
         first, second = kept or (None, None)
-        tokens, row_scale = len(x), None
+        tokens, row_scale = x.shape[0], None
         norm, attn, mlp = self.norm1, self.attn, self.mlp
         x = elastic_attention_half(
             x, norm.weight, norm.bias, norm.eps,

@@ -1,9 +1,8 @@
-"""AdamW that also clips, keeps a moving average of the weights and low-precision copies, in one pass.
+"""AdamW that also clips and keeps a moving average of the weights, in one pass.
 
     g *= min(1, max_norm / |g|)                    |g| over all tensors of a part of the network
     p, m, v = AdamW(p, g, m, v)
     a = momentum a + (1 - momentum) p              of the weights that have an average
-    copies of p and a are rounded from them
 
 Source: Loshchilov and Hutter, 2019, as `torch.optim.AdamW` computes it; moving average as in DINO.
 """
@@ -27,7 +26,7 @@ OP = "FusedAdamW"
 
 
 class FusedAdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` with clipping, moving average and low-precision copies in its step.
+    """`torch.optim.AdamW` with clipping and moving average in its step.
 
     Without any of them a step is that of `torch.optim.AdamW`, whose `state_dict` it reads and writes.
 
@@ -36,21 +35,20 @@ class FusedAdamW(torch.optim.AdamW):
         parts: parameters that are clipped by one norm, by name; every parameter in one part. Default: all in
             a part "all".
         averages: of parameters, of their shape, dtype and device; changed in place.
-        copies: of parameters and of averages, float16 or bfloat16, of their shape and device.
 
     Attributes:
         norms: norm of each part's gradients before clipping, after a step; on the device.
         finite: whether all of them were numbers; bool, on the device.
 
     Raises:
-        ValueError: parameters in no part or in two; averages or copies of other shapes or devices.
-        TypeError: averages of another dtype, copies of several or of none of the two.
+        ValueError: parameters in no part or in two; averages of other shapes or devices.
+        TypeError: averages of another dtype.
         RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here: it takes contiguous
             float32 parameters.
 
     Numerics: everything is float32, what is the same for a whole tensor float64. A step with a gradient that
-    is no number changes neither weights nor moments nor counts; averages move, copies are written. Results
-    repeat bitwise. Gradients are undefined after a step. With Triton nothing waits for the device.
+    is no number changes neither weights nor moments nor counts; averages move. Results repeat bitwise.
+    Gradients are undefined after a step. With Triton nothing waits for the device.
 
     Example:
         >>> layer, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).requires_grad_(False)
@@ -72,13 +70,12 @@ class FusedAdamW(torch.optim.AdamW):
         *,
         parts: Mapping[str, Iterable[Tensor]] | None = None,
         averages: Mapping[Tensor, Tensor] | None = None,
-        copies: Mapping[Tensor, Tensor] | None = None,
     ):
         super().__init__(params, lr, betas, eps, weight_decay)
         everything = [p for group in self.param_groups for p in group["params"]]
         self._parts = {"all": everything} if parts is None else {k: list(v) for k, v in parts.items()}
-        self._averages, self._copies = dict(averages or {}), dict(copies or {})
-        _validate(everything, self._parts, self._averages, self._copies)
+        self._averages = dict(averages or {})
+        _validate(everything, self._parts, self._averages)
         self.norms: dict[str, Tensor] = {}
         self.finite = torch.ones((), dtype=torch.bool)
         self._plan: _Plan | None = None
@@ -132,8 +129,6 @@ class FusedAdamW(torch.optim.AdamW):
             super().step()
         if momentum is not None and self._averages:
             torch._foreach_lerp_(list(self._averages.values()), list(self._averages), 1 - momentum)
-        for source, copy in self._copies.items():
-            copy.copy_(source)
 
     def _triton_step(self, max_norm: float | None, momentum: float | None) -> None:
         from elastic_kernels.triton_ops import optimizer as ops
@@ -154,7 +149,7 @@ class FusedAdamW(torch.optim.AdamW):
         self.norms = dict(zip(self._parts, norms.unbind(), strict=True))
         self.finite = norms.isfinite().all()
         averaging = 1.0 if momentum is None else momentum
-        ops.update(table, plan.tables, rates, clips, self.finite, averaging, plan.copy_dtype, aligned)
+        ops.update(table, plan.tables, rates, clips, self.finite, averaging, aligned)
 
 
 def fused_adamw_backend(parameter: Tensor) -> dispatch.Choice:
@@ -198,7 +193,6 @@ class _Plan:
     addresses: list[int]
     tables: Tables
     chunks_of_parts: list[int]
-    copy_dtype: torch.dtype | None
     aligned: bool
     holders: list[Tensor]
 
@@ -217,14 +211,12 @@ class _Plan:
         steps = torch.stack([s["step"].to(device, torch.float32) for s in states])
         for state, step in zip(states, steps.unbind(), strict=True):
             state["step"] = step
-        averages, copies = optimizer._averages, optimizer._copies
+        averages = optimizer._averages
         columns: list[list[Tensor | None]] = [
             list(params),
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [averages.get(p) for p in params],
-            [copies.get(p) for p in params],
-            [copies.get(averages[p]) if p in averages else None for p in params],
         ]
         addresses = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
         chunks = [-(-p.numel() // ops.CHUNK) for p in params]
@@ -244,7 +236,6 @@ class _Plan:
                 ]
             ),
             [sum(c for c, part in zip(chunks, part_of, strict=True) if part == n) for n in range(len(sizes))],
-            next((c.dtype for c in copies.values()), None),
             not any(a % 16 for column in addresses for a in column),
             holders,
         )
@@ -264,7 +255,6 @@ def _validate(
     params: Sequence[Tensor],
     parts: Mapping[str, Sequence[Tensor]],
     averages: Mapping[Tensor, Tensor],
-    copies: Mapping[Tensor, Tensor],
 ) -> None:
     placed, known = [p for part in parts.values() for p in part], {*params}
     if len(placed) != len(params) or {*placed} != known:
@@ -274,20 +264,11 @@ def _validate(
         )
     if unknown := [t for t in averages if t not in known]:
         raise ValueError(f"{OP}: expected averages of its parameters, got one of {tuple(unknown[0].shape)}")
-    known |= {*averages.values()}
-    if unknown := [t for t in copies if t not in known]:
-        raise ValueError(
-            f"{OP}: expected copies of parameters and averages, got one of {tuple(unknown[0].shape)}"
-        )
-    for name, pairs in (("average", averages), ("copy", copies)):
-        for source, other in pairs.items():
-            if other.shape != source.shape or other.device != source.device or not other.is_contiguous():
-                raise ValueError(
-                    f"{OP}: expected a contiguous {name} {tuple(source.shape)} on {source.device}, "
-                    f"got {tuple(other.shape)} on {other.device}"
-                )
-            if name == "average" and other.dtype != source.dtype:
-                raise TypeError(f"{OP}: expected an average of {source.dtype}, got {other.dtype}")
-    dtypes = {c.dtype for c in copies.values()}
-    if dtypes not in (set(), {torch.bfloat16}, {torch.float16}):
-        raise TypeError(f"{OP}: expected copies all bfloat16 or all float16, got {dtypes}")
+    for source, other in averages.items():
+        if other.shape != source.shape or other.device != source.device or not other.is_contiguous():
+            raise ValueError(
+                f"{OP}: expected a contiguous average {tuple(source.shape)} on {source.device}, "
+                f"got {tuple(other.shape)} on {other.device}"
+            )
+        if other.dtype != source.dtype:
+            raise TypeError(f"{OP}: expected an average of {source.dtype}, got {other.dtype}")

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 
@@ -31,7 +33,9 @@ class GradientLedger:
         return self._whole[weight] > 0 and weight not in self._corners
 
     def leave(self, weight: int, corner: Tensor) -> None:
-        """Let a corner `[groups, n, k]` wait."""
+        """Let a corner `[groups, n, k]` wait, until the end of this backward."""
+        if not self._corners:
+            torch.autograd.Variable._execution_engine.queue_callback(self._require_none)
         self._corners[weight] = corner
 
     def complete(self, weight: int, whole: Tensor) -> None:
@@ -40,10 +44,19 @@ class GradientLedger:
         corner = self._corners.pop(weight, None)
         if corner is not None:
             _, out, width = corner.shape
-            whole[:, :out, :width] += corner
+            whole[:, :out, :width].add_(corner)
+
+    def _require_none(self) -> None:
+        if self._corners:
+            count = len(self._corners)
+            self._corners.clear()
+            raise RuntimeError(
+                f"shared_gradients: expected every pass to be part of the loss, got {count} weights whose "
+                "gradient came of narrow passes alone; it would be lost"
+            )
 
 
-_ledger: GradientLedger | None = None
+_ledger: ContextVar[GradientLedger | None] = ContextVar("shared_gradients", default=None)
 
 
 @contextmanager
@@ -55,21 +68,26 @@ def shared_gradients() -> Iterator[None]:
     for a pass that was run earlier: so run the widest network first. In any other order, with `recompute`
     and without Triton, gradients are added by autograd; they are the same bits.
 
-    Every pass must be part of the loss: a corner that waits for a gradient that never comes is lost.
+    Every pass must be part of the loss: a backward that leaves out a wide pass, for whose gradients those of
+    narrow ones wait, ends in a RuntimeError.
 
     Example:
         >>> with shared_gradients():
         ...     wide, narrow = block(x, groups), block(x[:, :32], groups)
         >>> (wide.sum() + narrow.sum()).backward()
     """
-    global _ledger
-    before, _ledger = _ledger, GradientLedger()
+    token = _ledger.set(GradientLedger())
     try:
         yield
     finally:
-        _ledger = before
+        _ledger.reset(token)
+
+
+def stop_sharing() -> None:
+    """Let autograd add the gradients of what runs from here on in this context."""
+    _ledger.set(None)
 
 
 def current_ledger() -> GradientLedger | None:
-    """That of the context, if there is one."""
-    return _ledger
+    """That of the context, if there is one; none where `torch.compile` traces."""
+    return None if torch.compiler.is_compiling() else _ledger.get()

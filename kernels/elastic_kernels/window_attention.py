@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elastic_kernels import dispatch
 from elastic_kernels.attention import HEAD_DIMS
-from elastic_kernels.dispatch import cached_beside, without_autocast
+from elastic_kernels.dispatch import constant, without_autocast
 
 MAX_WINDOW = 8  # of the Triton kernels
 APART = -100.0  # added to the score of a query and a key of different regions
@@ -108,7 +108,7 @@ def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)  # [count, i, j, heads, n, head_dim]
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.to(qkv.dtype)
     if shift:
-        apart = cached_beside(qkv, _apart)(rows, columns, window, shift, qkv.device)
+        apart = constant(qkv, _apart, rows, columns, window, shift, qkv.device)
         scores = scores + apart.unsqueeze(2).to(scores.dtype) * APART
     x = scores.softmax(-1) @ v
     x = x.unflatten(4, (window, window)).permute(0, 1, 4, 2, 5, 3, 6)  # [count, i, r, j, c, heads, head_dim]
@@ -142,7 +142,7 @@ def relative_position_bias(table: Tensor, window: int) -> Tensor:
     """
     n = window**2
     with without_autocast(table.device):
-        chosen = cached_beside(table, _chosen)(window, table.device).to(table.dtype) @ table
+        chosen = constant(table, _chosen, window, table.device).to(table.dtype) @ table
     return chosen.t().unflatten(1, (n, n))
 
 
@@ -171,8 +171,8 @@ def _validate(
     if pad is not None and (pad.dim() != 3 or pad.shape[1] < heads or pad.shape[::2] != (3, head_dim)):
         raise ValueError(f"{op}: expected pad [3, {heads} or more, {head_dim}], got {tuple(pad.shape)}")
     covered = sum(count * height * width for count, height, width in maps)
-    if covered != len(qkv):
-        raise ValueError(f"{op}: maps {list(maps)} cover {covered} tokens, qkv has {len(qkv)}")
+    if covered != qkv.shape[0]:
+        raise ValueError(f"{op}: maps {list(maps)} cover {covered} tokens, qkv has {qkv.shape[0]}")
 
 
 def validate_windows(op: str, heads: int, bias: Tensor, window: int, shift: int) -> None:

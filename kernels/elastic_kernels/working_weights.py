@@ -1,65 +1,72 @@
-"""Weights in the dtype of the products, kept beside fp32 masters instead of rounded for every product."""
+"""Weights in the dtype of the products: rounded once for many products instead of for each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextvars import ContextVar, Token
+from types import TracebackType
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+_current: ContextVar[dict[int, Tensor] | None] = ContextVar("working_weights", default=None)
 
 
-@dataclass
-class _Copy:
-    """A rounded weight, and the version of the master it was last rounded from here."""
+class working_weights:  # noqa: N801, used as a function, like torch.no_grad
+    """Round weights once, for all Triton products that read them while the context lasts.
 
-    tensor: Tensor
-    version: int
-
-
-_copies = WeakTensorKeyDictionary()
-
-
-@torch.no_grad()
-def working_weights(weights: Iterable[Tensor], dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Keep copies of weights that the Triton products of that dtype read in place of the weights.
-
-    A copy that its weight has left behind (loaded, stepped by another optimiser) is rounded again when it is
-    next read, so operands are those without copies, to the bit. (A library may sum the product of a corner
-    in another order than that of a compact matrix.) `FusedAdamW(copies=...)` writes them in its own pass.
-    Under `torch.compile` they are not read.
+    On entry every weight is rounded, so that no product reads an old one, whatever changed it; products in
+    the context use the weights as they were on entry. Without the context each product rounds its own, to the
+    same bits. (A library may sum the product of a corner in another order than that of a compact matrix.) A
+    backward of such products must come before the context is entered again, or PyTorch refuses it. Under
+    `torch.compile` rounded weights are not read.
 
     Args:
-        weights: floating point, each with a copy as long as it lives.
+        weights: floating point, kept alive by this object, which may be entered any number of times.
         dtype: float16 or bfloat16.
-
-    Returns:
-        The copy of each weight.
 
     Raises:
         TypeError: another dtype.
 
     Example:
-        >>> copies = working_weights([layer.weight for layer in layers], torch.bfloat16)
-        >>> optimizer = FusedAdamW(model.parameters(), copies=copies)
+        >>> layer, x = torch.nn.Linear(32, 32), torch.randn(4, 32)
+        >>> rounded = working_weights([layer.weight], torch.bfloat16)
+        >>> with rounded, torch.autocast("cpu", torch.bfloat16):
+        ...     elastic_linear(x, layer.weight, layer.bias).dtype
+        torch.bfloat16
     """
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise TypeError(f"working_weights: expected float16 or bfloat16, got {dtype}")
-    found = {}
-    for weight in weights:
-        found[weight] = weight.detach().to(dtype, memory_format=torch.contiguous_format)
-        _copies[weight] = _Copy(found[weight], weight._version)
-    return found
+
+    def __init__(self, weights: Iterable[Tensor], dtype: torch.dtype):
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise TypeError(f"working_weights: expected float16 or bfloat16, got {dtype}")
+        self._weights = list(weights)
+        contiguous = torch.contiguous_format
+        self._rounded = [
+            torch.empty_like(w, dtype=dtype, memory_format=contiguous, requires_grad=False)
+            for w in self._weights
+        ]
+        self._tokens: list[Token[dict[int, Tensor] | None]] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> working_weights:
+        if self._weights:
+            torch._foreach_copy_(self._rounded, self._weights)
+        mine = {id(w): rounded for w, rounded in zip(self._weights, self._rounded, strict=True)}
+        self._tokens.append(_current.set((_current.get() or {}) | mine))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _current.reset(self._tokens.pop())
 
 
 def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight's copy in a dtype, up to date, if it has one; else the weight itself."""
-    copy = None if torch.compiler.is_compiling() else _copies.get(weight)
-    if copy is None or copy.tensor.dtype != dtype:
+    """The weight as the context rounded it to a dtype, if it did; else the weight itself."""
+    if torch.compiler.is_compiling():
         return weight
-    # `FusedAdamW` writes weights and copies alike, which no version tells.
-    if copy.version != weight._version:
-        copy.tensor.copy_(weight.detach())
-        copy.version = weight._version
-    return copy.tensor
+    rounded = (_current.get() or {}).get(id(weight))
+    return weight if rounded is None or rounded.dtype != dtype else rounded

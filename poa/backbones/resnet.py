@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBottleneck, ElasticGroupNorm
 from elastic_kernels.modules import conv_channels_last
+from elastic_kernels.recompute import recomputed
 from poa.backbones.base import Features, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.multicrop import StochasticDepth
@@ -163,10 +163,7 @@ class ElasticResNet(Pyramid):
             for stage, blocks in enumerate(self.active_stages(subnet)):
                 middle = subnet.width * 2**stage
                 for block in blocks:
-                    if recompute:
-                        x = cast(Tensor, checkpoint(block, x, middle, use_reentrant=False))
-                    else:
-                        x = block(x, middle)
+                    x = recomputed(block, x, middle) if recompute else block(x, middle)
             found.append(x)
         return found
 

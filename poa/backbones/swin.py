@@ -17,7 +17,6 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import (
     ElasticLayerNorm,
@@ -26,6 +25,7 @@ from elastic_kernels import (
     elastic_layer_norm,
     elastic_linear,
 )
+from elastic_kernels.recompute import recomputed
 from poa.backbones.base import Features, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.errors import InputError
@@ -246,7 +246,7 @@ class ElasticSwin(Pyramid):
         for stage, blocks in self.active_stages(subnet):
             for block in blocks:
                 if recompute:
-                    x = cast(Tensor, checkpoint(block, x, maps, next(halves), use_reentrant=False))
+                    x = recomputed(block, x, maps, next(halves))
                 else:
                     x = block(x, maps, next(halves), reuse=True)
             if stage.downsample is not None:

@@ -15,10 +15,10 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
-from elastic_kernels.dispatch import cached_beside, without_autocast
+from elastic_kernels.dispatch import constant, without_autocast
+from elastic_kernels.recompute import recomputed
 from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
@@ -278,7 +278,7 @@ class ElasticViT(Backbone):
             kept = drop.blocks[position] if drop else None
             wanted = only if position == len(blocks) - 1 else None
             if recompute:
-                x = checkpoint(block, x, groups, kept, only=wanted, use_reentrant=False)
+                x = recomputed(block, x, groups, kept, only=wanted)
             else:
                 x = block(x, groups, kept, only=wanted, reuse=True)
         return x, groups
@@ -314,8 +314,8 @@ class ElasticViT(Backbone):
         if (height, breadth) == (side, side):
             return positions
         with without_autocast(positions.device):
-            interpolation = cached_beside(positions, _interpolation)
-            patches = interpolation(side, height, breadth, positions.device).to(positions) @ positions[:, 1:]
+            matrix = constant(positions, _interpolation, side, height, breadth, positions.device)
+            patches = matrix.to(positions) @ positions[:, 1:]
         return torch.cat([positions[:, :1], patches], dim=1)
 
     def normalise(self, x: Tensor) -> Tensor:

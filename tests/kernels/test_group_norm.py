@@ -30,6 +30,15 @@ def test_a_scaled_input_is_a_smaller_eps() -> None:
     torch.testing.assert_close(elastic_group_norm(x, weight, bias, 2, 1e-2 / 9), scaled)
 
 
+@pytest.mark.parametrize("apart", [0, 1000], ids=["one-mean", "a-mean-for-each-group"])
+def test_large_means_cost_no_digits(apart: float) -> None:
+    """But those of the mean itself; sums of squares would lose three more."""
+    x, weight, bias = 300 + draw(4, 8, 8, 16) + apart * (torch.arange(16) // 4), draw(16), draw(16)
+    exact = elastic_group_norm(x.float().double(), weight, bias, 4, 1e-5)
+    got = elastic_group_norm(x.float(), weight.float(), bias.float(), 4, 1e-5)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-6 * (300 + 3 * apart))
+
+
 def test_half_precision_is_computed_in_single() -> None:
     x, weight, bias = draw(2, 9, 4).bfloat16(), draw(4, seed=1).float(), draw(4, seed=2).float()
     got = elastic_group_norm(x, weight, bias, 2, 1e-5)

@@ -22,11 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from elastic_kernels.triton_ops.device import is_small_part, precision
 from elastic_kernels.triton_ops.gemm import dot
-from elastic_kernels.triton_ops.registration import register
+from elastic_kernels.triton_ops.registration import first_order, register
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
 
@@ -302,7 +301,7 @@ class AttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         qkv, out, lse = ctx.saved_tensors
         return torch.ops.elastic_kernels.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups), None

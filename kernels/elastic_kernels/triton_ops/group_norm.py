@@ -21,10 +21,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from elastic_kernels.triton_ops.layer_norm import affine_gradients
-from elastic_kernels.triton_ops.registration import register
+from elastic_kernels.triton_ops.registration import first_order, register
 
 
 @triton.jit
@@ -250,7 +249,7 @@ class GroupNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, y, weight, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()

@@ -23,10 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from elastic_kernels.triton_ops.device import processors, unit_stride
-from elastic_kernels.triton_ops.registration import register
+from elastic_kernels.triton_ops.registration import first_order, register
 
 PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to sum
 
@@ -331,7 +330,7 @@ class LayerNormFunction(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.elastic_kernels.layer_norm_bwd(

@@ -1,7 +1,7 @@
 """Triton kernels of an optimiser step over all tensors of a network at once.
 
 Gradients are read twice, for their norms and for the update; weights, both moments and the average are read
-and written once, low-precision copies written: 4 + 40 bytes a parameter with an average and two copies.
+and written once: 4 + 36 bytes a parameter with an average.
 
 Tensors are found through a table of addresses, so that the number of launches does not grow with theirs: a
 program takes a chunk of one tensor. What differs between tensors and not within them is worked out in float64
@@ -23,7 +23,6 @@ CHUNK = 8192  # elements of a tensor that a program takes
 BLOCK = 1024
 WARPS = 8
 TENSORS = 256  # a block of the small program
-COPY_DTYPES = {None: None, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class Tables(NamedTuple):
@@ -33,7 +32,6 @@ class Tables(NamedTuple):
         numel, group, part: elements of a tensor, and the numbers of its parameter group and of the part it
             is clipped with; int64 `[tensors]`.
         params, exp_avgs, exp_avg_sqs, averages: addresses of contiguous fp32 tensors.
-        copies, average_copies: addresses of contiguous tensors of one low precision.
         chunks: int32 `[chunks, 2]`, numbers of a tensor and of a chunk of `CHUNK` elements in it.
         steps: fp32 `[tensors]`, counted by the update.
     """
@@ -45,8 +43,6 @@ class Tables(NamedTuple):
     exp_avgs: Tensor
     exp_avg_sqs: Tensor
     averages: Tensor
-    copies: Tensor
-    average_copies: Tensor
     chunks: Tensor
     steps: Tensor
 
@@ -156,11 +152,10 @@ def _adamw(p, g, m, v, clip, decay, weight1, weight2, step_size, scale, eps):
 
 @triton.jit
 def _update(
-    grad, param, exp_avg, exp_avg_sq, average, copy, average_copy, first, numel,
+    grad, param, exp_avg, exp_avg_sq, average, first, numel,
     clip, decay, weight1, weight2, step_size, scale, eps, trains,
     one_minus_momentum,
-    WHOLE: tl.constexpr,
-    COPY: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk of tensors at these addresses."""
     param_ptr, average_ptr = _pointer(param, tl.float32, ALIGNED), _pointer(average, tl.float32, ALIGNED)
@@ -179,21 +174,16 @@ def _update(
             a = _load(average_ptr, at, numel, WHOLE)
             a += one_minus_momentum * (p - a)
             _store(average_ptr, at, a, numel, WHOLE)
-            if COPY is not None and average_copy != 0:
-                _store(_pointer(average_copy, COPY, ALIGNED), at, a.to(COPY), numel, WHOLE)
-        if COPY is not None and copy != 0:
-            _store(_pointer(copy, COPY, ALIGNED), at, p.to(COPY), numel, WHOLE)
 
 
 @triton.jit
 def _adamw_kernel(
-    grads_ptr, numel_ptr, params_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, averages_ptr, copies_ptr,
-    average_copies_ptr, chunks_ptr,
+    grads_ptr, numel_ptr, params_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, averages_ptr, chunks_ptr,
     clip_ptr, decay_ptr, weight1_ptr, weight2_ptr, step_size_ptr, scale_ptr, eps_ptr, trains_ptr,
     one_minus_momentum,
-    COPY: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """AdamW of a chunk that has a gradient, its average and the copies."""
+    """AdamW of a chunk that has a gradient, and its average."""
     tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     numel, trains = tl.load(numel_ptr + tensor), tl.load(trains_ptr + tensor) != 0
@@ -202,19 +192,18 @@ def _adamw_kernel(
     step_size, scale = tl.load(step_size_ptr + tensor), tl.load(scale_ptr + tensor)
     grad, param = tl.load(grads_ptr + tensor), tl.load(params_ptr + tensor)
     exp_avg, exp_avg_sq = tl.load(exp_avgs_ptr + tensor), tl.load(exp_avg_sqs_ptr + tensor)
-    average, average_copy = tl.load(averages_ptr + tensor), tl.load(average_copies_ptr + tensor)
-    copy = tl.load(copies_ptr + tensor)
+    average = tl.load(averages_ptr + tensor)
     if first + CHUNK <= numel:
         _update(
-            grad, param, exp_avg, exp_avg_sq, average, copy, average_copy, first, numel,
+            grad, param, exp_avg, exp_avg_sq, average, first, numel,
             clip, decay, weight1, weight2, step_size, scale, eps, trains, one_minus_momentum,
-            True, COPY, ALIGNED, CHUNK, BLOCK,
+            True, ALIGNED, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         _update(
-            grad, param, exp_avg, exp_avg_sq, average, copy, average_copy, first, numel,
+            grad, param, exp_avg, exp_avg_sq, average, first, numel,
             clip, decay, weight1, weight2, step_size, scale, eps, trains, one_minus_momentum,
-            False, COPY, ALIGNED, CHUNK, BLOCK,
+            False, ALIGNED, CHUNK, BLOCK,
         )  # fmt: skip
 
 
@@ -236,10 +225,9 @@ def update(
     clips: Tensor,
     finite: Tensor,
     momentum: float,
-    copy_dtype: torch.dtype | None,
     aligned: bool,
 ) -> None:
-    """AdamW, averages and copies in place; no AdamW if `finite` is false.
+    """AdamW and averages in place; no AdamW if `finite` is false.
 
     Args:
         grads: int64 `[tensors]`, addresses of contiguous fp32 gradients, 0 for none.
@@ -248,7 +236,6 @@ def update(
         clips: fp32 `[parts]`, factor of the gradients of a part.
         finite: bool, no dimension.
         momentum: of the averages.
-        copy_dtype: of the copies, None without any.
         aligned: whether all addresses are multiples of 16.
     """
     tensors = len(grads)
@@ -262,7 +249,7 @@ def update(
     )  # fmt: skip
     _adamw_kernel[(len(tables.chunks),)](
         grads, tables.numel, tables.params, tables.exp_avgs, tables.exp_avg_sqs, tables.averages,
-        tables.copies, tables.average_copies, tables.chunks, *coefficients,
+        tables.chunks, *coefficients,
         1 - momentum,
-        COPY=COPY_DTYPES[copy_dtype], ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
+        ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

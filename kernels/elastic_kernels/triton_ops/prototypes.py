@@ -22,11 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
-from elastic_kernels.triton_ops.registration import register
+from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.triton_ops.sinkhorn import grow
 
 STATS = 13  # of a row in a range: m1 z1 m2 z2, and of each target m z a1 a2, and the distillation's sum
@@ -368,7 +367,7 @@ class PrototypeLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x1, x2, weight, *rest = ctx.saved_tensors
         dx1, dx2, dweight = torch.ops.elastic_kernels.prototype_losses_bwd(

@@ -1,7 +1,9 @@
-"""Registration of the Triton operators with `torch.library`, under the namespace `elastic_kernels`."""
+"""Registration of the Triton operators with `torch.library`, under the namespace `elastic_kernels`, and what
+their `autograd.Function`s share."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,3 +23,22 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     for device in ("CUDA", "CPU"):
         _library.impl(name, function, device)
     torch.library.register_fake(f"elastic_kernels::{name}", fake, lib=_library)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse a backward with `create_graph=True` through operators that have no second derivatives.
+
+    PyTorch's `once_differentiable` lets it pass where the upstream gradient needs no gradient itself, and a
+    gradient penalty would silently be without them.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "elastic_kernels: expected a backward with create_graph=False, got create_graph=True: Triton "
+                "kernels have no second derivatives; the plain definitions have, with backend('reference')"
+            )
+        return backward(ctx, *gradients)
+
+    return checked

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import elastic_kernels.triton_ops.attention
 import elastic_kernels.triton_ops.layer_norm
@@ -27,6 +26,7 @@ import elastic_kernels.triton_ops.linear_wgrad
 import elastic_kernels.triton_ops.window_attention  # noqa: F401, each registers its operators
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.registration import first_order
 from elastic_kernels.working_weights import in_dtype
 
 ops = torch.ops.elastic_kernels
@@ -175,7 +175,7 @@ class LinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, u), (layer,) = _kept(ctx)
         dy = unit_stride(dy if u is None else torch.ops.aten.gelu_backward(dy, u))
@@ -205,7 +205,7 @@ class LinearResidualFunction(torch.autograd.Function):
         return layer.forward_residual(x, unit_stride(residual), index, row_scale)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, index, row_scale), (layer,) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, x.dtype)
@@ -254,7 +254,7 @@ class MlpFunction(torch.autograd.Function):
         return fc2.forward_residual(activation, unit_stride(residual), index, row_scale)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, u, index, row_scale), (fc1, fc2) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, x.dtype)
@@ -405,7 +405,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         return _add_branch(ctx, proj, o, x, index, row_scale, spec.reuse)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, h, qkv, o, lse, bias), (qkv_layer, proj) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, h.dtype)
@@ -448,7 +448,7 @@ class MlpHalfFunction(torch.autograd.Function):
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.reuse)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, h, u), (fc1, fc2) = _kept(ctx)
         d = _branch_gradient(dout, index, row_scale, h.dtype)

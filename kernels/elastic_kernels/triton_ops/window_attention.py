@@ -24,12 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from elastic_kernels.triton_ops.attention import LOG2_E
 from elastic_kernels.triton_ops.device import precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
-from elastic_kernels.triton_ops.registration import register
+from elastic_kernels.triton_ops.registration import first_order, register
 
 SLICED_PROGRAMS = 1024  # of the backward of a group, about: some to each multiprocessor, few shares to sum
 
@@ -306,7 +305,7 @@ class WindowAttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, pad, lse = ctx.saved_tensors
         gradients = torch.ops.elastic_kernels.window_attention_bwd(

@@ -1,11 +1,14 @@
-"""Low-precision copies of weights under Triton's interpreter, against rounding for every product."""
+"""Weights rounded once for many products under Triton's interpreter, against rounding for every product."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from numerics import draw
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_kernels as ek
@@ -17,6 +20,10 @@ def parts() -> tuple[ek.ElasticBlock, list[Tensor]]:
     return block, [block.attn.qkv.weight, block.attn.proj.weight, block.mlp.fc1.weight, block.mlp.fc2.weight]
 
 
+def rounded(weights: list[Tensor], once: bool) -> AbstractContextManager[object]:
+    return ek.working_weights(weights, torch.float16) if once else nullcontext()
+
+
 def forward(block: ek.ElasticBlock, width: int = 32) -> Tensor:
     with torch.autocast("cpu", torch.float16):
         return block(draw(10, width).float(), [(2, 5)])
@@ -26,18 +33,17 @@ def forward(block: ek.ElasticBlock, width: int = 32) -> Tensor:
 def test_same_results(width: int, tolerance: float) -> None:
     """To the bit; of a corner, which the CPU's library sums in another order, up to rounding."""
     found = []
-    for copied in (False, True):
+    for once in (False, True):
         block, weights = parts()
-        copies = ek.working_weights(weights, torch.float16) if copied else {}
-        y = forward(block, width)
-        found.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
-        assert all(copy.dtype == torch.float16 for copy in copies.values())
+        with rounded(weights, once):
+            y = forward(block, width)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
     assert found[1][1].dtype == torch.float32
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
-def test_no_weight_is_rounded() -> None:
+def test_no_product_rounds_its_weight() -> None:
     class Roundings(TorchDispatchMode):
         count = 0
 
@@ -47,42 +53,72 @@ def test_no_weight_is_rounded() -> None:
             return function(*args, **(kwargs or {}))
 
     counts = []
-    for copied in (False, True):
+    for once in (False, True):
         block, weights = parts()
-        copies = ek.working_weights(weights, torch.float16) if copied else {}
-        with Roundings() as roundings:
+        with rounded(weights, once), Roundings() as roundings:
             forward(block)
         counts.append(roundings.count)
-        del copies
     assert counts == [4, 0]
 
 
-def test_a_weight_that_moved_on_is_rounded_again() -> None:
+def swapped(weight: nn.Parameter) -> None:
+    nn.utils.vector_to_parameters(torch.zeros(weight.numel()), [weight])
+
+
+def stepped(weight: nn.Parameter, **how: bool) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=1.0, **how).step()
+
+
+CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
+    "AdamW": stepped,
+    "fused AdamW": lambda weight: stepped(weight, fused=True),
+    "ours": lambda weight: ek.FusedAdamW([weight], lr=1.0).step(stepped(weight)),
+    "data": lambda weight: weight.data.mul_(0),
+    "other data": lambda weight: setattr(weight, "data", torch.zeros_like(weight)),
+    "vector_to_parameters": swapped,
+    "load_state_dict": lambda weight: nn.ParameterList([weight]).load_state_dict({"0": weight.detach() * 2}),
+}
+
+
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_product_uses_an_old_weight(change: str, entered: bool) -> None:
+    """However it was changed, after the context was left, and whether it is entered again."""
+    torch.manual_seed(0)
+    weight, x = nn.Parameter(torch.randn(48, 32)), torch.randn(4, 32)
+
+    def product() -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            return ek.elastic_linear(x, weight, None)
+
+    copies = ek.working_weights([weight], torch.float16)
+    with copies:
+        before = product()
+    CHANGES[change](weight)
+    with copies if entered else nullcontext():
+        after = product()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, x.half() @ weight.detach().half().t(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_backward_that_comes_too_late_is_refused() -> None:
     block, weights = parts()
-    ek.working_weights(weights, torch.float16)
-    with torch.no_grad():
-        for weight in weights:
-            weight.mul_(1.5)
-    plain, _ = parts()
-    plain.load_state_dict(block.state_dict())
-    assert torch.equal(forward(block), forward(plain))
+    copies = ek.working_weights(weights, torch.float16)
+    with copies:
+        y = forward(block)
+    with copies, pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
-def test_the_optimizer_writes_them() -> None:
-    """Two steps with copies are two steps without."""
-    found = []
-    for copied in (False, True):
-        block, weights = parts()
-        copies = ek.working_weights(weights, torch.float16) if copied else {}
-        optimizer = ek.FusedAdamW(block.parameters(), lr=0.1, copies=copies)
-        for _ in range(2):
-            optimizer.zero_grad()
-            forward(block).sin().sum().backward()
-            optimizer.step()
-        found.append([forward(block), *block.parameters()])
-        for weight, copy in copies.items():
-            assert torch.equal(weight.half(), copy)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+def test_contexts_may_be_nested() -> None:
+    """The inner one adds to the outer; the same object may be entered twice."""
+    block, weights = parts()
+    expected = forward(block)
+    outer, inner = ek.working_weights(weights[:2], torch.float16), ek.working_weights(weights, torch.float16)
+    with outer, inner, outer:
+        assert torch.equal(forward(block), expected)
+    assert torch.equal(forward(block), expected)
 
 
 def test_wrong_dtype() -> None:

@@ -1,0 +1,87 @@
+"""What the operators' `autograd.Function`s share: no second derivatives, nothing lost, a second run like the
+first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from numerics import draw
+from torch import Tensor
+
+import elastic_kernels as ek
+from elastic_kernels import backend
+from elastic_kernels.recompute import recomputed
+
+WIDTH, HEAD = 32, 16
+GROUPS = [(2, 5)]
+
+
+def block() -> ek.ElasticBlock:
+    torch.manual_seed(0)
+    return ek.ElasticBlock(WIDTH, 64, HEAD, layer_scale=0.5)
+
+
+def weight(*shape: int) -> Tensor:
+    return draw(*shape, seed=1).float()
+
+
+OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer_norm": lambda x: ek.elastic_layer_norm(x, weight(WIDTH), weight(WIDTH), 1e-6),
+    "linear": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None),
+    "linear-gelu": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None, activation="gelu"),
+    "linear-residual": lambda x: ek.elastic_linear_residual(x, weight(WIDTH, WIDTH), None, weight(10, WIDTH)),
+    "mlp": lambda x: ek.elastic_mlp(x, weight(64, WIDTH), None, weight(WIDTH, 64), None),
+    "group_norm": lambda x: ek.elastic_group_norm(x[None], weight(WIDTH), weight(WIDTH), 4, 1e-5),
+    "attention": lambda x: ek.packed_attention(x.repeat(1, 3).view(10, 3, 2, HEAD), GROUPS),
+    "window_attention": lambda x: ek.window_attention(
+        x[:8].repeat(1, 3).view(8, 3, 2, HEAD), weight(2, 4, 4), weight(3, 2, HEAD), [(2, 2, 2)], window=2
+    ),
+    "block": lambda x: block()(x, GROUPS),
+    "prototypes": lambda x: ek.prototype_cross_entropy(
+        [x],
+        weight(7, WIDTH),
+        weight(3, 7),
+        torch.zeros(7),
+        torch.zeros(10, 2).long(),
+        teacher_temperature=0.1,
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_second_derivatives_are_refused(name: str) -> None:
+    """Also where the upstream gradient needs none itself, as in a gradient penalty."""
+    x = draw(10, WIDTH).float().requires_grad_()
+    with pytest.raises(
+        RuntimeError, match="expected a backward with create_graph=False, got create_graph=True"
+    ):
+        torch.autograd.grad(OPERATORS[name](x).sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(OPERATORS[name](x).sum(), x)
+    assert first.shape == x.shape and not first.requires_grad
+
+
+def test_a_gradient_that_would_be_lost_is_an_error() -> None:
+    """The wide pass, for whose gradients the narrow one's wait, is no part of the loss."""
+    network = block()
+    with ek.shared_gradients():
+        network(draw(10, WIDTH).float(), GROUPS)
+        narrow = network(draw(10, HEAD).float(), GROUPS)
+    with pytest.raises(RuntimeError, match="expected every pass to be part of the loss, got 4 weights"):
+        narrow.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["triton", "reference"])
+def test_the_second_run_takes_what_held_in_the_first(name: str) -> None:
+    """The backend and the rounded weights, though their contexts have ended; gradients to the bit."""
+    network, x = block(), draw(10, WIDTH).float().requires_grad_()
+    leaves = [x, *network.parameters()]
+    weights = [p for p in network.parameters() if p.dim() == 2]
+    found = []
+    for again in (False, True):
+        with ek.working_weights(weights, torch.float16), backend(name), torch.autocast("cpu", torch.float16):
+            y = recomputed(network, x, GROUPS) if again else network(x, GROUPS)
+        with backend("reference" if name == "triton" else "triton"):
+            found.append(torch.autograd.grad(y.sin().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
