@@ -104,14 +104,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     kind = device.type
     if kind == "meta":
         return planned()
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Where products keep the dtype of their operands."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type == "meta":  # not `torch.amp.is_autocast_available`, which torch 2.11 cannot compile
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -120,9 +118,10 @@ def constant(x: Tensor, make: Callable[..., Tensor], *arguments: object) -> Tens
     """A constant tensor for an operation on `x`, from a maker with `lru_cache`.
 
     Not cached where `x` has no values: under `FakeTensorMode` constants have none either, and must not
-    outlive it. Made outside of inference mode: an inference tensor would spoil later training.
+    outlive it; nor in a graph, where `torch.compile` warns of caches. Made outside of inference mode: an
+    inference tensor would spoil later training.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter):
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return make.__wrapped__(*arguments)  # type: ignore[attr-defined]
     with torch.inference_mode(False):
         return make(*arguments)

@@ -1,0 +1,201 @@
+"""Every public operator and module in a graph of `torch.compile(fullgraph=True)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import elastic_kernels as ek
+
+# What is no operator on tensors, and why nothing of it belongs into a graph.
+NO_OPERATORS = {
+    "CropParameters": "holds tensors",
+    "KeptRows": "holds tensors",
+    "LayerScale": "holds a parameter",
+    "elastic_block_from_vit": "makes a module",
+    "elastic_hidden_features": "is of integers",
+    "crops_backend": "is of names",
+    "backend": "is chosen before a graph is made",
+    "compilations": "counts what a graph would hide",
+    "shared_gradients": "orders the backward passes of autograd",
+    "working_weights": "are not read by graphs",
+    "FusedAdamW": "finds tensors by their addresses",
+    "render_crops": "chooses its launches by values",
+}
+
+GROUPS, MAPS = [(2, 5), (1, 3)], [(1, 5, 4)]
+TOKENS, WIDTH, LARGEST, HEAD_DIM = 13, 32, 48, 16
+
+Function = Callable[..., Tensor]
+
+
+def draw(*shape: int) -> Tensor:
+    return (torch.randn(*shape) / 4).requires_grad_()
+
+
+def kept() -> ek.KeptRows:
+    rows = torch.tensor([5, 6, 7, 8, 9, 10, 11, 12])
+    return ek.KeptRows(((1, 5), (1, 3)), rows, torch.full((8,), 1.5))
+
+
+def norm() -> tuple[Tensor, Tensor, float]:
+    return draw(LARGEST), draw(LARGEST), 1e-6
+
+
+def linear(out: int = LARGEST, columns: int = LARGEST) -> tuple[Tensor, Tensor]:
+    return draw(out, columns), draw(out)
+
+
+def mlp() -> tuple[Tensor, ...]:
+    return *linear(2 * LARGEST), *linear(LARGEST, 2 * LARGEST)
+
+
+def attention_half(**options: object) -> tuple[Function, list[Tensor]]:
+    *affine, eps = norm()
+    layers = (*linear(3 * LARGEST), *linear(), draw(LARGEST))
+
+    def half(x: Tensor, *tensors: Tensor) -> Tensor:
+        return ek.elastic_attention_half(
+            x, *tensors[:2], eps, *tensors[2:], GROUPS, HEAD_DIM, **options
+        )  # fmt: skip
+
+    return half, [draw(TOKENS, WIDTH), *affine, *layers]
+
+
+def mlp_half(**options: object) -> tuple[Function, list[Tensor]]:
+    *affine, eps = norm()
+
+    def half(x: Tensor, *tensors: Tensor) -> Tensor:
+        return ek.elastic_mlp_half(x, *tensors[:2], eps, *tensors[2:], **options)
+
+    return half, [draw(TOKENS, WIDTH), *affine, *mlp(), draw(LARGEST)]
+
+
+def window_half() -> tuple[Function, list[Tensor]]:
+    *affine, eps = norm()
+    layers = (*linear(3 * LARGEST), draw(3, 9, 9), *linear(), draw(LARGEST))
+
+    def half(x: Tensor, *tensors: Tensor) -> Tensor:
+        return ek.elastic_window_attention_half(
+            x, *tensors[:2], eps, *tensors[2:], MAPS, HEAD_DIM, window=3, shift=1
+        )
+
+    return half, [draw(20, WIDTH), *affine, *layers]
+
+
+def module(layer: torch.nn.Module, x: Tensor, *arguments: object) -> tuple[Function, list[Tensor]]:
+    """Its parameters are leaves too, which `loss` finds where they are."""
+    return lambda x, *parameters: layer(x, *arguments), [x, *layer.parameters()]
+
+
+def sinkhorn() -> tuple[Function, list[Tensor]]:
+    def scaling(x: Tensor) -> Tensor:
+        (log_u,) = ek.sinkhorn_scaling([x.detach()], 0.1)
+        return (x * log_u).sum()
+
+    return scaling, [draw(6, 10)]
+
+
+def prototypes() -> tuple[Function, list[Tensor]]:
+    teacher, targets = torch.randn(3, 10), torch.tensor([[0, -1], [1, -1], [2, -1], [0, 1]])
+
+    def losses(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
+        return torch.cat(
+            ek.prototype_cross_entropy(
+                [x1, x2], weight, teacher, teacher.new_zeros(10), targets, teacher_temperature=0.05
+            )
+        )
+
+    return losses, [draw(4, 8), draw(4, 8), draw(10, 8)]
+
+
+def under_autocast(function: Function) -> Function:
+    def cast(x: Tensor, *rest: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.float16):
+            return function(x, *rest).float()
+
+    return cast
+
+
+CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
+    "elastic_linear": lambda: (ek.elastic_linear, [draw(7, WIDTH), *linear()]),
+    "elastic_linear gelu": lambda: (
+        partial(ek.elastic_linear, out_features=40, activation="gelu"),
+        [draw(7, WIDTH), *linear()],
+    ),
+    "elastic_linear autocast": lambda: (under_autocast(ek.elastic_linear), [draw(7, WIDTH), *linear()]),
+    "elastic_linear_residual": lambda: (
+        partial(ek.elastic_linear_residual, rows=torch.tensor([4, 0]), row_scale=torch.ones(2)),
+        [draw(2, 16), *linear(), draw(7, WIDTH), draw(LARGEST)],
+    ),
+    "elastic_qkv": lambda: (ek.elastic_qkv, [draw(7, WIDTH), *linear(3 * LARGEST)]),
+    "elastic_mlp": lambda: (ek.elastic_mlp, [draw(7, WIDTH), *mlp()]),
+    "elastic_mlp residual": lambda: (ek.elastic_mlp, [draw(7, WIDTH), *mlp(), draw(7, WIDTH), draw(LARGEST)]),
+    "elastic_layer_norm": lambda: (
+        partial(ek.elastic_layer_norm, eps=1e-6, rows=torch.tensor([4, 0])),
+        [draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
+    ),
+    "elastic_add_layer_norm": lambda: (
+        lambda *t: torch.cat(ek.elastic_add_layer_norm(*t, 1e-6)),
+        [draw(6, WIDTH), draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
+    ),
+    "packed_attention": lambda: (
+        partial(ek.packed_attention, groups=GROUPS),
+        [draw(TOKENS, 3, 2, HEAD_DIM)],
+    ),
+    "window_attention": lambda: (
+        partial(ek.window_attention, maps=MAPS, window=3, shift=1),
+        [draw(20, 3, 2, HEAD_DIM), draw(3, 9, 9), draw(3, 3, HEAD_DIM)],
+    ),
+    "relative_position_bias": lambda: (partial(ek.relative_position_bias, window=3), [draw(25, 2)]),
+    "elastic_group_norm": lambda: (
+        lambda x, r, *t: ek.elastic_group_norm(x, *t, 2, 1e-5, residual=r, activation="relu"),
+        [draw(2, 3, 4, 6), draw(2, 3, 4, 6), draw(8), draw(8)],
+    ),
+    "elastic_attention_half": attention_half,
+    "elastic_attention_half kept": lambda: attention_half(kept=kept()),
+    "elastic_attention_half only": lambda: attention_half(only=torch.tensor([0, 9, 10])),
+    "elastic_mlp_half": mlp_half,
+    "elastic_mlp_half kept": lambda: mlp_half(kept=kept()),
+    "elastic_mlp_half recomputed": lambda: mlp_half(recompute=True),
+    "elastic_window_attention_half": window_half,
+    "prototype_cross_entropy": prototypes,
+    "sinkhorn_scaling": sinkhorn,
+    "ElasticLinear": lambda: module(ek.ElasticLinear(LARGEST, LARGEST), draw(7, WIDTH)),
+    "ElasticLayerNorm": lambda: module(ek.ElasticLayerNorm(LARGEST), draw(7, WIDTH)),
+    "ElasticGroupNorm": lambda: module(ek.ElasticGroupNorm(2, 8), draw(2, 3, 4, 6)),
+    "ElasticAttention": lambda: module(ek.ElasticAttention(LARGEST, HEAD_DIM), draw(TOKENS, WIDTH), GROUPS),
+    "ElasticMLP": lambda: module(ek.ElasticMLP(LARGEST, 2 * LARGEST), draw(7, WIDTH)),
+    "ElasticBlock": lambda: module(
+        ek.ElasticBlock(LARGEST, 2 * LARGEST, HEAD_DIM, layer_scale=0.5), draw(TOKENS, WIDTH), GROUPS
+    ),
+    "ElasticBlock kept": lambda: module(
+        ek.ElasticBlock(LARGEST, 2 * LARGEST, HEAD_DIM), draw(TOKENS, WIDTH), GROUPS, (kept(), kept())
+    ),
+    "ElasticWindowAttention": lambda: module(
+        ek.ElasticWindowAttention(LARGEST, HEAD_DIM, 3, 1), draw(20, WIDTH), MAPS
+    ),
+    "ElasticSwinBlock": lambda: module(
+        ek.ElasticSwinBlock(LARGEST, 2 * LARGEST, HEAD_DIM, 3, 1), draw(20, WIDTH), MAPS
+    ),
+    "ElasticBottleneck": lambda: module(
+        ek.ElasticBottleneck(8, 8, 16, 2, stride=2, shortcut=True), draw(2, 4, 4, 8), 6
+    ),
+}  # fmt: skip
+
+
+def assert_compiles(case: str, device: str = "cpu") -> None:
+    """In one graph, forward and backward, with the numbers of eager mode."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with torch.device(device):
+        function, leaves = CASES[case]()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    outputs = [f(*leaves) for f in (function, compiled)]
+    grads = [torch.autograd.grad(y.sin().sum(), leaves) for y in outputs]
+    tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {}
+    for kind in (outputs, *zip(*grads, strict=True)):
+        torch.testing.assert_close(*kind, **tolerance)

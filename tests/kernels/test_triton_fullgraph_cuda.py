@@ -1,0 +1,17 @@
+"""Every public operator compiles in one graph around its Triton kernels, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fullgraph_cases import CASES, assert_compiles
+
+from elastic_kernels import backend
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_equals_eager(case: str) -> None:
+    with backend("triton"):
+        assert_compiles(case, "cuda")
