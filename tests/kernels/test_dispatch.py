@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from elastic_kernels import backend, dispatch, packed_attention
 from elastic_kernels.attention import attention_backend
+from elastic_kernels.triton_ops.device import precision
 
 KERNELS = Path(__file__).parent.parent.parent / "kernels"
 QKV = torch.zeros(4, 3, 2, 16)
@@ -99,6 +101,27 @@ def test_works_without_triton() -> None:
     done = python(code)
     assert done.stdout == "(4, 32)\n"
     assert done.stderr.strip().endswith("which was forced, but Triton is not installed")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("fp32_precision", "tf32", "tf32"),
+        ("fp32_precision", "ieee", "ieee"),
+        ("allow_tf32", True, "tf32"),
+        ("allow_tf32", False, "ieee"),
+    ],
+)
+def test_tf32_is_used_where_pytorch_uses_it(setting: str, value: object, expected: str) -> None:
+    """Of both ways to say so; the older cannot be read once the newer was used."""
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, value)
+    try:
+        assert precision(SimpleNamespace(is_cuda=True, dtype=torch.float32)) == expected
+        assert precision(torch.zeros(1)) == "ieee"
+    finally:
+        setattr(matmul, setting, before)
 
 
 def test_report() -> None:

@@ -34,7 +34,8 @@ def precision(x: Tensor) -> str:
     """Of products, for `gemm.dot`: TF32 only where PyTorch allows it; has no meaning in half precision."""
     if not x.is_cuda and x.dtype == torch.bfloat16:
         return "upcast"
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Also says what `allow_tf32` allows, which cannot be read once `fp32_precision` was set.
+    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def unit_stride(x: Tensor) -> Tensor:
