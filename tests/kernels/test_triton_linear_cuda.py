@@ -63,3 +63,16 @@ def test_cuda_graph() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one() -> None:
+    """Triton launches on the current device, if nobody changes it."""
+    block = ek.ElasticBlock(256, 1024, 64, layer_scale=0.1).to("cuda:1", torch.bfloat16)
+    x, groups = draw(4 * 37, 128).to("cuda:1", torch.bfloat16), [(4, 37)]
+    results = []
+    for current in (0, 1):
+        with backend("triton"), torch.cuda.device(current):
+            y = block(x, groups)
+            results.append((y, *torch.autograd.grad(y.float().sin().sum(), list(block.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.registration import on_its_device
+
 CHUNK = 8192  # elements of a tensor that a program takes
 BLOCK = 1024
 WARPS = 8
@@ -207,6 +209,7 @@ def _adamw_kernel(
         )  # fmt: skip
 
 
+@on_its_device
 def squares(grads: Tensor, tables: Tables, aligned: bool) -> Tensor:
     """Sums of squared gradients `[chunks]`, of gradients at addresses int64 `[tensors]`."""
     chunks = len(tables.chunks)
@@ -218,6 +221,7 @@ def squares(grads: Tensor, tables: Tables, aligned: bool) -> Tensor:
     return partial
 
 
+@on_its_device
 def update(
     grads: Tensor,
     tables: Tables,

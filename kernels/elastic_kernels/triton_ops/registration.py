@@ -5,11 +5,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("elastic_kernels", "FRAGMENT")
+
+
+def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A launcher that launches on the device of its first argument, a tensor or several.
+
+    Triton launches on the current device and stream, wherever the tensors are.
+    """
+
+    @wraps(function)
+    def guarded(first: Tensor | list[Tensor], *rest: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return function(first, *rest, **options)
+
+    return guarded
 
 
 def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -21,7 +37,7 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     name = schema.partition("(")[0]
     _library.define(schema)
     for device in ("CUDA", "CPU"):
-        _library.impl(name, function, device)
+        _library.impl(name, on_its_device(function), device)
     torch.library.register_fake(f"elastic_kernels::{name}", fake, lib=_library)
 
 
