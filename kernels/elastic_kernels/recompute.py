@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import copy_context
+from functools import partial
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,8 +18,12 @@ def recomputed(function: Callable[..., Tensor], *inputs: object, **options: obje
 
     On a GPU backward runs in another thread, which knows no context variables of this one.
     """
-    context = copy_context()
-    context.run(stop_sharing)  # what runs again cannot be waited for
-    result = checkpoint(lambda *given: context.run(function, *given, **options), *inputs, use_reentrant=False)
+    if torch.compiler.is_compiling():  # a graph is traced once, its second run asks no context
+        again = partial(function, **options)
+    else:
+        context = copy_context()
+        context.run(stop_sharing)  # what runs again cannot be waited for
+        again = partial(context.run, function, **options)
+    result = checkpoint(again, *inputs, use_reentrant=False)
     assert isinstance(result, Tensor)
     return result

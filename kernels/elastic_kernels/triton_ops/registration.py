@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     Triton launches on the current device and stream, wherever the tensors are.
     """
 
-    @wraps(function)
+    @functools.wraps(function)
     def guarded(first: Tensor | list[Tensor], *rest: Any, **options: Any) -> Any:
         with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
             return function(first, *rest, **options)
