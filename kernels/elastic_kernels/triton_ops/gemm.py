@@ -30,9 +30,23 @@ def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def halves_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Left and right half of a tile: an epilogue of half a tile at a time needs half the registers."""
+def _halves_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.split(tl.permute(tl.reshape(acc, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Columns of a tile in two, or if it is wide in four slices: an epilogue of one at a time needs the fewer
+    registers."""
+    slices = _halves_of(acc, BLOCK_M, BLOCK_N)
+    if BLOCK_N > 128:
+        slices = _halves_of(slices[0], BLOCK_M, BLOCK_N // 2) + _halves_of(slices[1], BLOCK_M, BLOCK_N // 2)
+    return slices
+
+
+def count_slices(block_n: int) -> int:
+    """How many `slices_of` makes of a tile."""
+    return 2 if block_n <= 128 else 4
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,8 @@ class GemmConfig:
 Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu", "wgrad"]
 
 # Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
-# 256 columns (one block a processor), elsewhere and for the largest epilogue 128.
+# 256 columns (one block a processor), elsewhere 128. The largest epilogue keeps 128 there, though its 256 no
+# longer spill.
 _FP32 = GemmConfig(64, 32, 32, warps=4, stages=1)  # exact products run on the plain units, from registers
 _HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least a part has
 _HALF_WIDE = GemmConfig(128, 256, 64, warps=8, stages=4)

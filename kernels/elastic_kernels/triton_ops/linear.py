@@ -25,8 +25,8 @@ from elastic_kernels.triton_ops.gemm import (
     Form,
     config_for,
     dot,
-    halves_of,
     launch_options,
+    slices_of,
     tile_of,
 )
 from elastic_kernels.triton_ops.registration import register
@@ -99,11 +99,12 @@ def _linear_fwd_kernel(
     places = offs_m.to(tl.int64)
     if HAS_INDEX:
         places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
-    halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
-    for half in tl.static_range(2):
-        offs_h = pid_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
+    SLICES: tl.constexpr = len(slices)
+    for part in tl.static_range(SLICES):
+        offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
         _fwd_epilogue(
-            halves[half], bias_ptr, y_ptr + group * stride_yg, act_ptr,
+            slices[part], bias_ptr, y_ptr + group * stride_yg, act_ptr,
             residual_ptr, gamma_ptr, row_scale_ptr,
             places, offs_m, offs_h, mask_m, offs_h < out_features,
             group * stride_bg, stride_y, stride_r,
@@ -141,10 +142,11 @@ def _linear_dgrad_kernel(
         w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(dy, w, acc, PRECISION)
-    halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
-    for half in tl.static_range(2):
-        dx = halves[half]
-        offs_h = pid_n * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
+    SLICES: tl.constexpr = len(slices)
+    for part in tl.static_range(SLICES):
+        dx = slices[part]
+        offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
         mask = mask_m[:, None] & (offs_h < in_features)[None, :]
         offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
         if EPILOGUE == "gelu":

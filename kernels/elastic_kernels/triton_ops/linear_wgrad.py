@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import precision, processors
-from elastic_kernels.triton_ops.gemm import GemmConfig, config_for, dot, halves_of, launch_options, tile_of
+from elastic_kernels.triton_ops.gemm import (
+    GemmConfig,
+    config_for,
+    count_slices,
+    dot,
+    launch_options,
+    slices_of,
+    tile_of,
+)
 from elastic_kernels.triton_ops.registration import register
 
 
@@ -88,12 +96,13 @@ def _linear_wgrad_kernel(
             ends = partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :]
             tl.store(ends, acc * scale, mask=mask_n[:, None] & mask_k[None, :])
         else:
-            halves = halves_of(acc * scale, BLOCK_M, BLOCK_N)
-            for half in tl.static_range(2):
-                offs_h = pid_k * BLOCK_N + half * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
+            SLICES: tl.constexpr = len(slices)
+            for part in tl.static_range(SLICES):
+                offs_h = pid_k * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
                 _finish_weight_tile(
-                    halves[half], dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
-                    group, 2 * pid_k + half, offs_n, offs_h, out_features, mask_n, offs_h < in_features,
+                    slices[part], dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
+                    group, SLICES * pid_k + part, offs_n, offs_h, out_features, mask_n, offs_h < in_features,
                     stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
                     HAS_GAMMA, ACCUMULATE,
                 )  # fmt: skip
@@ -194,8 +203,8 @@ def _wgrad(
     fp32, device = torch.float32, dy.device
     bias_shares = torch.empty(splits, groups, out if bias_grad else 0, dtype=fp32, device=device)
     partial = torch.empty(splits, groups, out, width, dtype=fp32, device=device) if splits > 1 else None
-    block = FINISH_BLOCKS[1] if splits > 1 else config.block_n // 2
-    shares = (triton.cdiv(width, block) if splits > 1 else 2 * tiles_k) if gamma is not None else 0
+    shares = triton.cdiv(width, FINISH_BLOCKS[1]) if splits > 1 else count_slices(config.block_n) * tiles_k
+    shares = 0 if gamma is None else shares
     gamma_shares = torch.empty(shares, out, dtype=fp32, device=device)
     targets = (into.stride(0), into.stride(1), *weight.stride())
     columns = triton.cdiv(out, config.block_m) * (tiles_k + bias_grad)

@@ -70,6 +70,13 @@ def test_both_providers(form: str) -> None:
     compare(CASES["edge-fp32"], form, torch.float32)
 
 
+@pytest.mark.parametrize("form", ["linear-gelu", "residual-gamma", "mlp-half"])
+def test_wide_tiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose epilogues have four slices, of which 150 columns end in the third."""
+    monkeypatch.setattr(gemm, "_FP32", gemm.GemmConfig(16, 256, 16, warps=4, stages=1))
+    compare(Case(17, 150, 150), form, torch.float32)
+
+
 def test_gradients_accumulate_into_a_corner() -> None:
     """`grad_out` on both backends: the corner is added to, the rest is bitwise untouched."""
     case = CASES["prime"]
