@@ -91,14 +91,15 @@ def _pretrain(options: argparse.Namespace) -> None:
                 f"method.optim.{changed[0]}: expected {changed[2]} as the run was planned, got {changed[1]}; "
                 "--replan plans its schedules again"
             )
-        pretrain(config, folder.path, resume=True)
+        pretrain(config, folder.path, resume=True, check=options.check)
         return
     if options.replan:
         raise InputError("--replan: expected --resume RUN beside it")
-    if not options.out:
+    if not options.out and not options.check:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")
-    out = RunFolder(Path(options.out))
-    pretrain(_new_config(options), out.path, resume=options.auto_resume and bool(out.checkpoints()))
+    out = RunFolder(Path(options.out or "."))
+    resume = options.auto_resume and bool(out.checkpoints())
+    pretrain(_new_config(options), out.path, resume=resume, check=options.check)
 
 
 def _quickstart(options: argparse.Namespace) -> None:
@@ -290,6 +291,9 @@ def _add_pretrain(commands: argparse._SubParsersAction[_Parser], arguments: Sequ
         "--init-from",
         metavar="RUN",
         help="start from the weights of this run, with its options or --preset's",
+    )
+    command.add_argument(
+        "--check", action="store_true", help="say what was found and what the run would do, and stop"
     )
     command.add_argument("--auto-resume", action="store_true", help="continue --out where it holds a run")
     command.add_argument("--device", help="auto, cpu, cuda or cuda:N (run.device)")

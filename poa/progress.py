@@ -48,7 +48,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif self.shown:
-            self.say(f"step {step}/{self.total}  {text}  left {self._left(step)}")
+            self.say(f"step {step}/{self.total}  {text}  ETA {self._left(step)}")
 
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
@@ -60,4 +60,9 @@ class Progress:
     def _left(self, step: int) -> str:
         done = max(step - self.start, 1)
         seconds = (time.perf_counter() - self.started) / done * (self.total - step)
-        return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02}:{int(seconds % 60):02}"
+        return clock(seconds)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`."""
+    return f"{int(seconds // 3600)}:{int(seconds % 3600 // 60):02}:{int(seconds % 60):02}"

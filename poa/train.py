@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,8 @@ from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
-from poa.optim import OptimConfig, Schedules
-from poa.options import describe, differences, from_dict, to_dict
+from poa.options import describe, from_dict, to_dict
+from poa.plan import Plan, first_lines, last_lines
 from poa.progress import Progress
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
@@ -44,13 +43,14 @@ LOCAL = {"run.data", "run.device", "performance.workers", "performance.threads"}
 STOP_HINT = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
 
 
-def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
-    """Train a run to its end.
+def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = False) -> None:
+    """Train a run to its end; first say what was found and what will be done, last what to do next.
 
     Args:
         config: of the run.
         out: the run folder; new, or with `resume` one with a checkpoint.
         resume: go on from the newest checkpoint.
+        check: only say it, and write nothing.
 
     Raises:
         InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
@@ -63,19 +63,28 @@ def pretrain(config: Config, out: Path, *, resume: bool = False) -> None:
     require_writers(config.run.log_to)
     repeats = repeating(config.performance.deterministic)
     with repeats, world(config.run.device, config.run.timeout) as here:
-        _train(config, RunFolder(out), here, resume)
+        _train(config, RunFolder(out), here, resume, check)
 
 
-def _train(config: Config, folder: RunFolder, here: World, resume: bool) -> None:
+def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: bool) -> None:
     """Everything that may hold the process group, gone when this returns."""
     content = None
     if resume:
         checkpoint = here.from_main(folder.newest)
         content = folder.load(checkpoint, config)
     here.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
-    run = Run(config, folder, _open_data(config, here), here, content)
+    data = _open_data(config, here)
+    plan = Plan.of(config, len(data.train), here.size, content)
+    for line in first_lines(config, plan, plan.schedules(config), data, here) if here.is_main else ():
+        print(line, flush=True)
+    if check:
+        return
+    started = time.monotonic()
+    run = Run(config, folder, data, here, content)
     run.begin()
     run.train()
+    for line in last_lines(folder.path, time.monotonic() - started, data) if here.is_main else ():
+        print(line, flush=True)
 
 
 def _open_data(config: Config, here: World) -> DataSplit:
@@ -92,53 +101,6 @@ def _open_data(config: Config, here: World) -> DataSplit:
     for line in found[0].lost:
         log.warning("data: %s; going on without it", line)
     return found[0]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run does in which step; kept by its checkpoints.
-
-    Attributes:
-        chunks: of a step, over all processes.
-        epoch_steps: steps of an epoch.
-        images: that are trained on.
-        start: position in the endless sequence of images of what would be step 0; not 0 where the number of
-            chunks changed on the way.
-    """
-
-    chunks: int
-    epoch_steps: int
-    images: int
-    start: int = 0
-
-    @classmethod
-    def new(cls, config: Config, images: int, processes: int) -> Plan:
-        method = config.method
-        chunks = method.chunks or processes
-        epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * chunks), 1)
-        return cls(chunks, epoch_steps, images)
-
-    @classmethod
-    def resumed(cls, config: Config, content: dict[str, Any], images: int) -> Plan:
-        """As it was, unless the configuration asks for another number of chunks than it did."""
-        before = replace(cls(**content["plan"]), images=images)
-        wanted = config.method.chunks
-        if wanted in (None, before.chunks, content["config"]["method"]["chunks"]):
-            return before
-        moved = content["step"] * (before.chunks - wanted) * config.method.batch_size
-        return replace(before, chunks=wanted, start=before.start + moved)
-
-    def differences(self, before: Plan, processes: tuple[int, int]) -> Iterator[str]:
-        """What is no more as it was before, given the numbers of processes now and then."""
-        now, then = processes
-        if (self.chunks, now) != (before.chunks, then):
-            same = "the same steps" if self.chunks == before.chunks else "the order of images goes on"
-            yield (
-                f"going on with {self.chunks} chunks a step on {now} processes "
-                f"instead of {before.chunks} on {then}: {same}, no image is repeated"
-            )
-        if self.images != before.images:
-            yield f"expected {before.images:,} images as before, got {self.images:,}: their order is another"
 
 
 class Run:
@@ -165,14 +127,7 @@ class Run:
     ):
         method = config.method
         self.config, self.folder, self.data, self.here = config, folder, data, here
-        self.plan = Plan.new(config, len(data.train), here.size)
-        if content:
-            self.plan = Plan.resumed(config, content, len(data.train))
-        if self.plan.chunks < here.size:
-            raise InputError(
-                f"method.chunks: expected at least one for each of {here.size} processes, "
-                f"got {self.plan.chunks}"
-            )
+        self.plan = Plan.of(config, len(data.train), here.size, content)
         if config.performance.backward == "apart" and here.size > 1:
             raise InputError(
                 f"performance.backward: expected together for several processes, got apart for {here.size}; "
@@ -182,7 +137,7 @@ class Run:
         self.chunks = here.share(self.plan.chunks)
         chosen = [self.space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
         self.evaluated = chosen or [self.space.intact, self.space.smallest]
-        self.schedules = Schedules.build(method.optim, self.plan.epoch_steps, self.step_images)
+        self.schedules = self.plan.schedules(config)
         self.sampler = SubnetSampler(
             self.space, method.sampling, method.seed, self.plan.chunks, method.backbone.flops
         )
@@ -198,36 +153,13 @@ class Run:
             self.first_step = content["step"]
             processes = here.size, content["processes"]
             self.differences += self.plan.differences(Plan(**content["plan"]), processes)
-            self.differences += self._planned_again(from_dict(Config, content["config"]).method.optim)
+            before = from_dict(Config, content["config"])
+            self.differences += self.plan.new_schedules(before, config, self.first_step)
             self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
             self.guard.load_state_dict(content["skipped"])
             self.watch.load_state_dict(content["watch"])
             self.unreadable.count = content["unreadable"]
         self.model: torch.nn.Module = self.state.student
-
-    def _planned_again(self, before: OptimConfig) -> Iterator[str]:
-        """What changed in the schedules since the checkpoint.
-
-        Raises:
-            InputError: the run would be over.
-        """
-        changes = [
-            f"method.optim.{key} {old} -> {new}"
-            for key, old, new in differences(before, self.config.method.optim)
-        ]
-        if not changes:
-            return
-        step, total = self.first_step, self.schedules.total_steps
-        if step > total:
-            raise InputError(
-                f"method.optim: expected more than {step} steps, which are done, got a run of {total}"
-            )
-        old = Schedules.build(before, self.plan.epoch_steps, self.step_images)
-        rates = [plan.lr[min(step, plan.total_steps - 1)] for plan in (old, self.schedules)]
-        yield (
-            f"schedules planned again: {', '.join(changes)}; {old.total_steps} -> {total} steps, "
-            f"learning rate {rates[0]:.3g} -> {rates[1]:.3g}"
-        )
 
     @property
     def step_images(self) -> int:

@@ -21,7 +21,7 @@ from tiny import OVERRIDES, tiny_config
 from poa.checkpoint import RunFolder
 from poa.data.loader import SampleStream
 from poa.errors import InputError
-from poa.train import Plan
+from poa.plan import Plan
 
 PRETRAIN = ("-m", "poa", "pretrain", *OVERRIDES)
 TESTS = Path(__file__).parent

@@ -1,0 +1,201 @@
+"""What a run will do in which step, and the lines that say so before it begins."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poa.config import Config
+from poa.data.sources import DataSplit
+from poa.distributed import World
+from poa.errors import InputError
+from poa.flops import expected_masked
+from poa.optim import Schedules
+from poa.options import differences
+from poa.progress import clock
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does in which step; kept by its checkpoints.
+
+    Attributes:
+        chunks: of a step, over all processes.
+        epoch_steps: steps of an epoch.
+        images: that are trained on.
+        start: position in the endless sequence of images of what would be step 0; not 0 where the number of
+            chunks changed on the way.
+    """
+
+    chunks: int
+    epoch_steps: int
+    images: int
+    start: int = 0
+
+    @classmethod
+    def of(cls, config: Config, images: int, processes: int, content: dict[str, Any] | None = None) -> Plan:
+        """The plan of a new run, or of one that goes on.
+
+        Args:
+            config: of the run.
+            images: to train on.
+            processes: that share the chunks.
+            content: of the checkpoint to go on from.
+
+        Raises:
+            InputError: more processes than chunks.
+        """
+        plan = cls.resumed(config, content, images) if content else cls.new(config, images, processes)
+        if plan.chunks < processes:
+            raise InputError(
+                f"method.chunks: expected at least one for each of {processes} processes, got {plan.chunks}"
+            )
+        return plan
+
+    @classmethod
+    def new(cls, config: Config, images: int, processes: int) -> Plan:
+        """That of a new run."""
+        method = config.method
+        chunks = method.chunks or processes
+        epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * chunks), 1)
+        return cls(chunks, epoch_steps, images)
+
+    @classmethod
+    def resumed(cls, config: Config, content: dict[str, Any], images: int) -> Plan:
+        """As it was, unless the configuration asks for another number of chunks than it did."""
+        before = replace(cls(**content["plan"]), images=images)
+        wanted = config.method.chunks
+        if wanted in (None, before.chunks, content["config"]["method"]["chunks"]):
+            return before
+        moved = content["step"] * (before.chunks - wanted) * config.method.batch_size
+        return replace(before, chunks=wanted, start=before.start + moved)
+
+    def schedules(self, config: Config) -> Schedules:
+        """The schedules of a run with this plan."""
+        return Schedules.build(config.method.optim, self.epoch_steps, self.chunks * config.method.batch_size)
+
+    def new_schedules(self, before: Config, now: Config, step: int) -> Iterator[str]:
+        """What changed in the schedules of a run of which `step` steps are done.
+
+        Raises:
+            InputError: it would be over.
+        """
+        changes = [
+            f"method.optim.{key} {old} -> {new}"
+            for key, old, new in differences(before.method.optim, now.method.optim)
+        ]
+        if not changes:
+            return
+        old, new = self.schedules(before), self.schedules(now)
+        if step > new.total_steps:
+            raise InputError(
+                f"method.optim: expected more than {step} steps, which are done, got {new.total_steps}"
+            )
+        rates = [schedules.lr[min(step, schedules.total_steps - 1)] for schedules in (old, new)]
+        yield (
+            f"schedules planned again: {', '.join(changes)}; {old.total_steps} -> {new.total_steps} steps, "
+            f"learning rate {rates[0]:.3g} -> {rates[1]:.3g}"
+        )
+
+    def differences(self, before: Plan, processes: tuple[int, int]) -> Iterator[str]:
+        """What is no more as it was before, given the numbers of processes now and then."""
+        now, then = processes
+        if (self.chunks, now) != (before.chunks, then):
+            same = "the same steps" if self.chunks == before.chunks else "the order of images goes on"
+            yield (
+                f"going on with {self.chunks} chunks a step on {now} processes "
+                f"instead of {before.chunks} on {then}: {same}, no image is repeated"
+            )
+        if self.images != before.images:
+            yield f"expected {before.images:,} images as before, got {self.images:,}: their order is another"
+
+
+def first_lines(
+    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World
+) -> Iterator[str]:
+    """What was found and what will be done, a line for each subject; then what is unusual."""
+    method, space = config.method, config.method.backbone.space
+    intact = method.backbone.parameters(space.intact)
+    yield f"device: {_device(here)}, {method.precision} products"
+    yield f"data: {_data(config, data)}"
+    yield (
+        f"network: {len(space)} subnets from {space.smallest} to {space.intact} of a {method.backbone.kind}, "
+        f"{method.backbone.parameters(space.smallest) / 1e6:.3g} to {intact / 1e6:.3g} M parameters"
+    )
+    images = plan.chunks * method.batch_size
+    parts = f" ({plan.chunks} micro-batches over {here.size} ranks)" if plan.chunks > 1 else ""
+    yield (
+        f"steps: {schedules.total_steps:,} of {images:,} images{parts}, "
+        f"{method.optim.epochs:g} epochs of {plan.epoch_steps:,} steps"
+    )
+    yield f"phases: {', '.join(_phases(config, plan, schedules))}"
+    for line in _unusual(config, plan, schedules, data, here):
+        yield f"note: {line}"
+
+
+def _device(here: World) -> str:
+    if here.device.type != "cuda":
+        return f"CPU, {torch.get_num_threads()} threads in each of {here.size} processes"
+    memory = torch.cuda.get_device_properties(here.device).total_memory / 1e9
+    return f"{here.size} x {torch.cuda.get_device_name(here.device)}, {memory:.0f} GB"
+
+
+def _data(config: Config, data: DataSplit) -> str:
+    held = f", {len(data.test):,} held out for k-NN" if data.test else ", none held out: no accuracies"
+    classes = f" in {len(data.train.classes)} classes" if data.train.classes else " without labels"
+    return f"{len(data.train):,} images of {config.run.data} to train on{classes}{held}"
+
+
+def _phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[str]:
+    """When what begins and ends, in steps."""
+    optim, steps = config.method.optim, plan.epoch_steps
+    yield f"learning rate rises until step {round(optim.warmup_epochs * steps):,}"
+    yield f"prototypes train from step {round(optim.freeze_last_layer_epochs * steps):,}"
+    if optim.teacher_temperature_epochs:
+        yield f"teacher temperature rises until step {round(optim.teacher_temperature_epochs * steps):,}"
+    if config.method.loss.ibot and config.method.masks.probability:
+        yield f"masked patches (iBOT) from step {schedules.ibot_start:,}"
+
+
+def _unusual(config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World) -> Iterator[str]:
+    """What a user may not have meant."""
+    method, total = config.method, schedules.total_steps
+    images, batch = len(data.train), plan.chunks * method.batch_size
+    if here.device.type != "cuda" and method.precision != "fp32":
+        yield (
+            f"a GPU is expected for {method.precision} products; for a CPU there are the presets quickstart "
+            "and small-images"
+        )
+    if images < batch:
+        yield f"{images:,} images are fewer than the {batch:,} of a step: images repeat within it"
+    elif plan.epoch_steps > 2 * images / batch:
+        times = plan.epoch_steps * batch / images
+        yield f"an epoch (method.optim.epoch_steps={plan.epoch_steps}) sees each image {times:.3g} times"
+    if method.canvas < method.crops.global_size:
+        size = method.crops.global_size
+        yield f"images are shrunk to {method.canvas} pixels (method.canvas), less than the crops' {size}"
+    if not method.loss.ibot:
+        yield "the masked-patch loss is off (method.loss.ibot=0)"
+    elif not expected_masked(method):
+        yield "no patch will be masked (method.masks), so that the masked-patch loss is zero"
+    if (schedules.last_layer_lr.values[:total] == 0).all():
+        yield "prototypes are never trained: method.optim.freeze_last_layer_epochs lasts for the whole run"
+    if config.run.evaluate_every and data.test is None:
+        yield "evaluations were asked for (run.evaluate_every), but there are no held-out images with labels"
+    if config.run.evaluate_every > total:
+        yield f"run.evaluate_every={config.run.evaluate_every} is more than the run's {total:,} steps"
+
+
+def last_lines(folder: Path, seconds: float, data: DataSplit) -> Iterator[str]:
+    """Where the run is, and what to do with it."""
+    run = shlex.quote(str(folder))
+    yield f"done in {clock(seconds)}: {run}"
+    yield f"next: python -m poa report {run}"
+    if data.test:
+        yield f"      python -m poa evaluate {run}"
+    yield f"      python -m poa extract {run} --subnets all"
