@@ -18,11 +18,12 @@ from elastic_kernels.dispatch import INTERPRETED
 from poa import device
 from poa.checkpoint import RunFolder
 from poa.config import Config, preset
+from poa.network import Batch
 from poa.options import override
 from poa.step import Chunk, TrainingState, accumulate_gradients, autocast, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
-from poa.tribranch import OPERANDS, Batch, Targets, teacher_targets
+from poa.tribranch import OPERANDS, Targets, teacher_targets
 from poa.warmup import warm_up
 
 CUDA = torch.cuda.is_available()
