@@ -22,7 +22,7 @@ test: $(VENV)/.poa-test
 	$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/.poa-test
-	$(BIN)/python -m pytest -rs -k cuda
+	$(BIN)/python -m pytest -rs -m cuda
 
 bench: $(VENV)/.poa-test
 	$(BIN)/python -m benchmarks gpu $(if $(OFFICIAL),--official $(OFFICIAL))

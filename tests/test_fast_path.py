@@ -47,7 +47,7 @@ SMALL = ["method.batch_size=2", "method.backbone.image_size=16", "method.crops.g
 SMALL += ["method.backbone.mask_scale=4"]
 
 
-@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.cuda(or_interpreted=True)
 @pytest.mark.parametrize(
     "config",
     [
@@ -93,7 +93,7 @@ def spread(state: TrainingState, exact: bool) -> None:
         state.student.double()
 
 
-@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.cuda(or_interpreted=True)
 @pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
 def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both students' losses, with masks: as good as PyTorch's in fp16 against float64.
@@ -138,7 +138,7 @@ def test_warm_up_reaches_every_width() -> None:
     assert [line.split()[0] for line in lines] == [str(w) for w in config.method.backbone.space.widths]
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.cuda
 def test_many_steps_on_digits(tmp_path: Path) -> None:
     """Each seed's loss curve, and k-NN averaged over three seeds."""
     changes = ["run.device=cuda", "run.log_every=20", "method.optim.warmup_epochs=1"]
@@ -157,7 +157,7 @@ def test_many_steps_on_digits(tmp_path: Path) -> None:
     assert scores["triton"] == pytest.approx(scores["reference"], abs=KNN_TOLERANCE)
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.cuda
 def test_input_made_beside_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as with everything on one stream."""
     config = tiny_config("run.device=cuda", "performance.deterministic=true")

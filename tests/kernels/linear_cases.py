@@ -13,6 +13,7 @@ import elastic_kernels as ek
 from elastic_kernels import backend
 
 EPS = 1e-6
+HALVES = ("attention-half", "window-half", "mlp-half")
 ELSEWHERE = 1000.0  # what lies outside of the corner of a gradient buffer before it is added to
 
 
@@ -241,3 +242,22 @@ def run(operator: Operator, tensors: dict[str, Tensor], name: str, seed: int = 2
 def assert_zero_outside(gradient: Tensor, tensor: Tensor) -> None:
     """The gradient is exactly zero where the tensor was poisoned."""
     assert not gradient[tensor.isnan()].any()
+
+
+def assert_same_in_place(
+    case: Case, half: str, affine: bool, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """A half-block that may overwrite its stream: the same bits, forward and backward, in its memory."""
+    operator, exact = forms(case)[half]
+    tensors = {key: t.to(device, dtype) for key, t in exact.items()}
+    if not affine:
+        tensors |= {"norm_weight": None, "norm_bias": None}
+    leaves = {key: t.nan_to_num().requires_grad_() for key, t in tensors.items() if t is not None}
+    inputs, found = list(leaves.values()), []
+    for reuse in (False, True):
+        stream = leaves["x"] * 1.0
+        with backend("triton"):
+            y = operator(**{**tensors, **leaves, "x": stream, "reuse": reuse})
+            assert (y.data_ptr() == stream.data_ptr()) == reuse
+            found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

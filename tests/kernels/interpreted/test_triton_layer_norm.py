@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_norm_cases import EPS, affine, run
+from layer_norm_cases import EPS, affine, assert_accurate_sum, run
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels.triton_ops.layer_norm  # noqa: F401, registers the operators
-from elastic_kernels import backend, elastic_add_layer_norm, elastic_layer_norm
+from elastic_kernels import elastic_layer_norm
 
 LARGEST = 600
 
@@ -94,20 +94,7 @@ def test_registered_operators() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "width"), [(7, 16), (0, 16), (5, 129)])
 def test_of_a_sum(tokens: int, width: int, dtype: torch.dtype) -> None:
-    inputs = [draw(tokens, width, seed=n).to(dtype) for n in range(4)]  # x, residual, dy, dsum
-    low = tuple(p.to(dtype) for p in affine(width, LARGEST))
-
-    def results(name: str, kind: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(kind).requires_grad_() for t in (*inputs[:2], *low)]
-        with backend(name):
-            outputs = elastic_add_layer_norm(*leaves, EPS)
-            grads = torch.autograd.grad(outputs, leaves, [t.to(kind) for t in inputs[2:]])
-        return [t.detach() for t in (*outputs, *grads)]
-
-    truth = results("reference", torch.float64)
-    for ours, torchs, exact in zip(results("triton", dtype), results("reference", dtype), truth, strict=True):
-        assert ours.dtype == dtype
-        assert_as_good_as_torch(ours, torchs, exact)
+    assert_accurate_sum(tokens, width, LARGEST, dtype)
 
 
 def test_compiled_equals_eager() -> None:

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, mlp_half, run
+from linear_cases import (
+    ELSEWHERE,
+    HALVES,
+    Case,
+    assert_same_in_place,
+    assert_zero_outside,
+    forms,
+    linear,
+    mlp_half,
+    run,
+)
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -194,21 +204,9 @@ def test_two_widths_share_weights_when_recomputed() -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("half", ["attention-half", "window-half", "mlp-half"])
+@pytest.mark.parametrize("half", HALVES)
 def test_a_stream_that_may_be_overwritten(half: str, affine: bool) -> None:
-    """The same bits, forward and backward, in the memory of the input."""
-    operator, exact = forms(CASES["kept"])[half]
-    tensors = {key: t.float() for key, t in exact.items()}
-    if not affine:
-        tensors |= {"norm_weight": None, "norm_bias": None}
-    leaves = {key: t.nan_to_num().requires_grad_() for key, t in tensors.items() if t is not None}
-    inputs, found = list(leaves.values()), []
-    for reuse in (False, True):
-        stream = leaves["x"] * 1.0
-        y = operator(**{**tensors, **leaves, "x": stream, "reuse": reuse})
-        assert (y.data_ptr() == stream.data_ptr()) == reuse
-        found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_same_in_place(CASES["kept"], half, affine, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -346,7 +344,7 @@ def test_a_bias_learns_beside_a_frozen_weight() -> None:
     torch.testing.assert_close(gradient[: case.out], dy.sum(0))
 
 
-@pytest.mark.parametrize("half", ["attention-half", "window-half", "mlp-half"])
+@pytest.mark.parametrize("half", HALVES)
 def test_short_vectors_are_refused_before_a_kernel_reads_beyond_them(half: str) -> None:
     operator, exact = forms(CASES["prime"])[half]
     tensors = {key: t.float() for key, t in exact.items()}
