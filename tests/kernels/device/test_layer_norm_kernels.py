@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_norm_cases import EPS, affine, assert_accurate_sum, run
+from layer_norm_cases import EPS, affine, run
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from sizes import RUNS, sized
 
@@ -50,17 +50,11 @@ def test_normalised_rows_instead_of_the_stream(width: int, dtype: torch.dtype) -
     dy = draw(KEPT, width, seed=4).to("cuda", dtype)
     weight, bias = (p.to("cuda", dtype) for p in affine(width, LARGEST))
     operators = torch.ops.elastic_kernels
-    y, _, xhat, mean, rstd = operators.layer_norm_fwd(x, None, weight, bias, EPS, rows, dtype, True)
-    ours = y, *operators.layer_norm_bwd(dy, None, xhat, weight, mean, rstd, rows, dsum)
+    y, xhat, _, rstd = operators.layer_norm_fwd(x, weight, bias, EPS, rows, dtype, True)
+    ours = y, *operators.layer_norm_bwd(dy, None, xhat, weight, None, rstd, rows, dsum)
     parameters = (weight.double(), bias.double())
     truth = run(x.double(), parameters, rows, dy.double(), "reference")
     torchs = run(x, (weight, bias), rows, dy, "reference")
     truth[1], torchs[1] = truth[1] + dsum.double(), torchs[1] + dsum
     for a, b, t in zip(ours, torchs, truth, strict=True):
         assert_as_good_as_torch(a, b, t)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_of_a_sum(width: int, dtype: torch.dtype) -> None:
-    assert_accurate_sum(TOKENS, width, LARGEST, dtype, "cuda")

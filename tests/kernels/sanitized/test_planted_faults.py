@@ -12,7 +12,7 @@ import optimizer_cases
 import prototype_cases
 import pytest
 import torch
-from numerics import draw
+from numerics import assert_as_good_as_torch, draw
 from sanitizer import complaints, entry_kernels
 from triton.runtime.jit import JITFunction
 from ttsem.sanitize import KernelFault
@@ -21,7 +21,13 @@ from elastic_kernels.triton_ops import layer_norm, optimizer, sinkhorn
 
 
 def norm() -> None:
-    layer_norm_cases.assert_accurate_sum(133, 100, 100, torch.float32, "cuda")
+    x, dy = (draw(133, 100, seed=n).float().cuda() for n in (0, 1))
+    parameters = tuple(p.float().cuda() for p in layer_norm_cases.affine(100, 100))
+    exact = tuple(p.double() for p in parameters)
+    truth = layer_norm_cases.run(x.double(), exact, None, dy.double(), "reference")
+    ours, torchs = (layer_norm_cases.run(x, parameters, None, dy, name) for name in ("triton", "reference"))
+    for a, b, t in zip(ours, torchs, truth, strict=True):
+        assert_as_good_as_torch(a, b, t)
 
 
 def scale() -> None:
