@@ -3,6 +3,7 @@
 #                      BACKBONE=vit, swin or resnet
 #   make test          the test suite
 #   make test-gpu      the tests that need a GPU
+#   make sanitize      those of the kernels without a GPU, every access and race checked; in .venv-sanitize
 #   make bench         measure kernels and steps against their peers on a GPU; OFFICIAL=checkout of alipay/POA
 #   make kernel-report compile every Triton kernel for every kind of GPU, without one; WRITE=1 replaces the table
 #   make lint          ruff, ruff format, mypy
@@ -12,8 +13,10 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
+SANITIZE_VENV := .venv-sanitize
+SANITIZER := triton==3.8.0 ttsem==0.1.0  # ttsem executes what this Triton makes; Python 3.11 or newer
 
-.PHONY: quickstart test test-gpu bench kernel-report lint clean
+.PHONY: quickstart test test-gpu sanitize bench kernel-report lint clean
 
 quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(RUN),--out $(RUN))
@@ -22,7 +25,11 @@ test: $(VENV)/.poa-test
 	$(BIN)/python -m pytest
 
 test-gpu: $(VENV)/.poa-test
-	$(BIN)/python -m pytest -rs -k cuda
+	$(BIN)/python -m pytest -rs -m cuda
+
+sanitize: $(SANITIZE_VENV)/.poa-sanitizer
+	ELASTIC_KERNELS_LANE=sanitized OMP_NUM_THREADS=1 $(SANITIZE_VENV)/bin/python -m pytest -q -n auto \
+		--every-kernel tests/kernels/device tests/kernels/sanitized
 
 bench: $(VENV)/.poa-test
 	$(BIN)/python -m benchmarks gpu $(if $(OFFICIAL),--official $(OFFICIAL))
@@ -36,7 +43,12 @@ lint: $(VENV)/.poa-dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(SANITIZE_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(SANITIZE_VENV)/.poa-sanitizer: setup.py constraints.txt Makefile
+	$(MAKE) VENV=$(SANITIZE_VENV) $(SANITIZE_VENV)/.poa-sanitize
+	$(SANITIZE_VENV)/bin/python -m pip install --quiet --no-deps --ignore-requires-python $(SANITIZER)
+	touch $@
 
 $(VENV)/.poa-%: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

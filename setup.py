@@ -32,6 +32,7 @@ setup(
             "pyarrow",
             "tensorboard",
         ],
+        "sanitize": ["pytest", "pytest-xdist"],
         "dev": ["ruff", "mypy"],
     },
     entry_points={"console_scripts": ["poa-pretrain = poa.__main__:main"]},

@@ -156,7 +156,7 @@ def gpu(options: argparse.Namespace) -> int:
         raise ValueError("gpu: expected a CUDA device, got none")
     official = ["--official", str(options.official)] if options.official else []
     commands = {
-        "tests": ["pytest", "-q", "-rs", "-k", "cuda"],
+        "tests": ["pytest", "-q", "-rs", "-m", "cuda"],
         "kernels": ["benchmarks", "kernels", "--seconds", "0.15"],
         "step": ["benchmarks", "step", "--seconds", "1.5", *official],
         "step-swin": ["benchmarks", "step", "--preset", "swin-b", "--seconds", "1"],

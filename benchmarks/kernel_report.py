@@ -147,7 +147,7 @@ def _gemm_cases(part: int, dtype: str) -> Iterator[Case]:
         linear._linear_dgrad_kernel,
         linear_wgrad._linear_wgrad_kernel,
     )
-    summed = {"HAS_BIAS": True, "HAS_GAMMA": True, "ACCUMULATE": True}
+    summed = {"HAS_BIAS": True, "HAS_GAMMA": True}
     forms: list[tuple[gemm.Form, str, Any, dict[str, Any]]] = [
         ("linear", "bias", fwd, {"EPILOGUE": "linear", "act_ptr": None, **none, **nothing}),
         ("gelu", "bias, gelu", fwd, {"EPILOGUE": "gelu", **none, **nothing}),
@@ -156,7 +156,7 @@ def _gemm_cases(part: int, dtype: str) -> Iterator[Case]:
                                    "gamma_ptr": None}),
         ("dgrad", "gamma", dgrad, {"EPILOGUE": "none", "HAS_GAMMA": True, "u_ptr": None, "act_ptr": None}),
         ("dgrad_gelu", "gamma, gelu", dgrad, {"EPILOGUE": "gelu", "HAS_GAMMA": True}),
-        ("wgrad", "bias, gamma, accumulate", wgrad, {"SPLIT": False, "partial_ptr": None, **summed}),
+        ("wgrad", "bias, gamma", wgrad, {"SPLIT": False, "partial_ptr": None, **summed}),
         ("wgrad", "bias, split", wgrad, {"SPLIT": True, **summed}),
     ]  # fmt: skip
     fp32 = (
@@ -183,26 +183,14 @@ def _gemm_cases(part: int, dtype: str) -> Iterator[Case]:
 def _row_cases(part: int, dtype: str) -> Iterator[Case]:
     """LayerNorm of an fp32 stream into `dtype`, and the passes over rows and over weights of the products."""
     vectors = ("weight_ptr", "bias_ptr", "mean_ptr", "rstd_ptr", "shares_ptr")
-    streams = ("x_ptr", "residual_ptr", "sum_ptr", "dsum_ptr", "dx_ptr", "dout_ptr")
+    streams = ("x_ptr", "residual_ptr", "dsum_ptr", "dx_ptr", "dout_ptr")
     pointers = dict.fromkeys((*vectors, *streams), "fp32")
     pointers |= {"index_ptr": "i64", "position_ptr": "i32"}
     forward, backward = layer_norm._layer_norm_fwd_kernel, layer_norm._layer_norm_bwd_kernel
     gather = {"HAS_AFFINE": True, "HAS_INDEX": True}
     forms: list[tuple[Any, str, dict[str, Any]]] = [
-        (
-            forward,
-            "rows",
-            {**gather, "HAS_RESIDUAL": False, "KEEP_XHAT": True, "residual_ptr": None, "sum_ptr": None},
-        ),
-        (
-            forward,
-            "sum",
-            {
-                **{"HAS_AFFINE": True, "HAS_INDEX": False, "HAS_RESIDUAL": True, "KEEP_XHAT": False},
-                **{"index_ptr": None, "xhat_ptr": None},
-            },
-        ),
-        (backward, "rows, sum", {**gather, "HAS_SUM": True, "HAS_XHAT": True, "x_ptr": None}),
+        (forward, "rows", {**gather, "KEEP_XHAT": True}),
+        (backward, "rows, stream", {**gather, "IN_STREAM": True, "x_ptr": None, "mean_ptr": None}),
     ]
     for config in layer_norm.CONFIGS:
         for kernel, form, constants in forms:
@@ -226,9 +214,9 @@ def _row_cases(part: int, dtype: str) -> Iterator[Case]:
     )  # fmt: skip
     block_n, block_k = linear_wgrad.FINISH_BLOCKS
     yield Case(
-        linear_wgrad._linear_wgrad_finish_kernel, "gamma, accumulate", part, dtype,
+        linear_wgrad._linear_wgrad_finish_kernel, "gamma", part, dtype,
         f"{block_n}x{block_k}, 4 warps",
-        {"HAS_GAMMA": True, "ACCUMULATE": True, "BLOCK_N": block_n, "BLOCK_K": block_k, "stride_wk": 1},
+        {"HAS_GAMMA": True, "BLOCK_N": block_n, "BLOCK_K": block_k, "stride_wk": 1},
         dict.fromkeys(("partial_ptr", "gamma_ptr", "dweight_ptr", "gamma_shares_ptr"), "fp32"),
         (), ("splits",), 4, 3, rows=True,
     )  # fmt: skip
@@ -276,7 +264,7 @@ def _window_cases(part: int, dtype: str) -> Iterator[Case]:
         block = window_attention.window_block(side)
         constants = {
             **{"HEAD_DIM": 16, "SIDE": side, "BLOCK": block, "PRECISION": "ieee"},
-            **{"LOG2": attention.LOG2_E, "APART": -100 * attention.LOG2_E},
+            **{"LOG2": attention.LOG2_E, "MASK_VALUE": -100 * attention.LOG2_E},
         }
         names = ("bias_ptr", "lse_ptr", "dbias_ptr", "dpad_ptr")
         for kernel in (

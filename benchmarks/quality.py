@@ -20,9 +20,9 @@ from poa.config import Config, preset, with_run
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.network import Network
 from poa.step import Chunk, train_step
 from poa.train import Run
-from poa.tribranch import Network
 
 POINTS = 4  # evaluations after the first
 

@@ -29,20 +29,13 @@ from poa.config import Config, preset
 from poa.data.augment import augment
 from poa.data.masking import draw_masks
 from poa.device import join
+from poa.network import VIEWS, Batch, StudentOutput, StudentPass
 from poa.optim import Schedules, update_weights
 from poa.options import override
 from poa.random import python_stream, torch_stream
 from poa.step import Chunk, TrainingState, autocast, student_passes, train_step
 from poa.subnets import SearchSpace, Subnet
-from poa.tribranch import (
-    VIEWS,
-    Batch,
-    StudentOutput,
-    StudentPass,
-    Targets,
-    teacher_targets,
-    tribranch_loss,
-)
+from poa.tribranch import Targets, teacher_targets, tribranch_loss
 
 TINY_HEAD = ["method.head.prototypes=8,12", "method.head.hidden=16", "method.head.bottleneck=8"]
 TINY = {  # what runs without a GPU, to test the suite: a preset, and what is smaller still

@@ -27,9 +27,9 @@ import torch
 
 from poa.config import Config
 from poa.errors import InputError, SaveError
+from poa.network import Network
 from poa.optim import FIXED, OptimConfig
 from poa.options import first_difference, from_dict, to_dict
-from poa.tribranch import Network
 from poa.weights import load_strictly, read_weights
 
 Branch = Literal["teacher", "student"]

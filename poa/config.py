@@ -14,9 +14,9 @@ from typing import Literal
 from poa.backbones import ResNetConfig, SwinConfig, ViTConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
+from poa.losses import LossConfig
 from poa.optim import OptimConfig, OptimizerKind
 from poa.options import Options, option, section
-from poa.tribranch import LossConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Destination = Literal["tensorboard", "wandb"]

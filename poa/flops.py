@@ -7,8 +7,8 @@ recomputed or padded does not count. `benchmarks.roofline` is the model by kerne
 from __future__ import annotations
 
 from poa.config import MethodConfig
+from poa.network import VIEWS
 from poa.subnets import Subnet
-from poa.tribranch import VIEWS
 
 # Dense bf16 FLOP/s by the name of the device. Source: NVIDIA's datasheets.
 DATASHEET_PEAKS = {

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from poa.tribranch import VIEWS, StudentOutput, Targets
+from poa.network import VIEWS, StudentOutput
+from poa.tribranch import Targets
 
 LOOKS, STEPS = 3, 40  # that must be bad before an alarm is raised
 

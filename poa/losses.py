@@ -9,7 +9,7 @@ Source: POA (Zhang et al., ECCV 2024), section 3.4; DINOv2 (Oquab et al., 2023);
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,6 +19,28 @@ from torch import Tensor
 
 from elastic_kernels import sinkhorn_scaling
 from elastic_kernels.dispatch import without_autocast
+from poa.options import Options, option
+
+
+@dataclass(frozen=True)
+class LossConfig(Options, at="method.loss"):
+    """Weights and temperatures of the loss."""
+
+    intact: float = option(
+        0.8, "lambda: weight of the intact student; the elastic one has 1 - lambda", "[0, 1]"
+    )
+    dino: float = option(1.0, "weight of the class-token loss", "[0, 1000]")
+    ibot: float = option(1.0, "weight of the masked-patch loss", "[0, 1000]")
+    koleo: float = option(0.1, "weight of the KoLeo regulariser", "[0, 1000]")
+    student_temperature: float = option(0.1, "softmax temperature of both students", "[0.0001, 100]")
+    targets: Literal["sinkhorn", "centering"] = option("sinkhorn", "how teacher logits become targets")
+    center_momentum: float = option(0.9, "momentum of the centers (centering)", "[0, 1]")
+    operands: Literal["fp32", "fp16"] = option(
+        "fp32", "dtype of features and prototypes in their products, and of the teacher logits that are kept"
+    )
+    center_weighting: Literal["exact", "official"] = option(
+        "exact", "centers: from the mean over all rows of a step, or the mean of its chunks' means"
+    )
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,10 @@ class SoftTargets:
     logits: Tensor
     log_scale: Tensor
     temperature: float
+
+    def split(self, rows: Sequence[int]) -> list[SoftTargets]:
+        """The targets of so many rows each, one after the other."""
+        return [replace(self, logits=part) for part in self.logits.split(list(rows))]
 
     def dense(self) -> Tensor:
         """The targets themselves, at least float32, rows summing to 1."""

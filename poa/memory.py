@@ -23,6 +23,7 @@ from poa.config import Config
 from poa.data.masking import Masks
 from poa.errors import InputError
 from poa.flops import expected_masked
+from poa.network import VIEWS, Batch, Network
 from poa.optim import build_optimizer
 from poa.random import torch_stream
 from poa.step import (
@@ -34,7 +35,7 @@ from poa.step import (
     student_passes,
 )
 from poa.subnets import Subnet
-from poa.tribranch import VIEWS, Batch, Centers, Network, teacher_targets
+from poa.tribranch import Centers, teacher_targets
 
 BLOCK = 512  # bytes, in multiples of which PyTorch's allocator for CUDA hands out memory
 MOMENTS, BUCKETS = 8, 4  # bytes a parameter of AdamW's state, and of DDP's buffers

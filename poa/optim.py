@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from elastic_kernels import FusedAdamW
 from poa.errors import InputError
+from poa.network import Network
 from poa.options import Options, option
-from poa.tribranch import Network
 
 OptimizerKind = Literal["fused", "torch", "apex"]
 DURATIONS = (

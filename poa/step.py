@@ -20,21 +20,11 @@ from elastic_kernels.linear import linear_backend
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.health import observe
+from poa.network import Batch, Network, StudentOutput, StudentPass
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
 from poa.random import torch_stream
 from poa.subnets import Subnet
-from poa.tribranch import (
-    Batch,
-    Centers,
-    Network,
-    StudentOutput,
-    StudentPass,
-    Targets,
-    elastic_loss,
-    intact_loss,
-    teacher_targets,
-    tribranch_loss,
-)
+from poa.tribranch import Centers, Targets, elastic_loss, intact_loss, teacher_targets, tribranch_loss
 from poa.weights import load_strictly
 
 Timed = Callable[[], AbstractContextManager[None]]

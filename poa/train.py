@@ -29,6 +29,7 @@ from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
+from poa.network import VIEWS, Batch, StudentPass
 from poa.options import describe, from_dict, to_dict
 from poa.plan import Plan, first_lines, last_lines
 from poa.progress import Progress
@@ -36,7 +37,6 @@ from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
 from poa.step import AUTOCAST, Chunk, StepReport, TrainingState, student_passes, train_step
 from poa.subnets import Subnet, SubnetSampler
-from poa.tribranch import VIEWS, Batch, StudentPass
 
 # Options that may differ between ranks.
 LOCAL = {"run.data", "run.device", "performance.workers", "performance.threads"}

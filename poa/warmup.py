@@ -14,11 +14,11 @@ from poa.data.augment import augment
 from poa.data.masking import Masks, draw_masks
 from poa.device import choose_device
 from poa.errors import InputError
+from poa.network import VIEWS, Batch
 from poa.optim import Schedules
 from poa.random import python_stream, torch_stream
 from poa.step import AUTOCAST, Chunk, TrainingState, autocast, student_passes, train_step
 from poa.subnets import Subnet
-from poa.tribranch import VIEWS, Batch
 
 
 def warm_up(config: Config) -> Iterator[str]:

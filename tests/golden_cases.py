@@ -16,9 +16,9 @@ from torch import Tensor
 
 from poa.backbones import Backbone, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.heads import HeadConfig
+from poa.network import Network
 from poa.official import backbone_name, backbone_state, network_name
 from poa.subnets import Subnet
-from poa.tribranch import Network
 
 ROOT = Path(os.environ.get("POA_GOLDEN") or Path(__file__).parent / "golden")
 

@@ -18,11 +18,12 @@ from elastic_kernels.dispatch import INTERPRETED
 from poa import device
 from poa.checkpoint import RunFolder
 from poa.config import Config, preset
+from poa.network import Batch
 from poa.options import override
 from poa.step import Chunk, TrainingState, accumulate_gradients, autocast, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
-from poa.tribranch import OPERANDS, Batch, Targets, teacher_targets
+from poa.tribranch import OPERANDS, Targets, teacher_targets
 from poa.warmup import warm_up
 
 CUDA = torch.cuda.is_available()
@@ -46,7 +47,7 @@ SMALL = ["method.batch_size=2", "method.backbone.image_size=16", "method.crops.g
 SMALL += ["method.backbone.mask_scale=4"]
 
 
-@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.cuda(or_interpreted=True)
 @pytest.mark.parametrize(
     "config",
     [
@@ -92,7 +93,7 @@ def spread(state: TrainingState, exact: bool) -> None:
         state.student.double()
 
 
-@pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs CUDA or TRITON_INTERPRET=1")
+@pytest.mark.cuda(or_interpreted=True)
 @pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
 def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of both students' losses, with masks: as good as PyTorch's in fp16 against float64.
@@ -137,7 +138,7 @@ def test_warm_up_reaches_every_width() -> None:
     assert [line.split()[0] for line in lines] == [str(w) for w in config.method.backbone.space.widths]
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.cuda
 def test_many_steps_on_digits(tmp_path: Path) -> None:
     """Each seed's loss curve, and k-NN averaged over three seeds."""
     changes = ["run.device=cuda", "run.log_every=20", "method.optim.warmup_epochs=1"]
@@ -156,7 +157,7 @@ def test_many_steps_on_digits(tmp_path: Path) -> None:
     assert scores["triton"] == pytest.approx(scores["reference"], abs=KNN_TOLERANCE)
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.cuda
 def test_input_made_beside_the_step_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as with everything on one stream."""
     config = tiny_config("run.device=cuda", "performance.deterministic=true")

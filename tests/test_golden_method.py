@@ -14,19 +14,12 @@ from elastic_kernels import prototype_cross_entropy
 from poa import losses
 from poa.data.masking import Masks
 from poa.heads import HeadConfig, ProjectionHeads
+from poa.losses import LossConfig
+from poa.network import Batch, Network, StudentPass
 from poa.official import head_name, network_name
 from poa.optim import OptimConfig, OptimizerKind, build_optimizer, clip_gradients, set_rates, update_weights
 from poa.subnets import Subnet
-from poa.tribranch import (
-    Batch,
-    Centers,
-    LossConfig,
-    Network,
-    StudentPass,
-    Targets,
-    teacher_targets,
-    tribranch_loss,
-)
+from poa.tribranch import Centers, Targets, teacher_targets, tribranch_loss
 
 OFFICIAL_PARTS = {"backbone": "backbone", "head": "dino_head"}
 

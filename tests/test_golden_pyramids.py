@@ -13,10 +13,10 @@ from elastic_kernels.attention import HEAD_DIMS
 from elastic_kernels.dispatch import forced
 from poa.backbones import Backbone, ResNetConfig, SwinConfig
 from poa.heads import HeadConfig
+from poa.network import Network
 from poa.official import UNUSED, backbone_name
 from poa.optim import parameter_groups
 from poa.subnets import Subnet, active_blocks
-from poa.tribranch import Network
 
 SWIN, RESNET = golden.case("swin_forward"), golden.case("resnet_forward")
 

@@ -8,10 +8,10 @@ import torch
 
 from poa.heads import HeadConfig
 from poa.multicrop import StochasticDepth, kept_rows
+from poa.network import Network
 from poa.official import backbone_name, head_name
 from poa.optim import parameter_groups
 from poa.subnets import Subnet
-from poa.tribranch import Network
 
 
 @pytest.mark.parametrize("subnet", golden.subnets("vit_forward"), ids=str)

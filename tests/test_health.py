@@ -14,9 +14,10 @@ from poa.checkpoint import RunFolder
 from poa.config import preset
 from poa.health import ALARMS, LOOKS, STEPS, Watch, observe
 from poa.losses import SoftTargets
+from poa.network import StudentOutput
 from poa.options import override
 from poa.train import pretrain
-from poa.tribranch import StudentOutput, Targets
+from poa.tribranch import Targets
 
 HEALTHY = {
     "target_entropy.0": 0.6,

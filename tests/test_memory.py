@@ -78,7 +78,7 @@ def test_an_unknown_optimizer_is_refused() -> None:
         predict_memory(tiny_config("performance.optimizer=apex"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("changes", [[], ["performance.backward=apart"], ["performance.recompute=true"]])
 def test_prediction_and_measurement(changes: list[str]) -> None:
     """Within 5 % of what the allocator counts."""

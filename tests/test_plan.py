@@ -85,8 +85,6 @@ def test_the_last_lines_name_what_can_be_done_next() -> None:
 
 
 def test_a_run_begins_and_ends_with_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from poa.train import pretrain
-
     pretrain(tiny_config(), tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[:5]] == ["device", "data", "network", "steps", "phases"]

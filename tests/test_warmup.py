@@ -47,7 +47,7 @@ def test_a_device_without_kernels_is_refused(capsys: pytest.CaptureFixture[str])
     assert "expected a device that runs Triton kernels, got cpu" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
 def test_nothing_is_compiled_after_a_warm_up(kind: str, precision: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from benchmarks.peers import naive
 from benchmarks.peers import optimizer as optimizer_peers
 from benchmarks.peers import prototypes as prototype_peers
 from poa.config import preset
-from poa.tribranch import Network
+from poa.network import Network
 
 
 def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: int) -> Problem:

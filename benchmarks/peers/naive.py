@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows
-from elastic_kernels.window_attention import APART
+from elastic_kernels.window_attention import MASK_VALUE
 
 Groups = Sequence[tuple[int, int]]
 Maps = Sequence[tuple[int, int, int]]
@@ -69,9 +69,8 @@ def block(
     x: Tensor,
     groups: Groups,
     kept: tuple[KeptRows, KeptRows] | None = None,
-    recompute_mlp: bool = False,
     only: Tensor | None = None,
-    reuse: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
     """As `ElasticBlock.forward`, which makes `only` some tokens; this one makes all, in a new tensor."""
     first, second = kept or (None, None)
@@ -124,7 +123,7 @@ def _apart(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Te
     label = (
         label.view(rows // window, window, columns // window, window).transpose(1, 2).flatten(2).flatten(0, 1)
     )
-    return APART * (label[:, None, :, None] != label[:, None, None, :]).to(like.dtype)
+    return MASK_VALUE * (label[:, None, :, None] != label[:, None, None, :]).to(like.dtype)
 
 
 def relative_position_bias(table: Tensor, window: int) -> Tensor:
@@ -140,7 +139,7 @@ def swin_block(
     x: Tensor,
     maps: Maps,
     kept: tuple[KeptRows, KeptRows] | None = None,
-    reuse: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
     """As `ElasticSwinBlock.forward`, in a new tensor."""
     first, second = kept or (None, None)

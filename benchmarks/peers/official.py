@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from poa.backbones import ViTConfig
 from poa.config import MethodConfig
 from poa.errors import InputError
+from poa.network import Batch, Network
 from poa.official import network_name
 from poa.optim import OptimConfig
 from poa.subnets import Subnet
-from poa.tribranch import Batch, Network
 
 STUBS = (
     "fvcore",

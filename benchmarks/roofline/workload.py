@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from benchmarks.roofline.costs import SINGLE
 from poa.config import MethodConfig
 from poa.data.masking import draw_masks
+from poa.network import VIEWS
 from poa.random import python_stream
-from poa.tribranch import VIEWS
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,19 @@ PyTorch definition that runs on any device;
 
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.block import (
+    AttentionWeights,
     KeptRows,
+    MlpWeights,
+    Sequences,
+    Windows,
     elastic_attention_half,
     elastic_mlp_half,
-    elastic_window_attention_half,
 )
 from elastic_kernels.compilations import compilations
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.dispatch import backend
 from elastic_kernels.group_norm import elastic_group_norm
-from elastic_kernels.layer_norm import elastic_add_layer_norm, elastic_layer_norm
+from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.modules import (
@@ -40,6 +43,7 @@ from elastic_kernels.window_attention import relative_position_bias, window_atte
 from elastic_kernels.working_weights import working_weights
 
 __all__ = [
+    "AttentionWeights",
     "ElasticAttention",
     "ElasticBlock",
     "ElasticBottleneck",
@@ -53,10 +57,12 @@ __all__ = [
     "FusedAdamW",
     "KeptRows",
     "LayerScale",
+    "MlpWeights",
+    "Sequences",
+    "Windows",
     "backend",
     "compilations",
     "crops_backend",
-    "elastic_add_layer_norm",
     "elastic_attention_half",
     "elastic_block_from_vit",
     "elastic_group_norm",
@@ -67,7 +73,6 @@ __all__ = [
     "elastic_mlp",
     "elastic_mlp_half",
     "elastic_qkv",
-    "elastic_window_attention_half",
     "packed_attention",
     "prototype_cross_entropy",
     "relative_position_bias",

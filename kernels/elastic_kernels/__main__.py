@@ -31,12 +31,11 @@ def main() -> None:
     print(f"\nbackends for {dtype} on {device.type}:")
     x = torch.empty(197, 384, dtype=dtype, device=device)
     choices = {op: linear_backend(op, x) for op in LINEARS}
-    choices |= {op: layer_norm_backend(x) for op in ("elastic_layer_norm", "elastic_add_layer_norm")}
+    choices["elastic_layer_norm"] = layer_norm_backend(x)
     choices |= {
         op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
     }
-    windowed = ("window_attention", "elastic_window_attention_half")
-    choices |= {op: window_attention_backend(x, 7, 16) for op in windowed}
+    choices["window_attention"] = window_attention_backend(x, 7, 16)
     choices["elastic_group_norm"] = group_norm_backend(x, 32)
     choices |= {op: dispatch.choose(op, x) for op in ("prototype_cross_entropy", "sinkhorn_scaling")}
     choices["FusedAdamW"] = fused_adamw_backend(x.float())

@@ -3,17 +3,17 @@
     x[rows] += row_scale * gamma1 * proj(attention(qkv(norm1(x[rows]))))
     x[rows] += row_scale * gamma2 * fc2(gelu(fc1(norm2(x[rows]))))
 
-Attention is within sequences, where a last block may make only the tokens that are read after it (`only`), or
-within windows of maps.
+Attention is within sequences or within windows of maps: a layout says which. A last block may make only the
+tokens that are read after it (`only`).
 
-On Triton a half is one autograd unit (`triton_ops/units.py`); elsewhere it is made of the others.
+On Triton a half is one `autograd.Function` (`triton_ops/halves.py`); elsewhere it is made of the operators.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,14 @@ from elastic_kernels.layer_norm import elastic_layer_norm, layer_norm_backend
 from elastic_kernels.linear import elastic_linear_residual, elastic_qkv, layer_spec, linear_backend
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.window_attention import (
-    APART,
+    MASK_VALUE,
     validate_windows,
     window_attention,
     window_attention_backend,
 )
 
 if TYPE_CHECKING:
-    from elastic_kernels.triton_ops.units import Windows
+    from elastic_kernels.triton_ops.halves import WindowSpec
 
 
 @dataclass(frozen=True)
@@ -61,141 +61,9 @@ class KeptRows:
         return place.clamp(min=0), scale.index_select(0, place.clamp(min=0)) * (place >= 0)
 
 
-def elastic_attention_half(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma: Tensor | None,
-    groups: Sequence[tuple[int, int]],
-    head_dim: int,
-    *,
-    kept: KeptRows | None = None,
-    only: Tensor | None = None,
-    reuse: bool = False,
-    grad_out: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """LayerNorm, attention over packed sequences, projection, LayerScale and the residual addition.
-
-    Args:
-        x: `[tokens, w]`, the residual stream; not modified without `reuse`.
-        norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
-        qkv_weight, qkv_bias: as in `elastic_qkv`.
-        proj_weight, proj_bias, gamma: as in `elastic_linear_residual`.
-        groups: `(count, length)` of each length class in packing order.
-        head_dim: channels of a head; `w` is a multiple of it.
-        kept: the sequences that take part; None means all.
-        only: int64 `[live]`, distinct tokens that are wanted; the projection is made of these alone. Queries
-            are made of all: leaving them out would take attention over ragged queries, for 0.4 % of a step of
-            ViT-L/16 by the cost model.
-        reuse: the result may overwrite `x`, which nobody else needs; not for a leaf that requires gradients.
-        grad_out: buffers for the gradients of `qkv_weight` and `proj_weight`, as in `elastic_linear`.
-
-    Returns:
-        `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
-
-    Raises:
-        ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
-        TypeError, RuntimeError: as those.
-    """
-    op, width = "elastic_attention_half", x.shape[-1]
-    if width % head_dim:
-        raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
-    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
-    active = kept.groups if kept else groups
-    _require_cover(op, active, [count * length for count, length in active], x if rows is None else rows)
-    attention = attention_backend(x, active, head_dim, dispatch.product_dtype(x))
-    if attention.backend == "triton" and _fused(op, x) and only is None:
-        parameters = _AttentionParameters(
-            norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma
-        )
-        flat = [number for group in active for number in group]
-        return _attention_unit(op, x, parameters, eps, flat, head_dim, kept, reuse, grad_out)
-    qkv_grad, proj_grad = grad_out or (None, None)
-    h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
-    qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad)
-    h = packed_attention(qkv.unflatten(-1, (-1, head_dim)), active)
-    if only is not None:
-        h, scale = _wanted(h, only, kept, x.shape[0])
-        x, rows = x.index_select(0, only), None
-    return elastic_linear_residual(
-        h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
-    )
-
-
-def elastic_window_attention_half(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    window_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    gamma: Tensor | None,
-    maps: Sequence[tuple[int, int, int]],
-    head_dim: int,
-    *,
-    window: int,
-    shift: int = 0,
-    kept: KeptRows | None = None,
-    reuse: bool = False,
-    grad_out: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """`elastic_attention_half` with attention within windows of maps, which are padded with zeros (Swin).
-
-    Args:
-        x, norm_weight, norm_bias, eps, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma, head_dim, kept,
-            reuse, grad_out: as of `elastic_attention_half`.
-        window_bias: `[heads_max, n, n]`, n = window**2, as the bias of `window_attention`.
-        maps: `(count, height, width)` of each group in packing order; how many take part, `kept.groups` says.
-        window, shift: as of `window_attention`.
-
-    Returns:
-        `[tokens, w]`, the dtype of `x`.
-
-    Raises:
-        ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
-        TypeError, RuntimeError: as those.
-    """
-    op, width = "elastic_window_attention_half", x.shape[-1]
-    if width % head_dim:
-        raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
-    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
-    if kept is not None:
-        sizes = zip(kept.groups, maps, strict=True)
-        maps = [(count, height, across) for (count, _), (_, height, across) in sizes]
-    covered = [count * height * across for count, height, across in maps]
-    _require_cover(op, maps, covered, x if rows is None else rows)
-    attention = window_attention_backend(x, window, head_dim, dispatch.product_dtype(x))
-    if attention.backend == "triton" and _fused(op, x):
-        from elastic_kernels.triton_ops.units import Windows
-
-        validate_windows(op, width // head_dim, window_bias, window, shift)
-        parameters = _AttentionParameters(
-            norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, gamma
-        )
-        flat, windows = [number for group in maps for number in group], Windows(window, shift, APART)
-        return _attention_unit(
-            op, x, parameters, eps, flat, head_dim, kept, reuse, grad_out, windows, window_bias
-        )
-    qkv_grad, proj_grad = grad_out or (None, None)
-    h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
-    qkv = elastic_qkv(h, qkv_weight, qkv_bias, grad_out=qkv_grad).unflatten(-1, (-1, head_dim))
-    pad = qkv_bias.view(3, -1, head_dim)
-    h = window_attention(qkv, window_bias, pad, maps, window=window, shift=shift)
-    return elastic_linear_residual(
-        h, proj_weight, proj_bias, x, gamma, rows=rows, row_scale=scale, grad_out=proj_grad
-    )
-
-
-class _AttentionParameters(NamedTuple):
-    """Of an attention half, in the order in which its unit takes them."""
+class AttentionWeights(NamedTuple):
+    """Parameters of an attention half, of the largest network, as `elastic_layer_norm`, `elastic_qkv` and
+    `elastic_linear_residual` take them; `gamma` is LayerScale's."""
 
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -203,112 +71,252 @@ class _AttentionParameters(NamedTuple):
     qkv_bias: Tensor | None
     proj_weight: Tensor
     proj_bias: Tensor | None
-    gamma: Tensor | None
+    gamma: Tensor | None = None
 
 
-def _attention_unit(
+class MlpWeights(NamedTuple):
+    """Parameters of an MLP half, of the largest network, as `elastic_layer_norm` and `elastic_mlp` take them;
+    `gamma` is LayerScale's."""
+
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    gamma: Tensor | None = None
+
+
+class Layout(Protocol):
+    """How packed tokens attend: `Sequences` or `Windows`."""
+
+    def kept(self, kept: KeptRows) -> Layout:
+        """The layout of the rows that take part."""
+
+    def sizes(self) -> list[int]:
+        """Tokens of each group."""
+
+    def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
+        """The backend of attention for products of `x`, and why."""
+
+    def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
+        """`[tokens, 3, heads, head_dim]` -> `[tokens, heads * head_dim]`."""
+
+    def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
+        """Flat sizes of the groups, and of windows what the kernel takes and their bias."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Sequences of a few known lengths, each attending within itself.
+
+    Attributes:
+        groups: `(count, length)` of each length class in packing order.
+    """
+
+    groups: Sequence[tuple[int, int]]
+
+    def kept(self, kept: KeptRows) -> Sequences:
+        return Sequences(kept.groups)
+
+    def sizes(self) -> list[int]:
+        return [count * length for count, length in self.groups]
+
+    def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
+        return attention_backend(x, self.groups, head_dim, dispatch.product_dtype(x))
+
+    def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
+        return packed_attention(qkv, self.groups)
+
+    def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
+        return [number for group in self.groups for number in group], None, None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Maps whose tokens attend within windows, which are padded with zeros before qkv (Swin).
+
+    Attributes:
+        maps: `(count, height, width)` of each group in packing order.
+        size, shift: of the windows, in tokens, as of `window_attention`.
+        bias: `[heads_max, n, n]`, n = size**2, as of `window_attention`.
+    """
+
+    maps: Sequence[tuple[int, int, int]]
+    size: int
+    shift: int
+    bias: Tensor
+
+    def kept(self, kept: KeptRows) -> Windows:
+        counts = zip(kept.groups, self.maps, strict=True)
+        maps = [(count, height, width) for (count, _), (_, height, width) in counts]
+        return Windows(maps, self.size, self.shift, self.bias)
+
+    def sizes(self) -> list[int]:
+        return [count * height * width for count, height, width in self.maps]
+
+    def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
+        return window_attention_backend(x, self.size, head_dim, dispatch.product_dtype(x))
+
+    def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
+        pad = None if qkv_bias is None else qkv_bias.view(3, -1, qkv.shape[-1])
+        return window_attention(qkv, self.bias, pad, self.maps, window=self.size, shift=self.shift)
+
+    def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
+        from elastic_kernels.triton_ops.halves import WindowSpec
+
+        validate_windows("elastic_attention_half", heads, self.bias, self.size, self.shift)
+        flat = [number for group in self.maps for number in group]
+        return flat, WindowSpec(self.size, self.shift, MASK_VALUE), self.bias
+
+
+def elastic_attention_half(
+    x: Tensor,
+    weights: AttentionWeights,
+    layout: Layout,
+    *,
+    head_dim: int,
+    eps: float,
+    kept: KeptRows | None = None,
+    only: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """LayerNorm, attention over packed tokens, projection, LayerScale and the residual addition.
+
+    Args:
+        x: `[tokens, w]`, the residual stream; not modified unless `inplace`.
+        weights: of the largest network.
+        layout: `Sequences` or `Windows` of all tokens.
+        head_dim: channels of a head; `w` is a multiple of it.
+        eps: of the norm.
+        kept: the sequences, or maps, that take part; None means all.
+        only: int64 `[live]`, distinct tokens that are wanted; the projection is made of these alone. Queries
+            are made of all: leaving them out would take attention over ragged queries, for 0.4 % of a step of
+            ViT-L/16 by the cost model.
+        inplace: the result may overwrite `x`, which nobody else needs and which is no leaf with gradients.
+
+    Returns:
+        `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
+
+    Raises:
+        ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
+        TypeError, RuntimeError: as those.
+
+    Example:
+        >>> C, x = 32, torch.randn(10, 16)
+        >>> weights = AttentionWeights(None, None, torch.randn(3 * C, C), None, torch.randn(C, C), None)
+        >>> elastic_attention_half(x, weights, Sequences([(2, 5)]), head_dim=16, eps=1e-6).shape
+        torch.Size([10, 16])
+    """
+    op, width = "elastic_attention_half", x.shape[-1]
+    if width % head_dim:
+        raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
+    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    layout = layout.kept(kept) if kept else layout
+    covered, tokens = sum(layout.sizes()), x.shape[0] if rows is None else rows.shape[0]
+    if covered != tokens:
+        raise ValueError(f"{op}: expected {tokens} tokens, got {covered} in {layout.sizes()} of {layout}")
+    if only is None and layout.backend(x, head_dim).backend == "triton" and _fused(op, x):
+        return _attention_function(op, x, weights, layout, head_dim, eps, kept, inplace)
+    h = elastic_layer_norm(x, weights.norm_weight, weights.norm_bias, eps, rows=rows)
+    qkv = elastic_qkv(h, weights.qkv_weight, weights.qkv_bias).unflatten(-1, (-1, head_dim))
+    h = layout.attend(qkv, weights.qkv_bias)
+    if only is not None:
+        h, scale = _wanted(h, only, kept, x.shape[0])
+        x, rows = x.index_select(0, only), None
+    return elastic_linear_residual(
+        h, weights.proj_weight, weights.proj_bias, x, weights.gamma, rows=rows, row_scale=scale
+    )
+
+
+def _attention_function(
     op: str,
     x: Tensor,
-    parameters: _AttentionParameters,
-    eps: float,
-    groups: Sequence[int],
+    weights: AttentionWeights,
+    layout: Layout,
     head_dim: int,
+    eps: float,
     kept: KeptRows | None,
-    reuse: bool,
-    grad_out: tuple[Tensor, Tensor] | None,
-    windows: Windows | None = None,
-    window_bias: Tensor | None = None,
+    inplace: bool,
 ) -> Tensor:
-    """An attention half as one unit for autograd."""
-    from elastic_kernels.triton_ops.units import AttentionHalfFunction, HalfSpec
+    """An attention half as one `autograd.Function`."""
+    from elastic_kernels.triton_ops.halves import AttentionHalfFunction, HalfSpec
 
-    p, (qkv_grad, proj_grad) = parameters, grad_out or (None, None)
-    weights = {"qkv_weight": (p.qkv_weight, qkv_grad), "proj_weight": (p.proj_weight, proj_grad)}
-    _validate(op, x, (p.norm_weight, p.norm_bias), weights, kept)
-    width, largest = x.shape[1], p.qkv_weight.shape[1]
-    if p.qkv_weight.shape[0] != 3 * largest or tuple(p.proj_weight.shape) != (largest, largest):
-        shapes = f"{tuple(p.qkv_weight.shape)} and {tuple(p.proj_weight.shape)}"
+    w = weights
+    norm = (w.norm_weight, w.norm_bias)
+    _validate(op, x, norm, {"qkv_weight": w.qkv_weight, "proj_weight": w.proj_weight}, kept)
+    width, largest = x.shape[1], w.qkv_weight.shape[1]
+    if w.qkv_weight.shape[0] != 3 * largest or tuple(w.proj_weight.shape) != (largest, largest):
+        shapes = f"{tuple(w.qkv_weight.shape)} and {tuple(w.proj_weight.shape)}"
         raise ValueError(f"{op}: expected qkv_weight [3 * C, C] and proj_weight [C, C], got {shapes}")
-    lengths = {"proj_bias": (p.proj_bias, largest), "gamma": (p.gamma, largest)}
-    validate.vectors(op, x, qkv_bias=(p.qkv_bias, 3 * largest), **lengths)
+    lengths = {"proj_bias": (w.proj_bias, largest), "gamma": (w.gamma, largest)}
+    validate.vectors(op, x, qkv_bias=(w.qkv_bias, 3 * largest), **lengths)
+    groups, windows, bias = layout.spec(width // head_dim)
     spec = HalfSpec(
         eps,
-        layer_spec(x, p.qkv_weight, width, groups=3, grad_out=qkv_grad),
-        layer_spec(x, p.proj_weight, width, grad_out=proj_grad),
-        reuse,
+        layer_spec(x, w.qkv_weight, width, groups=3),
+        layer_spec(x, w.proj_weight, width),
+        inplace,
         attention_groups=groups,
         head_dim=head_dim,
         windows=windows,
     )
     rows, scale = (kept.rows, kept.scale) if kept else (None, None)
-    return AttentionHalfFunction.apply(x, *parameters, window_bias, rows, scale, spec)
-
-
-def _require_cover(op: str, groups: Sequence[object], covered: Sequence[int], rows: Tensor) -> None:
-    if sum(covered) != rows.shape[0]:
-        raise ValueError(f"{op}: groups {list(groups)} cover {sum(covered)} tokens, expected {rows.shape[0]}")
+    return AttentionHalfFunction.apply(x, *weights, bias, rows, scale, spec)
 
 
 def elastic_mlp_half(
     x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    gamma: Tensor | None,
+    weights: MlpWeights,
     *,
+    eps: float,
     kept: KeptRows | None = None,
     row_scale: Tensor | None = None,
-    recompute: bool = False,
-    reuse: bool = False,
-    grad_out: tuple[Tensor, Tensor] | None = None,
+    inplace: bool = False,
 ) -> Tensor:
     """LayerNorm, MLP, LayerScale and the residual addition.
 
     Args:
-        x: `[tokens, w]`, the residual stream; not modified without `reuse`.
-        norm_weight, norm_bias, eps: as in `elastic_layer_norm`.
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma, recompute, grad_out: as in `elastic_mlp`.
+        x: `[tokens, w]`, the residual stream; not modified unless `inplace`.
+        weights: of the largest network.
+        eps: of the norm.
         kept: the sequences that take part; None means all.
-        reuse: as in `elastic_attention_half`.
         row_scale: float32 `[tokens]`, without `kept`: a factor of each row's branch.
+        inplace: as in `elastic_attention_half`.
 
     Returns:
         `[tokens, w]`, the dtype of `x`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the operators it is made of.
+
+    Example:
+        >>> weights = MlpWeights(None, None, torch.randn(64, 32), None, torch.randn(32, 64), None)
+        >>> elastic_mlp_half(torch.randn(10, 16), weights, eps=1e-6).shape
+        torch.Size([10, 16])
     """
-    op = "elastic_mlp_half"
+    op, w = "elastic_mlp_half", weights
     if kept and row_scale is not None:
         raise ValueError(f"{op}: expected kept or row_scale, got both")
     rows, scale = (kept.rows, kept.scale) if kept else (None, row_scale)
     if _fused(op, x):
-        from elastic_kernels.triton_ops.units import HalfSpec, MlpHalfFunction
+        from elastic_kernels.triton_ops.halves import HalfSpec, MlpHalfFunction
 
-        fc1_grad, fc2_grad = grad_out or (None, None)
-        weights = {"fc1_weight": (fc1_weight, fc1_grad), "fc2_weight": (fc2_weight, fc2_grad)}
-        _validate(op, x, (norm_weight, norm_bias), weights, kept)
+        norm = (w.norm_weight, w.norm_bias)
+        _validate(op, x, norm, {"fc1_weight": w.fc1_weight, "fc2_weight": w.fc2_weight}, kept)
         validate.vectors(op, x, row_scale=(row_scale, x.shape[0]))
-        validate.mlp(op, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
-        hidden = elastic_hidden_features(x.shape[1], fc1_weight.shape[1], fc1_weight.shape[0])
+        validate.mlp(op, x, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, w.gamma)
+        hidden = elastic_hidden_features(x.shape[1], w.fc1_weight.shape[1], w.fc1_weight.shape[0])
         spec = HalfSpec(
             eps,
-            layer_spec(x, fc1_weight, hidden, grad_out=fc1_grad),
-            layer_spec(x, fc2_weight, x.shape[1], width=hidden, grad_out=fc2_grad),
-            reuse,
-            recompute,
+            layer_spec(x, w.fc1_weight, hidden),
+            layer_spec(x, w.fc2_weight, x.shape[1], width=hidden),
+            inplace,
         )
-        parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
-        return MlpHalfFunction.apply(x, *parameters, rows, scale, spec)
-    h = elastic_layer_norm(x, norm_weight, norm_bias, eps, rows=rows)
-    return elastic_mlp(
-        h, fc1_weight, fc1_bias, fc2_weight, fc2_bias, x, gamma,
-        rows=rows, row_scale=scale, recompute=recompute, grad_out=grad_out,
-    )  # fmt: skip
+        return MlpHalfFunction.apply(x, *weights, rows, scale, spec)
+    h = elastic_layer_norm(x, w.norm_weight, w.norm_bias, eps, rows=rows)
+    layers = (w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)
+    return elastic_mlp(h, *layers, x, w.gamma, rows=rows, row_scale=scale)
 
 
 def _wanted(h: Tensor, only: Tensor, kept: KeptRows | None, tokens: int) -> tuple[Tensor, Tensor | None]:
@@ -322,7 +330,7 @@ def _wanted(h: Tensor, only: Tensor, kept: KeptRows | None, tokens: int) -> tupl
 
 
 def _fused(op: str, x: Tensor) -> bool:
-    """Whether every part of a half runs on Triton, so that its unit can."""
+    """Whether every part of a half runs on Triton, so that its function can."""
     return layer_norm_backend(x).backend == linear_backend(op, x).backend == "triton"
 
 
@@ -330,19 +338,16 @@ def _validate(
     op: str,
     x: Tensor,
     norm: tuple[Tensor | None, Tensor | None],
-    weights: dict[str, tuple[Tensor, Tensor | None]],
+    layers: dict[str, Tensor],
     kept: KeptRows | None,
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: expected x [tokens, width], got {tuple(x.shape)}")
-    largest = min(weight.shape[1] for weight, _ in weights.values())
-    validate.prefix(op, "width", x.shape[1], largest)
-    validate.operands(op, x=x, norm_weight=norm[0], **{name: w for name, (w, _) in weights.items()})
+    validate.prefix(op, "width", x.shape[1], min(weight.shape[1] for weight in layers.values()))
+    validate.operands(op, x=x, norm_weight=norm[0], **layers)
     if norm[0] is not None:
-        longest = weights[next(iter(weights))][0].shape[1]
+        longest = next(iter(layers.values())).shape[1]
         validate.vectors(op, x, norm_weight=(norm[0], longest), norm_bias=(norm[1], longest))
     if kept is not None:
         kept_tokens = kept.rows.shape[0]
         validate.vectors(op, x, rows=(kept.rows, kept_tokens), row_scale=(kept.scale, kept_tokens))
-    for weight, buffer in weights.values():
-        validate.grad_out(op, buffer, weight)

@@ -2,7 +2,7 @@
 
     y = (x - mean(x)) / sqrt(var(x) + eps) * weight[:w] + bias[:w]          w = x.shape[-1]
 
-optionally of chosen rows, or of a sum that is returned beside it.
+optionally of chosen rows.
 
 The Triton kernels are in `triton_ops/layer_norm.py`.
 
@@ -50,52 +50,19 @@ def elastic_layer_norm(
         >>> elastic_layer_norm(torch.randn(5, 32), torch.ones(64), torch.zeros(64), 1e-6).shape
         torch.Size([5, 32])
     """
-    _validate("elastic_layer_norm", x, weight, bias)
+    _validate(x, weight, bias)
     width = x.shape[-1]
     if layer_norm_backend(x).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
         flat = x if rows is not None else x.reshape(-1, width)
-        y, _ = LayerNormFunction.apply(flat, None, weight, bias, eps, rows)
+        y = LayerNormFunction.apply(flat, weight, bias, eps, rows)
         return y if rows is not None else y.view(x.shape)
     return _reference(x if rows is None else x.index_select(0, rows), weight, bias, eps)
 
 
-def elastic_add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Normalise a sum and return both: `(layer_norm(x + residual), x + residual)`.
-
-    Args:
-        x, residual: `[..., w]`.
-        weight, bias, eps: as in `elastic_layer_norm`.
-
-    Returns:
-        The norm, in the wider dtype of the sum and `weight`, and the sum, in the wider dtype of both.
-
-    Raises:
-        ValueError: different shapes, or as in `elastic_layer_norm`.
-        TypeError, RuntimeError: as in `elastic_layer_norm`.
-
-    Numerics: what is normalised is the sum as rounded to its dtype. Otherwise as in `elastic_layer_norm`.
-    """
-    _validate("elastic_add_layer_norm", x, weight, bias)
-    if x.shape != residual.shape:
-        raise ValueError(
-            f"elastic_add_layer_norm: expected residual {tuple(x.shape)}, got {tuple(residual.shape)}"
-        )
-    width = x.shape[-1]
-    if layer_norm_backend(x).backend == "triton":
-        from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
-
-        flat = (x.reshape(-1, width), residual.reshape(-1, width))
-        y, total = LayerNormFunction.apply(*flat, weight, bias, eps, None)
-        return y.view(x.shape), total.view(x.shape)
-    total = x + residual
-    return _reference(total, weight, bias, eps), total
-
-
-def _validate(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def _validate(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    op = "elastic_layer_norm"
     if (weight is None) != (bias is None):
         raise ValueError(f"{op}: expected weight and bias both or neither, got one of them")
     if weight is not None:

@@ -11,8 +11,7 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLinear`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from elastic_kernels import dispatch, validate
 from elastic_kernels.shared_gradients import current_ledger
 
 if TYPE_CHECKING:
-    from elastic_kernels.triton_ops.units import LayerSpec
+    from elastic_kernels.triton_ops.layers import LayerSpec
 
 
 def elastic_linear(
@@ -33,7 +32,6 @@ def elastic_linear(
     out_features: int | None = None,
     scale: float | None = None,
     activation: str | None = None,
-    grad_out: Tensor | None = None,
 ) -> Tensor:
     """Multiply by the top-left corner of a shared weight: `act(s * x W[:out, :in]^T + b[:out])`.
 
@@ -44,8 +42,6 @@ def elastic_linear(
         out_features: rows of `weight` in use; default all.
         scale: the offset scale `s`; default `in_max / in`, which is 1 for the largest network.
         activation: None or "gelu" (the exact one, with erf).
-        grad_out: a buffer in the shape of `weight`, any floating dtype. The weight's gradient is added to its
-            corner in place, nothing else of it is touched, and autograd gets none for `weight`.
 
     Returns:
         `[..., out_features]`, the dtype of the matrix product (autocast applies as to `torch.addmm`).
@@ -55,8 +51,8 @@ def elastic_linear(
         TypeError: tensors of different dtypes outside autocast.
         RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
 
-    Numerics: fp32 sums; the weight's gradient is rounded once, to the dtype of `weight` or `grad_out`.
-    Results repeat bitwise.
+    Numerics: fp32 sums; the weight's gradient is rounded once, to the dtype of `weight`. Results repeat
+    bitwise.
 
     Example:
         >>> W, b = torch.randn(64, 48), torch.zeros(64)
@@ -70,15 +66,13 @@ def elastic_linear(
     validate.vectors("elastic_linear", x, bias=(bias, weight.shape[0]))
     if activation not in (None, "gelu"):
         raise ValueError(f"elastic_linear: expected activation None or 'gelu', got {activation!r}")
-    validate.grad_out("elastic_linear", grad_out, weight)
     if linear_backend("elastic_linear", x).backend == "triton":
-        from elastic_kernels.triton_ops.units import LinearFunction
+        from elastic_kernels.triton_ops.layers import LinearFunction
 
-        spec = layer_spec(x, weight, rows, scale=scale, grad_out=grad_out)
+        spec = layer_spec(x, weight, rows, scale=scale)
         y = LinearFunction.apply(x.reshape(-1, width), weight, bias, spec, activation)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)  # a view could not be overwritten
-    corner = _corner(weight[:rows, :width], grad_out, lambda buffer: buffer[:rows, :width])
-    y = _scaled_linear(x, corner, _head(bias, rows), _offset_scale(weight, width, scale))
+    y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), _offset_scale(weight, width, scale))
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -92,7 +86,6 @@ def elastic_linear_residual(
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
     scale: float | None = None,
-    grad_out: Tensor | None = None,
 ) -> Tensor:
     """Elastic linear, LayerScale and the residual addition of a transformer half-block.
 
@@ -100,7 +93,7 @@ def elastic_linear_residual(
 
     Args:
         x: `[kept, in]`, the rows that take part.
-        weight, bias, scale, grad_out: as in `elastic_linear`; the output width is that of `residual`.
+        weight, bias, scale: as in `elastic_linear`; the output width is that of `residual`.
         residual: `[tokens, w]`; keeps its dtype, is not modified.
         gamma: `[w_max]` LayerScale or None.
         rows: int64 `[kept]`, distinct rows of `residual` that `x` stands for (stochastic depth); None means
@@ -124,13 +117,12 @@ def elastic_linear_residual(
     validate.operands("elastic_linear_residual", x=x, weight=weight, bias=bias)
     lengths = {"bias": (bias, weight.shape[0]), "gamma": (gamma, weight.shape[0])}
     validate.vectors("elastic_linear_residual", x, **lengths)
-    validate.grad_out("elastic_linear_residual", grad_out, weight)
     if linear_backend("elastic_linear_residual", x).backend == "triton":
-        from elastic_kernels.triton_ops.units import LinearResidualFunction
+        from elastic_kernels.triton_ops.layers import LinearResidualFunction
 
-        spec = layer_spec(x, weight, residual.shape[1], scale=scale, grad_out=grad_out)
+        spec = layer_spec(x, weight, residual.shape[1], scale=scale)
         return LinearResidualFunction.apply(x, weight, bias, residual, gamma, rows, row_scale, spec)
-    branch = elastic_linear(x, weight, bias, out_features=residual.shape[-1], scale=scale, grad_out=grad_out)
+    branch = elastic_linear(x, weight, bias, out_features=residual.shape[-1], scale=scale)
     if gamma is not None:
         branch = branch * gamma[: residual.shape[-1]]
     if row_scale is not None:
@@ -145,7 +137,6 @@ def elastic_qkv(
     bias: Tensor | None,
     *,
     scale: float | None = None,
-    grad_out: Tensor | None = None,
 ) -> Tensor:
     """Query, key and value projections of the first heads: `y[:, g] = s * x W[g, :w, :w]^T + b[g, :w]`.
 
@@ -156,7 +147,6 @@ def elastic_qkv(
         weight: `[3 * w_max, w_max]`, the rows of q, then k, then v.
         bias: `[3 * w_max]` or None.
         scale: the offset scale; default `w_max / w`.
-        grad_out: as in `elastic_linear`.
 
     Returns:
         `[tokens, 3, w]`, perhaps a strided view.
@@ -171,17 +161,14 @@ def elastic_qkv(
     validate.prefix("elastic_qkv", "width", width, largest)
     validate.operands("elastic_qkv", x=x, weight=weight, bias=bias)
     validate.vectors("elastic_qkv", x, bias=(bias, weight.shape[0]))
-    validate.grad_out("elastic_qkv", grad_out, weight)
     if linear_backend("elastic_qkv", x).backend == "triton":
-        from elastic_kernels.triton_ops.units import LinearFunction
+        from elastic_kernels.triton_ops.layers import LinearFunction
 
-        spec = layer_spec(x, weight, width, scale=scale, groups=3, grad_out=grad_out)
+        spec = layer_spec(x, weight, width, scale=scale, groups=3)
         return LinearFunction.apply(x, weight, bias, spec, None)
     s = _offset_scale(weight, width, scale)
     stack = weight.unflatten(0, (3, largest))
-    corner = _corner(
-        stack[:, :width, :width], grad_out, lambda buffer: buffer.unflatten(0, (3, -1))[:, :width, :width]
-    )
+    corner = stack[:, :width, :width]
     if width == largest:
         return _scaled_linear(x, corner.flatten(0, 1), bias, s).unflatten(-1, (3, width))
     columns = corner.transpose(1, 2)
@@ -205,36 +192,17 @@ def layer_spec(
     width: int | None = None,
     scale: float | None = None,
     groups: int = 1,
-    grad_out: Tensor | None = None,
 ) -> LayerSpec:
     """How the Triton kernels use a weight for inputs `width` wide (default: as `x`) in the dtype of `x`."""
-    from elastic_kernels.triton_ops.units import LayerSpec
+    from elastic_kernels.triton_ops.layers import LayerSpec
 
     width = width or x.shape[-1]
     s, ledger = _offset_scale(weight, width, scale), current_ledger()
-    if grad_out is not None or not (torch.is_grad_enabled() and weight.requires_grad):
+    if not (torch.is_grad_enabled() and weight.requires_grad):
         ledger = None
     if ledger is not None and (groups * out_features, width) == tuple(weight.shape):
         ledger.expect(weight)
-    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), grad_out, ledger, id(weight))
-
-
-class _GradientInto(torch.autograd.Function):
-    """A weight's corner whose gradient is added to a buffer's and goes no further."""
-
-    @staticmethod
-    def forward(ctx: Any, corner: Tensor, buffer: Tensor) -> Tensor:
-        ctx.buffer = buffer
-        return corner.view_as(corner)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
-        ctx.buffer.add_(grad)
-        return None, None
-
-
-def _corner(corner: Tensor, grad_out: Tensor | None, part: Callable[[Tensor], Tensor]) -> Tensor:
-    return corner if grad_out is None else _GradientInto.apply(corner, part(grad_out))
+    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), ledger, id(weight))
 
 
 def _offset_scale(weight: Tensor, width: int, scale: float | None) -> float:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from elastic_kernels import validate
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, layer_spec, linear_backend
-from elastic_kernels.recompute import recomputed
 
 
 def elastic_hidden_features(width: int, max_width: int, max_hidden: int) -> int:
@@ -33,8 +32,6 @@ def elastic_mlp(
     *,
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
-    recompute: bool = False,
-    grad_out: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Both linears and the GELU, and with `residual` also LayerScale and the residual addition of a block.
 
@@ -43,8 +40,6 @@ def elastic_mlp(
         fc1_weight, fc1_bias: `[hidden_max, w_max]`, `[hidden_max]`.
         fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
         residual, gamma, rows, row_scale: as in `elastic_linear_residual`; the last three need a residual.
-        recompute: save nothing `hidden` wide for backward; compute the first linear again there.
-        grad_out: buffers for the gradients of `fc1_weight` and `fc2_weight`, as in `elastic_linear`.
 
     Returns:
         `[tokens, w]`, the dtype of `residual`; without one `[kept, w]`, the dtype of the matrix product.
@@ -61,29 +56,16 @@ def elastic_mlp(
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
     hidden = elastic_hidden_features(width, max_width, max_hidden)
-    buffers = grad_out or (None, None)
-    validate.grad_out("elastic_mlp", buffers[0], fc1_weight)
-    validate.grad_out("elastic_mlp", buffers[1], fc2_weight)
     if linear_backend("elastic_mlp", x).backend == "triton":
-        from elastic_kernels.triton_ops.units import MlpFunction
+        from elastic_kernels.triton_ops.layers import MlpFunction
 
-        specs = (
-            layer_spec(x, fc1_weight, hidden, grad_out=buffers[0]),
-            layer_spec(x, fc2_weight, width, width=hidden, grad_out=buffers[1]),
-        )
+        specs = (layer_spec(x, fc1_weight, hidden), layer_spec(x, fc2_weight, width, width=hidden))
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        flat = x.reshape(-1, width)
-        y = MlpFunction.apply(flat, *parameters, residual, gamma, rows, row_scale, specs, recompute)
+        y = MlpFunction.apply(x.reshape(-1, width), *parameters, residual, gamma, rows, row_scale, specs)
         return y if residual is not None else y.view(x.shape)
-
-    def mlp(x: Tensor, residual: Tensor | None) -> Tensor:
-        inner = elastic_linear(
-            x, fc1_weight, fc1_bias, out_features=hidden, activation="gelu", grad_out=buffers[0]
-        )
-        if residual is None:
-            return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, grad_out=buffers[1])
-        return elastic_linear_residual(
-            inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale, grad_out=buffers[1]
-        )
-
-    return recomputed(mlp, x, residual) if recompute else mlp(x, residual)
+    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, activation="gelu")
+    if residual is None:
+        return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width)
+    return elastic_linear_residual(
+        inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale
+    )

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.block import (
+    AttentionWeights,
     KeptRows,
+    MlpWeights,
+    Sequences,
+    Windows,
     elastic_attention_half,
     elastic_mlp_half,
-    elastic_window_attention_half,
 )
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
@@ -128,9 +131,8 @@ class ElasticBlock(nn.Module):
         x: Tensor,
         groups: Groups,
         kept: tuple[KeptRows, KeptRows] | None = None,
-        recompute_mlp: bool = False,
         only: Tensor | None = None,
-        reuse: bool = False,
+        inplace: bool = False,
     ) -> Tensor:
         """One block.
 
@@ -138,30 +140,24 @@ class ElasticBlock(nn.Module):
             x: `[tokens, w]`.
             groups: `(count, length)` of each length class in packing order.
             kept: the sequences that take part in the attention half and in the MLP half.
-            recompute_mlp: save nothing as wide as the hidden layer for backward.
             only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
                 MLP are computed for these alone.
-            reuse: the result may overwrite `x`, which nobody else needs.
+            inplace: the result may overwrite `x`, which nobody else needs.
 
         Returns:
             `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
         """
         first, second = kept or (None, None)
         tokens, row_scale = x.shape[0], None
-        norm, attn, mlp = self.norm1, self.attn, self.mlp
         x = elastic_attention_half(
-            x, norm.weight, norm.bias, norm.eps,
-            attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            self.ls1.gamma if self.ls1 else None, groups, attn.head_dim, kept=first, only=only, reuse=reuse,
+            x, _attention_weights(self.norm1, self.attn, self.ls1), Sequences(groups),
+            head_dim=self.attn.head_dim, eps=self.norm1.eps, kept=first, only=only, inplace=inplace,
         )  # fmt: skip
         if second and only is not None:
             (_, row_scale), second = second.among(only, tokens), None
-        norm = self.norm2
         return elastic_mlp_half(
-            x, norm.weight, norm.bias, norm.eps,
-            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            self.ls2.gamma if self.ls2 else None, kept=second, row_scale=row_scale, recompute=recompute_mlp,
-            reuse=True,
+            x, _mlp_weights(self.norm2, self.mlp, self.ls2),
+            eps=self.norm2.eps, kept=second, row_scale=row_scale, inplace=True,
         )  # fmt: skip
 
     def static_state(self, width: int) -> dict[str, Tensor]:
@@ -169,6 +165,18 @@ class ElasticBlock(nn.Module):
         scales = {"ls1.gamma": self.ls1, "ls2.gamma": self.ls2}
         gammas = {name: scale.gamma[:width] for name, scale in scales.items() if scale is not None}
         return gammas | _static_layers(self, width)
+
+
+def _attention_weights(
+    norm: nn.LayerNorm, attn: ElasticAttention | ElasticWindowAttention, scale: LayerScale | None
+) -> AttentionWeights:
+    qkv, proj, gamma = attn.qkv, attn.proj, None if scale is None else scale.gamma
+    return AttentionWeights(norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
+
+
+def _mlp_weights(norm: nn.LayerNorm, mlp: ElasticMLP, scale: LayerScale | None) -> MlpWeights:
+    fc1, fc2, gamma = mlp.fc1, mlp.fc2, None if scale is None else scale.gamma
+    return MlpWeights(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
 
 
 def _static_layers(block: ElasticBlock | ElasticSwinBlock, width: int) -> dict[str, Tensor]:
@@ -262,7 +270,7 @@ class ElasticSwinBlock(nn.Module):
         x: Tensor,
         maps: Maps,
         kept: tuple[KeptRows, KeptRows] | None = None,
-        reuse: bool = False,
+        inplace: bool = False,
     ) -> Tensor:
         """One block.
 
@@ -270,23 +278,20 @@ class ElasticSwinBlock(nn.Module):
             x: `[tokens, w]`, the positions of all maps row by row.
             maps: `(count, height, width)` of each group of maps in packing order.
             kept: the maps that take part in the attention half and in the MLP half.
-            reuse: as of `ElasticBlock`.
+            inplace: as of `ElasticBlock`.
 
         Returns:
             `[tokens, w]`, the dtype of `x`.
         """
         first, second = kept or (None, None)
-        norm, attn, mlp = self.norm1, self.attn, self.mlp
-        x = elastic_window_attention_half(
-            x, norm.weight, norm.bias, norm.eps,
-            attn.qkv.weight, attn.qkv.bias, attn.bias(), attn.proj.weight, attn.proj.bias, None,
-            maps, attn.head_dim, window=attn.window, shift=attn.shift, kept=first, reuse=reuse,
+        attn = self.attn
+        x = elastic_attention_half(
+            x, _attention_weights(self.norm1, attn, None),
+            Windows(maps, attn.window, attn.shift, attn.bias()),
+            head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace,
         )  # fmt: skip
-        norm = self.norm2
-        return elastic_mlp_half(
-            x, norm.weight, norm.bias, norm.eps,
-            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, None, kept=second, reuse=True,
-        )  # fmt: skip
+        weights = _mlp_weights(self.norm2, self.mlp, None)
+        return elastic_mlp_half(x, weights, eps=self.norm2.eps, kept=second, inplace=True)
 
     def static_state(self, width: int) -> dict[str, Tensor]:
         """As `ElasticBlock.static_state`."""

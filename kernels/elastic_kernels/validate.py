@@ -30,19 +30,6 @@ def operands(op: str, **tensors: Tensor | None) -> None:
         raise TypeError(f"{op}: expected one dtype, got {got}")
 
 
-def grad_out(op: str, buffer: Tensor | None, weight: Tensor) -> None:
-    """Raise unless a gradient buffer has the weight's shape and device and a floating dtype."""
-    if buffer is None:
-        return
-    if buffer.shape != weight.shape or buffer.device != weight.device:
-        raise ValueError(
-            f"{op}: expected grad_out {tuple(weight.shape)} on {weight.device}, "
-            f"got {tuple(buffer.shape)} on {buffer.device}"
-        )
-    if not buffer.is_floating_point() or buffer.requires_grad:
-        raise TypeError(f"{op}: expected a floating-point grad_out without a gradient, got {buffer.dtype}")
-
-
 def vectors(op: str, x: Tensor, **expected: tuple[Tensor | None, int]) -> None:
     """Raise ValueError unless given tensors are vectors of the expected lengths, on the device of `x`.
 

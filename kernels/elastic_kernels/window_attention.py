@@ -25,7 +25,7 @@ from elastic_kernels.attention import HEAD_DIMS
 from elastic_kernels.dispatch import constant, without_autocast
 
 MAX_WINDOW = 8  # of the Triton kernels
-APART = -100.0  # added to the score of a query and a key of different regions
+MASK_VALUE = -100.0  # added to the score of a query and a key of different regions
 
 
 def window_attention(
@@ -70,7 +70,7 @@ def window_attention(
         from elastic_kernels.triton_ops.window_attention import WindowAttentionFunction
 
         sizes = [number for group in maps for number in group]
-        return WindowAttentionFunction.apply(qkv, bias, pad, sizes, window, shift, APART)
+        return WindowAttentionFunction.apply(qkv, bias, pad, sizes, window, shift, MASK_VALUE)
     bias, pad = bias[:heads], pad[:, :heads]
     parts = qkv.split([count * height * width for count, height, width in maps])
     outputs = [
@@ -109,7 +109,7 @@ def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.to(qkv.dtype)
     if shift:
         apart = constant(qkv, _apart, rows, columns, window, shift, qkv.device)
-        scores = scores + apart.unsqueeze(2).to(scores.dtype) * APART
+        scores = scores + apart.unsqueeze(2).to(scores.dtype) * MASK_VALUE
     x = scores.softmax(-1) @ v
     x = x.unflatten(4, (window, window)).permute(0, 1, 4, 2, 5, 3, 6)  # [count, i, r, j, c, heads, head_dim]
     x = x.flatten(3, 4).flatten(1, 2)

@@ -248,7 +248,7 @@ class ElasticSwin(Pyramid):
                 if recompute:
                     x = recomputed(block, x, maps, next(halves))
                 else:
-                    x = block(x, maps, next(halves), reuse=True)
+                    x = block(x, maps, next(halves), inplace=True)
             if stage.downsample is not None:
                 x, maps = _pack([_neighbours(part) for part in _unpack(x, maps)])
                 x = stage.downsample(x)

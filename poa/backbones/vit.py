@@ -280,7 +280,7 @@ class ElasticViT(Backbone):
             if recompute:
                 x = recomputed(block, x, groups, kept, only=wanted)
             else:
-                x = block(x, groups, kept, only=wanted, reuse=True)
+                x = block(x, groups, kept, only=wanted, inplace=True)
         return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:

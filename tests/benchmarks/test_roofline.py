@@ -14,10 +14,11 @@ from poa.backbones import ViTConfig
 from poa.config import MethodConfig, preset
 from poa.data.masking import draw_masks
 from poa.multicrop import draw_stochastic_depth
+from poa.network import Batch, Network, StudentPass
 from poa.options import override
 from poa.random import python_stream, torch_stream
 from poa.subnets import Subnet
-from poa.tribranch import Batch, Centers, Network, StudentPass, teacher_targets, tribranch_loss
+from poa.tribranch import Centers, teacher_targets, tribranch_loss
 
 METHODS = {
     "vit": preset("vit-s16").method,

@@ -14,8 +14,9 @@ from tiny import tiny_config
 from benchmarks import quality, roofline, step
 from benchmarks.peers.official import OfficialStep
 from poa.config import preset
+from poa.network import Network, StudentPass
 from poa.subnets import Subnet
-from poa.tribranch import Centers, Network, StudentPass, teacher_targets, tribranch_loss
+from poa.tribranch import Centers, teacher_targets, tribranch_loss
 
 CPU = torch.device("cpu")
 OFFICIAL = os.environ.get("POA_OFFICIAL")

@@ -549,7 +549,7 @@ def test_other_wrong_arguments() -> None:
             CropsConfig(global_size=size, local_count=0, blur_kernel=kernel)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 def test_cuda_agrees_with_the_cpu_and_does_not_wait() -> None:
     config = CropsConfig(**LEVELS, global_size=32, local_size=16, local_count=4, rotation=10.0)
     images, sizes = noise(8, 3, 40, 40), torch.tensor([[40, 33]] * 8)

@@ -1,11 +1,31 @@
-"""Kernel tests run in lanes, each a process of its own: interpreted and compiled Triton do not mix."""
+"""Kernel tests run in lanes, each a process of its own: ways to run Triton do not mix."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
+
+from elastic_kernels import dispatch
+
+LANE = os.environ.get("ELASTIC_KERNELS_LANE")
 collect_ignore = []
+if not dispatch.HAS_TRITON:
+    collect_ignore.append("device")
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore.append("interpreted")
-if os.environ.get("ELASTIC_KERNELS_LANE") != "compiled":
+if LANE != "compiled":
     collect_ignore.append("compiled")
+if LANE != "sanitized":
+    collect_ignore.append("sanitized")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-kernel", action="store_true", help="fail if the sanitiser never executed one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if LANE == "sanitized":
+        from sanitizer import Plugin
+
+        config.pluginmanager.register(Plugin(config.getoption("every_kernel", False)))

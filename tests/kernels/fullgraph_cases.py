@@ -13,7 +13,11 @@ import elastic_kernels as ek
 # What is no operator on tensors, and why nothing of it belongs into a graph.
 NO_OPERATORS = {
     "CropParameters": "holds tensors",
+    "AttentionWeights": "holds tensors",
     "KeptRows": "holds tensors",
+    "MlpWeights": "holds tensors",
+    "Sequences": "is a layout",
+    "Windows": "is a layout",
     "LayerScale": "holds a parameter",
     "elastic_block_from_vit": "makes a module",
     "elastic_hidden_features": "is of integers",
@@ -41,10 +45,6 @@ def kept() -> ek.KeptRows:
     return ek.KeptRows(((1, 5), (1, 3)), rows, torch.full((8,), 1.5))
 
 
-def norm() -> tuple[Tensor, Tensor, float]:
-    return draw(LARGEST), draw(LARGEST), 1e-6
-
-
 def linear(out: int = LARGEST, columns: int = LARGEST) -> tuple[Tensor, Tensor]:
     return draw(out, columns), draw(out)
 
@@ -53,37 +53,32 @@ def mlp() -> tuple[Tensor, ...]:
     return *linear(2 * LARGEST), *linear(LARGEST, 2 * LARGEST)
 
 
-def attention_half(**options: object) -> tuple[Function, list[Tensor]]:
-    *affine, eps = norm()
-    layers = (*linear(3 * LARGEST), *linear(), draw(LARGEST))
+def norm() -> tuple[Tensor, Tensor]:
+    return draw(LARGEST), draw(LARGEST)
 
+
+def attention_half(layout: ek.Sequences, **options: object) -> tuple[Function, list[Tensor]]:
     def half(x: Tensor, *tensors: Tensor) -> Tensor:
-        return ek.elastic_attention_half(
-            x, *tensors[:2], eps, *tensors[2:], GROUPS, HEAD_DIM, **options
-        )  # fmt: skip
+        weights = ek.AttentionWeights(*tensors)
+        return ek.elastic_attention_half(x, weights, layout, head_dim=HEAD_DIM, eps=1e-6, **options)
 
-    return half, [draw(TOKENS, WIDTH), *affine, *layers]
-
-
-def mlp_half(**options: object) -> tuple[Function, list[Tensor]]:
-    *affine, eps = norm()
-
-    def half(x: Tensor, *tensors: Tensor) -> Tensor:
-        return ek.elastic_mlp_half(x, *tensors[:2], eps, *tensors[2:], **options)
-
-    return half, [draw(TOKENS, WIDTH), *affine, *mlp(), draw(LARGEST)]
+    return half, [draw(TOKENS, WIDTH), *norm(), *linear(3 * LARGEST), *linear(), draw(LARGEST)]
 
 
 def window_half() -> tuple[Function, list[Tensor]]:
-    *affine, eps = norm()
-    layers = (*linear(3 * LARGEST), draw(3, 9, 9), *linear(), draw(LARGEST))
+    def half(x: Tensor, bias: Tensor, *tensors: Tensor) -> Tensor:
+        weights, windows = ek.AttentionWeights(*tensors), ek.Windows(MAPS, 3, 1, bias)
+        return ek.elastic_attention_half(x, weights, windows, head_dim=HEAD_DIM, eps=1e-6)
 
+    leaves = [draw(20, WIDTH), draw(3, 9, 9), *norm(), *linear(3 * LARGEST), *linear(), draw(LARGEST)]
+    return half, leaves
+
+
+def mlp_half(**options: object) -> tuple[Function, list[Tensor]]:
     def half(x: Tensor, *tensors: Tensor) -> Tensor:
-        return ek.elastic_window_attention_half(
-            x, *tensors[:2], eps, *tensors[2:], MAPS, HEAD_DIM, window=3, shift=1
-        )
+        return ek.elastic_mlp_half(x, ek.MlpWeights(*tensors), eps=1e-6, **options)
 
-    return half, [draw(20, WIDTH), *affine, *layers]
+    return half, [draw(TOKENS, WIDTH), *norm(), *mlp(), draw(LARGEST)]
 
 
 def module(layer: torch.nn.Module, x: Tensor, *arguments: object) -> tuple[Function, list[Tensor]]:
@@ -138,10 +133,6 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
         partial(ek.elastic_layer_norm, eps=1e-6, rows=torch.tensor([4, 0])),
         [draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
     ),
-    "elastic_add_layer_norm": lambda: (
-        lambda *t: torch.cat(ek.elastic_add_layer_norm(*t, 1e-6)),
-        [draw(6, WIDTH), draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
-    ),
     "packed_attention": lambda: (
         partial(ek.packed_attention, groups=GROUPS),
         [draw(TOKENS, 3, 2, HEAD_DIM)],
@@ -155,13 +146,14 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
         lambda x, r, *t: ek.elastic_group_norm(x, *t, 2, 1e-5, residual=r, activation="relu"),
         [draw(2, 3, 4, 6), draw(2, 3, 4, 6), draw(8), draw(8)],
     ),
-    "elastic_attention_half": attention_half,
-    "elastic_attention_half kept": lambda: attention_half(kept=kept()),
-    "elastic_attention_half only": lambda: attention_half(only=torch.tensor([0, 9, 10])),
+    "elastic_attention_half": lambda: attention_half(ek.Sequences(GROUPS)),
+    "elastic_attention_half kept": lambda: attention_half(ek.Sequences(GROUPS), kept=kept()),
+    "elastic_attention_half only": lambda: attention_half(
+        ek.Sequences(GROUPS), only=torch.tensor([0, 9, 10])
+    ),
+    "elastic_attention_half windows": window_half,
     "elastic_mlp_half": mlp_half,
     "elastic_mlp_half kept": lambda: mlp_half(kept=kept()),
-    "elastic_mlp_half recomputed": lambda: mlp_half(recompute=True),
-    "elastic_window_attention_half": window_half,
     "prototype_cross_entropy": prototypes,
     "sinkhorn_scaling": sinkhorn,
     "ElasticLinear": lambda: module(ek.ElasticLinear(LARGEST, LARGEST), draw(7, WIDTH)),

@@ -13,7 +13,7 @@ import elastic_kernels as ek
 from elastic_kernels import backend
 
 EPS = 1e-6
-ELSEWHERE = 1000.0  # what lies outside of the corner of a gradient buffer before it is added to
+HALVES = ("attention-half", "window-half", "mlp-half")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def mlp_parameters(case: Case) -> dict[str, Tensor]:
     }
 
 
-def mlp(case: Case, residual: bool, recompute: bool) -> tuple[Operator, dict[str, Tensor]]:
+def mlp(case: Case, residual: bool) -> tuple[Operator, dict[str, Tensor]]:
     tensors = {"x": draw(case.rows, case.width), **mlp_parameters(case)}
     rows, scale = case.choice if residual else (None, None)
     if residual:
@@ -132,7 +132,7 @@ def mlp(case: Case, residual: bool, recompute: bool) -> tuple[Operator, dict[str
 
     def operator(x: Tensor, **parameters) -> Tensor:
         place = {"rows": move(rows, x), "row_scale": move(scale, x)}
-        return ek.elastic_mlp(x, **parameters, **place, recompute=recompute)
+        return ek.elastic_mlp(x, **parameters, **place)
 
     return operator, tensors
 
@@ -154,10 +154,10 @@ def kept_rows(case: Case, groups: tuple[tuple[int, int], ...], like: Tensor) -> 
     return ek.KeptRows(groups, rows.to(like.device), scale.to(like.device))
 
 
-def mlp_half(case: Case, recompute: bool) -> tuple[Operator, dict[str, Tensor]]:
-    def operator(x: Tensor, **parameters) -> Tensor:
+def mlp_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
+    def operator(x: Tensor, inplace: bool = False, **parameters) -> Tensor:
         kept = kept_rows(case, (), x)
-        return ek.elastic_mlp_half(x, eps=EPS, kept=kept, recompute=recompute, **parameters)
+        return ek.elastic_mlp_half(x, ek.MlpWeights(**parameters), eps=EPS, kept=kept, inplace=inplace)
 
     return operator, half_parameters(case) | mlp_parameters(case)
 
@@ -173,12 +173,11 @@ def attention_half(case: Case, chosen: bool = False) -> tuple[Operator, dict[str
         "proj_bias": corner(case.width, full=(case.largest,), seed=17),
     }
 
-    def operator(x: Tensor, **parameters) -> Tensor:
-        kept = kept_rows(case, groups, x)
-        only = torch.arange(0, len(x), 3, device=x.device).flip(0) if chosen else None
-        return ek.elastic_attention_half(
-            x, eps=EPS, groups=groups, head_dim=case.head_dim, kept=kept, only=only, **parameters
-        )
+    def operator(x: Tensor, inplace: bool = False, **parameters) -> Tensor:
+        weights, options = ek.AttentionWeights(**parameters), {"eps": EPS, "head_dim": case.head_dim}
+        options["only"] = torch.arange(0, len(x), 3, device=x.device).flip(0) if chosen else None
+        options |= {"kept": kept_rows(case, groups, x), "inplace": inplace}
+        return ek.elastic_attention_half(x, weights, ek.Sequences(groups), **options)
 
     return operator, tensors
 
@@ -190,10 +189,12 @@ def window_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
     _, tensors = attention_half(case)
     tensors["window_bias"] = corner(heads, n, n, full=(case.largest // case.head_dim, n, n), seed=18)
 
-    def operator(x: Tensor, **parameters) -> Tensor:
+    def operator(x: Tensor, window_bias: Tensor, inplace: bool = False, **parameters) -> Tensor:
         kept = kept_rows(case, tuple((count, height * width) for count, height, width in maps), x)
-        sizes = {"head_dim": case.head_dim, "window": 3, "shift": 1}
-        return ek.elastic_window_attention_half(x, eps=EPS, maps=maps, kept=kept, **sizes, **parameters)
+        weights, layout = ek.AttentionWeights(**parameters), ek.Windows(maps, 3, 1, window_bias)
+        return ek.elastic_attention_half(
+            x, weights, layout, eps=EPS, head_dim=case.head_dim, kept=kept, inplace=inplace
+        )
 
     return operator, tensors
 
@@ -207,9 +208,8 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
     choosing = {
         "residual": linear_residual(case, gamma=False),
         "residual-gamma": linear_residual(case, gamma=True),
-        "mlp-residual": mlp(case, residual=True, recompute=False),
-        "mlp-half": mlp_half(case, recompute=False),
-        "mlp-half-recompute": mlp_half(case, recompute=True),
+        "mlp-residual": mlp(case, residual=True),
+        "mlp-half": mlp_half(case),
     }
     if case.width % case.head_dim == 0:
         choosing["attention-half"] = attention_half(case)
@@ -223,8 +223,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
         "linear-gelu": linear(case, bias=True, activation="gelu"),
         "qkv": qkv(case, bias=False),
         "qkv-bias": qkv(case, bias=True),
-        "mlp": mlp(case, residual=False, recompute=False),
-        "mlp-recompute": mlp(case, residual=False, recompute=True),
+        "mlp": mlp(case, residual=False),
     }
 
 
@@ -241,3 +240,22 @@ def run(operator: Operator, tensors: dict[str, Tensor], name: str, seed: int = 2
 def assert_zero_outside(gradient: Tensor, tensor: Tensor) -> None:
     """The gradient is exactly zero where the tensor was poisoned."""
     assert not gradient[tensor.isnan()].any()
+
+
+def assert_same_in_place(
+    case: Case, half: str, affine: bool, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """A half-block that may overwrite its stream: the same bits, forward and backward, in its memory."""
+    operator, exact = forms(case)[half]
+    tensors = {key: t.to(device, dtype) for key, t in exact.items()}
+    if not affine:
+        tensors |= {"norm_weight": None, "norm_bias": None}
+    leaves = {key: t.nan_to_num().requires_grad_() for key, t in tensors.items() if t is not None}
+    inputs, found = list(leaves.values()), []
+    for inplace in (False, True):
+        stream = leaves["x"] * 1.0
+        with backend("triton"):
+            y = operator(**{**tensors, **leaves, "x": stream, "inplace": inplace})
+            assert (y.data_ptr() == stream.data_ptr()) == inplace
+            found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

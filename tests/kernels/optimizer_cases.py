@@ -71,3 +71,25 @@ def assert_accurate(device: str = "cpu") -> None:
     for step, true_step in zip(got_norms, true_norms, strict=True):
         for part, norm in step.items():
             torch.testing.assert_close(norm.double(), true_step[part], rtol=1e-6, atol=0)
+
+
+def assert_same_at_odd_addresses(device: str = "cpu") -> None:
+    """Gradients in one buffer at odd offsets, as DDP's buckets have them."""
+    plain, shifted = (Setting(torch.float32, device) for _ in range(2))
+    for setting in (plain, shifted):
+        setting.give_gradients(0)
+    buffer = torch.zeros(1 + sum(p.numel() for p in shifted.params), device=device)
+    start = 1
+    for p in shifted.params:
+        view = buffer[start : start + p.numel()].view_as(p)
+        p.grad = view.copy_(p.grad)
+        start += p.numel()
+    assert shifted.params[0].grad.data_ptr() % 16
+    results = []
+    for setting in (plain, shifted):
+        optimizer = setting.optimizer()
+        with backend("triton"):
+            optimizer.step(max_norm=0.1, momentum=0.5)
+        results.append(setting.results(optimizer))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)

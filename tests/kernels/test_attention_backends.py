@@ -32,7 +32,7 @@ def test_sdpa(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="xformers is not installed")
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_xformers_on_cuda(case: str, dtype: torch.dtype) -> None:

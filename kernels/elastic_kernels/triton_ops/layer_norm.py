@@ -1,17 +1,17 @@
-"""Triton kernels of LayerNorm over the active width, with an optional gather of rows or addition before it.
+"""Triton kernels of LayerNorm over the active width, with an optional gather of rows before it.
 
-    x += residual,  xhat = (x - mean) * rstd,  y = xhat * weight[:w] + bias[:w]
+    xhat = (x - mean) * rstd,  y = xhat * weight[:w] + bias[:w]
     g = dy * weight,  dx = rstd * (g - mean_k(g) - xhat * mean_k(g * xhat)) + dsum
     dw = sum dy * xhat,  db = sum dy
 
-Fused: the addition (or the gather of the rows that take part, stochastic depth), statistics, affine, and in
-the backward the addition of the gradient that bypasses the norm. The backward is one pass over rows; each
-program keeps its share of the affine gradients in registers, and the shares are summed in a fixed order.
+Fused: the gather of the rows that take part (stochastic depth), statistics, affine, and in the backward the
+addition of the gradient that bypasses the norm. The backward is one pass over rows; each program keeps its
+share of the affine gradients in registers, and the shares are summed in a fixed order.
 
-Saved for backward: x, and fp32 mean and rstd of each row; or instead of x and mean the normalised rows xhat,
-so that x may be overwritten (a residual stream) and only the rows that take part are kept. Bytes: forward
-reads and writes rows * w elements, and writes xhat; backward reads twice and writes once that much; the
-shares add programs * w * 8 bytes.
+Saved for backward: x, and fp32 mean and rstd of each row; or, of a norm in a residual stream, instead of x
+and mean the normalised rows xhat, so that x may be overwritten and only rows that take part are kept. Bytes:
+forward reads and writes rows * w elements, and writes xhat; backward reads twice and writes once that much;
+the shares add programs * w * 8 bytes.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to su
 
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, sum_ptr, xhat_ptr, mean_ptr, rstd_ptr,
+    x_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, xhat_ptr, mean_ptr, rstd_ptr,
     rows, width,
-    stride_x, stride_r,
+    stride_x,
     eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP_XHAT: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP_XHAT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -49,12 +49,6 @@ def _layer_norm_fwd_kernel(
         source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
     out = place[:, None] * width + offs_k[None, :]
     x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        r = tl.load(residual_ptr + place[:, None] * stride_r + offs_k[None, :], mask=mask, other=0.0)
-        # The sum as it is stored is what gets normalised, so that backward finds the same.
-        total = (x + r.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + out, total, mask=mask)
-        x = total.to(tl.float32)
     mean = tl.sum(x, 1) / width
     centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
@@ -76,7 +70,7 @@ def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, xhat_ptr, weight_ptr, position_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
     tokens, width,
     stride_x, stride_s,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_SUM: tl.constexpr, HAS_XHAT: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By tokens: `position` holds the row of each token among the normalised ones, or -1."""
@@ -99,7 +93,7 @@ def _layer_norm_bwd_kernel(
         mask = mask_r[:, None] & mask_k[None, :]
         dy = tl.load(dy_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + place, mask=mask_r, other=0.0)
-        if HAS_XHAT:
+        if IN_STREAM:
             xhat = tl.load(xhat_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0)
             xhat = xhat.to(tl.float32)
         else:
@@ -113,7 +107,7 @@ def _layer_norm_bwd_kernel(
             g = dy * weight[None, :]
         along = tl.sum(g * xhat, 1) / width
         dx = (g - (tl.sum(g, 1) / width)[:, None] - xhat * along[:, None]) * rstd[:, None]
-        if HAS_SUM:
+        if IN_STREAM:
             beside = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
             dx += tl.load(beside, mask=every, other=0.0).to(tl.float32)
         out = dx_ptr + token[:, None] * width + offs_k[None, :]
@@ -175,42 +169,40 @@ def row_config(width: int) -> RowConfig:
 
 def layer_norm_fwd(
     x: Tensor,
-    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     index: Tensor | None,
     dtype: torch.dtype,
     keep_xhat: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise rows.
 
     Args:
         x: `[tokens, w]`.
-        residual, weight, bias, eps, index: as above.
+        weight, bias, eps, index: as above.
         dtype: of y.
         keep_xhat: also give the rows before the affine.
 
     Returns:
-        y `[rows, w]`, x + residual or empty, xhat in the dtype of y or empty, fp32 mean and rstd `[rows]`.
+        y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean and rstd `[rows]`.
     """
     rows, width = (x if index is None else index).shape[0], x.shape[1]
     y = torch.empty(rows, width, dtype=dtype, device=x.device)
-    total = torch.empty((0,) if residual is None else x.shape, dtype=_sum_dtype(x, residual), device=x.device)
     xhat = torch.empty(y.shape if keep_xhat else (0,), dtype=dtype, device=x.device)
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         config = row_config(width)
         _layer_norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
-            x, residual, weight, bias, index, y, total, xhat, mean, rstd,
+            x, weight, bias, index, y, xhat, mean, rstd,
             rows, width,
-            x.stride(0), 0 if residual is None else residual.stride(0),
+            x.stride(0),
             eps,
-            HAS_RESIDUAL=residual is not None, HAS_AFFINE=weight is not None, HAS_INDEX=index is not None,
-            KEEP_XHAT=keep_xhat, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, KEEP_XHAT=keep_xhat,
+            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return y, total, xhat, mean, rstd
+    return y, xhat, mean, rstd
 
 
 def layer_norm_bwd(
@@ -218,15 +210,15 @@ def layer_norm_bwd(
     x: Tensor | None,
     xhat: Tensor | None,
     weight: Tensor | None,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     index: Tensor | None,
     dsum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and of weight and bias in full shape (empty without them).
 
-    `dy` `[rows, w]` is contiguous; `dsum` `[tokens, w]`, rows of any stride, is added to the gradient of x.
-    Either `x` is given, or `xhat`, contiguous, and `dsum`, which then has the shape and dtype of x.
+    `dy` `[rows, w]` is contiguous. Either `x` and `mean` are given, or, in a residual stream, `xhat`,
+    contiguous, and `dsum` `[tokens, w]`, rows of any stride, of the dtype of x: added to its gradient.
     """
     like = _like(x, dsum)
     tokens, width = like.shape
@@ -241,8 +233,8 @@ def layer_norm_bwd(
             dx, shares,
             tokens, width,
             0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
-            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, HAS_SUM=dsum is not None,
-            HAS_XHAT=xhat is not None, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, IN_STREAM=xhat is not None,
+            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return dx, *affine_gradients(shares, programs if tokens else 0, weight)
 
@@ -274,17 +266,12 @@ def affine_gradients(shares: Tensor, programs: int, weight: Tensor | None) -> tu
     return dweight, dbias
 
 
-def _sum_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-
-
 register(
-    "layer_norm_fwd(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
-    " ScalarType dtype, bool keep_xhat=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
+    " ScalarType dtype, bool keep_xhat=False) -> (Tensor, Tensor, Tensor, Tensor)",
     layer_norm_fwd,
-    lambda x, residual, weight, bias, eps, index, dtype, keep_xhat=False: (
+    lambda x, weight, bias, eps, index, dtype, keep_xhat=False: (
         x.new_empty((x if index is None else index).shape[0], x.shape[1], dtype=dtype),
-        x.new_empty((0,) if residual is None else x.shape, dtype=_sum_dtype(x, residual)),
         x.new_empty(
             ((x if index is None else index).shape[0], x.shape[1]) if keep_xhat else (0,), dtype=dtype
         ),
@@ -292,12 +279,12 @@ register(
     ),
 )
 register(
-    "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor mean, Tensor rstd,"
+    "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
     " Tensor? index, Tensor? dsum) -> (Tensor, Tensor, Tensor)",
     layer_norm_bwd,
     lambda dy, x, xhat, weight, mean, rstd, index, dsum: (
         _like(x, dsum).new_empty(_like(x, dsum).shape),
-        *((mean.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
+        *((rstd.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
     ),
 )
 
@@ -309,39 +296,23 @@ class LayerNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
         index: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         x = unit_stride(x)
-        y, total, _, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(
-            x,
-            None if residual is None else unit_stride(residual),
-            weight,
-            bias,
-            eps,
-            index,
-            x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype),
-        )
-        ctx.save_for_backward(x if residual is None else total, weight, mean, rstd, index)
-        ctx.has_residual = residual is not None
-        return y, total
+        dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+        y, _, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(x, weight, bias, eps, index, dtype)
+        ctx.save_for_backward(x, weight, mean, rstd, index)
+        return y
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dy: Tensor, dsum: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index = ctx.saved_tensors
         dx, dweight, dbias = torch.ops.elastic_kernels.layer_norm_bwd(
-            dy.contiguous(),
-            x,
-            None,
-            weight,
-            mean,
-            rstd,
-            index,
-            unit_stride(dsum) if ctx.has_residual else None,
+            dy.contiguous(), x, None, weight, mean, rstd, index, None
         )
         affine = (None, None) if weight is None else (dweight, dbias)
-        return dx, dx if ctx.has_residual else None, *affine, None, None
+        return dx, *affine, None, None

@@ -2,9 +2,9 @@
 
     P[g] = s dy[g]^T x,  dW = gamma * P,  db = gamma * sum dy,  dgamma = rowsum(P * W) + b * sum dy
 
-dW is written or added in place, into a corner of the largest network's gradient; dgamma needs no saved
-activation. The long reduction over rows is split so that small corners fill the device; the shares are summed
-in a fixed order, so that results repeat bitwise. One more column of programs sums dy for the bias, from L2.
+dW is written into a corner of the largest network's gradient, or alone; dgamma needs no saved activation. The
+long reduction over rows is split so that small corners fill the device; the shares are summed in a fixed
+order, so that results repeat bitwise. One more column of programs sums dy for the bias, from L2.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _finish_weight_tile(
     p, dweight_ptr, weight_ptr, gamma_ptr, shares_ptr,
     group, tile, offs_n, offs_k, out_features, mask_n, mask_k,
     stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-    HAS_GAMMA: tl.constexpr, ACCUMULATE: tl.constexpr,
+    HAS_GAMMA: tl.constexpr,
 ):  # fmt: skip
     """Write `p`, a whole sum, as the weight's gradient, and its share of LayerScale's."""
     mask = mask_n[:, None] & mask_k[None, :]
@@ -44,8 +44,6 @@ def _finish_weight_tile(
         tl.store(shares_ptr + tile * out_features + offs_n, tl.sum(p * w, 1), mask=mask_n)
         p *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     ends = dweight_ptr + group * stride_dg + offs_n[:, None] * stride_dn + offs_k[None, :]
-    if ACCUMULATE:
-        p += tl.load(ends, mask=mask, other=0.0).to(tl.float32)
     tl.store(ends, p.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
@@ -55,7 +53,7 @@ def _linear_wgrad_kernel(
     rows, split_rows, out_features, in_features,
     stride_y, stride_yg, stride_x, stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
     scale,
-    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, ACCUMULATE: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -104,7 +102,7 @@ def _linear_wgrad_kernel(
                     slices[part], dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
                     group, SLICES * pid_k + part, offs_n, offs_h, out_features, mask_n, offs_h < in_features,
                     stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-                    HAS_GAMMA, ACCUMULATE,
+                    HAS_GAMMA,
                 )  # fmt: skip
 
 
@@ -113,7 +111,7 @@ def _linear_wgrad_finish_kernel(
     partial_ptr, weight_ptr, gamma_ptr, dweight_ptr, gamma_shares_ptr,
     splits, out_features, in_features,
     stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-    HAS_GAMMA: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_GAMMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sum the splits' shares of a tile of the weight's gradient."""
     pid_k, pid_n, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -130,7 +128,7 @@ def _linear_wgrad_finish_kernel(
         p, dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
         group, pid_k, offs_n, offs_k, out_features, mask_n, mask_k,
         stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-        HAS_GAMMA, ACCUMULATE,
+        HAS_GAMMA,
     )  # fmt: skip
 
 
@@ -192,12 +190,11 @@ def _wgrad(
     scale: float,
     into: Tensor,
     *,
-    accumulate: bool,
     bias_grad: bool,
     out_max: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Write or add the weight's gradient `into` a corner `[groups, n, k]`; return full db and dgamma."""
+    """Write the weight's gradient `into` a corner `[groups, n, k]`; return full db and dgamma."""
     rows, (groups, out, width) = dy.shape[0], weight.shape
     config, splits, tiles_k = _wgrad_plan(dy, weight)
     fp32, device = torch.float32, dy.device
@@ -213,7 +210,7 @@ def _wgrad(
         rows, triton.cdiv(rows, splits), out, width,
         dy.stride(0), dy.stride(1) if groups > 1 else 0, x.stride(0), *targets,
         scale,
-        HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, ACCUMULATE=accumulate, SPLIT=splits > 1,
+        HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, SPLIT=splits > 1,
         PRECISION=precision(dy), **launch_options(config),
     )  # fmt: skip
     if splits > 1:
@@ -222,7 +219,7 @@ def _wgrad(
             partial, weight, gamma, into, gamma_shares,
             splits, out, width,
             *targets,
-            HAS_GAMMA=gamma is not None, ACCUMULATE=accumulate,
+            HAS_GAMMA=gamma is not None,
             BLOCK_N=FINISH_BLOCKS[0], BLOCK_K=FINISH_BLOCKS[1],
         )  # fmt: skip
     dbias = torch.empty(groups * out_max if bias_grad else 0, dtype=dtype, device=dy.device)
@@ -267,49 +264,57 @@ def linear_wgrad(
     dweight = create(groups, *full, dtype=dtype, device=dy.device)
     dbias, dgamma = _wgrad(
         dy, x, weight, bias, gamma, scale, dweight[:, :out, :width],
-        accumulate=False, bias_grad=bias_grad, out_max=full[0], dtype=dtype,
+        bias_grad=bias_grad, out_max=full[0], dtype=dtype,
     )  # fmt: skip
     return dweight.flatten(0, 1), dbias, dgamma
 
 
-def linear_wgrad_into(
-    into: Tensor,
+def linear_wgrad_corner(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     gamma: Tensor | None,
     scale: float,
-    out_max: int,
+    full: list[int],
     dtype: torch.dtype,
     bias_grad: bool,
-    accumulate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `linear_wgrad`, but the weight's gradient is the corner alone, `[groups, n, k]`."""
+    corner = torch.empty(weight.shape, dtype=dtype, device=dy.device)
+    vectors = _wgrad(
+        dy, x, weight, bias, gamma, scale, corner, bias_grad=bias_grad, out_max=full[0], dtype=dtype
+    )
+    return corner, *vectors
+
+
+def _fake_vectors(
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, full: list[int], dtype: torch.dtype, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_wgrad`, writing or adding the weight's gradient to the corner `into` `[groups, n, k]`."""
-    return _wgrad(
-        dy, x, weight, bias, gamma, scale, into,
-        accumulate=accumulate, bias_grad=bias_grad, out_max=out_max, dtype=dtype,
-    )  # fmt: skip
+    """Shapes of db and dgamma."""
+    return (
+        dy.new_empty(weight.shape[0] * full[0] if bias_grad else 0, dtype=dtype),
+        dy.new_empty(0 if gamma is None else full[0], dtype=dtype),
+    )
 
 
-_PRODUCT = "Tensor weight, Tensor? bias, Tensor? gamma, float scale"
-
+_ARGUMENTS = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, float scale, int[] full,"
+    " ScalarType dtype, bool bias_grad) -> (Tensor, Tensor, Tensor)"
+)
 register(
-    f"linear_wgrad(Tensor dy, Tensor x, {_PRODUCT}, int[] full, ScalarType dtype, bool bias_grad)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"linear_wgrad{_ARGUMENTS}",
     linear_wgrad,
     lambda dy, x, weight, bias, gamma, scale, full, dtype, bias_grad: (
         dy.new_empty(weight.shape[0] * full[0], full[1], dtype=dtype),
-        dy.new_empty(weight.shape[0] * full[0] if bias_grad else 0, dtype=dtype),
-        dy.new_empty(0 if gamma is None else full[0], dtype=dtype),
+        *_fake_vectors(dy, weight, gamma, full, dtype, bias_grad),
     ),
 )
 register(
-    f"linear_wgrad_into(Tensor(a!) into, Tensor dy, Tensor x, {_PRODUCT}, int out_max, ScalarType dtype,"
-    " bool bias_grad, bool accumulate) -> (Tensor, Tensor)",
-    linear_wgrad_into,
-    lambda into, dy, x, weight, bias, gamma, scale, out_max, dtype, bias_grad, accumulate: (
-        dy.new_empty(weight.shape[0] * out_max if bias_grad else 0, dtype=dtype),
-        dy.new_empty(0 if gamma is None else out_max, dtype=dtype),
+    f"linear_wgrad_corner{_ARGUMENTS}",
+    linear_wgrad_corner,
+    lambda dy, x, weight, bias, gamma, scale, full, dtype, bias_grad: (
+        dy.new_empty(weight.shape, dtype=dtype),
+        *_fake_vectors(dy, weight, gamma, full, dtype, bias_grad),
     ),
 )

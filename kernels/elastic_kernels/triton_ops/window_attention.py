@@ -58,9 +58,9 @@ def _load_padded(base, pad, token, real, inside, offs_d, stride_t):
 
 
 @triton.jit
-def _scores(q, k, bias, region, inside, scale_log2, APART: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(q, k, bias, region, inside, scale_log2, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr):
     s = dot(q, tl.trans(k), None, PRECISION) * scale_log2 + bias
-    s += tl.where(region[:, None] == region[None, :], 0.0, APART)
+    s += tl.where(region[:, None] == region[None, :], 0.0, MASK_VALUE)
     return tl.where(inside[None, :], s, float("-inf"))
 
 
@@ -79,7 +79,7 @@ def _window_attention_fwd_kernel(
     stride_t, stride_g, stride_h, stride_pad,
     scale_log2,
     HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-    LOG2: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head, window = pid % heads, pid // heads
@@ -91,7 +91,7 @@ def _window_attention_fwd_kernel(
     k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, offs_d, stride_t)
     v = _load_padded(base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, offs_d, stride_t)
     bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)
-    s = _scores(q, k, bias, region, inside, scale_log2, APART, PRECISION)
+    s = _scores(q, k, bias, region, inside, scale_log2, MASK_VALUE, PRECISION)
     m = tl.max(s, 1)
     p = tl.exp2(s - m[:, None])
     z = tl.sum(p, 1)
@@ -120,7 +120,7 @@ def _window_attention_bwd_kernel(
     stride_t, stride_g, stride_h, stride_pad,
     scale, scale_log2,
     HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-    LOG2: tl.constexpr, APART: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
     offs, offs_d, n = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM), SIDE * SIDE
@@ -140,7 +140,7 @@ def _window_attention_bwd_kernel(
         lse = tl.load(lse_ptr + token * heads + head, mask=real, other=float("inf"))
         bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)  # again for each window: it has no registers
         # Padded queries get p = 0 from their infinite lse.
-        p = tl.exp2(_scores(q, k, bias, region, inside, scale_log2, APART, PRECISION) - lse[:, None])
+        p = tl.exp2(_scores(q, k, bias, region, inside, scale_log2, MASK_VALUE, PRECISION) - lse[:, None])
         dv = dot(tl.trans(p.to(do.dtype)), do, None, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
@@ -200,7 +200,7 @@ def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str
         "SIDE": side,
         "BLOCK": window_block(side),
         "LOG2": LOG2_E,
-        "APART": apart * LOG2_E,
+        "MASK_VALUE": apart * LOG2_E,
         "PRECISION": precision(qkv),
         "num_warps": window_warps(side, qkv.dtype.itemsize, backward),
         "num_stages": 1,

@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from linear_cases import ELSEWHERE, Case, assert_zero_outside, forms, linear, mlp_half, run
+from linear_cases import (
+    HALVES,
+    Case,
+    assert_same_in_place,
+    assert_zero_outside,
+    forms,
+    linear,
+    mlp_half,
+    run,
+)
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels as ek
-import elastic_kernels.triton_ops.units  # noqa: F401, registers the operators
+import elastic_kernels.triton_ops.halves  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.triton_ops import gemm
 
@@ -77,49 +86,6 @@ def test_wide_tiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(Case(17, 150, 150), form, torch.float32)
 
 
-def test_gradients_accumulate_into_a_corner() -> None:
-    """`grad_out` on both backends: the corner is added to, the rest is bitwise untouched."""
-    case = CASES["prime"]
-    operator, exact = linear(case, bias=True, activation=None)
-    tensors = {key: t.float() for key, t in exact.items()}
-    expected = run(operator, tensors, "reference")
-    inside = ~exact["weight"].isnan()
-    for name in ("triton", "reference"):
-        for dtype in (torch.float32, torch.float64):
-            buffer = torch.full(tensors["weight"].shape, ELSEWHERE, dtype=dtype)
-            buffer[inside] = 1
-            leaves = {key: t.clone().requires_grad_() for key, t in tensors.items()}
-            with backend(name):
-                y = operator(**leaves, grad_out=buffer)
-                y.backward(draw(*y.shape, seed=20).float())
-            assert leaves["weight"].grad is None
-            added = buffer[inside].float() - 1
-            torch.testing.assert_close(added, expected["dweight"][inside], rtol=1e-4, atol=1e-4)
-            assert (buffer[~inside] == ELSEWHERE).all()
-            torch.testing.assert_close(leaves["x"].grad, expected["dx"])
-            torch.testing.assert_close(leaves["bias"].grad, expected["dbias"])
-
-
-@pytest.mark.parametrize(
-    "form", ["residual-gamma", "qkv", "mlp-residual", "mlp-half", "attention-half", "window-half"]
-)
-@pytest.mark.parametrize("name", ["triton", "reference"])
-def test_every_operator_accumulates(form: str, name: str) -> None:
-    operator, exact = forms(CASES["prime" if form != "residual-gamma" else "kept"])[form]
-    tensors = {key: t.float() for key, t in exact.items()}
-    expected = run(operator, tensors, "reference")
-    weights = [key for key in ("weight", *(k for k in tensors if k.endswith("_weight"))) if key in tensors]
-    weights = [key for key in weights if key != "norm_weight"]
-    buffers = [torch.zeros_like(tensors[key]) for key in weights]
-    leaves = {key: t.clone().requires_grad_() for key, t in tensors.items()}
-    with backend(name):
-        y = operator(**leaves, grad_out=buffers[0] if len(buffers) == 1 else tuple(buffers))
-        y.backward(draw(*y.shape, seed=20).float())
-    for key, buffer in zip(weights, buffers, strict=True):
-        assert leaves[key].grad is None
-        torch.testing.assert_close(buffer, expected[f"d{key}"], rtol=1e-4, atol=1e-4)
-
-
 def test_strided_inputs_and_upstream_gradients() -> None:
     case = CASES["prime"]
     for form in ("linear-bias", "linear-gelu", "qkv-bias", "residual-gamma", "mlp-half", "attention-half"):
@@ -170,16 +136,6 @@ def test_repeats_bitwise() -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_recomputed_equals_stored() -> None:
-    results = {}
-    for form in ("mlp-half", "mlp-half-recompute", "mlp", "mlp-recompute"):
-        operator, exact = forms(CASES["prime"])[form]
-        results[form] = run(operator, {key: t.half() for key, t in exact.items()}, "triton")
-    for form in ("mlp-half", "mlp"):
-        for key, value in results[form].items():
-            assert torch.equal(value, results[f"{form}-recompute"][key])
-
-
 def test_two_widths_share_weights_when_recomputed() -> None:
     """Gradient checkpointing of two students of different widths adds up the right gradients."""
     torch.manual_seed(0)
@@ -201,44 +157,32 @@ def test_two_widths_share_weights_when_recomputed() -> None:
 
 
 @pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("half", ["attention-half", "window-half", "mlp-half"])
+@pytest.mark.parametrize("half", HALVES)
 def test_a_stream_that_may_be_overwritten(half: str, affine: bool) -> None:
-    """The same bits, forward and backward, in the memory of the input."""
-    operator, exact = forms(CASES["kept"])[half]
-    tensors = {key: t.float() for key, t in exact.items()}
-    if not affine:
-        tensors |= {"norm_weight": None, "norm_bias": None}
-    leaves = {key: t.nan_to_num().requires_grad_() for key, t in tensors.items() if t is not None}
-    inputs, found = list(leaves.values()), []
-    for reuse in (False, True):
-        stream = leaves["x"] * 1.0
-        y = operator(**{**tensors, **leaves, "x": stream, "reuse": reuse})
-        assert (y.data_ptr() == stream.data_ptr()) == reuse
-        found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_same_in_place(CASES["kept"], half, affine, torch.float32)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_product_may_become_the_stream(bias: bool) -> None:
-    operator, exact = mlp_half(CASES["kept"], recompute=False)
+    operator, exact = mlp_half(CASES["kept"])
     tensors = {key: t.float().nan_to_num() for key, t in exact.items()}
     width = tensors["x"].shape[1]
     weight, offset = draw(width, width).float().requires_grad_(), torch.ones(width) if bias else None
     found = []
-    for reuse in (False, True):
+    for inplace in (False, True):
         stream = ek.elastic_linear(tensors["x"], weight, offset)
-        y = operator(**(tensors | {"x": stream}), reuse=reuse)
+        y = operator(**(tensors | {"x": stream}), inplace=inplace)
         found.append(torch.autograd.grad(y.sin().sum(), weight)[0])
     assert torch.equal(*found)
 
 
 def test_overwriting_what_somebody_needs_is_an_error() -> None:
-    operator, exact = mlp_half(CASES["kept"], recompute=False)
+    operator, exact = mlp_half(CASES["kept"])
     tensors = {key: t.float().nan_to_num() for key, t in exact.items()}
     leaf = tensors.pop("x").requires_grad_()
     stream = leaf * 1.0
     square = stream * stream  # needs the stream in backward
-    y = operator(x=stream, reuse=True, **tensors)
+    y = operator(x=stream, inplace=True, **tensors)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (y.sum() + square.sum()).backward()
 
@@ -263,7 +207,7 @@ def test_registered_operators() -> None:
             ops.linear_wgrad,
             (draw(6, 2, 8).float(), x, weight, None, None, 1.5, [8, 16], torch.float32, False),
         ),
-        (ops.linear_wgrad_into, (torch.ones(1, 8, 16), d, x, *one, None, 1.5, 9, torch.float32, True, True)),
+        (ops.linear_wgrad_corner, (d, x, *one, None, 1.5, [9, 20], torch.float32, True)),
         (ops.branch_grad, (d, index, scale, torch.float16)),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -321,7 +265,7 @@ def test_corners_are_added_in_place(widths: tuple[int, ...], shared: int) -> Non
             loss = sum(block(draw(10, w).float(), [(2, 5)]).sin().sum() for w in widths)
         with Calls() as calls:
             found.append(torch.autograd.grad(loss, list(block.parameters())))
-    assert calls.counts["linear_wgrad_into"] == shared
+    assert calls.counts["linear_wgrad_corner"] == shared
     assert calls.counts["linear_wgrad"] == 4 * len(widths) - shared
     for ours, autograds in zip(*found, strict=True):
         if len(widths) == 2:
@@ -340,7 +284,7 @@ def test_a_bias_learns_beside_a_frozen_weight() -> None:
     torch.testing.assert_close(gradient[: case.out], dy.sum(0))
 
 
-@pytest.mark.parametrize("half", ["attention-half", "window-half", "mlp-half"])
+@pytest.mark.parametrize("half", HALVES)
 def test_short_vectors_are_refused_before_a_kernel_reads_beyond_them(half: str) -> None:
     operator, exact = forms(CASES["prime"])[half]
     tensors = {key: t.float() for key, t in exact.items()}

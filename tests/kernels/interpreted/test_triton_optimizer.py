@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_cases import Setting, assert_accurate, run
+from optimizer_cases import Setting, assert_accurate, assert_same_at_odd_addresses, run
 
 from elastic_kernels import FusedAdamW, backend
 
@@ -30,25 +30,7 @@ def test_a_gradient_that_is_no_number_changes_no_weight() -> None:
 
 
 def test_addresses_that_allow_no_wide_accesses() -> None:
-    """Gradients in one buffer at odd offsets, as DDP's buckets have them."""
-    plain, shifted = Setting(torch.float32), Setting(torch.float32)
-    for setting in (plain, shifted):
-        setting.give_gradients(0)
-    buffer = torch.zeros(1 + sum(p.numel() for p in shifted.params))
-    start = 1
-    for p in shifted.params:
-        view = buffer[start : start + p.numel()].view_as(p)
-        p.grad = view.copy_(p.grad)
-        start += p.numel()
-    assert shifted.params[0].grad.data_ptr() % 16
-    results = []
-    for setting in (plain, shifted):
-        optimizer = setting.optimizer()
-        with backend("triton"):
-            optimizer.step(max_norm=0.1, momentum=0.5)
-        results.append(setting.results(optimizer))
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, msg=name)
+    assert_same_at_odd_addresses()
 
 
 def test_gradients_of_other_strides() -> None:

@@ -1,21 +1,32 @@
-"""The Triton window attention on a GPU, at real sizes."""
+"""The Triton window attention on a device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from numerics import DTYPES, draw
+from sizes import gpu_only, sized
 from window_attention_cases import Maps, assert_accurate, inputs, run
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+import elastic_kernels.triton_ops.window_attention as kernels
+
+pytestmark = pytest.mark.cuda
 
 SWIN: Maps = [(16, 24, 24), (4, 56, 56)]  # a few crops of Swin-B's first stage
-CASES: dict[str, tuple[Maps, int]] = {
-    "swin-b": (SWIN, 7),
-    "last-stage": ([(33, 3, 3), (9, 7, 7)], 7),
-    "windows-of-8": ([(5, 16, 24)], 8),
-    "odd": ([(3, 13, 29), (2, 1, 1)], 4),
-}
+CASES: dict[str, tuple[Maps, int]] = sized(
+    {
+        "swin-b": (SWIN, 7),
+        "last-stage": ([(33, 3, 3), (9, 7, 7)], 7),
+        "windows-of-8": ([(5, 16, 24)], 8),
+        "odd": ([(3, 13, 29), (2, 1, 1)], 4),
+    },
+    {
+        "swin-b": ([(2, 6, 9), (1, 14, 8)], 7),
+        "last-stage": ([(3, 3, 3), (2, 7, 7)], 7),
+        "windows-of-8": ([(1, 8, 11)], 8),
+        "odd": ([(2, 5, 9), (2, 1, 1)], 4),
+    },
+) | {"no-rows": ([(0, 4, 4)], 2)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -27,6 +38,14 @@ def test_forward_and_gradients(case: str, shifted: bool, dim: int, dtype: torch.
     assert_accurate(maps, window, window // 2 if shifted else 0, dtype, dim, "cuda")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_windows_of_a_slice_are_summed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer programs than windows: each adds up the gradients of several."""
+    monkeypatch.setattr(kernels, "SLICED_PROGRAMS", 4)
+    assert_accurate([(2, 5, 9), (1, 4, 4)], 4, 2, dtype, device="cuda")
+
+
+@gpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_repeat(dtype: torch.dtype) -> None:
     qkv, bias, pad = inputs(SWIN, 7, heads=4)

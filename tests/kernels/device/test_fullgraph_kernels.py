@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from fullgraph_cases import CASES, assert_compiles
+from sizes import gpu_only
 
 from elastic_kernels import backend
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = [pytest.mark.cuda, gpu_only]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""The Triton group norm on a GPU, at real sizes."""
+"""The Triton group norm on a device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import torch
 from group_norm_cases import FUSION_NAMES, FUSIONS, assert_accurate, run
 from layer_norm_cases import affine
 from numerics import DTYPES, draw
+from sizes import gpu_only, sized
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+pytestmark = pytest.mark.cuda
 
-SHAPES = [(4, 56, 56, 64), (3, 24, 24, 96), (5, 14, 14, 1024), (7, 3, 3, 2048)]  # of ResNet-152
+SHAPES = sized(
+    [(4, 56, 56, 64), (3, 24, 24, 96), (5, 14, 14, 1024), (7, 3, 3, 2048)],  # of ResNet-152
+    [(2, 5, 7, 64), (3, 11, 7, 96), (2, 1, 1, 320), (1, 7, 5, 2048), (0, 2, 2, 64)],
+)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -22,6 +26,7 @@ def test_forward_and_gradients(
     assert_accurate(shape, 32, dtype, activation, added, "cuda")
 
 
+@gpu_only
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_repeat(dtype: torch.dtype) -> None:
     shape = SHAPES[0]

@@ -1,0 +1,220 @@
+"""`autograd.Function`s of the halves of a transformer block: a block is two calls for autograd.
+
+Saved are the normalised rows before and after the affine, and what the layers need (`layers.py`): the
+residual stream itself is not, so that it may be overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import elastic_kernels.triton_ops.attention
+import elastic_kernels.triton_ops.layer_norm
+import elastic_kernels.triton_ops.window_attention  # noqa: F401, each registers its operators
+from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.layers import (
+    Layer,
+    LayerSpec,
+    branch_gradient,
+    keep,
+    kept,
+    mlp_backward,
+)
+from elastic_kernels.triton_ops.registration import first_order
+
+ops = torch.ops.elastic_kernels
+
+
+class WindowSpec(NamedTuple):
+    """Of windowed attention: side and shift in tokens, and what is added to scores where regions differ."""
+
+    side: int
+    shift: int
+    mask_value: float
+
+
+class HalfSpec(NamedTuple):
+    """What a half-block needs beside tensors.
+
+    Attributes:
+        eps: of the norm.
+        first, second: its layers.
+        inplace: the residual stream may be overwritten.
+        attention_groups: flat `(count, length)` pairs of the rows that take part, or with windows
+            `(count, height, width)`.
+        head_dim: channels of a head.
+        windows: attention is within windows of maps.
+    """
+
+    eps: float
+    first: LayerSpec
+    second: LayerSpec
+    inplace: bool
+    attention_groups: Sequence[int] = ()
+    head_dim: int = 0
+    windows: WindowSpec | None = None
+
+
+@dataclass(frozen=True)
+class _Normed:
+    """What a half-block keeps of its norm for backward.
+
+    Attributes:
+        xhat: the rows that take part, before the affine.
+        weight: of the affine.
+        rstd: fp32 `[rows]`.
+    """
+
+    xhat: Tensor
+    weight: Tensor | None
+    rstd: Tensor
+
+    @classmethod
+    def rows(
+        cls,
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        index: Tensor | None,
+        spec: HalfSpec,
+    ) -> tuple[Tensor, _Normed]:
+        """The normalised rows, and what to keep."""
+        apart = weight is not None and any(ctx.needs_input_grad)  # else they are what follows
+        h, xhat, _, rstd = ops.layer_norm_fwd(x, weight, bias, spec.eps, index, spec.first.dtype, apart)
+        return h, cls(xhat if apart else h, weight, rstd)
+
+    def backward(self, dh: Tensor, index: Tensor | None, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of a half-block's input, with that of its residual path, and of the affine."""
+        dx, dweight, dbias = ops.layer_norm_bwd(
+            dh, None, self.xhat, self.weight, None, self.rstd, index, unit_stride(dout)
+        )
+        return (dx, None, None) if self.weight is None else (dx, dweight, dbias)
+
+
+def _add_branch(
+    ctx: Any,
+    layer: Layer,
+    branch: Tensor,
+    x: Tensor,
+    index: Tensor | None,
+    row_scale: Tensor | None,
+    inplace: bool,
+) -> Tensor:
+    """The stream with a branch added: in place where that is allowed."""
+    if not inplace or x.stride(-1) != 1:
+        return layer.forward_residual(branch, unit_stride(x), index, row_scale)
+    layer.add_to(x, branch, index, row_scale)
+    ctx.mark_dirty(x)
+    return x
+
+
+def _padding(layer: Layer, qkv: Tensor) -> Tensor:
+    """q, k and v of padded positions, `[3, heads, head_dim]`: maps are padded with zeros, so the bias."""
+    assert layer.bias is not None
+    return layer.bias.unflatten(-1, qkv.shape[2:]).to(qkv.dtype).contiguous()
+
+
+def _attend(qkv: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec) -> tuple[Tensor, Tensor]:
+    """Attention's output and log-sum-exp."""
+    if spec.windows is None:
+        return ops.attention_fwd(qkv, spec.attention_groups)
+    return ops.window_attention_fwd(qkv, bias, _padding(layer, qkv), spec.attention_groups, *spec.windows)
+
+
+def _attend_backward(
+    qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of qkv, of the bias of windows, and of the padding."""
+    if spec.windows is None:
+        return ops.attention_bwd(qkv, o, lse, do, spec.attention_groups), None, None
+    pad, maps = _padding(layer, qkv), spec.attention_groups
+    return ops.window_attention_bwd(qkv, bias, pad, lse, do, maps, *spec.windows)
+
+
+class AttentionHalfFunction(torch.autograd.Function):
+    """`x[rows] += row_scale * gamma * proj(attention(qkv(norm(x[rows]))))`, perhaps as a new tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        gamma: Tensor | None,
+        window_bias: Tensor | None,
+        index: Tensor | None,
+        row_scale: Tensor | None,
+        spec: HalfSpec,
+    ) -> Tensor:
+        width = x.shape[1]
+        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
+        qkv_layer = Layer.of(qkv_weight, qkv_bias, None, width, spec.first)
+        proj = Layer.of(proj_weight, proj_bias, gamma, width, spec.second)
+        qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
+        bias = None if window_bias is None else window_bias.contiguous()
+        o, lse = _attend(qkv, qkv_layer, bias, spec)
+        saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, qkv, o, lse, bias)
+        keep(ctx, saved, [qkv_layer, proj])
+        ctx.spec = spec
+        return _add_branch(ctx, proj, o, x, index, row_scale, spec.inplace)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (*normed, index, row_scale, h, qkv, o, lse, bias), (qkv_layer, proj) = kept(ctx)
+        d = branch_gradient(dout, index, row_scale, h.dtype)
+        dw2, db2, dgamma = proj.wgrad(d, o)
+        do = proj.dgrad(d)
+        dqkv, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
+        dqkv = dqkv.flatten(2)
+        dw1, db1, _ = qkv_layer.wgrad(dqkv, h)
+        if db1 is not None and dpad is not None:
+            db1.unflatten(0, (3, -1))[:, : dqkv.shape[2]] += dpad.flatten(1)
+        dh = qkv_layer.dgrad(dqkv)
+        dx, *affine = _Normed(*normed).backward(dh, index, dout)
+        return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None
+
+
+class MlpHalfFunction(torch.autograd.Function):
+    """`x[rows] += row_scale * gamma * mlp(norm(x[rows]))`, perhaps as a new tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        gamma: Tensor | None,
+        index: Tensor | None,
+        row_scale: Tensor | None,
+        spec: HalfSpec,
+    ) -> Tensor:
+        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
+        fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
+        fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
+        u, activation = fc1.forward_gelu(h)
+        keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, u), [fc1, fc2])
+        return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (*normed, index, row_scale, h, u), (fc1, fc2) = kept(ctx)
+        d = branch_gradient(dout, index, row_scale, h.dtype)
+        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, h, u, fc1, fc2)
+        dx, *affine = _Normed(*normed).backward(dh, index, dout)
+        return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None

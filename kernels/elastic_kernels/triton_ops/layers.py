@@ -1,0 +1,248 @@
+"""`autograd.Function`s of layers over the registered operators: what is saved, and the order of the backward.
+
+    linear            x, and the sum before a GELU
+    linear residual   x; LayerScale's gradient comes out of the weight's
+    mlp               x, and the sum before the GELU; the activation is made again by the product that goes
+                      back through it
+
+They lie outside of the registered operators, which saves host time on each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import elastic_kernels.triton_ops.linear
+import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
+from elastic_kernels.shared_gradients import GradientLedger
+from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.registration import first_order
+from elastic_kernels.working_weights import in_dtype
+
+ops = torch.ops.elastic_kernels
+
+
+class LayerSpec(NamedTuple):
+    """How a layer uses its weight.
+
+    Attributes:
+        groups: matrices stacked in the weight: 1, or 3 for q, k and v.
+        out_features: rows of each in use.
+        scale: the offset scale.
+        dtype: of the product.
+        ledger: of the networks that share the weight in this graph.
+        key: of the weight, there.
+    """
+
+    groups: int
+    out_features: int
+    scale: float
+    dtype: torch.dtype
+    ledger: GradientLedger | None = None
+    key: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The corners of a layer's parameters, and what their gradients need to know."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    full: list[int]
+    grad_dtype: torch.dtype
+    spec: LayerSpec
+
+    @classmethod
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, width: int, spec: LayerSpec
+    ) -> Layer:
+        """The corner of a weight `[groups * n_max, k_max]` for inputs `width` wide; rounded if it must be."""
+        stack = in_dtype(weight, spec.dtype).unflatten(0, (spec.groups, -1))
+        corner = stack[:, : spec.out_features, :width].to(spec.dtype)
+        if bias is not None:
+            bias = bias.unflatten(0, (spec.groups, -1))[:, : spec.out_features]
+        if gamma is not None:
+            gamma = gamma[: spec.out_features]
+        return cls(corner, bias, gamma, list(stack.shape[1:]), weight.dtype, spec)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd saves; `restore` takes it back."""
+        return self.weight, self.bias, self.gamma
+
+    def restore(self, saved: Sequence[Tensor | None]) -> Layer:
+        """This layer with tensors that autograd saved."""
+        weight, bias, gamma = saved
+        assert weight is not None
+        return Layer(weight, bias, gamma, self.full, self.grad_dtype, self.spec)
+
+    def without_tensors(self) -> Layer:
+        """What a context may hold beside the saved tensors."""
+        return Layer(self.weight.new_empty(0), None, None, self.full, self.grad_dtype, self.spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear_fwd(x, self.weight, self.bias, self.spec.scale)
+
+    def forward_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear_gelu_fwd(x, self.weight, self.bias, self.spec.scale)
+
+    def forward_residual(
+        self, x: Tensor, residual: Tensor, index: Tensor | None, row_scale: Tensor | None
+    ) -> Tensor:
+        return ops.linear_residual_fwd(
+            x, self.weight, self.bias, residual, self.gamma, index, row_scale, self.spec.scale
+        )
+
+    def add_to(self, residual: Tensor, x: Tensor, index: Tensor | None, row_scale: Tensor | None) -> None:
+        """`forward_residual` in place."""
+        ops.linear_residual_(
+            x, self.weight, self.bias, residual, self.gamma, index, row_scale, self.spec.scale
+        )
+
+    def dgrad(self, dy: Tensor) -> Tensor:
+        return ops.linear_dgrad(dy, self.weight, self.gamma, self.spec.scale)
+
+    def dgrad_gelu(self, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.linear_dgrad_gelu(dy, self.weight, self.gamma, u, self.spec.scale)
+
+    def wgrad(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of weight (None if it went elsewhere), bias and LayerScale, where there are such."""
+        has_bias, spec, dweight = self.bias is not None, self.spec, None
+        _, out, width = self.weight.shape
+        parameters = (self.weight, self.bias, self.gamma, spec.scale)
+        rest = (self.full, self.grad_dtype, has_bias)
+        whole = [out, width] == self.full
+        if spec.ledger is not None and not whole and spec.ledger.awaits_whole(spec.key):
+            corner, dbias, dgamma = ops.linear_wgrad_corner(dy, x, *parameters, *rest)
+            spec.ledger.leave(spec.key, corner)
+        else:
+            dweight, dbias, dgamma = ops.linear_wgrad(dy, x, *parameters, *rest)
+            if spec.ledger is not None and whole:
+                spec.ledger.complete(spec.key, dweight.unflatten(0, (spec.groups, -1)))
+        return dweight, dbias if has_bias else None, dgamma if self.gamma is not None else None
+
+
+def keep(ctx: Any, tensors: Sequence[Tensor | None], layers: Sequence[Layer]) -> None:
+    """Save tensors and layers for backward."""
+    ctx.save_for_backward(*tensors, *(tensor for layer in layers for tensor in layer.tensors))
+    ctx.layers = [layer.without_tensors() for layer in layers]
+
+
+def kept(ctx: Any) -> tuple[list[Any], list[Layer]]:
+    """What `keep` saved."""
+    saved, count = list(ctx.saved_tensors), 3 * len(ctx.layers)
+    tensors, rest = saved[: len(saved) - count], saved[len(saved) - count :]
+    return tensors, [layer.restore(rest[3 * i : 3 * i + 3]) for i, layer in enumerate(ctx.layers)]
+
+
+def branch_gradient(
+    dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of a branch's rows in the dtype of the products; the given one if nothing changes it."""
+    if index is None and row_scale is None and dout.dtype == dtype:
+        return unit_stride(dout)
+    return ops.branch_grad(dout, index, row_scale, dtype)
+
+
+class LinearFunction(torch.autograd.Function):
+    """A product with a corner, its bias, and perhaps a GELU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec, activation: str | None
+    ) -> Tensor:
+        x = unit_stride(x.to(spec.dtype))
+        layer = Layer.of(weight, bias, None, x.shape[1], spec)
+        u, y = layer.forward_gelu(x) if activation else (None, layer.forward(x))
+        keep(ctx, (x, u), [layer])
+        return y
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, u), (layer,) = kept(ctx)
+        dy = unit_stride(dy if u is None else torch.ops.aten.gelu_backward(dy, u))
+        dx = layer.dgrad(dy) if ctx.needs_input_grad[0] else None
+        dweight, dbias, _ = layer.wgrad(dy, x) if any(ctx.needs_input_grad[1:3]) else (None, None, None)
+        return dx, dweight, dbias, None, None
+
+
+class LinearResidualFunction(torch.autograd.Function):
+    """A product with a corner, LayerScale, and the residual addition to chosen rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        gamma: Tensor | None,
+        index: Tensor | None,
+        row_scale: Tensor | None,
+        spec: LayerSpec,
+    ) -> Tensor:
+        x = unit_stride(x.to(spec.dtype))
+        layer = Layer.of(weight, bias, gamma, x.shape[1], spec)
+        keep(ctx, (x, index, row_scale), [layer])
+        return layer.forward_residual(x, unit_stride(residual), index, row_scale)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (x, index, row_scale), (layer,) = kept(ctx)
+        d = branch_gradient(dout, index, row_scale, x.dtype)
+        dweight, dbias, dgamma = layer.wgrad(d, x)
+        return layer.dgrad(d), dweight, dbias, dout, dgamma, None, None, None
+
+
+def mlp_backward(
+    d: Tensor, x: Tensor, u: Tensor, fc1: Layer, fc2: Layer
+) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """The gradient of the MLP's input and those of the parameters of both layers."""
+    du, activation = fc2.dgrad_gelu(d, u)
+    second = fc2.wgrad(d, activation)
+    del activation
+    return fc1.dgrad(du), fc1.wgrad(du, x), second
+
+
+class MlpFunction(torch.autograd.Function):
+    """Both layers of an MLP around a GELU, LayerScale, and the residual addition to chosen rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor | None,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor | None,
+        residual: Tensor | None,
+        gamma: Tensor | None,
+        index: Tensor | None,
+        row_scale: Tensor | None,
+        specs: tuple[LayerSpec, LayerSpec],
+    ) -> Tensor:
+        x = unit_stride(x.to(specs[0].dtype))
+        fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], specs[0])
+        fc2 = Layer.of(fc2_weight, fc2_bias, gamma, specs[0].out_features, specs[1])
+        u, activation = fc1.forward_gelu(x)
+        keep(ctx, (x, u, index, row_scale), [fc1, fc2])
+        ctx.has_residual = residual is not None
+        if residual is None:
+            return fc2.forward(activation)
+        return fc2.forward_residual(activation, unit_stride(residual), index, row_scale)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (x, u, index, row_scale), (fc1, fc2) = kept(ctx)
+        d = branch_gradient(dout, index, row_scale, x.dtype)
+        dx, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, x, u, fc1, fc2)
+        return dx, dw1, db1, dw2, db2, dout if ctx.has_residual else None, dgamma, None, None, None

@@ -1,0 +1,60 @@
+"""The Triton LayerNorm on a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from layer_norm_cases import EPS, affine, run
+from numerics import DTYPES, assert_as_good_as_torch, draw
+from sizes import RUNS, sized
+
+pytestmark = pytest.mark.cuda
+
+WIDTHS, LARGEST = sized(([384, 640, 1024, 1000, 2048, 4096], 4096), ([100, 200, 520, 1100, 2100], 2110))
+TOKENS, KEPT = sized((4099, 3001), (133, 101))
+# Tokens, and how many of them are normalised.
+ROWS: dict[str, tuple[int, int | None]] = {
+    "all-rows": (TOKENS, None),
+    "some-rows": (TOKENS, KEPT),
+    "one-row": (1, None),
+    "no-rows": (0, None),
+    "no-kept-rows": (5, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("case", ROWS)
+def test_forward_and_gradients(case: str, width: int, with_affine: bool, dtype: torch.dtype) -> None:
+    tokens, kept = ROWS[case]
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(3))
+    rows = None if kept is None else order[:kept].cuda()
+    x = draw(tokens, width).to("cuda", dtype)
+    dy = draw(tokens if kept is None else kept, width, seed=4).to("cuda", dtype)
+    parameters = tuple(p.to("cuda", dtype) for p in affine(width, LARGEST)) if with_affine else None
+    exact = tuple(p.double() for p in parameters) if parameters else None
+    truth = run(x.double(), exact, rows, dy.double(), "reference")
+    ours, *again = (run(x, parameters, rows, dy, "triton") for _ in range(RUNS))
+    for a, b, t in zip(ours, run(x, parameters, rows, dy, "reference"), truth, strict=True):
+        assert_as_good_as_torch(a, b, t)
+    assert all(torch.equal(a, r) for other in again for a, r in zip(ours, other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_normalised_rows_instead_of_the_stream(width: int, dtype: torch.dtype) -> None:
+    """As half-blocks do it, with stochastic depth: x may be overwritten, and gets its gradient added."""
+    rows = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(3))[:KEPT].cuda()
+    x, dsum = (draw(TOKENS, width, seed=n).to("cuda", dtype) for n in (0, 5))
+    dy = draw(KEPT, width, seed=4).to("cuda", dtype)
+    weight, bias = (p.to("cuda", dtype) for p in affine(width, LARGEST))
+    operators = torch.ops.elastic_kernels
+    y, xhat, _, rstd = operators.layer_norm_fwd(x, weight, bias, EPS, rows, dtype, True)
+    ours = y, *operators.layer_norm_bwd(dy, None, xhat, weight, None, rstd, rows, dsum)
+    parameters = (weight.double(), bias.double())
+    truth = run(x.double(), parameters, rows, dy.double(), "reference")
+    torchs = run(x, (weight, bias), rows, dy, "reference")
+    truth[1], torchs[1] = truth[1] + dsum.double(), torchs[1] + dsum
+    for a, b, t in zip(ours, torchs, truth, strict=True):
+        assert_as_good_as_torch(a, b, t)

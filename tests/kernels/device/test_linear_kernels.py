@@ -1,0 +1,145 @@
+"""The Triton linear layers and half-blocks on a device."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from linear_cases import HALVES, Case, assert_same_in_place, assert_zero_outside, forms, run
+from numerics import DTYPES, assert_as_good_as_torch, draw
+from sizes import RUNS, gpu_only, sized
+from torch import Tensor
+
+import elastic_kernels as ek
+from elastic_kernels import backend
+from elastic_kernels.triton_ops import linear_wgrad
+
+pytestmark = pytest.mark.cuda
+
+CASES = sized(
+    {
+        "narrowest": Case(4099, 384, 384, spare=640, head_dim=64),
+        "intact": Case(2051, 1024, 1024, spare=0, head_dim=64),
+        "kept": Case(3001, 640, 640, kept=3001, spare=384, head_dim=64),
+        "odd": Case(257, 97, 129),
+    },
+    {
+        "narrowest": Case(135, 80, 140),
+        "intact": Case(131, 96, 200, spare=0, head_dim=32),
+        "kept": Case(133, 96, 96, kept=133, spare=64, head_dim=32),
+        "odd": Case(137, 97, 129),
+    },
+) | {
+    "one-row": Case(1, 16, 5),
+    "no-rows": Case(0, 16, 16),
+    "none-kept": Case(0, 16, 16, kept=0),
+}
+
+
+def compare(case: Case, form: str, dtype: torch.dtype) -> None:
+    operator, exact = forms(case)[form]
+    low = {key: t.to("cuda", dtype) for key, t in exact.items()}
+    truth = run(operator, {key: t.double() for key, t in low.items()}, "reference")
+    ours, *again = (run(operator, low, "triton") for _ in range(RUNS))
+    torchs = run(operator, low, "reference")
+    for key, value in ours.items():
+        assert_as_good_as_torch(value, torchs[key], truth[key], label=key)
+        assert all(torch.equal(value, other[key]) for other in again), key
+        if key != "output":
+            assert_zero_outside(value, low[key[1:]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, case in CASES.items() for form in forms(case)]
+)
+def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None:
+    compare(CASES[name], form, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("form", "kept"), [("qkv-bias", None), ("residual-gamma", 133), ("mlp-half", 133)])
+def test_tiles_of_256_columns(form: str, kept: int | None, dtype: torch.dtype) -> None:
+    """fp32 has none."""
+    compare(Case(133, 240, 480, kept=kept), form, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", ["linear-bias", "residual-gamma", "qkv-bias"])
+def test_reductions_in_splits(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of few rows."""
+    monkeypatch.setattr(linear_wgrad, "MIN_SPLIT_ROWS", 64)
+    compare(Case(137, 24, 40), form, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_corners_are_added_in_place(dtype: torch.dtype) -> None:
+    """Of a narrow network that shares the weights of a wide one: as good as the sum of whole gradients."""
+    width, narrow, head_dim = sized((1024, 640, 64), (96, 48, 16))
+    torch.manual_seed(0)
+    weights = ek.ElasticBlock(width, 3 * width, head_dim, layer_scale=0.5).to("cuda", dtype)
+    inputs = [draw(74, w, seed=w).to("cuda", dtype) for w in (width, narrow)]
+
+    def gradients(name: str, kind: torch.dtype) -> tuple[Tensor, ...]:
+        block = copy.deepcopy(weights).to(kind)
+        with backend(name), ek.shared_gradients():
+            loss = sum(block(x.to(kind), [(2, 37)]).sin().sum() for x in inputs)
+        return torch.autograd.grad(loss, list(block.parameters()))
+
+    truth = gradients("reference", torch.float64)
+    for ours, torchs, exact in zip(
+        gradients("triton", dtype), gradients("reference", dtype), truth, strict=True
+    ):
+        assert_as_good_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("half", HALVES)
+def test_a_stream_that_may_be_overwritten(half: str, affine: bool) -> None:
+    assert_same_in_place(CASES["kept"], half, affine, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", ["linear-gelu", "residual-gamma", "mlp-half", "attention-half"])
+def test_autocast_with_fp32_weights(form: str, dtype: torch.dtype) -> None:
+    operator, exact = forms(CASES["narrowest"])[form]
+    tensors = {key: t.float().cuda() for key, t in exact.items()}
+    truth = run(operator, {key: t.double() for key, t in tensors.items()}, "reference")
+    with torch.autocast("cuda", dtype):
+        ours, torchs = (run(operator, tensors, name) for name in ("triton", "reference"))
+    for key, value in ours.items():
+        assert_as_good_as_torch(value.to(dtype), torchs[key], truth[key], label=key)
+
+
+@gpu_only
+def test_cuda_graph() -> None:
+    """A captured block replays to the same bits: nothing in it waits for the host."""
+    block = ek.ElasticBlock(256, 1024, 64, layer_scale=0.1).cuda().bfloat16()
+    x, groups = draw(4 * 37, 128).to("cuda", torch.bfloat16), [(4, 37)]
+    leaves = list(block.parameters())
+    with backend("triton"):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):  # compile before the capture
+            expected = torch.autograd.grad(block(x, groups).float().sin().sum(), leaves)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = torch.autograd.grad(block(x, groups).float().sin().sum(), leaves)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@gpu_only
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_a_gpu_that_is_not_the_current_one() -> None:
+    """Triton launches on the current device, if nobody changes it."""
+    block = ek.ElasticBlock(256, 1024, 64, layer_scale=0.1).to("cuda:1", torch.bfloat16)
+    x, groups = draw(4 * 37, 128).to("cuda:1", torch.bfloat16), [(4, 37)]
+    results = []
+    for current in (0, 1):
+        with backend("triton"), torch.cuda.device(current):
+            y = block(x, groups)
+            results.append((y, *torch.autograd.grad(y.float().sin().sum(), list(block.parameters()))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
