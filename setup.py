@@ -13,7 +13,7 @@ setup(
     packages=[*find_packages(include=["poa", "poa.*"]), "elastic_kernels", "elastic_kernels.triton_ops"],
     package_dir={"poa": "poa", "elastic_kernels": "kernels/elastic_kernels"},
     package_data={"poa": ["py.typed", "expected/*.json"], "elastic_kernels": ["py.typed"]},
-    install_requires=["torch>=2.10", "numpy", "pillow", "safetensors", "tqdm"],
+    install_requires=["torch>=2.11", "numpy", "pillow", "safetensors", "tqdm"],
     extras_require={
         "quickstart": ["scikit-learn", "matplotlib"],
         "plot": ["matplotlib"],

@@ -14,6 +14,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
+from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
@@ -160,6 +162,11 @@ def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | No
     return Choice("triton", f"{x.device.type} tensor of {dtype}")
 
 
+@lru_cache
+def _release(package: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version(package).split(".")[:2])
+
+
 def _obstacle(device: str, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run on such tensors, or None."""
     if not HAS_TRITON:
@@ -168,6 +175,8 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"the kernel takes float32, float16 and bfloat16, got {dtype}"
     if device == "cpu" and not INTERPRETED:
         return "the tensors are on a CPU (without TRITON_INTERPRET=1)"
+    if device == "cpu" and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
+        return f"the interpreter of Triton {version('triton')} expected numpy<2.4, got {version('numpy')}"
     if device == "meta" and planned() is not None:
         return None
     if device not in ("cpu", "cuda"):

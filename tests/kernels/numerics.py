@@ -23,7 +23,9 @@ def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*size, **options) -> Tensor:
         tensor = empty(*size, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            tensor.detach().fill_(torch.nan)
+        return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
