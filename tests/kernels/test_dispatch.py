@@ -46,11 +46,12 @@ def test_forced_triton_never_falls_back() -> None:
     assert packed_attention(QKV, [(1, 4)]).shape == (4, 32)
 
 
-def test_an_interpreter_that_the_installed_numpy_breaks_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interpreter_that_numpy_breaks_is_no_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "INTERPRETED", True)
     monkeypatch.setattr(dispatch, "version", {"triton": "3.6.0", "numpy": "2.4.1"}.get)
     dispatch._release.cache_clear()
-    with backend("triton"), pytest.raises(RuntimeError, match=r"Triton 3\.6\.0 expected numpy<2\.4, got 2\.4\.1"):
+    expected = r"Triton 3\.6\.0 expected numpy<2\.4, got 2\.4\.1"
+    with backend("triton"), pytest.raises(RuntimeError, match=expected):
         packed_attention(QKV, [(1, 4)])
     dispatch._release.cache_clear()
 

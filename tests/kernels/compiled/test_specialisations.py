@@ -21,10 +21,11 @@ from elastic_kernels.triton_ops import (
     attention,
     gemm,
     group_norm,
+    halves,
     layer_norm,
+    layers,
     linear,
     linear_wgrad,
-    units,
     window_attention,
 )
 
@@ -68,7 +69,8 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton.compiler, "compile", lambda *args, **kwargs: object())
     operators = {name: getattr(module, name) for module in MODULES for name in dir(module)}
     monkeypatch.setattr(torch.ops, "elastic_kernels", SimpleNamespace(**operators))
-    monkeypatch.setattr(units, "ops", torch.ops.elastic_kernels)
+    for module in (halves, layers):
+        monkeypatch.setattr(module, "ops", torch.ops.elastic_kernels)
     monkeypatch.setattr(dispatch, "_obstacle", lambda device, dtype: None)
     monkeypatch.setattr(dispatch, "autocast_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(gemm, "capability", lambda device: (9, 0))
