@@ -1,0 +1,173 @@
+"""The options of the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from poa import commands
+from poa.backbones import CONFIGS
+from poa.config import PRESETS, preset
+from poa.options import describe
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse a command; `KEY=VALUE` may stand anywhere among its options."""
+    parser = _parser(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """One line, without the usage text."""
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="poa", description="Pre-train once, for models of all sizes.")
+    group = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_pretrain(group, arguments)
+    _add_queries(group)
+    _add_planning(group)
+    return parser
+
+
+def _add_pretrain(group: argparse._SubParsersAction[_Parser], arguments: Sequence[str]) -> None:
+    """`pretrain`, whose help lists every option with the values of the preset in use."""
+    presets = "\n".join(f"  {name:<12} {text}" for name, (_, text) in PRESETS.items())
+    command = group.add_parser(
+        "pretrain",
+        help="train a run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Train a run on one device, or under torchrun on many.\n\npresets:\n{presets}",
+        epilog=_options_help(arguments) if {"-h", "--help"} & set(arguments) else None,
+    )
+    command.add_argument("--preset", help="what to start from; default quickstart")
+    command.add_argument("--config", help="instead of a preset: the config.json of another run")
+    command.add_argument("--data", help="digits, or a folder of images (run.data)")
+    command.add_argument("--out", help="run folder, new")
+    command.add_argument("--resume", metavar="RUN", help="continue this run from its checkpoint")
+    command.add_argument(
+        "--replan", action="store_true", help="with --resume: take other method.optim options, such as epochs"
+    )
+    command.add_argument(
+        "--init-from",
+        metavar="RUN",
+        help="start from the weights of this run, with its options or --preset's",
+    )
+    command.add_argument(
+        "--check", action="store_true", help="say what was found and what the run would do, and stop"
+    )
+    command.add_argument("--auto-resume", action="store_true", help="continue --out where it holds a run")
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N (run.device)")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any option below")
+    command.set_defaults(command=commands.run_pretrain)
+
+
+def _options_help(arguments: Sequence[str]) -> str:
+    """Every option with its type, value and meaning."""
+    names = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--preset"]
+    name = names[-1] if names and names[-1] in PRESETS else "quickstart"
+    config = preset(name)
+    lines = [f"options, with the values of preset {name}:", *_described(config)]
+    for other in CONFIGS:
+        if not isinstance(config.method.backbone, other):
+            lines.append(f"\nthose of method.backbone.kind={other.kind}, with its defaults:")
+            lines += _described(other(), "method.backbone")
+    return "\n".join(lines)
+
+
+def _described(options: Any, path: str = "") -> Iterator[str]:
+    for key, kind, value, text in describe(options, path):
+        shown = ",".join(str(v) for v in value) if isinstance(value, tuple) else value
+        yield f"  {key}={shown}\n      {kind}: {text}"
+
+
+RUN_HELP = "run folder that pretrain wrote"
+
+
+def _add_queries(group: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that read runs."""
+    which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
+    which["help"] = "subnets such as 384x12, or all"
+    branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
+    branch["help"] = "whose weights"
+    step: dict[str, Any] = {
+        "type": int,
+        "metavar": "N",
+        "help": "checkpoint of this step; default the newest",
+    }
+
+    command = group.add_parser("extract", help="write subnets as safetensors files in timm's naming")
+    command.add_argument("run", help=RUN_HELP)
+    command.add_argument("--subnets", required=True, **which)
+    command.add_argument("--out", help="folder; default RUN/models")
+    command.add_argument("--image-size", type=int, help="bake position embeddings for this size, pixels")
+    command.add_argument("--branch", **branch)
+    command.add_argument("--step", **step)
+    command.set_defaults(command=commands.run_extract)
+
+    command = group.add_parser("evaluate", help="k-NN and linear accuracy of subnets on held-out images")
+    command.add_argument("run", help=RUN_HELP)
+    command.add_argument("--subnets", default=["all"], **which)
+    command.add_argument("--data", help="digits or a folder; default: the run's own")
+    command.add_argument("--initial", action="store_true", help="also score the weights before training")
+    command.add_argument("--linear", action="store_true", help="train linear classifiers too")
+    command.add_argument("--out", help="JSON file; default RUN/evaluation.json")
+    command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("--branch", **branch)
+    command.add_argument("--step", **step)
+    command.set_defaults(command=commands.run_evaluate)
+
+    command = group.add_parser("report", help="draw the curves of a run into one page")
+    command.add_argument("run", nargs="+", help=RUN_HELP)
+    command.add_argument("--out", help="page (.html) or picture (.png, .svg, ...); default RUN/report.html")
+    command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
+    command.set_defaults(command=commands.run_report)
+
+    command = group.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
+    command.add_argument("run", nargs="?", help=RUN_HELP)
+    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
+    command.add_argument("--json", action="store_true", help="one JSON list")
+    command.set_defaults(command=commands.list_subnets, config=None, overrides=[])
+
+
+def _add_planning(group: argparse._SubParsersAction[_Parser]) -> None:
+    """The commands that prepare a run, and the demonstration."""
+    command = group.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
+    command.add_argument("preset", help="one of " + ", ".join(PRESETS))
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.set_defaults(command=commands.run_memory, config=None, data=None)
+
+    command = group.add_parser("warmup", help="compile every kernel that a run can need, and keep them")
+    command.add_argument("preset", help="one of " + ", ".join(PRESETS))
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.set_defaults(command=commands.run_warmup, config=None, data=None)
+
+    command = group.add_parser(
+        "loader", help="measure how fast images are read and decoded, without training"
+    )
+    command.add_argument("--data", required=True, help="where the images are, as in pretrain")
+    command.add_argument("--preset", help="whose canvas and batches; default quickstart")
+    command.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of processes to try")
+    command.add_argument("--seconds", type=float, default=10.0, help="to measure each")
+    command.set_defaults(command=commands.run_loader, config=None, overrides=[])
+
+    command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
+    command.add_argument(
+        "--backbone", choices=tuple(commands.QUICKSTARTS), default="vit", help="of what kind"
+    )
+    command.add_argument("--out", help="run folder, new; default runs/PRESET, or -2, -3, ...")
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
+    command.set_defaults(command=commands.run_quickstart)

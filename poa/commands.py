@@ -1,0 +1,205 @@
+"""What each command of the command line does, given its parsed options."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from poa.checkpoint import RunFolder
+from poa.config import Config, preset, with_run
+from poa.data.sources import open_data
+from poa.data.speed import loader_speed
+from poa.distributed import world
+from poa.errors import InputError
+from poa.evaluate import evaluate_subnets
+from poa.export import extract
+from poa.memory import memory_report
+from poa.options import differences, from_dict, override
+from poa.quickstart import quickstart
+from poa.report import record_band, require_matplotlib, write_report
+from poa.step import initial_network
+from poa.subnets import SearchSpace, Subnet
+from poa.train import pretrain
+from poa.warmup import warm_up
+
+QUICKSTARTS = {"vit": "quickstart", "swin": "quickstart-swin", "resnet": "quickstart-resnet"}
+
+
+def run_pretrain(options: argparse.Namespace) -> None:
+    if options.resume:
+        if options.preset or options.config or options.out or options.auto_resume or options.init_from:
+            raise InputError(
+                "--resume: expected no --preset, --config, --init-from, --out or --auto-resume beside it"
+            )
+        folder = RunFolder(Path(options.resume))
+        config = _overridden(folder.config(), options)
+        changed = next(differences(config.method.optim, folder.config().method.optim), None)
+        if changed and not options.replan:
+            raise InputError(
+                f"method.optim.{changed[0]}: expected {changed[2]} as the run was planned, got {changed[1]}; "
+                "--replan plans its schedules again"
+            )
+        pretrain(config, folder.path, resume=True, check=options.check)
+        return
+    if options.replan:
+        raise InputError("--replan: expected --resume RUN beside it")
+    if not options.out and not options.check:
+        raise InputError("pretrain: expected --out RUN, the folder of the new run")
+    out = RunFolder(Path(options.out or "."))
+    resume = options.auto_resume and bool(out.checkpoints())
+    pretrain(_new_config(options), out.path, resume=resume, check=options.check)
+
+
+def run_quickstart(options: argparse.Namespace) -> None:
+    name = QUICKSTARTS[options.backbone]
+    out = Path(options.out) if options.out else _free_folder(Path("runs") / name)
+    quickstart(_overridden(preset(name), options), out)
+
+
+def _free_folder(wanted: Path) -> Path:
+    """The folder itself, or the first of its numbered siblings that is not there yet."""
+    siblings = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([wanted], siblings) if not path.exists())
+
+
+def run_extract(options: argparse.Namespace) -> None:
+    folder = RunFolder(Path(options.run))
+    config = folder.config()
+    backbone_config = config.method.backbone
+    subnets = _subnets(options.subnets, backbone_config.space)
+    if options.image_size is not None:
+        backbone_config.grid(options.image_size)
+    network, checkpoint = folder.network(options.branch, options.step)
+    for subnet in subnets:
+        path = extract(
+            network.backbone,
+            subnet,
+            Path(options.out or folder.path / "models"),
+            config.method.crops,
+            image_size=options.image_size,
+            source=f"{checkpoint.path} ({options.branch})",
+        )
+        print(path)
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    folder = RunFolder(Path(options.run))
+    config = folder.config()
+    if options.data:
+        config = with_run(config, data=options.data)
+    subnets = _subnets(options.subnets, config.method.backbone.space)
+    if options.plot:
+        require_matplotlib()
+    with world(options.device, config.run.timeout) as here:
+        data = open_data(config.run.data, config.run.holdout, config.method.seed, config.run.unreadable_share)
+        network, _ = folder.network(options.branch, options.step)
+        backbone = network.backbone.to(here.device)
+        initial = None
+        if options.initial:
+            initial = initial_network(config, options.branch).backbone.to(here.device)
+        report = evaluate_subnets(
+            backbone, subnets, data, config, here, initial=initial, linear=options.linear
+        )
+    if not here.is_main:
+        return
+    print(report.table())
+    out = Path(options.out or folder.path / "evaluation.json")
+    report.write(out)
+    print(out)
+    if options.plot:
+        report.plot(Path(options.plot))
+        print(options.plot)
+
+
+def run_report(options: argparse.Namespace) -> None:
+    folders = [RunFolder(Path(run)) for run in options.run]
+    if options.record:
+        out = Path(options.record)
+        record_band(folders, out)
+    elif len(folders) > 1:
+        raise InputError(f"report: expected one run, or --record FILE with several, got {len(folders)} runs")
+    else:
+        out = Path(options.out or folders[0].path / "report.html")
+        write_report(folders[0], out)
+    print(out)
+
+
+def run_loader(options: argparse.Namespace) -> None:
+    config = _new_config(options)
+    for row in loader_speed(config, options.workers, options.seconds):
+        print(row, flush=True)
+
+
+def run_memory(options: argparse.Namespace) -> None:
+    for row in memory_report(_new_config(options)):
+        print(row, flush=True)
+
+
+def run_warmup(options: argparse.Namespace) -> None:
+    for row in warm_up(_new_config(options)):
+        print(row, flush=True)
+
+
+def list_subnets(options: argparse.Namespace) -> None:
+    config = RunFolder(Path(options.run)).config() if options.run else _new_config(options)
+    method = config.method
+    backbone, counts = method.backbone, method.backbone.space.multiplicities()
+    rows: list[dict[str, Any]] = [
+        {
+            "width": s.width,
+            "depth": s.depth,
+            "params": backbone.parameters(s),
+            "flops": backbone.flops(s),
+            "draws": counts[s] - (s == backbone.space.intact and len(counts) > 1),
+        }
+        for s in backbone.space
+    ]
+    if options.json:
+        print(json.dumps(rows))
+        return
+    print(f"{len(rows)} subnets; FLOPs of one {backbone.image_size}-pixel image; draws in a round")
+    names = [str(s) for s in backbone.space]
+    wide = max(9, *map(len, names))
+    print(f"{'subnet':>{wide}} {'params':>12} {'GFLOPs':>9} {'draws':>6}")
+    for name, row in zip(names, rows, strict=True):
+        print(f"{name:>{wide}} {row['params']:>12,} {row['flops'] / 1e9:>9.3f} {row['draws']:>6}")
+
+
+def _new_config(options: argparse.Namespace) -> Config:
+    """Of a preset, a file or the run to start from, in this order; the quickstart's where none is named."""
+    source = getattr(options, "init_from", None)
+    if options.preset and options.config:
+        raise InputError("expected one of --preset and --config, got both")
+    if options.config:
+        try:
+            values = json.loads(Path(options.config).read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"config: expected a JSON file, got {options.config}: {error}") from None
+        config = from_dict(Config, values)
+    elif source and not options.preset:
+        config = RunFolder(Path(source)).config()
+    else:
+        config = preset(options.preset or "quickstart")
+    return _overridden(with_run(config, init_from=source) if source else config, options)
+
+
+def _overridden(config: Config, options: argparse.Namespace) -> Config:
+    """Apply `--data`, `--device` and `KEY=VALUE` in this order."""
+    changes = {key: getattr(options, key, None) for key in ("data", "device")}
+    config = with_run(config, **{key: value for key, value in changes.items() if value})
+    return override(config, options.overrides)
+
+
+def _subnets(names: Sequence[str], space: SearchSpace) -> list[Subnet]:
+    if list(names) == ["all"]:
+        return list(space)
+    parts = [part for name in names for part in name.split(",") if part]
+    if not parts:
+        raise InputError(
+            f"--subnets: expected subnets such as {space.smallest}, or all, got {' '.join(names)!r}"
+        )
+    return [space.require(Subnet.parse(part)) for part in parts]
