@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import harness, results, roofline
 from benchmarks.cases import ALL_WIDTHS, CASES, REAL, TINY
-from poa.config import preset
+from poa.presets import preset
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,11 +16,12 @@ from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from poa.backbones import Backbone
 from poa.checkpoint import RunFolder
-from poa.config import Config, preset, with_run
+from poa.config import Config, with_run
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.network import Network
+from poa.presets import preset
 from poa.step import Chunk, train_step
 from poa.train import Run
 

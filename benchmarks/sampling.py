@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.results import Row, place
 from poa.checkpoint import RunFolder
-from poa.config import preset
 from poa.flops import chunk_flops
+from poa.presets import preset
 from poa.subnets import POLICIES, SubnetSampler
 
 ROOT = Path(__file__).parent.parent

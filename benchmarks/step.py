@@ -25,13 +25,14 @@ from benchmarks.peers import naive
 from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from elastic_kernels import backend
-from poa.config import Config, preset
+from poa.config import Config
 from poa.data.augment import augment
-from poa.data.masking import draw_masks
 from poa.device import join
+from poa.masks import draw_masks
 from poa.network import VIEWS, Batch, StudentOutput, StudentPass
 from poa.optim import Schedules, update_weights
 from poa.options import override
+from poa.presets import preset
 from poa.random import python_stream, torch_stream
 from poa.step import Chunk, TrainingState, autocast, student_passes, train_step
 from poa.subnets import SearchSpace, Subnet

@@ -9,8 +9,8 @@ from typing import Any
 
 from poa import commands
 from poa.backbones import CONFIGS
-from poa.config import PRESETS, preset
 from poa.options import describe
+from poa.presets import PRESETS, preset
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

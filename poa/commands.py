@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from poa.checkpoint import RunFolder
-from poa.config import Config, preset, with_run
+from poa.config import Config, with_run
 from poa.data.sources import open_data
 from poa.data.speed import loader_speed
 from poa.distributed import world
@@ -19,6 +19,7 @@ from poa.evaluate import evaluate_subnets
 from poa.export import extract
 from poa.memory import memory_report
 from poa.options import differences, from_dict, override
+from poa.presets import preset
 from poa.quickstart import quickstart
 from poa.report import record_band, require_matplotlib, write_report
 from poa.step import initial_network

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from elastic_kernels.dispatch import planning
 from poa.config import Config
-from poa.data.masking import Masks
 from poa.errors import InputError
 from poa.flops import expected_masked
+from poa.masks import Masks
 from poa.network import VIEWS, Batch, Network
 from poa.optim import build_optimizer
 from poa.random import torch_stream

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from elastic_kernels import shared_gradients
 from elastic_kernels.dispatch import without_autocast
 from poa.backbones import BackboneConfig
-from poa.data.masking import Masks
 from poa.heads import HeadConfig, ProjectionHeads
+from poa.masks import Masks
 from poa.multicrop import StochasticDepth
 from poa.subnets import Subnet
 

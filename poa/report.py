@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from poa.checkpoint import RunFolder, replace_text
-from poa.config import PRESETS, Config, preset
+from poa.config import Config
 from poa.errors import InputError
 from poa.metrics import flat
+from poa.presets import PRESETS, preset
 from poa.subnets import Subnet
 
 Row = Mapping[str, Any]

@@ -19,7 +19,6 @@ from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.augment import augment
 from poa.data.loader import Canvases, SampleStream, training_batches
-from poa.data.masking import Masks, draw_masks
 from poa.data.sources import DataSplit, open_data
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
@@ -28,6 +27,7 @@ from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
+from poa.masks import Masks, draw_masks
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
 from poa.network import VIEWS, Batch, StudentPass
 from poa.options import describe, from_dict, to_dict

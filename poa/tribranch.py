@@ -22,9 +22,9 @@ from torch import Tensor
 from elastic_kernels import prototype_cross_entropy
 from elastic_kernels.dispatch import without_autocast
 from poa import losses
-from poa.data.masking import Masks
 from poa.device import beside, join, side_stream
 from poa.losses import LossConfig, SoftTargets
+from poa.masks import Masks
 from poa.network import VIEWS, Batch, Network, StudentOutput
 
 OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}

@@ -11,9 +11,9 @@ from elastic_kernels.compilations import compilations
 from elastic_kernels.optimizer import fused_adamw_backend
 from poa.config import Config
 from poa.data.augment import augment
-from poa.data.masking import Masks, draw_masks
 from poa.device import choose_device
 from poa.errors import InputError
+from poa.masks import Masks, draw_masks
 from poa.network import VIEWS, Batch
 from poa.optim import Schedules
 from poa.random import python_stream, torch_stream

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import poa
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
-from poa.config import PRESETS, Config, preset
+from poa.config import Config
 from poa.errors import InputError
 from poa.memory import predict_memory
 from poa.optim import Schedules
 from poa.options import from_dict, to_dict
+from poa.presets import PRESETS, preset
 from poa.step import TrainingState, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain

@@ -21,8 +21,8 @@ from tiny import OVERRIDES
 
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
-from poa.config import preset
 from poa.options import describe
+from poa.presets import preset
 
 Run = Path
 

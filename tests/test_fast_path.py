@@ -17,9 +17,10 @@ from elastic_kernels import backend
 from elastic_kernels.dispatch import INTERPRETED
 from poa import device
 from poa.checkpoint import RunFolder
-from poa.config import Config, preset
+from poa.config import Config
 from poa.network import Batch
 from poa.options import override
+from poa.presets import preset
 from poa.step import Chunk, TrainingState, accumulate_gradients, autocast, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from poa.backbones import ViTConfig
-from poa.data.masking import draw_masks
+from poa.masks import draw_masks
 from poa.optim import OptimConfig, Schedules, cosine_schedule
 from poa.subnets import SubnetSampler, active_blocks
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from elastic_kernels import prototype_cross_entropy
 from poa import losses
-from poa.data.masking import Masks
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import LossConfig
+from poa.masks import Masks
 from poa.network import Batch, Network, StudentPass
 from poa.official import head_name, network_name
 from poa.optim import OptimConfig, OptimizerKind, build_optimizer, clip_gradients, set_rates, update_weights

@@ -11,11 +11,11 @@ from PIL import Image
 from tiny import tiny_config
 
 from poa.checkpoint import RunFolder
-from poa.config import preset
 from poa.health import ALARMS, LOOKS, STEPS, Watch, observe
 from poa.losses import SoftTargets
 from poa.network import StudentOutput
 from poa.options import override
+from poa.presets import preset
 from poa.train import pretrain
 from poa.tribranch import Targets
 

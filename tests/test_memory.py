@@ -9,7 +9,6 @@ from tiny import tiny_config
 
 from elastic_kernels import backend
 from poa.__main__ import main
-from poa.config import preset
 from poa.errors import InputError
 from poa.memory import (
     BLOCK,
@@ -20,6 +19,7 @@ from poa.memory import (
     predict_memory,
 )
 from poa.options import override
+from poa.presets import preset
 from poa.subnets import Subnet
 
 

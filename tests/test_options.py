@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from poa.backbones import ResNetConfig, SwinConfig
-from poa.config import PRESETS, Config, preset
+from poa.config import Config
 from poa.errors import InputError
 from poa.optim import Schedules
 from poa.options import Interval, describe, first_difference, from_dict, override, to_dict
+from poa.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import torch
 from tiny import tiny_config
 
 from poa.__main__ import main
-from poa.config import Config, preset
+from poa.config import Config
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.options import override
 from poa.plan import Plan, first_lines, last_lines
+from poa.presets import preset
 from poa.train import pretrain
 
 CPU = torch.device("cpu")

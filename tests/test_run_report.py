@@ -18,10 +18,10 @@ from benchmarks import roofline
 from poa import report
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
-from poa.config import preset
 from poa.errors import InputError
 from poa.flops import chunk_flops, expected_masked
 from poa.metrics import flat
+from poa.presets import preset
 from poa.report import expected_band, record_band, summary, write_report
 from poa.subnets import Subnet
 from poa.train import pretrain

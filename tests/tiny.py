@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from poa.config import Config, preset
+from poa.config import Config
 from poa.options import override
+from poa.presets import preset
 
 VIT = [
     "method.backbone.min_width=16",

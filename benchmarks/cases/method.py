@@ -12,8 +12,8 @@ from benchmarks.harness import Problem
 from benchmarks.peers import naive
 from benchmarks.peers import optimizer as optimizer_peers
 from benchmarks.peers import prototypes as prototype_peers
-from poa.config import preset
 from poa.network import Network
+from poa.presets import preset
 
 
 def prototype_losses(device: torch.device, sizes: Sizes, groups: Groups, count: int) -> Problem:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.roofline.costs import SINGLE
 from poa.config import MethodConfig
-from poa.data.masking import draw_masks
+from poa.masks import draw_masks
 from poa.network import VIEWS
 from poa.random import python_stream
 

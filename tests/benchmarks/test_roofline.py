@@ -11,11 +11,12 @@ from benchmarks import roofline
 from benchmarks.roofline import H200, Summary, Workload, vit
 from benchmarks.roofline.swin import positions
 from poa.backbones import ViTConfig
-from poa.config import MethodConfig, preset
-from poa.data.masking import draw_masks
+from poa.config import MethodConfig
+from poa.masks import draw_masks
 from poa.multicrop import draw_stochastic_depth
 from poa.network import Batch, Network, StudentPass
 from poa.options import override
+from poa.presets import preset
 from poa.random import python_stream, torch_stream
 from poa.subnets import Subnet
 from poa.tribranch import Centers, teacher_targets, tribranch_loss

@@ -13,8 +13,8 @@ from tiny import tiny_config
 
 from benchmarks import quality, roofline, step
 from benchmarks.peers.official import OfficialStep
-from poa.config import preset
 from poa.network import Network, StudentPass
+from poa.presets import preset
 from poa.subnets import Subnet
 from poa.tribranch import Centers, teacher_targets, tribranch_loss
 

@@ -17,10 +17,25 @@ import torch
 from torch import Tensor
 
 from elastic_kernels.transfer import upload
+from poa.options import Options, option
 
 MIN_PATCHES = 4  # of the rectangle a mask is built from
 ASPECT = 0.3  # aspect ratios are drawn from ASPECT..1/ASPECT
 TRIES = 10  # rectangles tried before a mask is left as it is
+
+
+@dataclass(frozen=True)
+class MaskConfig(Options, at="method.masks"):
+    """Masks of the masked-patch (iBOT) loss."""
+
+    probability: float = option(0.5, "share of the global crops that get a mask", "[0, 1]")
+    ratio: tuple[float, float] = option(
+        (0.1, 0.5), "smallest and largest share of masked patches of such a crop", "[0, 1]"
+    )
+
+    def check(self) -> None:
+        if self.ratio[0] > self.ratio[1]:
+            raise self.wrong("ratio", "the smaller value first")
 
 
 @dataclass(frozen=True)
