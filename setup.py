@@ -35,5 +35,5 @@ setup(
         "sanitize": ["pytest", "pytest-xdist"],
         "dev": ["ruff", "mypy"],
     },
-    entry_points={"console_scripts": ["poa-pretrain = poa.__main__:main"]},
+    entry_points={"console_scripts": ["poa = poa.__main__:main"]},
 )

@@ -83,7 +83,7 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
 
     Args:
         name: of the preset.
-        data: as `python -m poa pretrain --data`; with held-out images of known classes.
+        data: as `poa pretrain --data`; with held-out images of known classes.
         device: to run on.
         minutes: of training, of each.
         official: checkout of the official code, or None.

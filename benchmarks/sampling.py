@@ -13,6 +13,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import PIPE, STDOUT
+
+from tqdm import tqdm
 
 from benchmarks.results import Row, place
 from poa.checkpoint import RunFolder
@@ -42,7 +45,7 @@ def run(name: str, data: str, processes: int, steps: int, device: str) -> list[R
 
     Args:
         name: of the preset.
-        data: as `python -m poa pretrain --data`.
+        data: as `poa pretrain --data`.
         processes: on this machine, each with one chunk.
         steps: of each policy.
         device: auto, cpu or cuda.
@@ -84,22 +87,17 @@ def _train(name: str, data: str, processes: int, steps: int, device: str, policy
             "run.evaluate_every": 0,
             "run.device": device,
         }
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command += [
-            str(processes),
-            "-m",
-            "poa",
-            "pretrain",
-            "--preset",
-            name,
-            "--data",
-            data,
-            "--out",
-            str(out),
-        ]
-        command += [f"{key}={value}" for key, value in options.items()]
+        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m", "poa"]
+        what = ["pretrain", "--preset", name, "--data", data, "--out", str(out)]
+        command = [sys.executable, "-m", *launcher, *what, *(f"{key}={v}" for key, v in options.items())]
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
-        if done.returncode:
-            raise ValueError(f"sampling: a run with {policy} failed: {done.stderr.strip().splitlines()[-1]}")
+        env, said = os.environ | {"PYTHONPATH": path}, []
+        bar = tqdm(total=WARM_UP + steps, desc=policy, unit="step", leave=False)
+        with bar, subprocess.Popen(command, env=env, stdout=PIPE, stderr=STDOUT, text=True) as run:
+            for line in run.stdout or ():
+                said.append(line.strip())
+                bar.update("  loss " in line)
+        if run.returncode:
+            why = next((line for line in said if "error: " in line), said[-1])
+            raise ValueError(f"sampling: a run with {policy} failed: {why}")
         return [row for row in RunFolder(out).rows() if "loss" in row]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import math
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
+import torch
+
+import poa
 from poa import commands
 from poa.backbones import CONFIGS
-from poa.options import describe
+from poa.config import Config
+from poa.options import Interval, describe, nearest, shown
 from poa.presets import PRESETS, preset
 
 
@@ -19,29 +25,82 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        after = [*arguments, ""][list(arguments).index(unknown[0]) + 1]
+        options.parser.error(f"unrecognized argument {unknown[0]}{_meant(unknown[0], after, options)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
     return options
 
 
+def _meant(word: str, after: str, options: argparse.Namespace) -> str:
+    """What to write instead of an unknown argument: a flag of the command, or an option of the run."""
+    name, _, value = (word if "=" in word else f"{word}={after}").lstrip("-").partition("=")
+    flags = [flag for flag in options.parser.flags if flag.startswith("--")]
+    if close := difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.8):
+        return f"; did you mean {close[0]}?"
+    if not hasattr(options, "overrides") or not word.startswith("--"):
+        return ""
+    key = nearest(name, [key for key, *_ in describe(Config())])
+    example = f"did you mean {key}={value or 'VALUE'}?" if key else "--help lists them"
+    return f"; options of a run are written KEY=VALUE, without dashes: {example}"
+
+
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:  # type: ignore[override]
-        """One line, without the usage text."""
+    """Errors are one line without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
+class _Command(_Parser):
+    """The parser of a command, which takes no empty text."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.register("type", None, _not_empty)
+        self.set_defaults(parser=self)
+
+    @property
+    def flags(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+def _not_empty(text: str) -> str:
+    """As an unset variable of a script would be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {text!r}")
+    return text
+
+
+def _number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
+    """A reader of numbers in an interval."""
+    interval = Interval.parse(within)
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in interval:
+            raise argparse.ArgumentTypeError(f"expected a number in {within}, got {shown(text)!r}")
+        return value
+
+    return read
+
+
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = _Parser(prog="poa", description="Pre-train once, for models of all sizes.")
-    group = parser.add_subparsers(required=True, metavar="COMMAND")
+    version = f"poa {poa.__version__}, PyTorch {torch.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    group = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
     _add_pretrain(group, arguments)
     _add_queries(group)
     _add_planning(group)
     return parser
 
 
-def _add_pretrain(group: argparse._SubParsersAction[_Parser], arguments: Sequence[str]) -> None:
+def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequence[str]) -> None:
     """`pretrain`, whose help lists every option with the values of the preset in use."""
     presets = "\n".join(f"  {name:<12} {text}" for name, (_, text) in PRESETS.items())
     command = group.add_parser(
@@ -95,14 +154,14 @@ def _described(options: Any, path: str = "") -> Iterator[str]:
 RUN_HELP = "run folder that pretrain wrote"
 
 
-def _add_queries(group: argparse._SubParsersAction[_Parser]) -> None:
+def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     """The commands that read runs."""
     which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
     which["help"] = "subnets such as 384x12, or all"
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
     branch["help"] = "whose weights"
     step: dict[str, Any] = {
-        "type": int,
+        "type": _number(int, "[1, 1e9]"),
         "metavar": "N",
         "help": "checkpoint of this step; default the newest",
     }
@@ -111,7 +170,9 @@ def _add_queries(group: argparse._SubParsersAction[_Parser]) -> None:
     command.add_argument("run", help=RUN_HELP)
     command.add_argument("--subnets", required=True, **which)
     command.add_argument("--out", help="folder; default RUN/models")
-    command.add_argument("--image-size", type=int, help="bake position embeddings for this size, pixels")
+    command.add_argument(
+        "--image-size", type=_number(int, "[1, 4096]"), help="bake position embeddings for this size, pixels"
+    )
     command.add_argument("--branch", **branch)
     command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_extract)
@@ -142,7 +203,7 @@ def _add_queries(group: argparse._SubParsersAction[_Parser]) -> None:
     command.set_defaults(command=commands.list_subnets, config=None, overrides=[])
 
 
-def _add_planning(group: argparse._SubParsersAction[_Parser]) -> None:
+def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     """The commands that prepare a run, and the demonstration."""
     command = group.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
     command.add_argument("preset", help="one of " + ", ".join(PRESETS))
@@ -159,8 +220,14 @@ def _add_planning(group: argparse._SubParsersAction[_Parser]) -> None:
     )
     command.add_argument("--data", required=True, help="where the images are, as in pretrain")
     command.add_argument("--preset", help="whose canvas and batches; default quickstart")
-    command.add_argument("--workers", type=int, nargs="+", default=[1], help="numbers of processes to try")
-    command.add_argument("--seconds", type=float, default=10.0, help="to measure each")
+    command.add_argument(
+        "--workers",
+        type=_number(int, "[0, 1024]"),
+        nargs="+",
+        default=[1],
+        help="numbers of processes to try",
+    )
+    command.add_argument("--seconds", type=_number(float, "(0, 3600]"), default=10.0, help="to measure each")
     command.set_defaults(command=commands.run_loader, config=None, overrides=[])
 
     command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")

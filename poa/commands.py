@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,12 @@ def run_pretrain(options: argparse.Namespace) -> None:
         return
     if options.replan:
         raise InputError("--replan: expected --resume RUN beside it")
+    config = _new_config(options)
     if not options.out and not options.check:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")
     out = RunFolder(Path(options.out or "."))
     resume = options.auto_resume and bool(out.checkpoints())
-    pretrain(_new_config(options), out.path, resume=resume, check=options.check)
+    pretrain(config, out.path, resume=resume, check=options.check)
 
 
 def run_quickstart(options: argparse.Namespace) -> None:
@@ -136,7 +138,9 @@ def run_loader(options: argparse.Namespace) -> None:
 
 
 def run_memory(options: argparse.Namespace) -> None:
-    for row in memory_report(_new_config(options)):
+    config = _new_config(options)
+    print("planning steps on tensors without data, some seconds for each line", flush=True)
+    for row in memory_report(config):
         print(row, flush=True)
 
 
@@ -147,27 +151,31 @@ def run_warmup(options: argparse.Namespace) -> None:
 
 def list_subnets(options: argparse.Namespace) -> None:
     config = RunFolder(Path(options.run)).config() if options.run else _new_config(options)
-    method = config.method
-    backbone, counts = method.backbone, method.backbone.space.multiplicities()
+    backbone = config.method.backbone
+    space, counts = backbone.space, Counter(backbone.space.round_of_draws())
     rows: list[dict[str, Any]] = [
         {
+            "subnet": str(s),
             "width": s.width,
             "depth": s.depth,
             "params": backbone.parameters(s),
             "flops": backbone.flops(s),
-            "draws": counts[s] - (s == backbone.space.intact and len(counts) > 1),
+            "draws": counts[s],
         }
-        for s in backbone.space
+        for s in space
     ]
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"{len(rows)} subnets; FLOPs of one {backbone.image_size}-pixel image; draws in a round")
-    names = [str(s) for s in backbone.space]
-    wide = max(9, *map(len, names))
+    stages = "depth (blocks of each stage)" if len(space.intact.blocks) > 1 else "depth (blocks)"
+    print(f"{len(rows)} subnets of a {backbone.kind}, named by width (channels) and {stages}")
+    print(f"params: without projection heads. GFLOPs: a forward of one {backbone.image_size}-pixel image,")
+    print(f"2 a multiply-add. draws: times it is the elastic student in a round of {counts.total()} draws.")
+    wide = max(9, *(len(row["subnet"]) for row in rows))
     print(f"{'subnet':>{wide}} {'params':>12} {'GFLOPs':>9} {'draws':>6}")
-    for name, row in zip(names, rows, strict=True):
-        print(f"{name:>{wide}} {row['params']:>12,} {row['flops'] / 1e9:>9.3f} {row['draws']:>6}")
+    for row in rows:
+        size = f"{row['params']:>12,} {row['flops'] / 1e9:>9.3g}"
+        print(f"{row['subnet']:>{wide}} {size} {row['draws']:>6}")
 
 
 def _new_config(options: argparse.Namespace) -> Config:

@@ -179,6 +179,10 @@ class RunConfig(Options, at="run"):
     timeout: float = option(600.0, "seconds to wait for another process before it is missed", "[1, 1e6]")
     log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
 
+    def check(self) -> None:
+        if not self.data.strip():
+            raise self.wrong("data", "digits, or where the images are")
+
 
 @dataclass(frozen=True)
 class Config:

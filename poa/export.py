@@ -29,7 +29,7 @@ from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
 from poa.options import section_from_dict, to_dict
-from poa.subnets import Subnet, depth_text
+from poa.subnets import Subnet
 
 FORMAT = "poa-model-1"
 TOLERANCE = 1e-5  # largest difference of a file's forward from the elastic subnet's, fp32, relative to 1
@@ -100,7 +100,7 @@ def extract(
     Args:
         backbone: the shared weights.
         subnet: which network.
-        folder: where `{kind}-w{width}-d{depth}.safetensors` and `.json` go; made if needed.
+        folder: where `{kind}-{subnet}.safetensors` and `.json` go; made if needed.
         crops: gives the pre-processing.
         image_size: pixels of its images; a position embedding is interpolated to it. Default: as trained.
         source: where the weights come from, kept in the JSON file.
@@ -116,7 +116,7 @@ def extract(
     folder.mkdir(parents=True, exist_ok=True)
     config, size = static.config, static.config.image_size
     suffix = f"-{size}px" if size != backbone.config.image_size else ""
-    path = folder / f"{config.kind}-w{subnet.width}-d{depth_text(subnet.depth)}{suffix}.safetensors"
+    path = folder / f"{config.kind}-{subnet}{suffix}.safetensors"
     partial = path.with_name(path.name + ".partial")
     save_file(static.exported_state(), partial, metadata={"format": "pt"})
     info = {

@@ -78,7 +78,9 @@ class Options:
 
     def wrong(self, name: str, expected: str) -> InputError:
         """The error that an option's value is not what was expected."""
-        return InputError(f"{self.at}.{name}: expected {expected}, got {shown(getattr(self, name))}")
+        value = getattr(self, name)
+        text = repr(value) if isinstance(value, str) else value
+        return InputError(f"{self.at}.{name}: expected {expected}, got {shown(text)}")
 
 
 def shown(value: Any) -> str:
@@ -230,11 +232,21 @@ def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | Non
     return None
 
 
+def nearest(key: str, known: Sequence[str]) -> str | None:
+    """The one of some dotted keys that was probably meant: its last name, a part of that, or alike."""
+    leaf = key.rpartition(".")[2].replace("-", "_")
+    leaves = {name: name.rpartition(".")[2] for name in known}
+    same = [name for name in known if leaves[name] == leaf]
+    part = [name for name in known if leaf in leaves[name].split("_")]
+    alike = difflib.get_close_matches(leaf, leaves.values(), n=1, cutoff=0.7)
+    close = [name for name in known if leaves[name] in alike]
+    best = difflib.get_close_matches(key, close or known, n=1, cutoff=0.4)
+    return next(iter([*same, *part, *best]), None)
+
+
 def _unknown(key: str, known: Sequence[str]) -> InputError:
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-    close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    return InputError(f"unknown option {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    close = nearest(key, known)
+    return InputError(f"unknown option {shown(key)!r}" + (f"; did you mean {close!r}?" if close else ""))
 
 
 def _parse(text: str, current: Any) -> Any:

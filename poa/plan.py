@@ -195,7 +195,7 @@ def last_lines(folder: Path, seconds: float, data: DataSplit) -> Iterator[str]:
     """Where the run is, and what to do with it."""
     run = shlex.quote(str(folder))
     yield f"done in {clock(seconds)}: {run}"
-    yield f"next: python -m poa report {run}"
+    yield f"next: poa report {run}"
     if data.test:
-        yield f"      python -m poa evaluate {run}"
-    yield f"      python -m poa extract {run} --subnets all"
+        yield f"      poa evaluate {run}"
+    yield f"      poa extract {run} --subnets all"

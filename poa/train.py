@@ -227,7 +227,7 @@ class Run:
 
     def _preempted(self, done: int, signal: str | None) -> Preempted:
         """The end of a run that was stopped and saved."""
-        resume = f"python -m poa pretrain --resume {shlex.quote(str(self.folder.path))}"
+        resume = f"poa pretrain --resume {shlex.quote(str(self.folder.path))}"
         return Preempted(
             f"step {done}: stopped by {signal or 'a signal to another rank'}, checkpoint saved; "
             f"resume with: {resume}",

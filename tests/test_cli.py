@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import OVERRIDES
 
+import poa
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.options import describe
@@ -85,7 +86,17 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["--device", "nonsense"], "expected auto, cpu, cuda or cuda:N, got 'nonsense'"),
         (["--preset", "vit-xxl"], "preset: expected one of"),
         (["--config", "nowhere.json"], "config: expected a JSON file"),
-        (["--flag"], "unrecognized arguments: --flag"),
+        (
+            ["--flag"],
+            "unrecognized argument --flag; options of a run are written KEY=VALUE, without dashes: ",
+        ),
+        (["--method.batch_size", "4"], "without dashes: did you mean method.batch_size=4? (see poa pretrain"),
+        (["--batch-size=4"], "did you mean method.batch_size=4?"),
+        (["--lr", "1e-3"], "did you mean method.optim.base_lr=1e-3?"),
+        (["--presets", "vit-s16"], "unrecognized argument --presets; did you mean --preset?"),
+        (["method.batchsize=4"], "unknown option 'method.batchsize'; did you mean 'method.batch_size'?"),
+        (["--data", ""], "poa pretrain: error: argument --data: expected a value, got ''"),
+        (["run.data="], "run.data: expected digits, or where the images are, got ''"),
         (
             ["--resume", "somewhere"],
             "--resume: expected no --preset, --config, --init-from, --out or --auto-resume",
@@ -293,7 +304,7 @@ def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["extract", str(out), "--subnets", "16x1,32x2", "--out", str(models)]) == 0
     written = capsys.readouterr().out.split()
-    assert written == [f"{models}/vit-w16-d1.safetensors", f"{models}/vit-w32-d2.safetensors"]
+    assert written == [f"{models}/vit-16x1.safetensors", f"{models}/vit-32x2.safetensors"]
     assert all(Path(path).with_suffix(".json").exists() for path in written)
     assert load_file(written[0])["cls_token"].shape == (1, 1, 16)
 
@@ -326,14 +337,37 @@ def test_loader(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_subnets(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["subnets", str(run), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(r["width"], r["depth"], r["draws"]) for r in rows] == [
-        (16, 1, 9),
-        (16, 2, 3),
-        (32, 1, 3),
-        (32, 2, 0),
+    assert [(r["subnet"], r["width"], r["depth"], r["draws"]) for r in rows] == [
+        ("16x1", 16, 1, 9),
+        ("16x2", 16, 2, 3),
+        ("32x1", 32, 1, 3),
+        ("32x2", 32, 2, 0),
     ]
     assert main(["subnets", "--preset", "vit-l16"]) == 0
     assert capsys.readouterr().out.startswith("143 subnets")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"poa {poa.__version__}, PyTorch {torch.__version__}\n"
+
+
+@pytest.mark.parametrize("value", ["-1", "0", "nan", "inf", "1e30", "many", ""])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["extract", "RUN", "--subnets", "all", "--step"],
+        ["evaluate", "RUN", "--step"],
+        ["extract", "RUN", "--subnets", "all", "--image-size"],
+        ["loader", "--data", "digits", "--seconds"],
+    ],
+    ids=lambda a: a[0] + a[-1],
+)
+def test_absurd_numbers(arguments: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = fails(capsys, *arguments, value)
+    assert line.startswith(f"poa {arguments[0]}: error: argument {arguments[-1]}: expected a ")
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_the_largest_chunk_fits_and_no_larger_one_does() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "vit-s16", "method.batch_size=16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("16 images a GPU: ") and len(lines) == 6
+    assert lines[1].startswith("16 images a GPU: ") and len(lines) == 7
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

@@ -79,9 +79,9 @@ def test_the_last_lines_name_what_can_be_done_next() -> None:
     data = open_data("digits", 0.25, 0)
     assert list(last_lines(Path("runs/my run"), 3723.4, data)) == [
         "done in 1:02:03: 'runs/my run'",
-        "next: python -m poa report 'runs/my run'",
-        "      python -m poa evaluate 'runs/my run'",
-        "      python -m poa extract 'runs/my run' --subnets all",
+        "next: poa report 'runs/my run'",
+        "      poa evaluate 'runs/my run'",
+        "      poa extract 'runs/my run' --subnets all",
     ]
 
 

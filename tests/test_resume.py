@@ -157,8 +157,7 @@ def test_the_exit_code_of_a_stopped_run(
     assert main(["pretrain", "--config", str(tmp_path / "c.json"), "--out", str(out)]) == code
     lines = capfd.readouterr().err.strip().splitlines()
     assert lines[-1] == (
-        f"poa: step 1: stopped by {number.name}, checkpoint saved; "
-        f"resume with: python -m poa pretrain --resume '{out}'"
+        f"poa: step 1: stopped by {number.name}, checkpoint saved; resume with: poa pretrain --resume '{out}'"
     )
     hint = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
     assert (hint in lines) == (number == signal.SIGINT)

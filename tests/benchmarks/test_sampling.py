@@ -27,5 +27,5 @@ def test_measured(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
 
 
 def test_a_run_that_fails() -> None:
-    with pytest.raises(ValueError, match="sampling: a run with per-rank failed"):
+    with pytest.raises(ValueError, match="sampling: a run with per-rank failed: poa: error: data: expected"):
         sampling.run("quickstart", "nowhere", 2, 3, "cpu")
