@@ -18,10 +18,10 @@ from PIL import Image
 from run_folders import newest, rows
 from tiny import tiny_config
 
-from poa.data import storage
 from poa.data.decode import ImageError
 from poa.data.loader import SampleStream, evaluation_batches, training_batches
-from poa.data.sources import ImageSource, open_data, read_folder
+from poa.data.sources import ImageSource, open_data
+from poa.data.storage import read_folder, tar
 from poa.errors import InputError
 from poa.train import pretrain
 
@@ -75,8 +75,8 @@ def test_shards_in_train_and_val_folders(tmp_path: Path) -> None:
 def test_shards_are_listed_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = collections.write_shards(tmp_path / "shards", COUNT)
     listed = []
-    whole = storage.list_shard
-    monkeypatch.setattr(storage, "list_shard", lambda path: listed.append(path.name) or whole(path))
+    whole = tar.list_shard
+    monkeypatch.setattr(tar, "list_shard", lambda path: listed.append(path.name) or whole(path))
     first, again = (open_data(str(root), 0.25, 0) for _ in range(2))
     assert listed == [f"part-{i:04}.tar" for i in range(4)]
     assert [first.train.storage.name(i) for i in range(COUNT)] == [
@@ -152,7 +152,8 @@ MEMORY_OF_READING = """
 import resource, sys
 from pathlib import Path
 from poa.data.decode import ImageError
-from poa.data.sources import ImageSource, read_folder
+from poa.data.sources import ImageSource
+from poa.data.storage import read_folder
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from poa.data.decode import ImageError
-from poa.data.sources import ImageSource, open_data, read_folder
+from poa.data.sources import ImageSource, open_data
+from poa.data.storage import read_folder
 from poa.errors import InputError
 
 

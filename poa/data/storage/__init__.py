@@ -1,0 +1,28 @@
+"""Where encoded images lie: memory, files, tar shards, Parquet tables. All are read by position.
+
+Tables of names and offsets are flat arrays, which the forks of a loader share, however many images there are.
+"""
+
+from poa.data.storage.array import Arrays, load_digits
+from poa.data.storage.base import EXTENSIONS, Opened, Storage, Strings
+from poa.data.storage.folder import Files, read_folder, read_list
+from poa.data.storage.parquet import Parquet, open_parquet
+from poa.data.storage.tar import Shards, ShardTable, list_shard, open_shards
+
+__all__ = [
+    "EXTENSIONS",
+    "Arrays",
+    "Files",
+    "Opened",
+    "Parquet",
+    "ShardTable",
+    "Shards",
+    "Storage",
+    "Strings",
+    "list_shard",
+    "load_digits",
+    "open_parquet",
+    "open_shards",
+    "read_folder",
+    "read_list",
+]
