@@ -26,6 +26,7 @@ from torch import Tensor
 from elastic_kernels.triton_ops.device import is_small_part, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.tuning import Tunable, power_of_2
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
 
@@ -226,13 +227,51 @@ def bwd_config(head_dim: int, itemsize: int, small_part: bool) -> AttentionConfi
     return _BWD_SMALL_PART if small_part else _BWD
 
 
+def _fwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
+    """Streaming ones take any length, resident ones what fits into a tile."""
+    streaming = (
+        _STREAMING,
+        AttentionConfig(64, 128, warps=4, stages=2),
+        AttentionConfig(128, 64, warps=4, stages=2),
+        AttentionConfig(128, 64, warps=8, stages=2),
+        AttentionConfig(128, 128, warps=8, stages=2),
+    )
+    resident = (
+        AttentionConfig(64, keys, warps, resident=True)
+        for keys in (64, 128, 256)
+        for warps in (4, 8)
+        if length <= keys
+    )
+    return [*streaming, *resident]
+
+
+_BWD_CANDIDATES = (
+    _BWD,
+    _BWD_SMALL_PART,
+    AttentionConfig(64, 64, warps=4),
+    AttentionConfig(32, 64, warps=4),
+    AttentionConfig(64, 32, warps=4),
+    AttentionConfig(128, 64, warps=8),
+)
+_FWD_TUNABLE = Tunable("attention_fwd", _fwd_candidates)
+_BWD_TUNABLE = Tunable("attention_bwd", lambda length, head_dim: _BWD_CANDIDATES)
+
+
+def _config(tunable: Tunable, fallback: AttentionConfig, qkv: Tensor, length: int) -> AttentionConfig:
+    """Settings for sequences of a length; exact products keep the fallback."""
+    if qkv.dtype.itemsize == 4:
+        return fallback
+    return tunable.choose(qkv, (power_of_2(length), qkv.shape[3]), fallback)
+
+
 def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`."""
     tokens, _, heads, dim = qkv.shape
     out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
     for first, count, length in _spans(groups):
-        config = fwd_config(length, dim, qkv.dtype.itemsize, is_small_part(qkv.device))
+        fallback = fwd_config(length, dim, qkv.dtype.itemsize, is_small_part(qkv.device))
+        config = _config(_FWD_TUNABLE, fallback, qkv, length)
         kernel = _attention_resident_fwd_kernel if config.resident else _attention_streaming_fwd_kernel
         tiles = 1 if config.resident else triton.cdiv(length, config.block_m)
         kernel[(count * heads, tiles)](
@@ -250,8 +289,9 @@ def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: S
     """The gradient `[tokens, 3, heads, d]` of qkv; `out`, `lse` and `dout` are contiguous."""
     heads, dim = qkv.shape[2:]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    config = bwd_config(dim, qkv.dtype.itemsize, is_small_part(qkv.device))
+    fallback = bwd_config(dim, qkv.dtype.itemsize, is_small_part(qkv.device))
     for first, count, length in _spans(groups):
+        config = _config(_BWD_TUNABLE, fallback, qkv, length)
         _attention_bwd_kernel[(count * heads,)](
             qkv, out, dout, lse, dqkv,
             first, length, heads,

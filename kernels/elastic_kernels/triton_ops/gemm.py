@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import capability
+from elastic_kernels.tuning import Tunable, power_of_2, tiles
 
 
 @triton.jit
@@ -100,5 +101,22 @@ def launch_options(config: GemmConfig) -> dict[str, int]:
     }  # fmt: skip
 
 
-def config_for(form: Form, columns: int, x: Tensor) -> GemmConfig:
-    return gemm_config(form, columns, x.dtype.itemsize, capability(x.device))
+_CANDIDATES = (
+    _HALF,
+    _HALF_WIDE,
+    GemmConfig(128, 256, 64, warps=8, stages=3),
+    GemmConfig(256, 128, 64, warps=8, stages=3),
+    GemmConfig(128, 128, 64, warps=4, stages=4),
+    GemmConfig(128, 64, 64, warps=4, stages=4),
+    GemmConfig(64, 128, 64, warps=4, stages=4),
+    GemmConfig(64, 256, 64, warps=4, stages=4),
+)
+_TUNABLES = {form: Tunable(form, lambda *shape: _CANDIDATES) for form in get_args(Form)}
+
+
+def config_for(form: Form, x: Tensor, columns: int, inner: int) -> GemmConfig:
+    """Settings for the product of rows like those of `x`; `inner` is the other number of features."""
+    fallback = gemm_config(form, columns, x.dtype.itemsize, capability(x.device))
+    if x.dtype.itemsize == 4:  # the spills of TF32 are not those of exact products
+        return fallback
+    return _TUNABLES[form].choose(x, (power_of_2(x.shape[0]), tiles(columns), tiles(inner)), fallback)

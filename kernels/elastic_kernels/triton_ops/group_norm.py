@@ -14,7 +14,7 @@ Saved for backward: x, y where there is a ReLU, and fp32 mean and rstd of each g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from elastic_kernels.triton_ops.layer_norm import affine_gradients
 from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.tuning import Tunable, power_of_2
 
 
 @triton.jit
@@ -157,6 +158,25 @@ def group_config(groups: int, per_group: int) -> GroupConfig:
     return GroupConfig(max(TILE_VALUES // (wide * together), 1), together, wide)
 
 
+def _candidates(rows: int, groups: int, per_group: int) -> list[GroupConfig]:
+    """Tiles of the fallback's channels, of threads that hold 8, 16 or 32 values."""
+    channels = group_config(groups, per_group)
+    return [
+        replace(channels, rows=max(values * 32 * warps // (channels.groups * per_group), 1), warps=warps)
+        for warps in (2, 4, 8)
+        for values in (8, 16, 32)
+    ]
+
+
+_FWD, _BWD = (Tunable(f"group_norm_{way}", _candidates) for way in ("fwd", "bwd"))
+
+
+def _config(tunable: Tunable, x: Tensor, groups: int) -> GroupConfig:
+    """Settings for `x` `[N, rows, C]`."""
+    fallback = group_config(groups, x.shape[2] // groups)
+    return tunable.choose(x, (power_of_2(x.shape[1]), power_of_2(groups), fallback.per_group), fallback)
+
+
 def group_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,7 +185,7 @@ def group_norm_fwd(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(samples, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
-        config = group_config(groups, channels // groups)
+        config = _config(_FWD, x, groups)
         _group_norm_fwd_kernel[(samples, triton.cdiv(groups, config.groups))](
             x, weight, bias, residual, y, mean, rstd,
             rows, groups, channels // groups,
@@ -195,7 +215,7 @@ def group_norm_bwd(
     dresidual = torch.empty(x.shape if keep_residual else (0,), dtype=x.dtype, device=x.device)
     shares = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     if x.numel():
-        config = group_config(groups, channels // groups)
+        config = _config(_BWD, x, groups)
         _group_norm_bwd_kernel[(samples, triton.cdiv(groups, config.groups))](
             dy, x, y, weight, mean, rstd, dx, dresidual, shares,
             rows, groups, channels // groups,

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from elastic_kernels.triton_ops.device import processors, unit_stride
 from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.tuning import Tunable
 
 PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to sum
 
@@ -167,6 +168,21 @@ def row_config(width: int) -> RowConfig:
     return next(config for config in CONFIGS if width <= config.block)
 
 
+def _candidates(block: int) -> list[RowConfig]:
+    """Of threads that hold 8, 16 or 32 values."""
+    tiles = ((warps, values * 32 * warps) for warps in (2, 4, 8) for values in (8, 16, 32))
+    return [RowConfig(block, size // block, warps) for warps, size in tiles if size >= block]
+
+
+_FWD, _BWD = (Tunable(f"layer_norm_{way}", _candidates) for way in ("fwd", "bwd"))
+
+
+def _config(tunable: Tunable, x: Tensor) -> RowConfig:
+    """Settings for rows like those of `x`."""
+    fallback = row_config(x.shape[1])
+    return tunable.choose(x, (fallback.block,), fallback)
+
+
 def layer_norm_fwd(
     x: Tensor,
     weight: Tensor | None,
@@ -193,7 +209,7 @@ def layer_norm_fwd(
     mean = torch.empty(rows, dtype=torch.float32, device=x.device)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        config = row_config(width)
+        config = _config(_FWD, x)
         _layer_norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
             x, weight, bias, index, y, xhat, mean, rstd,
             rows, width,
@@ -227,7 +243,7 @@ def layer_norm_bwd(
     affine = 0 if weight is None else width
     shares = torch.empty(programs, 2, affine, dtype=torch.float32, device=like.device)
     if tokens:
-        config = row_config(width)
+        config = _config(_BWD, like)
         _layer_norm_bwd_kernel[(programs,)](
             dy, x, xhat, weight, None if index is None else _positions(index, tokens), mean, rstd, dsum,
             dx, shares,

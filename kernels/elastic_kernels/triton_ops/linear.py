@@ -198,7 +198,7 @@ def _fwd(
     if not rows:
         return
     form: Form = "residual" if residual is not None else "linear" if activation is None else "gelu"
-    config = config_for(form, out, x)
+    config = config_for(form, x, out, width)
     tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out, config.block_n)
     _linear_fwd_kernel[(tiles, groups)](
         x, weight, bias, y, activation, residual, gamma, index, row_scale,
@@ -286,7 +286,7 @@ def _dgrad(
     activation = None if u is None else torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
     if rows:
         form: Form = "dgrad" if u is None else "dgrad_gelu"
-        config = config_for(form, width, dy)
+        config = config_for(form, dy, width, out)
         _linear_dgrad_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
             dy, weight, gamma, u, dx, activation,
             rows, groups, out, width,

@@ -174,7 +174,7 @@ class _Wgrad(NamedTuple):
 
 def _wgrad_plan(dy: Tensor, weight: Tensor) -> _Wgrad:
     groups, out, width = weight.shape
-    config = config_for("wgrad", width, dy)
+    config = config_for("wgrad", dy, width, out)
     tiles_k = triton.cdiv(width, config.block_n)
     tiles = groups * triton.cdiv(out, config.block_m) * tiles_k
     most = triton.cdiv(dy.shape[0], config.block_k if dy.device.type == "cpu" else MIN_SPLIT_ROWS)

@@ -27,6 +27,7 @@ from elastic_kernels.triton_ops.device import capability, precision, processors,
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.triton_ops.sinkhorn import grow
+from elastic_kernels.tuning import Tunable, power_of_2
 
 STATS = 13  # of a row in a range: m1 z1 m2 z2, and of each target m z a1 a2, and the distillation's sum
 DZ_BYTES = 256 << 20  # of the gradient of both students' logits that exists at once
@@ -201,6 +202,25 @@ def loss_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
     return _HALF_WARP_GROUP if capability[0] in (9, 10) else _HALF
 
 
+_CANDIDATES = (
+    _HALF,
+    _HALF_WARP_GROUP,
+    LossConfig(64, 64, 64, warps=4, stages=3),
+    LossConfig(64, 128, 64, warps=8, stages=3),
+    LossConfig(128, 64, 64, warps=8, stages=3),
+    LossConfig(32, 128, 64, warps=8, stages=2),
+)
+_FWD, _BWD = (Tunable(f"losses_{way}", lambda *shape: _CANDIDATES) for way in ("fwd", "bwd"))
+
+
+def _config(tunable: Tunable, x: Tensor, weight: Tensor) -> LossConfig:
+    """Settings for rows like those of `x` and these prototypes; exact products keep the fallback."""
+    fallback = loss_config(x.dtype.itemsize, capability(x.device))
+    if x.dtype.itemsize == 4:
+        return fallback
+    return tunable.choose(x, (power_of_2(x.shape[0]), *weight.shape), fallback)
+
+
 def _launch_options(config: LossConfig) -> dict[str, int]:
     return {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d,
@@ -220,7 +240,7 @@ def prototype_losses_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Losses `[3, rows]` (of x1, x2, distillation; 0 without x2), log-sum-exps `[8, rows]` in two parts."""
     rows, (prototypes, dim) = x1.shape[0], weight.shape
-    config = loss_config(x1.dtype.itemsize, capability(x1.device))
+    config = _config(_FWD, x1, weight)
     blocks = triton.cdiv(rows, config.block_m)
     ranges = max(
         min(2 * processors(x1.device) // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1
@@ -281,7 +301,7 @@ def prototype_losses_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fp32 gradients of x1, x2 (empty without it) and weight, for `grad` `[3, rows]` of the losses."""
     rows, (prototypes, dim) = x1.shape[0], weight.shape
-    config = loss_config(x1.dtype.itemsize, capability(x1.device))
+    config = _config(_BWD, x1, weight)
     fp32, device = torch.float32, x1.device
     students = [x for x in (x1, x2) if x is not None]
     width = min(dz_prototypes(rows, len(students), x1.dtype.itemsize), prototypes)

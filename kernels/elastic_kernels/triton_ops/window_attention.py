@@ -29,6 +29,7 @@ from elastic_kernels.triton_ops.attention import LOG2_E
 from elastic_kernels.triton_ops.device import precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.tuning import Tunable
 
 SLICED_PROGRAMS = 1024  # of the backward of a group, about: some to each multiprocessor, few shares to sum
 
@@ -194,6 +195,25 @@ def window_warps(side: int, itemsize: int, backward: bool) -> int:
     return 8 if window_block(side) > 32 and (itemsize == 4 or backward) else 4
 
 
+@dataclass(frozen=True)
+class WindowConfig:
+    """Launch settings: the tile is the window."""
+
+    warps: int
+
+
+_CANDIDATES = tuple(WindowConfig(warps) for warps in (2, 4, 8))
+_FWD, _BWD = (Tunable(f"window_attention_{way}", lambda *shape: _CANDIDATES) for way in ("fwd", "bwd"))
+
+
+def _warps(qkv: Tensor, side: int, backward: bool) -> int:
+    """Warps for windows of `qkv`; exact products keep the fallback."""
+    fallback = WindowConfig(window_warps(side, qkv.dtype.itemsize, backward))
+    if qkv.dtype.itemsize == 4:
+        return fallback.warps
+    return (_BWD if backward else _FWD).choose(qkv, (window_block(side), qkv.shape[3]), fallback).warps
+
+
 def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str, Any]:
     return {
         "HEAD_DIM": qkv.shape[3],
@@ -202,7 +222,7 @@ def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str
         "LOG2": LOG2_E,
         "MASK_VALUE": apart * LOG2_E,
         "PRECISION": precision(qkv),
-        "num_warps": window_warps(side, qkv.dtype.itemsize, backward),
+        "num_warps": _warps(qkv, side, backward),
         "num_stages": 1,
     }
 
