@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["poa", "poa.*"]), "elastic_kernels", "elastic_kernels.triton_ops"],
     package_dir={"poa": "poa", "elastic_kernels": "kernels/elastic_kernels"},
-    package_data={"poa": ["py.typed", "expected/*.json"], "elastic_kernels": ["py.typed"]},
+    package_data={"poa": ["py.typed", "expected/*.json"], "elastic_kernels": ["py.typed", "tuned/*.json"]},
     install_requires=["torch>=2.11", "numpy", "pillow", "safetensors", "tqdm"],
     extras_require={
         "quickstart": ["scikit-learn", "matplotlib"],

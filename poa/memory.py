@@ -154,6 +154,16 @@ def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> 
         accumulate_gradients(state.student, state, exact, chunk, targets, 1.0)
 
 
+def plan_steps(config: Config) -> None:
+    """Steps without data with an elastic student of every width: they call what a run calls.
+
+    Kernels know widths and not depths, so the shallowest subnets stand for all.
+    """
+    state, space = planned_state(config), config.method.backbone.space
+    for width in space.widths:
+        planned_gradients(config, state, Subnet(width, space.smallest.depth))
+
+
 def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:
     method, meta = config.method, torch.device("meta")
     crops, images = method.crops, method.batch_size

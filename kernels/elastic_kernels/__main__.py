@@ -1,26 +1,79 @@
-"""`python -m elastic_kernels`: versions, devices, and the backend that each operator would take."""
+"""`python -m elastic_kernels [report | tune]`: the backend of each operator on this machine; its settings."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import importlib.util
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from elastic_kernels import dispatch
+from elastic_kernels import dispatch, tuning
 from elastic_kernels.attention import attention_backend
 from elastic_kernels.crops import crops_backend
 from elastic_kernels.group_norm import group_norm_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
 from elastic_kernels.optimizer import fused_adamw_backend
+from elastic_kernels.tune import Call, record, tune
 from elastic_kernels.window_attention import window_attention_backend
 
 LINEARS = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv")
 
 
-def main() -> None:
-    """Print the report."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; wrong input is one line on standard error and exit code 2."""
+    parser = argparse.ArgumentParser(prog="python -m elastic_kernels", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("report", help="versions, device, and the backend of each operator (the default)")
+    tuner = commands.add_parser("tune", help="find the fastest settings of the kernels on this GPU")
+    tuner.add_argument("--preset", required=True, help="of poa, whose steps say which shapes: vit-l16, ...")
+    tuner.add_argument("--images", type=int, help="of a micro-batch; default the preset's")
+    tuner.add_argument("--minutes", type=float, default=9, help="end after this time; default %(default)s")
+    tuner.add_argument("--out", type=Path, help="table to write and go on with; default in the cache folder")
+    options = parser.parse_args(arguments)
+    if options.command != "tune":
+        report()
+        return 0
+    try:
+        _tune(options)
+    except ValueError as error:
+        print(f"elastic_kernels: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> None:
+    if not torch.cuda.is_available() or not dispatch.HAS_TRITON:
+        raise ValueError("tune: expected a GPU and Triton, got a machine without")
+    device = torch.device("cuda", torch.cuda.current_device())
+    path, started = options.out or tuning.cache_file(tuning.gpu_name(device)), time.monotonic()
+    calls = _calls(options.preset, options.images)
+    for line in tune(calls, path, options.minutes - (time.monotonic() - started) / 60, device):
+        print(line, flush=True)
+
+
+def _calls(preset: str, images: int | None) -> Counter[Call]:
+    """What the steps of a preset call."""
+    try:
+        from poa.memory import plan_steps
+        from poa.options import override
+        from poa.presets import preset as named
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--preset: expected poa to be installed, got {error}") from error
+    config = override(named(preset), [f"method.batch_size={images}"] if images else [])
+    with record() as calls:
+        plan_steps(config)
+    return calls
+
+
+def report() -> None:
+    """Print versions, the device, and the backend that each operator would take."""
     for package in ("torch", "triton", "xformers"):
         there = importlib.util.find_spec(package) is not None
         print(f"{package:<10} {importlib.metadata.version(package) if there else 'not installed'}")
@@ -45,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
