@@ -20,9 +20,10 @@ from poa.config import Config, with_run
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.micro_batch import MicroBatch
 from poa.network import Network
 from poa.presets import preset
-from poa.step import Chunk, train_step
+from poa.step import train_step
 from poa.train import Run
 
 POINTS = 4  # evaluations after the first
@@ -34,7 +35,7 @@ class Ours:
     def __init__(self, run: Run):
         self.run = run
 
-    def step(self, number: int, chunk: Chunk) -> None:
+    def step(self, number: int, chunk: MicroBatch) -> None:
         run = self.run
         train_step(run.model, run.state, run.config, run.schedules, number, [chunk])
 
@@ -56,7 +57,7 @@ class Official:
         print("    official code, patched:", *self.official.patches, sep="\n        ")
         self.network = Network(method.backbone, method.head).to(run.here.device)
 
-    def step(self, number: int, chunk: Chunk) -> None:
+    def step(self, number: int, chunk: MicroBatch) -> None:
         schedules, official = self.run.schedules, self.official
         official.set_rates(
             schedules.lr[number], schedules.last_layer_lr[number], schedules.weight_decay[number]

@@ -28,13 +28,13 @@ from elastic_kernels import backend
 from poa.config import Config
 from poa.data.augment import augment
 from poa.device import join
-from poa.masks import draw_masks
+from poa.micro_batch import MicroBatch, crop_masks, student_passes
 from poa.network import VIEWS, Batch, StudentOutput, StudentPass
 from poa.optim import Schedules, update_weights
 from poa.options import override
 from poa.presets import preset
 from poa.random import python_stream, torch_stream
-from poa.step import Chunk, TrainingState, autocast, student_passes, train_step
+from poa.step import TrainingState, autocast, train_step
 from poa.subnets import SearchSpace, Subnet
 from poa.tribranch import Targets, teacher_targets, tribranch_loss
 
@@ -102,9 +102,7 @@ def setting(config: Config, images: int, device: torch.device) -> Setting:
     def crops(count: int, size: int) -> torch.Tensor:
         return torch.randn(count * images, 3, size, size, device=device, generator=generator)
 
-    side = method.backbone.grid(method.crops.global_size)
-    dice = python_stream(method.seed, "masks", 0, 0)
-    masks = draw_masks(VIEWS * images, (side, side), method.masks.probability, method.masks.ratio, dice)
+    masks = crop_masks(method, images, python_stream(method.seed, "masks", 0, 0))
     batch = Batch(
         crops(VIEWS, method.crops.global_size),
         crops(method.crops.local_count, method.crops.local_size),
@@ -147,7 +145,7 @@ class Ours:
     def step(self, elastic: Subnet) -> None:
         """A whole step."""
         state, passes = self.state, self.passes[elastic]
-        chunk = Chunk(self.here.batch, passes)
+        chunk = MicroBatch(self.here.batch, passes)
         train_step(state.student, state, self.here.config, self.schedules, STEP, [chunk])
 
 

@@ -23,17 +23,11 @@ from poa.config import Config
 from poa.errors import InputError
 from poa.flops import expected_masked
 from poa.masks import Masks
+from poa.micro_batch import AUTOCAST, MicroBatch, student_passes
 from poa.network import VIEWS, Batch, Network
 from poa.optim import build_optimizer
 from poa.random import torch_stream
-from poa.step import (
-    AUTOCAST,
-    Chunk,
-    TrainingState,
-    accumulate_gradients,
-    rounded_weights,
-    student_passes,
-)
+from poa.step import TrainingState, accumulate_gradients, rounded_weights
 from poa.subnets import Subnet
 from poa.tribranch import Centers, teacher_targets
 
@@ -164,7 +158,7 @@ def plan_steps(config: Config) -> None:
         planned_gradients(config, state, Subnet(width, space.smallest.depth))
 
 
-def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:
+def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> MicroBatch:
     method, meta = config.method, torch.device("meta")
     crops, images = method.crops, method.batch_size
     shapes = [(VIEWS * images, crops.global_size), (crops.local_count * images, crops.local_size)]
@@ -177,7 +171,9 @@ def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> Chunk:
     )
     batch = Batch(whole, local, masks)
     draws = [torch_stream(0, "memory")] * 2
-    return Chunk(batch, student_passes(state.student, batch, (method.backbone.space.intact, elastic), draws))
+    return MicroBatch(
+        batch, student_passes(state.student, batch, (method.backbone.space.intact, elastic), draws)
+    )
 
 
 def memory_report(config: Config) -> Iterator[str]:

@@ -20,15 +20,14 @@ from elastic_kernels.linear import linear_backend
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.health import observe
-from poa.network import Batch, Network, StudentOutput, StudentPass
+from poa.micro_batch import AUTOCAST, MicroBatch
+from poa.network import Network, StudentOutput, StudentPass
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
 from poa.random import torch_stream
-from poa.subnets import Subnet
 from poa.tribranch import Centers, Targets, elastic_loss, intact_loss, teacher_targets, tribranch_loss
 from poa.weights import load_strictly
 
 Timed = Callable[[], AbstractContextManager[None]]
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -107,25 +106,6 @@ def rounded_weights(student: Network, teacher: Network, precision: Precision) ->
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What a process takes at once: images, and the students that see them (intact, elastic)."""
-
-    batch: Batch
-    passes: Sequence[StudentPass]
-
-
-def student_passes(
-    student: Network, batch: Batch, subnets: Sequence[Subnet], draws: Sequence[torch.Generator]
-) -> list[StudentPass]:
-    """Passes of these subnets over a batch, each with the stochastic depth that its CPU generator draws."""
-    passes = []
-    for subnet, draw in zip(subnets, draws, strict=True):
-        drop = student.backbone.draw_stochastic_depth(batch.crops, subnet, draw)
-        passes.append(StudentPass(subnet, drop.to(batch.global_crops.device) if drop else None))
-    return passes
-
-
-@dataclass(frozen=True)
 class StepReport:
     """What a step tells, on the device.
 
@@ -152,7 +132,7 @@ def train_step(
     config: Config,
     schedules: Schedules,
     step: int,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[MicroBatch],
     *,
     weight: float | None = None,
     observed: bool = False,
@@ -205,7 +185,7 @@ def accumulate_gradients(
     model: torch.nn.Module,
     state: TrainingState,
     config: Config,
-    chunk: Chunk,
+    chunk: MicroBatch,
     targets: Targets,
     weight: float,
     timed: Timed = nullcontext,

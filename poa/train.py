@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_kernels.compilations import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
-from poa.data.augment import augment
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit, open_data
 from poa.data.unreadable import Unreadable
@@ -27,15 +26,13 @@ from poa.errors import DivergenceError, InputError, Preempted
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
-from poa.masks import Masks, draw_masks
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
-from poa.network import VIEWS, Batch, StudentPass
+from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe, from_dict, to_dict
 from poa.plan import Plan, first_lines, last_lines
 from poa.progress import Progress
-from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals
-from poa.step import AUTOCAST, Chunk, StepReport, TrainingState, student_passes, train_step
+from poa.step import StepReport, TrainingState, train_step
 from poa.subnets import Subnet, SubnetSampler
 
 # Options that may differ between ranks.
@@ -286,30 +283,19 @@ class Run:
         self.host_seconds += time.perf_counter() - started
         return report
 
-    def prepare(self, step: int, chunk: int, canvases: Canvases) -> Chunk:
-        """Augment decoded images on the device; draw masks, subnet and stochastic depth of the chunk."""
+    def prepare(self, step: int, chunk: int, canvases: Canvases) -> MicroBatch:
+        """The micro-batch that training sees of decoded images."""
         method = self.config.method
         self.unreadable.add(canvases.unreadable)
-        images = canvases.images.to(self.here.device, non_blocking=True)
-        draw = torch_stream(method.seed, "augment", step, chunk)
-        global_crops, local_crops = augment(
-            images, canvases.sizes, method.crops, draw, AUTOCAST.get(method.precision, torch.float32)
+        return make_micro_batch(
+            method,
+            self.state.student,
+            canvases.images.to(self.here.device, non_blocking=True),
+            canvases.sizes,
+            self.sampler.draw(step, chunk),
+            Draws.of(method.seed, step, chunk),
+            masked=step >= self.schedules.ibot_start and method.loss.ibot > 0,
         )
-        side = method.backbone.grid(method.crops.global_size)
-        crops = VIEWS * len(images)
-        masks = Masks.none(crops, side * side)
-        if step >= self.schedules.ibot_start and method.loss.ibot:
-            dice = python_stream(method.seed, "masks", step, chunk)
-            masks = draw_masks(crops, (side, side), method.masks.probability, method.masks.ratio, dice)
-        batch = Batch(global_crops, local_crops, masks.to(self.here.device))
-        return Chunk(batch, self._student_passes(step, chunk, batch))
-
-    def _student_passes(self, step: int, chunk: int, batch: Batch) -> list[StudentPass]:
-        """The intact student and this chunk's elastic one, with their stochastic depth."""
-        subnets = (self.space.intact, self.sampler.draw(step, chunk))
-        seed = self.config.method.seed
-        draws = [torch_stream(seed, "stochastic depth", step, chunk, number) for number in range(2)]
-        return student_passes(self.state.student, batch, subnets, draws)
 
     def log(self, done: int, meter: Meter, progress: Progress) -> None:
         """Write the means since the last log, and alarms; stop a run that lost its numbers."""

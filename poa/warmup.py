@@ -10,14 +10,12 @@ import torch
 from elastic_kernels.compilations import compilations
 from elastic_kernels.optimizer import fused_adamw_backend
 from poa.config import Config
-from poa.data.augment import augment
 from poa.device import choose_device
 from poa.errors import InputError
-from poa.masks import Masks, draw_masks
-from poa.network import VIEWS, Batch
+from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.optim import Schedules
-from poa.random import python_stream, torch_stream
-from poa.step import AUTOCAST, Chunk, TrainingState, autocast, student_passes, train_step
+from poa.random import torch_stream
+from poa.step import TrainingState, autocast, train_step
 from poa.subnets import Subnet
 
 
@@ -56,19 +54,11 @@ def warm_up(config: Config) -> Iterator[str]:
         yield f"{width:>5} wide: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
 
 
-def _noise(config: Config, state: TrainingState, subnet: Subnet, masked: bool) -> Chunk:
-    """A chunk of noise, made as a run makes it of images."""
-    method, device, draw = config.method, state.centers.cls[0].device, torch_stream(0, "warm-up")
+def _noise(config: Config, state: TrainingState, subnet: Subnet, masked: bool) -> MicroBatch:
+    """A micro-batch of noise, made as a run makes it of images."""
+    method, device = config.method, state.centers.cls[0].device
     count, size = method.batch_size, method.canvas
-    canvases = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=draw).to(device)
+    noise = torch_stream(0, "warm-up")
+    canvases = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=noise).to(device)
     sizes = torch.full((count, 2), size)
-    dtype = AUTOCAST.get(method.precision, torch.float32)
-    whole, local = augment(canvases, sizes, method.crops, draw, dtype)
-    side = method.backbone.grid(method.crops.global_size)
-    masks = Masks.none(VIEWS * count, side * side)
-    if masked:
-        dice = python_stream(0, "warm-up")
-        masks = draw_masks(VIEWS * count, (side, side), method.masks.probability, method.masks.ratio, dice)
-    batch = Batch(whole, local, masks.to(device))
-    subnets = (method.backbone.space.intact, subnet)
-    return Chunk(batch, student_passes(state.student, batch, subnets, [draw] * 2))
+    return make_micro_batch(method, state.student, canvases, sizes, subnet, Draws.of(0, 0, 0), masked=masked)

@@ -18,10 +18,11 @@ from elastic_kernels.dispatch import INTERPRETED
 from poa import device
 from poa.checkpoint import RunFolder
 from poa.config import Config
+from poa.micro_batch import MicroBatch
 from poa.network import Batch
 from poa.options import override
 from poa.presets import preset
-from poa.step import Chunk, TrainingState, accumulate_gradients, autocast, train_step
+from poa.step import TrainingState, accumulate_gradients, autocast, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
 from poa.tribranch import OPERANDS, Targets, teacher_targets
@@ -73,7 +74,9 @@ def test_three_steps(config: Config, tmp_path: Path) -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=WEIGHT_TOLERANCE)
 
 
-def gradients(config: Config, chunk: Chunk, targets: Targets, name: str, exact: bool) -> dict[str, Tensor]:
+def gradients(
+    config: Config, chunk: MicroBatch, targets: Targets, name: str, exact: bool
+) -> dict[str, Tensor]:
     """Of every parameter, by a backend in the precision of the configuration, or in float64."""
     device = chunk.batch.global_crops.device
     state = TrainingState.start(config, device)
@@ -120,7 +123,7 @@ def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.
     double = Batch(batch.global_crops.double(), batch.local_crops.double(), batch.masks)
     monkeypatch.setitem(OPERANDS, "fp32", torch.float64)
     exact = override(config, ["method.precision=fp32"])
-    truth = gradients(exact, Chunk(double, chunk.passes), targets, "reference", True)
+    truth = gradients(exact, MicroBatch(double, chunk.passes), targets, "reference", True)
     ours, theirs = (
         {key: float((gradient.double() - truth[key]).norm()) for key, gradient in found[name].items()}
         for name in ("triton", "reference")

@@ -17,8 +17,9 @@ from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.device import tensors_in
 from poa.errors import InputError
+from poa.micro_batch import MicroBatch
 from poa.optim import Schedules
-from poa.step import Chunk, TrainingState, train_step
+from poa.step import TrainingState, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
 
@@ -26,7 +27,7 @@ APART = "performance.backward=apart"
 WITH_MASKS = "method.optim.ibot_start_epoch=0"
 
 
-def exact_chunk(config: Config, folder: Path, elastic: Subnet) -> Chunk:
+def exact_chunk(config: Config, folder: Path, elastic: Subnet) -> MicroBatch:
     """The first chunk of a run in float64, with masks and stochastic depth, and this elastic student."""
     run = run_of(config, folder)
     run.sampler.draw = lambda step, chunk: elastic  # type: ignore[method-assign]
@@ -35,7 +36,7 @@ def exact_chunk(config: Config, folder: Path, elastic: Subnet) -> Chunk:
     batch = chunk.batch
     assert len(batch.masks.indices) and chunk.passes[1].drop is not None
     exact = tribranch.Batch(batch.global_crops.double(), batch.local_crops.double(), batch.masks)
-    return Chunk(exact, chunk.passes)
+    return MicroBatch(exact, chunk.passes)
 
 
 @pytest.mark.parametrize("recompute", ["false", "true"], ids=["stored", "recomputed"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.roofline.costs import SINGLE
 from poa.config import MethodConfig
-from poa.masks import draw_masks
+from poa.micro_batch import crop_masks
 from poa.network import VIEWS
 from poa.random import python_stream
 
@@ -32,9 +32,7 @@ class Workload:
     @classmethod
     def of(cls, method: MethodConfig, images: int, **options: bool | int) -> Workload:
         """With the number of masked patches that the first step of a run draws."""
-        side = method.backbone.grid(method.crops.global_size)
-        dice = python_stream(method.seed, "masks", 0, 0)
-        masks = draw_masks(VIEWS * images, (side, side), method.masks.probability, method.masks.ratio, dice)
+        masks = crop_masks(method, images, python_stream(method.seed, "masks", 0, 0))
         return cls(method, images, len(masks.indices), **options)  # type: ignore[arg-type]
 
     def crops(self, student: bool) -> tuple[tuple[int, int], ...]:
