@@ -43,14 +43,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 @contextmanager
 def repeating(on: bool) -> Iterator[None]:
     """Let PyTorch take only algorithms whose results repeat bitwise, if `on`; ours all do."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(on or before)
+    if not on or torch.are_deterministic_algorithms_enabled():
+        yield  # switching it, even off, imports PyTorch's compiler, which takes a second
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(False)
 
 
 @lru_cache

@@ -116,23 +116,32 @@ class Plan:
 
 
 def first_lines(
-    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World
+    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World, done: int = 0
 ) -> Iterator[str]:
-    """What was found and what will be done, a line for each subject; then what is unusual."""
+    """What was found and what will be done, a line for each subject; then what is unusual.
+
+    Args:
+        config, plan, schedules, data, here: of the run.
+        done: steps, of a run that goes on.
+    """
     method, space = config.method, config.method.backbone.space
     intact = method.backbone.parameters(space.intact)
     yield f"device: {_device(here)}, {method.precision} products"
     yield f"data: {_data(config, data)}"
     yield (
         f"network: {len(space)} subnets from {space.smallest} to {space.intact} of a {method.backbone.kind}, "
-        f"{method.backbone.parameters(space.smallest) / 1e6:.3g} to {intact / 1e6:.3g} M parameters"
+        f"{method.backbone.parameters(space.smallest):,} to {intact:,} parameters"
     )
     images = plan.chunks * method.batch_size
-    parts = f" ({plan.chunks} micro-batches over {here.size} ranks)" if plan.chunks > 1 else ""
+    parts = f" ({plan.chunks} micro-batches over {counted(here.size, 'rank')})" if plan.chunks > 1 else ""
     yield (
-        f"steps: {schedules.total_steps:,} of {images:,} images{parts}, "
-        f"{method.optim.epochs:g} epochs of {plan.epoch_steps:,} steps"
+        f"steps: {schedules.total_steps:,} of {counted(images, 'image')}{parts}, "
+        f"{method.optim.epochs:g} epochs of {counted(plan.epoch_steps, 'step')}"
     )
+    if done:
+        yield f"resume: {done:,} of {schedules.total_steps:,} steps are done"
+    elif config.run.init_from:
+        yield f"weights: the newest of {config.run.init_from}"
     yield f"phases: {', '.join(_phases(config, plan, schedules))}"
     for line in _unusual(config, plan, schedules, data, here):
         yield f"note: {line}"
@@ -140,7 +149,8 @@ def first_lines(
 
 def _device(here: World) -> str:
     if here.device.type != "cuda":
-        return f"CPU, {torch.get_num_threads()} threads in each of {here.size} processes"
+        processes = f" in each of {here.size} processes" if here.size > 1 else ""
+        return f"CPU, {counted(torch.get_num_threads(), 'thread')}{processes}"
     memory = torch.cuda.get_device_properties(here.device).total_memory / 1e9
     return f"{here.size} x {torch.cuda.get_device_name(here.device)}, {memory:.0f} GB"
 
@@ -148,7 +158,7 @@ def _device(here: World) -> str:
 def _data(config: Config, data: DataSplit) -> str:
     held = f", {len(data.test):,} held out for k-NN" if data.test else ", none held out: no accuracies"
     classes = f" in {len(data.train.classes)} classes" if data.train.classes else " without labels"
-    return f"{len(data.train):,} images of {config.run.data} to train on{classes}{held}"
+    return f"{counted(len(data.train), 'image')} of {config.run.data} to train on{classes}{held}"
 
 
 def _phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[str]:
@@ -188,7 +198,15 @@ def _unusual(config: Config, plan: Plan, schedules: Schedules, data: DataSplit, 
     if config.run.evaluate_every and data.test is None:
         yield "evaluations were asked for (run.evaluate_every), but there are no held-out images with labels"
     if config.run.evaluate_every > total:
-        yield f"run.evaluate_every={config.run.evaluate_every} is more than the run's {total:,} steps"
+        yield (
+            f"k-NN is scored before the first step and after the last alone: run.evaluate_every="
+            f"{config.run.evaluate_every} is more than {counted(total, 'step')}"
+        )
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 step`, `2,000 steps`."""
+    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def last_lines(folder: Path, seconds: float, data: DataSplit) -> Iterator[str]:

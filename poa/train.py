@@ -72,7 +72,8 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     here.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
     data = _open_data(config, here)
     plan = Plan.of(config, len(data.train), here.size, content)
-    for line in first_lines(config, plan, plan.schedules(config), data, here) if here.is_main else ():
+    done = content["step"] if content else 0
+    for line in first_lines(config, plan, plan.schedules(config), data, here, done) if here.is_main else ():
         print(line, flush=True)
     if check:
         return

@@ -29,9 +29,9 @@ def said(config: Config, size: int = 1) -> list[str]:
 def test_the_lines_of_the_quickstart() -> None:
     torch.set_num_threads(1)
     assert said(preset("quickstart")) == [
-        "device: CPU, 1 threads in each of 1 processes, fp32 products",
+        "device: CPU, 1 thread, fp32 products",
         "data: 1,347 images of digits to train on in 10 classes, 450 held out for k-NN",
-        "network: 9 subnets from 32x2 to 64x4 of a vit, 0.0321 to 0.214 M parameters",
+        "network: 9 subnets from 32x2 to 64x4 of a vit, 32,128 to 213,632 parameters",
         "steps: 1,575 of 64 images, 75 epochs of 21 steps",
         "phases: learning rate rises until step 158, prototypes train from step 32, "
         "masked patches (iBOT) from step 315",
@@ -55,7 +55,10 @@ def test_several_ranks() -> None:
         (["method.canvas=32"], "images are shrunk to 32 pixels (method.canvas), less than the crops' 224"),
         (["method.loss.ibot=0"], "the masked-patch loss is off (method.loss.ibot=0)"),
         (["method.masks.probability=0"], "no patch will be masked (method.masks), so that the masked-patch"),
-        (["run.evaluate_every=999999"], "run.evaluate_every=999999 is more than the run's 6,300 steps"),
+        (
+            ["run.evaluate_every=999999"],
+            "k-NN is scored before the first step and after the last alone: run.evaluate_every=999999",
+        ),
         (
             ["method.optim.epoch_steps=1", "method.optim.freeze_last_layer_epochs=299.9"],
             "prototypes are never trained: method.optim.freeze_last_layer_epochs lasts for the whole run",
