@@ -8,6 +8,7 @@
     python -m benchmarks sampling             what policies of drawing subnets cost; --processes
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
+    python -m benchmarks launches vit-l16     launches and host time of a step, without a GPU; --subnet 640x18
     python -m benchmarks gpu                  all that a GPU is needed for, in one run; --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 import time
@@ -28,7 +30,9 @@ import torch
 
 from benchmarks import harness, results, roofline
 from benchmarks.cases import ALL_WIDTHS, CASES, REAL, TINY
+from poa.options import override
 from poa.presets import preset
+from poa.subnets import Subnet
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,6 +154,17 @@ def print_roofline(options: argparse.Namespace) -> None:
     print(roofline.report(work, roofline.H200))
 
 
+def launches(options: argparse.Namespace) -> None:
+    from benchmarks import launches as benchmark
+
+    torch.set_num_threads(1)
+    config = override(preset(options.preset), options.overrides)
+    space = config.method.backbone.space
+    subnet = space.require(Subnet.parse(options.subnet)) if options.subnet else space.intact
+    lines, summary = benchmark.run(config, subnet)
+    print(*lines, json.dumps(summary), sep="\n")
+
+
 def gpu(options: argparse.Namespace) -> int:
     """Tests, then kernels, then steps, then networks; a failed test stops it."""
     if not torch.cuda.is_available():
@@ -186,6 +201,7 @@ COMMANDS = {
     "sampling": (sampling, "the time processes wait for each other, by policy of drawing subnets"),
     "profile": (profile, "the twenty largest kernels of one step"),
     "roofline": (print_roofline, "FLOPs, bytes and floor of a step"),
+    "launches": (launches, "launches of a step by kind, and its host time, without a GPU"),
     "gpu": (gpu, "everything a GPU is needed for, in one run"),
     "report": (report, "tables and plots from the rows"),
 }
@@ -231,6 +247,12 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=60, help="of each policy")
 
 
+def _launches(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("preset", help="network and method")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    parser.add_argument("--subnet", metavar="WxD", help="of the elastic student; default the intact network")
+
+
 def _gpu(parser: argparse.ArgumentParser) -> None:
     parts = ("tests", "kernels", "step", "step-swin", "step-resnet", "networks")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
@@ -249,6 +271,7 @@ OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
     "sampling": (_device, _sampling),
     "profile": (_device, _step),
     "roofline": (_step,),
+    "launches": (_launches,),
     "gpu": (_gpu, _official),
     "report": (_report,),
 }

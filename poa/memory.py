@@ -141,11 +141,9 @@ def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> 
     """A chunk's forward passes and backward without data, with masks as many as there are on average."""
     method = config.method
     chunk = _chunk(config, state, elastic)
-    # Meta tensors know no autocast; `planning` stands for it.
-    exact = dataclasses.replace(config, method=dataclasses.replace(method, precision="fp32"))
     with planning(AUTOCAST.get(method.precision, torch.float32)), state.rounded:
         (targets,) = teacher_targets(state.teacher, [chunk.batch], 0.07, method.loss, state.centers)
-        accumulate_gradients(state.student, state, exact, chunk, targets, 1.0)
+        accumulate_gradients(state.student, state, config, chunk, targets, 1.0)
 
 
 def plan_steps(config: Config) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elastic_kernels import working_weights
+from elastic_kernels.dispatch import planning
 from elastic_kernels.linear import linear_backend
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
@@ -230,7 +231,9 @@ def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManage
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """The context in which networks run."""
+    """The context in which networks run; meta tensors know no autocast, `planning` stands for it."""
     if precision == "fp32":
         return nullcontext()
+    if device.type == "meta":
+        return planning(AUTOCAST[precision])
     return torch.autocast(device.type, AUTOCAST[precision])

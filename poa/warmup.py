@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from elastic_kernels.compilations import compilations
 from elastic_kernels.optimizer import fused_adamw_backend
@@ -45,20 +46,26 @@ def warm_up(config: Config) -> Iterator[str]:
         subnet, started = Subnet(width, space.smallest.depth), time.perf_counter()
         with compilations() as compiled:
             for masked in (True, False):
-                chunk = _noise(config, state, subnet, masked)
-                train_step(state.student, state, config, schedules, 0, [chunk], observed=True)
+                micro_batch = micro_batch_of(noise(config), config, state, subnet, masked)
+                train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
             with torch.no_grad(), autocast(device, config.method.precision):
-                state.teacher.backbone([chunk.batch.global_crops], subnet)
+                state.teacher.backbone([micro_batch.batch.global_crops], subnet)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         yield f"{width:>5} wide: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
 
 
-def _noise(config: Config, state: TrainingState, subnet: Subnet, masked: bool) -> MicroBatch:
-    """A micro-batch of noise, made as a run makes it of images."""
-    method, device = config.method, state.centers.cls[0].device
-    count, size = method.batch_size, method.canvas
-    noise = torch_stream(0, "warm-up")
-    canvases = torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=noise).to(device)
-    sizes = torch.full((count, 2), size)
+def noise(config: Config) -> Tensor:
+    """Canvases of a micro-batch, on the CPU."""
+    shape = (config.method.batch_size, 3, config.method.canvas, config.method.canvas)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=torch_stream(0, "warm-up"))
+
+
+def micro_batch_of(
+    canvases: Tensor, config: Config, state: TrainingState, subnet: Subnet, masked: bool
+) -> MicroBatch:
+    """A micro-batch of whole canvases, made as a run makes it, where the state is."""
+    method = config.method
+    sizes = torch.full((len(canvases), 2), method.canvas)
+    canvases = canvases.to(state.centers.cls[0].device)
     return make_micro_batch(method, state.student, canvases, sizes, subnet, Draws.of(0, 0, 0), masked=masked)

@@ -100,7 +100,7 @@ def render_crops(
         torch.Size([16, 3, 224, 224])
     """
     if intermediate is None:
-        intermediate = torch.float16 if images.is_cuda else torch.float32
+        intermediate = torch.float32 if images.device.type == "cpu" else torch.float16
     _check_images(images)
     _check_parameters(parameters, images)
     _check_options(parameters, size, blur_kernel, mean, std, dtype, intermediate)

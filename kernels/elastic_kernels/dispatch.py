@@ -35,6 +35,13 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Gpu(NamedTuple):
+    """What launchers ask about a GPU: its compute capability, and its streaming multiprocessors."""
+
+    capability: tuple[int, int]
+    processors: int
+
+
 def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
@@ -46,6 +53,7 @@ if _default is not None:
     _checked(_default)
 _forced: ContextVar[str | None] = ContextVar("backend", default=_default)
 _planned: ContextVar[torch.dtype | None] = ContextVar("planning", default=None)
+_absent: ContextVar[Gpu | None] = ContextVar("absent", default=None)
 
 
 @contextmanager
@@ -96,6 +104,21 @@ def planned() -> torch.dtype | None:
     return _planned.get()
 
 
+@contextmanager
+def assuming(gpu: Gpu) -> Iterator[None]:
+    """Take meta tensors for those of a GPU that nobody has; `absent_gpu` also records what it would run."""
+    token = _absent.set(gpu)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
+
+
+def absent() -> Gpu | None:
+    """The GPU for whose tensors meta tensors are taken; None outside of `assuming(...)`."""
+    return _absent.get()
+
+
 # Dynamo traces no context variables before torch 2.14. This is what `torch.compiler.assume_constant_result`
 # does, which would make everybody who imports this package wait for dynamo.
 forced._dynamo_marked_constant = planned._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -114,6 +137,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "meta":  # not `torch.amp.is_autocast_available`, which torch 2.11 cannot compile
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def autocast_operands(*operands: Tensor) -> tuple[Tensor, ...]:
+    """Operands of one of PyTorch's products as its autocast takes them, for meta tensors, which know none."""
+    dtype = planned() if operands[0].device.type == "meta" else None
+    return operands if dtype is None else tuple(x.to(dtype) for x in operands)
 
 
 def constant(x: Tensor, make: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -177,7 +206,7 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return "the tensors are on a CPU (without TRITON_INTERPRET=1)"
     if device == "cpu" and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
         return f"the interpreter of Triton {version('triton')} expected numpy<2.4, got {version('numpy')}"
-    if device == "meta" and planned() is not None:
+    if device == "meta" and (planned() or absent()):
         return None
     if device not in ("cpu", "cuda"):
         return f"the tensors are on {device!r}, expected cuda"

@@ -22,6 +22,7 @@ from elastic_kernels.block import (
     elastic_attention_half,
     elastic_mlp_half,
 )
+from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_qkv
@@ -393,6 +394,7 @@ class ElasticBottleneck(nn.Module):
 
 def conv_channels_last(x: Tensor, weight: Tensor, *, stride: int, padding: int) -> Tensor:
     """`[N, H, W, in]` -> `[N, H', W', out]` with a kernel `[out, in, h, w]`, by PyTorch's convolution."""
+    x, weight = autocast_operands(x, weight)
     packed = weight.contiguous(memory_format=torch.channels_last)
     return F.conv2d(x.permute(0, 3, 1, 2), packed, stride=stride, padding=padding).permute(0, 2, 3, 1)
 

@@ -25,6 +25,7 @@ from elastic_kernels import (
     elastic_layer_norm,
     elastic_linear,
 )
+from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.recompute import recomputed
 from poa.backbones.base import Features, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
@@ -154,7 +155,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, width: int) -> Tensor:
         """`[B, 3, H, W]` -> maps `[B, H / patch, W / patch, width]`."""
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))[..., :width]
+        assert self.proj.bias is not None
+        x, weight, bias = autocast_operands(images, self.proj.weight, self.proj.bias)
+        maps = F.conv2d(x, weight, bias, stride=self.proj.stride).permute(0, 2, 3, 1)
+        return self.norm(maps)[..., :width]
 
 
 class PatchMerging(nn.Module):

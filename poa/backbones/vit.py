@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
-from elastic_kernels.dispatch import constant, without_autocast
+from elastic_kernels.dispatch import autocast_operands, constant, without_autocast
 from elastic_kernels.recompute import recomputed
 from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
 from poa.errors import InputError
@@ -175,6 +175,7 @@ class PatchEmbed(nn.Module):
         """`[B, 3, H, W]` -> `[B, patches, width]`; H and W multiples of the patch size."""
         assert self.proj.bias is not None
         weight, bias = self.proj.weight[:width], self.proj.bias[:width]
+        images, weight, bias = autocast_operands(images, weight, bias)
         return F.conv2d(images, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
 
 

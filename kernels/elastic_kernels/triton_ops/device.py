@@ -7,14 +7,30 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from elastic_kernels.dispatch import Gpu, absent
+
 SMALL_PARTS = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities with 99 KB of shared memory a block
 INTERPRETED_PROCESSORS = 4  # stand for a device's under the interpreter
 
 
 @lru_cache
+def _present(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return Gpu((0, 0), INTERPRETED_PROCESSORS)
+    return Gpu(
+        torch.cuda.get_device_capability(device),
+        torch.cuda.get_device_properties(device).multi_processor_count,
+    )
+
+
+def _gpu(device: torch.device) -> Gpu:
+    """The device, or for meta tensors the absent GPU that they are taken for."""
+    return (absent() if device.type == "meta" else None) or _present(device)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability; (0, 0) under the interpreter."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return _gpu(device).capability
 
 
 def is_small_part(device: torch.device) -> bool:
@@ -22,20 +38,22 @@ def is_small_part(device: torch.device) -> bool:
     return capability(device) in SMALL_PARTS
 
 
-@lru_cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors."""
-    if device.type != "cuda":
-        return INTERPRETED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return _gpu(device).processors
+
+
+def is_interpreted(x: Tensor) -> bool:
+    """Whether kernels run on the CPU, by the interpreter."""
+    return x.device.type == "cpu"
 
 
 def precision(x: Tensor) -> str:
     """Of products, for `gemm.dot`: TF32 only where PyTorch allows it; has no meaning in half precision."""
-    if not x.is_cuda and x.dtype == torch.bfloat16:
-        return "upcast"
+    if is_interpreted(x):
+        return "upcast" if x.dtype == torch.bfloat16 else "ieee"
     # Also says what `allow_tf32` allows, which cannot be read once `fp32_precision` was set.
-    return "tf32" if x.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
+from elastic_kernels.triton_ops.device import capability, is_interpreted, precision, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.triton_ops.sinkhorn import grow
@@ -336,7 +336,7 @@ def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` in fp32, however narrow the operands."""
-    if a.dtype == torch.float32 or not a.is_cuda:
+    if a.dtype == torch.float32 or is_interpreted(a):
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
 

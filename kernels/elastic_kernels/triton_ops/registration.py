@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("elastic_kernels", "FRAGMENT")
+LAUNCHERS: dict[str, Callable[..., Any]] = {}  # of every operator, by its name
 
 
 def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,9 +35,10 @@ def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]
     a call than `register_autograd`.
     """
     name = schema.partition("(")[0]
+    LAUNCHERS[name] = launcher = on_its_device(function)
     _library.define(schema)
     for device in ("CUDA", "CPU"):
-        _library.impl(name, on_its_device(function), device)
+        _library.impl(name, launcher, device)
     torch.library.register_fake(f"elastic_kernels::{name}", fake, lib=_library)
 
 

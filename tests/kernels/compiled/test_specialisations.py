@@ -5,87 +5,34 @@ Blocks of all widths run forward and backward on meta tensors, through the launc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Iterator
 from itertools import product
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows, backend, dispatch
-from elastic_kernels.triton_ops import (
-    attention,
-    gemm,
-    group_norm,
-    halves,
-    layer_norm,
-    layers,
-    linear,
-    linear_wgrad,
-    window_attention,
-)
+from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows, backend
+from elastic_kernels.dispatch import planning
+from elastic_kernels.triton_ops import layer_norm, linear, linear_wgrad
+from elastic_kernels.triton_ops.absent_gpu import Launches, absent_gpu
 
 IMAGES = (1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 23, 31, 32, 48, 53, 64, 96, 127, 128)  # 20 token counts
 FEW_IMAGES = (1, 5, 16, 64)
-MODULES = (attention, group_norm, layer_norm, linear, linear_wgrad, window_attention)
 
 
-class NoGpu:
-    """A driver that stands for an H100 nobody has."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the test's driver has no {name}")
+@pytest.fixture
+def launches() -> Iterator[Launches]:
+    with absent_gpu(90) as launches, planning(torch.bfloat16):
+        yield launches
 
 
-KERNELS = {
-    name: kernel
-    for module in MODULES
-    for name, kernel in vars(module).items()
-    if isinstance(kernel, JITFunction) and name.endswith("_kernel")
-}
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def specialise(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", NoGpu())
-    monkeypatch.setattr(JITFunction, "__getitem__", specialise)
-    # The number of binaries is asked, not the binaries.
-    monkeypatch.setattr(triton.compiler, "compile", lambda *args, **kwargs: object())
-    operators = {name: getattr(module, name) for module in MODULES for name in dir(module)}
-    monkeypatch.setattr(torch.ops, "elastic_kernels", SimpleNamespace(**operators))
-    for module in (halves, layers):
-        monkeypatch.setattr(module, "ops", torch.ops.elastic_kernels)
-    monkeypatch.setattr(dispatch, "_obstacle", lambda device, dtype: None)
-    monkeypatch.setattr(dispatch, "autocast_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(gemm, "capability", lambda device: (9, 0))
-    for module in (layer_norm, linear_wgrad):
-        monkeypatch.setattr(module, "processors", lambda device: 132)
-
-    for kernel in KERNELS.values():
-        kernel.device_caches.clear()
-
-
-def binaries() -> dict[str, int]:
+def binaries(launches: Launches) -> Counter[str]:
     """How many of each kernel that was used."""
-    counts = {name: len(kernel.device_caches[0][0]) for name, kernel in KERNELS.items()}
-    print(counts, sum(counts.values()))
-    return {name: count for name, count in counts.items() if count}
+    counts = Counter(binary.name for binary in launches.binaries)
+    print(counts, counts.total())
+    return counts
 
 
 def kept(groups: tuple[tuple[int, int], ...]) -> KeptRows:
@@ -107,7 +54,7 @@ def run_all_widths(block: ElasticBlock) -> None:
             block(x, student, choice).sum().backward()
 
 
-def test_all_subnets_of_a_vit_need_few_binaries() -> None:
+def test_all_subnets_of_a_vit_need_few_binaries(launches: Launches) -> None:
     with torch.device("meta"):
         block = ElasticBlock(1024, 4096, 64, layer_scale=1e-5)
     with backend("triton"):
@@ -115,13 +62,15 @@ def test_all_subnets_of_a_vit_need_few_binaries() -> None:
         for linear_layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             linear_layer.bfloat16()
         run_all_widths(block)  # bf16 weights, read in place
-    counts = binaries()
-    unused = {name for module in MODULES[2:5] for name in vars(module) if name in KERNELS} - counts.keys()
+    counts = binaries(launches)
+    modules = (layer_norm, linear, linear_wgrad)
+    kernels = {k for m in modules for k, f in vars(m).items() if isinstance(f, JITFunction)}
+    unused = {name for name in kernels if name.endswith("_kernel")} - counts.keys()
     assert not unused and "_attention_bwd_kernel" in counts
-    assert sum(counts.values()) < 60
+    assert counts.total() < 60
 
 
-def test_all_subnets_of_a_swin_need_few_binaries() -> None:
+def test_all_subnets_of_a_swin_need_few_binaries(launches: Launches) -> None:
     """Every stage and width of Swin-B, with global and local crops: stages share their kernels too."""
     with torch.device("meta"):
         blocks = [
@@ -136,12 +85,12 @@ def test_all_subnets_of_a_swin_need_few_binaries() -> None:
             for block, choice in product(blocks[stage], (None, (kept(groups), kept(groups)))):
                 x = torch.empty(tokens, width * 2**stage, device="meta", requires_grad=True)
                 block(x, maps, choice).sum().backward()
-    counts = binaries()
+    counts = binaries(launches)
     assert counts["_window_attention_fwd_kernel"] == counts["_window_attention_bwd_kernel"] == 1
-    assert sum(counts.values()) < 60
+    assert counts.total() < 60
 
 
-def test_all_subnets_of_a_resnet_need_few_binaries() -> None:
+def test_all_subnets_of_a_resnet_need_few_binaries(launches: Launches) -> None:
     """Every stage and width of ResNet-152: a group has 2 to 64 channels."""
     with torch.device("meta"):
         blocks = [
@@ -156,6 +105,6 @@ def test_all_subnets_of_a_resnet_need_few_binaries() -> None:
             for block, side in product(blocks[stage], (56 >> stage, 24 >> stage)):
                 x = torch.empty(images, side, side, 256 * 2**stage, device="meta", requires_grad=True)
                 block(x, width * 2**stage).sum().backward()
-    counts = binaries()
+    counts = binaries(launches)
     assert counts.keys() >= {"_group_norm_fwd_kernel", "_group_norm_bwd_kernel"}
-    assert sum(counts.values()) < 60
+    assert counts.total() < 60

@@ -1,0 +1,169 @@
+"""A GPU that nobody has: what its launches would be, found on meta tensors by the launchers themselves."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from elastic_kernels import triton_ops
+from elastic_kernels.dispatch import Gpu, assuming
+from elastic_kernels.triton_ops.registration import LAUNCHERS
+
+WARP = 32
+PROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}  # of A100, L40S, H100, B200, RTX 5090
+
+
+@dataclass(frozen=True, eq=False)
+class Binary:
+    """A kernel as Triton specialises it for a launch; travels between processes.
+
+    Attributes:
+        module, name: where the `triton.jit` function is.
+        signature: type of each argument.
+        constants, attributes: values and divisibility of arguments, by their path, as Triton's `ASTSource`.
+        options: launch settings, with Triton's defaults.
+        architecture: compute capability times ten.
+    """
+
+    module: str
+    name: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    architecture: int
+
+    @property
+    def kernel(self) -> JITFunction:
+        kernel: JITFunction = getattr(importlib.import_module(self.module), self.name)
+        return kernel
+
+    @property
+    def constexprs(self) -> dict[str, Any]:
+        """Compile-time arguments by name, absent tensors (None) among them."""
+        return {self.kernel.arg_names[path[0]]: value for path, value in self.constants.items()}
+
+    def compile(self) -> Any:
+        """Triton's compiled kernel, which is then in its cache on disk."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=GPUTarget("cuda", self.architecture, WARP), options=self.options)
+
+
+class Launch(NamedTuple):
+    """A binary, and the programs of its grid."""
+
+    binary: Binary
+    grid: tuple[int, int, int]
+
+    @property
+    def programs(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2]
+
+
+@dataclass
+class Launches:
+    """What was launched while an absent GPU was in use.
+
+    Attributes:
+        made: in order; may be cleared.
+        binaries: that the launches needed, each once.
+    """
+
+    made: list[Launch] = field(default_factory=list)
+    binaries: list[Binary] = field(default_factory=list)
+
+
+@contextmanager
+def absent_gpu(architecture: int = 90) -> Iterator[Launches]:
+    """Take meta tensors for those of a GPU, and record kernels in place of compiling and launching them.
+
+    Operators give meta tensors; the rest of the host's work is done as it would be there. Nothing remains of
+    the context in kernels.
+
+    Args:
+        architecture: compute capability times ten, one of `PROCESSORS`.
+
+    Raises:
+        ValueError: an architecture that is not known.
+
+    Example:
+        >>> with absent_gpu(90) as launches:
+        ...     elastic_layer_norm(torch.empty(8, 64, device="meta"), weight, bias)
+        >>> [launch.binary.name for launch in launches.made]
+        ['_layer_norm_fwd_kernel']
+    """
+    if architecture not in PROCESSORS:
+        known = ", ".join(f"sm_{known}" for known in PROCESSORS)
+        raise ValueError(f"architecture: expected one of {known}, got sm_{architecture}")
+    found, driver, compiles = Launches(), _Driver(architecture), JITFunction._do_compile
+    before, kernels = triton.runtime.driver._active, set()  # `active` fails where there is no GPU
+
+    def specialise(
+        kernel: JITFunction, key: str, signature: Any, device: Any, constants: Any, options: Any, *rest: Any
+    ) -> _Recorder:
+        binary = Binary(
+            kernel.module, kernel.fn.__name__, signature, constants, rest[0], vars(options), architecture
+        )
+        found.binaries.append(binary)
+        kernels.add(kernel)
+        kernel.device_caches[device][0][key] = recorder = _Recorder(binary, found.made)
+        return recorder
+
+    for module in pkgutil.iter_modules(triton_ops.__path__, f"{triton_ops.__name__}."):
+        importlib.import_module(module.name)  # which registers its operators
+    launchers = torch.library.Library("elastic_kernels", "IMPL")
+    try:
+        for name, launcher in LAUNCHERS.items():
+            launchers.impl(name, launcher, "Meta", allow_override=True)
+        triton.runtime.driver.set_active(driver)
+        JITFunction._do_compile = specialise
+        with assuming(Gpu(divmod(architecture, 10), PROCESSORS[architecture])):
+            yield found
+    finally:
+        JITFunction._do_compile = compiles
+        triton.runtime.driver.set_active(before)
+        launchers._destroy()
+        for kernel in kernels:
+            kernel.device_caches.pop(driver.device)
+
+
+class _Driver:
+    """Stands for Triton's, with a device whose kernels no other device shares."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, WARP)
+        self.device = object()
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> object:
+        return self.device
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+class _Recorder:
+    """Stands for a compiled kernel."""
+
+    function = packed_metadata = None
+
+    def __init__(self, binary: Binary, made: list[Launch]) -> None:
+        self.binary, self.made = binary, made
+
+    def launch_metadata(self, *arguments: Any) -> None:
+        return None
+
+    def run(self, x: int, y: int, z: int, *rest: Any) -> None:
+        self.made.append(Launch(self.binary, (x, y, z)))
