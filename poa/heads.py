@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import elastic_linear
-from elastic_kernels.dispatch import without_autocast
+from elastic_kernels import elastic_linear, without_autocast
 from poa.options import Options, option
 
 

@@ -17,8 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import sinkhorn_scaling
-from elastic_kernels.dispatch import without_autocast
+from elastic_kernels import sinkhorn_scaling, without_autocast
 from poa.options import Options, option
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_kernels.transfer import upload
+from elastic_kernels import upload
 from poa.options import Options, option
 
 MIN_PATCHES = 4  # of the rectangle a mask is built from

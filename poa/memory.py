@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from elastic_kernels.dispatch import planning
+from elastic_kernels import planning
 from poa.config import Config
 from poa.errors import InputError
 from poa.flops import expected_masked

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_kernels import KeptRows
-from elastic_kernels.transfer import upload
+from elastic_kernels import KeptRows, upload
 
 Groups = tuple[tuple[int, int], ...]
 """`(crops, tokens a crop)` of each crop group, in packing order."""

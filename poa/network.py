@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import shared_gradients
-from elastic_kernels.dispatch import without_autocast
+from elastic_kernels import shared_gradients, without_autocast
 from poa.backbones import BackboneConfig
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.masks import Masks

@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_kernels import working_weights
-from elastic_kernels.dispatch import planning
-from elastic_kernels.linear import linear_backend
+from elastic_kernels import linear_backend, planning, working_weights
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.health import observe

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_kernels.compilations import compilations
+from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.loader import Canvases, SampleStream, training_batches

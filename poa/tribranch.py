@@ -19,8 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elastic_kernels import prototype_cross_entropy
-from elastic_kernels.dispatch import without_autocast
+from elastic_kernels import prototype_cross_entropy, without_autocast
 from poa import losses
 from poa.device import beside, join, side_stream
 from poa.losses import LossConfig, SoftTargets

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from elastic_kernels.compilations import compilations
-from elastic_kernels.optimizer import fused_adamw_backend
+from elastic_kernels import compilations, fused_adamw_backend
 from poa.config import Config
 from poa.device import choose_device
 from poa.errors import InputError

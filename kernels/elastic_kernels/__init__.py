@@ -17,11 +17,11 @@ from elastic_kernels.block import (
     elastic_mlp_half,
 )
 from elastic_kernels.compilations import compilations
-from elastic_kernels.crops import CropParameters, crops_backend, render_crops
-from elastic_kernels.dispatch import backend
+from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, crops_backend, render_crops
+from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
-from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv
+from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.modules import (
     ElasticAttention,
@@ -34,16 +34,20 @@ from elastic_kernels.modules import (
     ElasticSwinBlock,
     ElasticWindowAttention,
     LayerScale,
+    conv_channels_last,
     elastic_block_from_vit,
 )
-from elastic_kernels.optimizer import FusedAdamW
+from elastic_kernels.optimizer import FusedAdamW, fused_adamw_backend
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
+from elastic_kernels.recompute import recomputed
 from elastic_kernels.shared_gradients import shared_gradients
+from elastic_kernels.transfer import upload
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 from elastic_kernels.working_weights import working_weights
 
 __all__ = [
     "AttentionWeights",
+    "CropParameters",
     "ElasticAttention",
     "ElasticBlock",
     "ElasticBottleneck",
@@ -53,15 +57,18 @@ __all__ = [
     "ElasticMLP",
     "ElasticSwinBlock",
     "ElasticWindowAttention",
-    "CropParameters",
     "FusedAdamW",
     "KeptRows",
     "LayerScale",
     "MlpWeights",
+    "NEUTRAL_CROP",
     "Sequences",
     "Windows",
+    "autocast_operands",
     "backend",
+    "cached_constant",
     "compilations",
+    "conv_channels_last",
     "crops_backend",
     "elastic_attention_half",
     "elastic_block_from_vit",
@@ -73,12 +80,18 @@ __all__ = [
     "elastic_mlp",
     "elastic_mlp_half",
     "elastic_qkv",
+    "fused_adamw_backend",
+    "linear_backend",
     "packed_attention",
+    "planning",
     "prototype_cross_entropy",
+    "recomputed",
     "relative_position_bias",
     "render_crops",
     "shared_gradients",
     "sinkhorn_scaling",
+    "upload",
     "window_attention",
+    "without_autocast",
     "working_weights",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from elastic_kernels import dispatch
 from elastic_kernels.transfer import upload
 
-NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors that change nothing
+NEUTRAL_CROP = (1.0, 1.0, 1.0, 0.0)  # factors that change nothing
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _colour_turns(parameters: CropParameters) -> tuple[Tensor, Tensor]:
     from elastic_kernels.triton_ops.crops import SATURATION, SKIPPED
 
     order, factors = parameters.order, parameters.factors
-    changes = parameters.jitter[:, None] & (factors != torch.tensor(NEUTRAL))
+    changes = parameters.jitter[:, None] & (factors != torch.tensor(NEUTRAL_CROP))
     jitter = order.masked_fill(~changes.gather(1, order), SKIPPED)
     # The gray image is what a saturation of 0 leaves.
     gray = torch.where(parameters.grayscale, SATURATION.value, SKIPPED)

@@ -145,7 +145,7 @@ def autocast_operands(*operands: Tensor) -> tuple[Tensor, ...]:
     return operands if dtype is None else tuple(x.to(dtype) for x in operands)
 
 
-def constant(x: Tensor, make: Callable[..., Tensor], *arguments: object) -> Tensor:
+def cached_constant(x: Tensor, make: Callable[..., Tensor], *arguments: object) -> Tensor:
     """A constant tensor for an operation on `x`, from a maker with `lru_cache`.
 
     Not cached where `x` has no values: under `FakeTensorMode` constants have none either, and must not

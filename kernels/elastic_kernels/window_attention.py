@@ -22,7 +22,7 @@ from torch import Tensor
 
 from elastic_kernels import dispatch
 from elastic_kernels.attention import HEAD_DIMS
-from elastic_kernels.dispatch import constant, without_autocast
+from elastic_kernels.dispatch import cached_constant, without_autocast
 
 MAX_WINDOW = 8  # of the Triton kernels
 MASK_VALUE = -100.0  # added to the score of a query and a key of different regions
@@ -108,7 +108,7 @@ def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)  # [count, i, j, heads, n, head_dim]
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.to(qkv.dtype)
     if shift:
-        apart = constant(qkv, _apart, rows, columns, window, shift, qkv.device)
+        apart = cached_constant(qkv, _apart, rows, columns, window, shift, qkv.device)
         scores = scores + apart.unsqueeze(2).to(scores.dtype) * MASK_VALUE
     x = scores.softmax(-1) @ v
     x = x.unflatten(4, (window, window)).permute(0, 1, 4, 2, 5, 3, 6)  # [count, i, r, j, c, heads, head_dim]
@@ -142,7 +142,7 @@ def relative_position_bias(table: Tensor, window: int) -> Tensor:
     """
     n = window**2
     with without_autocast(table.device):
-        chosen = constant(table, _chosen, window, table.device).to(table.dtype) @ table
+        chosen = cached_constant(table, _chosen, window, table.device).to(table.dtype) @ table
     return chosen.t().unflatten(1, (n, n))
 
 

@@ -19,9 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import ElasticBottleneck, ElasticGroupNorm
-from elastic_kernels.modules import conv_channels_last
-from elastic_kernels.recompute import recomputed
+from elastic_kernels import ElasticBottleneck, ElasticGroupNorm, conv_channels_last, recomputed
 from poa.backbones.base import Features, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.multicrop import StochasticDepth

@@ -22,11 +22,11 @@ from elastic_kernels import (
     ElasticLayerNorm,
     ElasticSwinBlock,
     KeptRows,
+    autocast_operands,
     elastic_layer_norm,
     elastic_linear,
+    recomputed,
 )
-from elastic_kernels.dispatch import autocast_operands
-from elastic_kernels.recompute import recomputed
 from poa.backbones.base import Features, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.errors import InputError

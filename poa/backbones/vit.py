@@ -16,9 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import ElasticBlock, ElasticLayerNorm, elastic_hidden_features
-from elastic_kernels.dispatch import autocast_operands, constant, without_autocast
-from elastic_kernels.recompute import recomputed
+from elastic_kernels import (
+    ElasticBlock,
+    ElasticLayerNorm,
+    autocast_operands,
+    cached_constant,
+    elastic_hidden_features,
+    recomputed,
+    without_autocast,
+)
 from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
@@ -315,7 +321,7 @@ class ElasticViT(Backbone):
         if (height, breadth) == (side, side):
             return positions
         with without_autocast(positions.device):
-            matrix = constant(positions, _interpolation, side, height, breadth, positions.device)
+            matrix = cached_constant(positions, _interpolation, side, height, breadth, positions.device)
             patches = matrix.to(positions) @ positions[:, 1:]
         return torch.cat([positions[:, :1], patches], dim=1)
 

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels.crops import NEUTRAL, CropParameters, crops_backend, render_crops
-from elastic_kernels.transfer import upload
+from elastic_kernels import NEUTRAL_CROP, CropParameters, crops_backend, render_crops, upload
 from poa.config import CropsConfig
 from poa.data.resample import (
     check_batch,
@@ -207,7 +206,7 @@ def _render_fused(images: Tensor, views: Views, size: int, config: CropsConfig, 
         def rotate(crops: Tensor) -> Tensor:
             return _rotate(crops, angle)
 
-    factors = torch.where(strengths != 0, views.factors, torch.tensor(NEUTRAL))
+    factors = torch.where(strengths != 0, views.factors, torch.tensor(NEUTRAL_CROP))
     return render_crops(
         images,
         replace(views, factors=factors),
