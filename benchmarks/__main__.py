@@ -12,7 +12,7 @@
     python -m benchmarks gpu                  all that a GPU is needed for, in one run; --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
-Without a GPU everything runs tiny, to test the suite; such rows are not written and no report takes them.
+Without a GPU each begins with a line that says what its figures are; rows are not written then.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ import torch
 
 from benchmarks import harness, results, roofline
 from benchmarks.cases import ALL_WIDTHS, CASES, REAL, TINY
+from poa.cli import number
+from poa.device import choose_device
 from poa.options import override
 from poa.presets import preset
 from poa.subnets import Subnet
@@ -56,16 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        if hasattr(options, "device") and choose_device(options.device).type == "cpu":
+            print(f"without a GPU: {ON_CPU[options.command]}; no row is written", flush=True)
         return int(options.function(options) or 0)
     except (ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
 
 
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+TINY_SIZES = (
+    "tiny sizes and PyTorch's own operators, to test that this runs; the times say nothing about the kernels"
+)
+ON_CPU = {
+    **dict.fromkeys(("kernels", "step", "networks", "profile"), TINY_SIZES),
+    "quality": "accuracies are real, and times are those of this CPU, which say nothing about a GPU",
+    "sampling": "waiting is measured by processor time, the time that processes wait for a core left out",
+}
+"""What a command measures there."""
 
 
 def list_cases() -> int:
@@ -86,7 +95,7 @@ def keep(rows: list[results.Row], out: Path | None) -> None:
 
 
 def kernels(options: argparse.Namespace) -> None:
-    device = device_of(options.device)
+    device = choose_device(options.device)
     sizes = REAL if device.type == "cuda" else TINY
     if options.all_widths and device.type == "cuda":
         sizes = dataclasses.replace(sizes, widths=ALL_WIDTHS)
@@ -111,7 +120,7 @@ def kernels(options: argparse.Namespace) -> None:
 def step(options: argparse.Namespace) -> None:
     from benchmarks import step as benchmark
 
-    device = device_of(options.device)
+    device = choose_device(options.device)
     rows = benchmark.run(options.preset, options.images, device, options.official, options.seconds)
     keep(rows, options.out)
 
@@ -119,7 +128,7 @@ def step(options: argparse.Namespace) -> None:
 def networks(options: argparse.Namespace) -> None:
     from benchmarks import networks as benchmark
 
-    device = device_of(options.device)
+    device = choose_device(options.device)
     images = options.images[0] if device.type == "cuda" else 2
     rows = []
     for name in options.presets:
@@ -131,7 +140,7 @@ def quality(options: argparse.Namespace) -> None:
     from benchmarks import quality as benchmark
 
     rows = benchmark.run(
-        options.preset, options.data, device_of(options.device), options.minutes, options.official
+        options.preset, options.data, choose_device(options.device), options.minutes, options.official
     )
     keep(rows, options.out)
 
@@ -146,11 +155,12 @@ def sampling(options: argparse.Namespace) -> None:
 def profile(options: argparse.Namespace) -> None:
     from benchmarks import step as benchmark
 
-    print(benchmark.profile(options.preset, options.images[0], device_of(options.device)))
+    print(benchmark.profile(options.preset, options.images[0], choose_device(options.device)))
 
 
 def print_roofline(options: argparse.Namespace) -> None:
     work = roofline.Workload.of(preset(options.preset).method, options.images[0])
+    print("a cost model, not a measurement: FLOPs and bytes counted, over the ceilings of a GPU")
     print(roofline.report(work, roofline.H200))
 
 
@@ -210,18 +220,27 @@ COMMANDS = {
 def _device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     parser.add_argument("--out", type=Path, help="file of rows; default benchmarks/results/GPU.jsonl")
-    parser.add_argument("--seconds", type=float, default=harness.MEASURE, help="of measuring each provider")
+    parser.add_argument(
+        "--seconds",
+        type=number(float, "(0, 3600]"),
+        default=harness.MEASURE,
+        help="of measuring each provider",
+    )
 
 
 def _step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="vit-l16", help="network and method")
-    parser.add_argument("--images", type=int, nargs="+", default=[64], help="images of a step")
+    parser.add_argument(
+        "--images", type=number(int, "[1, 65536]"), nargs="+", default=[64], help="images of a step"
+    )
 
 
 def _networks(parser: argparse.ArgumentParser) -> None:
     presets = ["vit-l16", "swin-b", "resnet-152"]
     parser.add_argument("--presets", nargs="+", default=presets, help="whose subnets")
-    parser.add_argument("--images", type=int, nargs=1, default=[64], help="of a forward")
+    parser.add_argument(
+        "--images", type=number(int, "[1, 65536]"), nargs=1, default=[64], help="of a forward"
+    )
 
 
 def _official(parser: argparse.ArgumentParser) -> None:
@@ -237,14 +256,14 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
 def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="small-images", help="network and method")
     parser.add_argument("--data", default="digits", help="digits, or a folder of images")
-    parser.add_argument("--minutes", type=float, default=3.0, help="of training each")
+    parser.add_argument("--minutes", type=number(float, "(0, 100000]"), default=3.0, help="of training each")
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="quickstart", help="network and method")
     parser.add_argument("--data", default="digits", help="digits, or where images are")
-    parser.add_argument("--processes", type=int, default=4, help="on this machine")
-    parser.add_argument("--steps", type=int, default=60, help="of each policy")
+    parser.add_argument("--processes", type=number(int, "[1, 1024]"), default=4, help="on this machine")
+    parser.add_argument("--steps", type=number(int, "[1, 1e6]"), default=60, help="of each policy")
 
 
 def _launches(parser: argparse.ArgumentParser) -> None:

@@ -73,8 +73,8 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def _number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
-    """A reader of numbers in an interval."""
+def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
+    """A reader of an argument that is a number in an interval, for argparse."""
     interval = Interval.parse(within)
 
     def read(text: str) -> float:
@@ -161,7 +161,7 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
     branch["help"] = "whose weights"
     step: dict[str, Any] = {
-        "type": _number(int, "[1, 1e9]"),
+        "type": number(int, "[1, 1e9]"),
         "metavar": "N",
         "help": "checkpoint of this step; default the newest",
     }
@@ -171,7 +171,7 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("--subnets", required=True, **which)
     command.add_argument("--out", help="folder; default RUN/models")
     command.add_argument(
-        "--image-size", type=_number(int, "[1, 4096]"), help="bake position embeddings for this size, pixels"
+        "--image-size", type=number(int, "[1, 4096]"), help="bake position embeddings for this size, pixels"
     )
     command.add_argument("--branch", **branch)
     command.add_argument("--step", **step)
@@ -222,12 +222,12 @@ def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("--preset", help="whose canvas and batches; default quickstart")
     command.add_argument(
         "--workers",
-        type=_number(int, "[0, 1024]"),
+        type=number(int, "[0, 1024]"),
         nargs="+",
         default=[1],
         help="numbers of processes to try",
     )
-    command.add_argument("--seconds", type=_number(float, "(0, 3600]"), default=10.0, help="to measure each")
+    command.add_argument("--seconds", type=number(float, "(0, 3600]"), default=10.0, help="to measure each")
     command.set_defaults(command=commands.run_loader, config=None, overrides=[])
 
     command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")

@@ -160,13 +160,17 @@ def test_kernels_command_writes_no_rows_without_a_gpu(
     out = tmp_path / "rows.jsonl"
     arguments = ["kernels", "--case", "qkv", "--provider", "ours", "--seconds", "0.001", "--out", str(out)]
     assert command.main(arguments) == 0
-    assert "qkv" in capsys.readouterr().out
+    said, *table = capsys.readouterr().out.splitlines()
+    assert said.startswith("without a GPU: tiny sizes and") and said.endswith("; no row is written")
+    assert any("qkv" in line for line in table)
     assert not out.exists()
 
 
 def test_wrong_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command.main(["kernels", "--case", "softmax", "--seconds", "0.001"]) == 1
     assert "expected one of layer_norm, attention" in capsys.readouterr().err
+    assert command.main(["kernels", "--device", "tpu"]) == 1
+    assert "expected auto, cpu, cuda or cuda:N, got 'tpu'" in capsys.readouterr().err
     assert command.main(["step", "--official", str(tmp_path), "--seconds", "0.001"]) == 1
     assert "expected a checkout of github.com/alipay/POA" in capsys.readouterr().err
 
