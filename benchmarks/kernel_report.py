@@ -25,6 +25,7 @@ from elastic_kernels.triton_ops import (
     crops,
     gemm,
     group_norm,
+    heads,
     layer_norm,
     linear,
     linear_wgrad,
@@ -250,8 +251,8 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
                 settings += ", small tile"  # the largest matrix instructions take 64 rows
             yield Case(
                 kernel, f"head_dim {head_dim}", part, dtype, settings,
-                {"HEAD_DIM": head_dim, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-                 "PRECISION": "ieee"},
+                {"HEAD_DIM": head_dim, "BLOCK_D": heads.head_block(head_dim), "BLOCK_M": config.block_m,
+                 "BLOCK_N": config.block_n, "PRECISION": "ieee"},
                 {"lse_ptr": "fp32"}, ("scale", "scale_log2"), ("first_token", "length", "heads"),
                 config.warps, config.stages, matrix=True,
                 blocks=2 if config.resident and config.block_n == 64 else 1,
@@ -263,7 +264,7 @@ def _window_cases(part: int, dtype: str) -> Iterator[Case]:
     for side in (7, 4) if part == 90 else (7,):
         block = window_attention.window_block(side)
         constants = {
-            **{"HEAD_DIM": 16, "SIDE": side, "BLOCK": block, "PRECISION": "ieee"},
+            **{"HEAD_DIM": 16, "BLOCK_D": 16, "SIDE": side, "BLOCK": block, "PRECISION": "ieee"},
             **{"LOG2": attention.LOG2_E, "MASK_VALUE": -100 * attention.LOG2_E},
         }
         names = ("bias_ptr", "lse_ptr", "dbias_ptr", "dpad_ptr")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elastic_kernels.attention import HEAD_DIMS
-from elastic_kernels.dispatch import forced
+from elastic_kernels.dispatch import INTERPRETED
 from poa.backbones import Backbone, ResNetConfig, SwinConfig
 from poa.heads import HeadConfig
 from poa.network import Network
@@ -19,6 +18,9 @@ from poa.optim import parameter_groups
 from poa.subnets import Subnet, active_blocks
 
 SWIN, RESNET = golden.case("swin_forward"), golden.case("resnet_forward")
+SWIN_SUBNETS = SWIN["subnets"]
+if INTERPRETED:  # windows are slow there: every width once, at its least depth
+    SWIN_SUBNETS = dict(sorted(SWIN_SUBNETS, reverse=True)).items()
 
 
 def swin_subnet(width: int, depth: int) -> Subnet:
@@ -27,7 +29,7 @@ def swin_subnet(width: int, depth: int) -> Subnet:
 
 
 CASES = [
-    *(("swin_forward", swin_subnet(w, d), f"w{w}_d{d}") for w, d in SWIN["subnets"]),
+    *(("swin_forward", swin_subnet(w, d), f"w{w}_d{d}") for w, d in SWIN_SUBNETS),
     *(("resnet_forward", Subnet(w[0], tuple(d)), key) for w, d, key in RESNET["subnets"]),
 ]
 
@@ -41,8 +43,6 @@ def expected(name: str, key: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("name", "subnet", "key"), CASES, ids=[f"{c[0][:4]}-{c[1]}" for c in CASES])
 def test_golden_forward(name: str, subnet: Subnet, key: str) -> None:
-    if forced() == "triton" and SWIN["config"]["head_dim"] not in HEAD_DIMS and name == "swin_forward":
-        pytest.skip(f"the kernel takes head_dim {HEAD_DIMS}, recorded was {SWIN['config']['head_dim']}")
     model, inputs = golden.pyramid(name), golden.tensors(name, "inputs")
     tolerance, recorded = golden.case(name)["tolerance"], expected(name, key)
     for case in {field.split(".")[0] for field in recorded}:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elastic_kernels import dispatch
 
-HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernels
+WIDEST_HEAD = 128  # channels, of the Triton kernels
 MAX_LENGTH = 1024  # of the Triton kernels
 
 
@@ -82,8 +82,8 @@ def attention_backend(
         return dispatch.Choice("xformers", "forced")
     longest = max([0, *(length for _, length in groups)])
     limit = None
-    if head_dim not in HEAD_DIMS:
-        limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    if head_dim > WIDEST_HEAD:
+        limit = f"the kernel takes head_dim up to {WIDEST_HEAD}, got {head_dim}"
     elif longest > MAX_LENGTH:
         limit = f"the kernel takes lengths up to {MAX_LENGTH}, got {longest}"
     choice = dispatch.choose("packed_attention", x, limit, dtype)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch
-from elastic_kernels.attention import HEAD_DIMS
+from elastic_kernels.attention import WIDEST_HEAD
 from elastic_kernels.dispatch import cached_constant, without_autocast
 
 MAX_WINDOW = 8  # of the Triton kernels
@@ -88,8 +88,8 @@ def window_attention_backend(
     `dtype` is theirs, if not that of `x`.
     """
     limit = None
-    if head_dim not in HEAD_DIMS:
-        limit = f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, got {head_dim}"
+    if head_dim > WIDEST_HEAD:
+        limit = f"the kernel takes head_dim up to {WIDEST_HEAD}, got {head_dim}"
     elif window > MAX_WINDOW:
         limit = f"the kernel takes windows up to {MAX_WINDOW}, got {window}"
     return dispatch.choose("window_attention", x, limit, dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 from elastic_kernels import backend, packed_attention
 
 Groups = list[tuple[int, int]]
+PARTIAL_DIMS = (1, 5, 8, 24, 72, 80)  # of heads that do not fill their tile
 
 
 def active_heads(groups: Groups, dim: int, heads: int = 2) -> Tensor:

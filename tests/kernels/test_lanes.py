@@ -20,7 +20,7 @@ LANES = {
     "interpreted": ("tests/kernels/interpreted", INTERPRETED),
     "golden-vit": ("tests/test_golden_vit.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
     "golden-method": ("tests/test_golden_method.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
-    "golden-resnet": (
+    "golden-pyramids": (
         "tests/test_golden_pyramids.py::test_golden_forward",
         INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"},
     ),

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from elastic_kernels.triton_ops.device import is_small_part, precision
 from elastic_kernels.triton_ops.gemm import dot
+from elastic_kernels.triton_ops.heads import head_block, of_head
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.tuning import Tunable, power_of_2
 
@@ -33,7 +34,7 @@ LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
 
 @triton.jit
 def _load_rows(base, offs_n, offs_d, stride_t, mask):
-    return tl.load(base + offs_n[:, None] * stride_t + offs_d[None, :], mask=mask[:, None], other=0.0)
+    return tl.load(base + offs_n[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
@@ -42,21 +43,24 @@ def _attention_resident_fwd_kernel(
     first_token, length, heads,
     stride_t, stride_g, stride_h,
     scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
     base = qkv_ptr + row * stride_t + head * stride_h
-    offs_d = tl.arange(0, HEAD_DIM)
+    offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < length
-    k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, mask_n)
-    v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, mask_n)
+    cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
+    k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
+    v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
     for start_m in range(0, length, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
-        q = _load_rows(base, offs_m, offs_d, stride_t, mask_m)
+        cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
+        q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
         s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
         s = tl.where(mask_n[None, :], s, float("-inf"))
         m = tl.max(s, 1)
@@ -65,7 +69,7 @@ def _attention_resident_fwd_kernel(
         o = dot(p.to(v.dtype), v, None, PRECISION) / z[:, None]
         rows = row + offs_m
         outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
-        tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=mask_m[:, None])
+        tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=cells_m)
         tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
 
 
@@ -75,35 +79,38 @@ def _attention_streaming_fwd_kernel(
     first_token, length, heads,
     stride_t, stride_g, stride_h,
     scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
     base = qkv_ptr + row * stride_t + head * stride_h
-    offs_d = tl.arange(0, HEAD_DIM)
+    offs_d = tl.arange(0, BLOCK_D)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < length
-    q = _load_rows(base, offs_m, offs_d, stride_t, mask_m)
+    cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
+    q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     z = tl.zeros([BLOCK_M], tl.float32)
-    o = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, length, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
-        k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, mask_n)
+        cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
+        k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
         s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
         s = tl.where(mask_n[None, :], s, float("-inf"))
         new_m = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - new_m[:, None])
         shrink = tl.exp2(m - new_m)
         z = z * shrink + tl.sum(p, 1)
-        v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, mask_n)
+        v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
         o = dot(p.to(v.dtype), v, o * shrink[:, None], PRECISION)
         m = new_m
     rows = row + offs_m
     outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
-    tl.store(outs, (o / z[:, None]).to(out_ptr.dtype.element_ty), mask=mask_m[:, None])
+    tl.store(outs, (o / z[:, None]).to(out_ptr.dtype.element_ty), mask=cells_m)
     tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
 
 
@@ -113,7 +120,8 @@ def _attention_bwd_kernel(
     first_token, length, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a sequence and head: dk and dv by blocks of keys, then dq by blocks of queries."""
     pid = tl.program_id(0)
@@ -125,21 +133,23 @@ def _attention_bwd_kernel(
     grads = dqkv_ptr + (row * 3 * heads + head) * HEAD_DIM
     lses = lse_ptr + row * heads + head
     out_t, grad_t, grad_g = heads * HEAD_DIM, 3 * heads * HEAD_DIM, heads * HEAD_DIM
-    offs_d = tl.arange(0, HEAD_DIM)
+    offs_d = tl.arange(0, BLOCK_D)
 
     for start_n in range(0, length, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < length
-        k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, mask_n)
-        v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, mask_n)
-        dk = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
-        dv = tl.zeros([BLOCK_N, HEAD_DIM], tl.float32)
+        cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
+        k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
+        v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for start_m in range(0, length, BLOCK_M):
             offs_m = start_m + tl.arange(0, BLOCK_M)
             mask_m = offs_m < length
-            q = _load_rows(base, offs_m, offs_d, stride_t, mask_m)
-            do = _load_rows(dout_ptr + outs, offs_m, offs_d, out_t, mask_m)
-            o = _load_rows(out_ptr + outs, offs_m, offs_d, out_t, mask_m)
+            cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
+            q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
+            do = _load_rows(dout_ptr + outs, offs_m, offs_d, out_t, cells_m)
+            o = _load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
             lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
             delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
             # Transposed scores [keys, queries]: padded queries get p = 0 from their infinite lse.
@@ -150,23 +160,25 @@ def _attention_bwd_kernel(
             ds = p * (dp - delta[None, :])
             dk = dot(ds.to(q.dtype), q, dk, PRECISION)
         ends = grads + offs_n[:, None] * grad_t + offs_d[None, :]
-        tl.store(ends + grad_g, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_n[:, None])
-        tl.store(ends + 2 * grad_g, dv.to(dqkv_ptr.dtype.element_ty), mask=mask_n[:, None])
+        tl.store(ends + grad_g, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=cells_n)
+        tl.store(ends + 2 * grad_g, dv.to(dqkv_ptr.dtype.element_ty), mask=cells_n)
 
     for start_m in range(0, length, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
-        q = _load_rows(base, offs_m, offs_d, stride_t, mask_m)
-        do = _load_rows(dout_ptr + outs, offs_m, offs_d, out_t, mask_m)
-        o = _load_rows(out_ptr + outs, offs_m, offs_d, out_t, mask_m)
+        cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
+        q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
+        do = _load_rows(dout_ptr + outs, offs_m, offs_d, out_t, cells_m)
+        o = _load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
         lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
         delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        dq = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start_n in range(0, length, BLOCK_N):
             offs_n = start_n + tl.arange(0, BLOCK_N)
             mask_n = offs_n < length
-            k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, mask_n)
-            v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, mask_n)
+            cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
+            k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
+            v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
             s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
             s = tl.where(mask_n[None, :], s, float("-inf"))
             p = tl.exp2(s - lse[:, None])
@@ -174,7 +186,7 @@ def _attention_bwd_kernel(
             ds = p * (dp - delta[:, None])
             dq = dot(ds.to(k.dtype), k, dq, PRECISION)
         ends = grads + offs_m[:, None] * grad_t + offs_d[None, :]
-        tl.store(ends, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=mask_m[:, None])
+        tl.store(ends, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=cells_m)
 
 
 @dataclass(frozen=True)
@@ -279,8 +291,8 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
             first, length, heads,
             *qkv.stride()[:3],
             dim**-0.5 * LOG2_E,
-            HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(qkv),
-            num_warps=config.warps, num_stages=config.stages,
+            HEAD_DIM=dim, BLOCK_D=head_block(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            PRECISION=precision(qkv), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return out, lse
 
@@ -297,8 +309,8 @@ def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: S
             first, length, heads,
             *qkv.stride()[:3],
             dim**-0.5, dim**-0.5 * LOG2_E,
-            HEAD_DIM=dim, BLOCK_M=config.block_m, BLOCK_N=config.block_n, PRECISION=precision(qkv),
-            num_warps=config.warps, num_stages=config.stages,
+            HEAD_DIM=dim, BLOCK_D=head_block(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+            PRECISION=precision(qkv), num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return dqkv
 

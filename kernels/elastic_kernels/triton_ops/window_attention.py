@@ -28,6 +28,7 @@ from torch import Tensor
 from elastic_kernels.triton_ops.attention import LOG2_E
 from elastic_kernels.triton_ops.device import precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
+from elastic_kernels.triton_ops.heads import head_block, load_head, of_head
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.tuning import Tunable
 
@@ -51,10 +52,13 @@ def _places(window, height, width, rows, columns, shift, SIDE: tl.constexpr, BLO
 
 
 @triton.jit
-def _load_padded(base, pad, token, real, inside, offs_d, stride_t):
-    """k or v `[BLOCK, HEAD_DIM]`: of tokens, of padded positions, and zeros beyond the window."""
-    x = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=real[:, None], other=0.0)
-    filled = tl.where(inside[:, None], tl.load(pad + offs_d)[None, :], 0.0).to(x.dtype)
+def _load_padded(base, pad, token, real, inside, stride_t, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """k or v `[BLOCK, BLOCK_D]`: of tokens, of padded positions, and zeros beyond the window and the head."""
+    mask = of_head(real, HEAD_DIM, BLOCK_D)
+    offs_d = tl.arange(0, BLOCK_D)
+    x = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
+    row = load_head(pad, HEAD_DIM, BLOCK_D)
+    filled = tl.where(inside[:, None], row[None, :], 0.0).to(x.dtype)
     return tl.where(real[:, None], x, filled)
 
 
@@ -79,18 +83,21 @@ def _window_attention_fwd_kernel(
     first_token, height, width, rows, columns, shift, heads,
     stride_t, stride_g, stride_h, stride_pad,
     scale_log2,
-    HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
     LOG2: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head, window = pid % heads, pid // heads
     token, real, region = _places(window, height, width, rows, columns, shift, SIDE, BLOCK)
     token += first_token
-    inside, offs_d = tl.arange(0, BLOCK) < SIDE * SIDE, tl.arange(0, HEAD_DIM)
+    inside, offs_d = tl.arange(0, BLOCK) < SIDE * SIDE, tl.arange(0, BLOCK_D)
     base, pad = qkv_ptr + head * stride_h, pad_ptr + head * HEAD_DIM
-    q = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=real[:, None], other=0.0)
-    k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, offs_d, stride_t)
-    v = _load_padded(base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, offs_d, stride_t)
+    mask = of_head(real, HEAD_DIM, BLOCK_D)
+    q = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
+    k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, stride_t, HEAD_DIM, BLOCK_D)
+    v = _load_padded(
+        base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, stride_t, HEAD_DIM, BLOCK_D
+    )
     bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)
     s = _scores(q, k, bias, region, inside, scale_log2, MASK_VALUE, PRECISION)
     m = tl.max(s, 1)
@@ -98,7 +105,7 @@ def _window_attention_fwd_kernel(
     z = tl.sum(p, 1)
     o = dot(p.to(v.dtype), v, None, PRECISION) / z[:, None]
     outs = out_ptr + (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
-    tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=real[:, None])
+    tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(lse_ptr + token * heads + head, m + tl.log2(z), mask=real)
 
 
@@ -120,22 +127,24 @@ def _window_attention_bwd_kernel(
     first_token, height, width, rows, columns, shift, heads, windows, first_share,
     stride_t, stride_g, stride_h, stride_pad,
     scale, scale_log2,
-    HEAD_DIM: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
     LOG2: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
-    offs, offs_d, n = tl.arange(0, BLOCK), tl.arange(0, HEAD_DIM), SIDE * SIDE
+    offs, offs_d, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), SIDE * SIDE
     inside = offs < n
     base, pad = qkv_ptr + head * stride_h, pad_ptr + head * HEAD_DIM
     dbias = tl.zeros([BLOCK, BLOCK], tl.float32)
-    dpad_k, dpad_v = tl.zeros([HEAD_DIM], tl.float32), tl.zeros([HEAD_DIM], tl.float32)
+    dpad_k, dpad_v = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     for window in range(piece, windows, tl.num_programs(1)):
         token, real, region = _places(window, height, width, rows, columns, shift, SIDE, BLOCK)
         token += first_token
-        mask = real[:, None]
+        mask = of_head(real, HEAD_DIM, BLOCK_D)
         q = tl.load(base + token[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
-        k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, offs_d, stride_t)
-        v = _load_padded(base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, offs_d, stride_t)
+        k = _load_padded(base + stride_g, pad + stride_pad, token, real, inside, stride_t, HEAD_DIM, BLOCK_D)
+        v = _load_padded(
+            base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, stride_t, HEAD_DIM, BLOCK_D
+        )
         outs = (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
         do = tl.load(dout_ptr + outs, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + token * heads + head, mask=real, other=float("inf"))
@@ -158,8 +167,8 @@ def _window_attention_bwd_kernel(
     share = (first_share + piece).to(tl.int64) * heads + head
     places = dbias_ptr + share * n * n + offs[:, None] * n + offs[None, :]
     tl.store(places, dbias, mask=inside[:, None] & inside[None, :])
-    tl.store(dpad_ptr + share * 2 * HEAD_DIM + offs_d, dpad_k)
-    tl.store(dpad_ptr + (share * 2 + 1) * HEAD_DIM + offs_d, dpad_v)
+    tl.store(dpad_ptr + share * 2 * BLOCK_D + offs_d, dpad_k)
+    tl.store(dpad_ptr + (share * 2 + 1) * BLOCK_D + offs_d, dpad_v)
 
 
 @dataclass(frozen=True)
@@ -217,6 +226,7 @@ def _warps(qkv: Tensor, side: int, backward: bool) -> int:
 def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str, Any]:
     return {
         "HEAD_DIM": qkv.shape[3],
+        "BLOCK_D": head_block(qkv.shape[3]),
         "SIDE": side,
         "BLOCK": window_block(side),
         "LOG2": LOG2_E,
@@ -265,7 +275,7 @@ def window_attention_bwd(
     spans = _spans(maps, side, heads)
     shares = sum(span.slices for span in spans)
     dbias = torch.empty(shares, heads, side**2, side**2, dtype=torch.float32, device=qkv.device)
-    dpad = torch.empty(shares, heads, 2, dim, dtype=torch.float32, device=qkv.device)
+    dpad = torch.empty(shares, heads, 2, head_block(dim), dtype=torch.float32, device=qkv.device)
     first_share = 0
     for span in spans:
         _window_attention_bwd_kernel[(heads, span.slices)](
@@ -278,7 +288,7 @@ def window_attention_bwd(
         first_share += span.slices
     whole_bias, whole_pad = torch.zeros_like(bias), torch.zeros_like(pad)
     whole_bias[:heads] = dbias.sum(0)
-    whole_pad[1:, :heads] = dpad.sum(0).transpose(0, 1)
+    whole_pad[1:, :heads] = dpad[..., :dim].sum(0).transpose(0, 1)
     return dqkv, whole_bias, whole_pad
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Groups, active_heads, run
+from attention_cases import PARTIAL_DIMS, Groups, active_heads, run
 from numerics import DTYPES, assert_as_good_as_torch, draw
 from sizes import RUNS, sized
 
@@ -27,7 +27,9 @@ CASES: dict[str, Groups] = sized(
 HEADS = sized(6, 2)
 DIMS = (16, 32, 64, 128)
 # Long sequences of wide heads are too much for the sanitiser's check of races.
-FORMS = [(case, dim) for case in CASES for dim in sized(DIMS, DIMS[:3] if case == "long" else DIMS)]
+FORMS = [(case, dim) for case in CASES for dim in sized(DIMS, DIMS[:3] if case == "long" else DIMS)] + [
+    ("odd", dim) for dim in PARTIAL_DIMS
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

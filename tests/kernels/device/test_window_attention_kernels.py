@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import PARTIAL_DIMS
 from numerics import DTYPES, draw
 from sizes import gpu_only, sized
 from window_attention_cases import Maps, assert_accurate, inputs, run
@@ -36,6 +37,13 @@ CASES: dict[str, tuple[Maps, int]] = sized(
 def test_forward_and_gradients(case: str, shifted: bool, dim: int, dtype: torch.dtype) -> None:
     maps, window = CASES[case]
     assert_accurate(maps, window, window // 2 if shifted else 0, dtype, dim, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", PARTIAL_DIMS)
+def test_heads_that_do_not_fill_their_tile(dim: int, dtype: torch.dtype) -> None:
+    maps, window = CASES["odd"]
+    assert_accurate(maps, window, window // 2, dtype, dim, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

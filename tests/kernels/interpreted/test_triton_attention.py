@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import Groups, assert_accurate, run
+from attention_cases import PARTIAL_DIMS, Groups, assert_accurate, run
 from numerics import DTYPES, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +28,9 @@ CASES: dict[str, Groups] = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("case", "dim"),
-    [(case, 16) for case in CASES] + [("two-classes", 32), ("197", 64), ("edge-64", 128), ("edge-256", 64)],
+    [(case, 16) for case in CASES]
+    + [("two-classes", 32), ("197", 64), ("edge-64", 128), ("edge-256", 64), ("edge-256", 24)]
+    + [("two-classes", dim) for dim in PARTIAL_DIMS],
 )
 def test_forward_and_gradient(case: str, dim: int, dtype: torch.dtype) -> None:
     assert_accurate(CASES[case], dim, dtype, "triton")
@@ -83,7 +85,7 @@ def test_recomputed_equals_stored() -> None:
 @pytest.mark.parametrize(
     ("qkv", "groups", "message"),
     [
-        (torch.zeros(4, 3, 2, 24), [(1, 4)], "head_dim 16, 32, 64, 128, got 24"),
+        (torch.zeros(4, 3, 2, 136), [(1, 4)], "head_dim up to 128, got 136"),
         (torch.zeros(1025, 3, 1, 16), [(1, 1025)], "lengths up to 1024, got 1025"),
         (torch.zeros(4, 3, 2, 16, dtype=torch.float64), [(1, 4)], "got torch.float64"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import PARTIAL_DIMS
 from numerics import draw
 from window_attention_cases import Maps, assert_accurate, inputs, run
 
@@ -26,8 +27,10 @@ def test_forward_and_gradients(maps: Maps, window: int, shifted: bool, dtype: to
     assert_accurate(maps, window, window // 2 if shifted else 0, dtype)
 
 
-def test_wider_heads() -> None:
-    assert_accurate([(1, 5, 3)], 3, 1, torch.float32, dim=32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [32, *PARTIAL_DIMS])
+def test_other_heads(dim: int, dtype: torch.dtype) -> None:
+    assert_accurate([(1, 5, 3)], 3, 1, dtype, dim=dim)
 
 
 def test_windows_of_a_slice_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +61,11 @@ def test_no_tokens_and_no_padding() -> None:
     assert torch.equal(window_attention(qkv, bias, None, [(1, 1, 3)], window=2, shift=1), zeros)
 
 
-def test_too_large_windows_are_refused_when_forced() -> None:
-    with pytest.raises(RuntimeError, match="windows up to 8, got 9"):
-        window_attention(draw(4, 3, 2, 16).float(), torch.zeros(2, 81, 81), None, [(1, 2, 2)], window=9)
+@pytest.mark.parametrize(
+    ("dim", "window", "message"),
+    [(16, 9, "windows up to 8, got 9"), (136, 2, "head_dim up to 128, got 136")],
+)
+def test_too_large_windows_and_heads_are_refused_when_forced(dim: int, window: int, message: str) -> None:
+    bias = torch.zeros(2, window**2, window**2)
+    with pytest.raises(RuntimeError, match=message):
+        window_attention(draw(4, 3, 2, dim).float(), bias, None, [(1, 2, 2)], window=window)
