@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         _tune(options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         print(f"elastic_kernels: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -66,7 +66,7 @@ def _calls(preset: str, images: int | None) -> Counter[Call]:
         from poa.presets import preset as named
     except ModuleNotFoundError as error:
         raise ValueError(f"--preset: expected poa to be installed, got {error}") from error
-    config = override(named(preset), [f"method.batch_size={images}"] if images else [])
+    config = override(named(preset), [] if images is None else [f"method.batch_size={images}"])
     with record() as calls:
         plan_steps(config)
     return calls

@@ -123,7 +123,7 @@ def launched() -> Iterator[list[Any]]:
 
 
 def timed(run: Callable[[], Any], milliseconds: float) -> list[float]:
-    """Times in microseconds on the GPU, each with a cold L2 cache, for about so long."""
+    """Times in microseconds, for about so long; the host works ahead while the GPU clears its L2 cache."""
     from triton.testing import do_bench
 
     return [ms * 1e3 for ms in do_bench(run, milliseconds / 4, milliseconds, return_mode="all")]

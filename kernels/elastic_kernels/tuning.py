@@ -147,8 +147,11 @@ def read(path: Path, head: dict[str, str]) -> list[Entry]:
         return [_entry(**entry) for entry in document["entries"]]
     except FileNotFoundError:
         return []
-    except (OSError, json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected a table of settings, got {type(error).__name__}: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        kind = (
+            "" if type(error) is ValueError else f"expected a table of settings, got {type(error).__name__}: "
+        )
+        raise ValueError(f"{path}: {kind}{error}") from error
 
 
 def _entry(
@@ -183,7 +186,7 @@ def table_of(device: torch.device) -> dict[Key, Any] | None:
         try:
             table |= {entry.key: entry.settings for entry in read(path, head)}
         except ValueError as error:
-            warnings.warn(f"elastic_kernels: {path} is ignored: {error}", stacklevel=2)
+            warnings.warn(f"elastic_kernels ignores a table of settings: {error}", stacklevel=2)
     return table or None
 
 

@@ -22,11 +22,14 @@ from elastic_kernels.tuning import Entry, Key, Tunable
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.runtime.jit import JITFunction  # noqa: E402
+
 from elastic_kernels.triton_ops import (  # noqa: E402
     attention,
     gemm,
     group_norm,
     layer_norm,
+    linear,
     prototypes,
     window_attention,
 )
@@ -137,6 +140,17 @@ def test_somebody_elses_table_is_not_written_over(toy: Any, tmp_path: Path) -> N
     assert "another" in path.read_text()
 
 
+def test_launched_kernels_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(kernel: Any, *args: Any, **options: Any) -> Any:
+        return args
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    with search.launched() as kernels:
+        linear._linear_fwd_kernel[(1,)](2, 3)
+    linear._linear_fwd_kernel[(1,)](4)
+    assert kernels == [(2, 3)] and JITFunction.run is run
+
+
 def test_tensors_are_made_as_they_were() -> None:
     x, index = torch.zeros(5, 8, dtype=torch.float16).t()[:, 1:], torch.zeros(3, 2, dtype=torch.int64)
     call = search.Call(
@@ -208,7 +222,7 @@ def test_a_table_that_does_not_fit_is_ignored_with_one_warning(
     tuning.write(places[0], HEAD, [entry(16, 5)])
     places[1].parent.mkdir()
     places[1].write_text(content)
-    with pytest.warns(UserWarning, match=f"{places[1]} is ignored: .*{complaint}") as caught:
+    with pytest.warns(UserWarning, match=f"{places[1]}: .*{complaint}") as caught:
         assert tuning.table_of(GPU) == {entry(16, 5).key: Toy(5)}
         tuning.table_of(GPU)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)

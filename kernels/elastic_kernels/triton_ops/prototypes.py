@@ -202,15 +202,21 @@ def loss_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
     return _HALF_WARP_GROUP if capability[0] in (9, 10) else _HALF
 
 
-_CANDIDATES = (
+_FWD_CANDIDATES = (
     _HALF,
     _HALF_WARP_GROUP,
-    LossConfig(64, 64, 64, warps=4, stages=3),
-    LossConfig(64, 128, 64, warps=8, stages=3),
-    LossConfig(128, 64, 64, warps=8, stages=3),
-    LossConfig(32, 128, 64, warps=8, stages=2),
+    LossConfig(32, 64, 64, warps=8, stages=3),
+    LossConfig(64, 64, 64, warps=8, stages=2),
 )
-_FWD, _BWD = (Tunable(f"losses_{way}", lambda *shape: _CANDIDATES) for way in ("fwd", "bwd"))
+_BWD_CANDIDATES = (
+    _HALF,
+    _HALF_WARP_GROUP,
+    LossConfig(32, 64, 64, warps=4, stages=3),
+    LossConfig(64, 32, 64, warps=4, stages=3),
+    LossConfig(64, 64, 128, warps=8, stages=2),
+)
+_FWD = Tunable("losses_fwd", lambda *shape: _FWD_CANDIDATES)
+_BWD = Tunable("losses_bwd", lambda *shape: _BWD_CANDIDATES)
 
 
 def _config(tunable: Tunable, x: Tensor, weight: Tensor) -> LossConfig:
