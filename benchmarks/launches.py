@@ -22,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from elastic_kernels.triton_ops.absent_gpu import absent_gpu
+from elastic_kernels import absent_gpu
 from elastic_kernels.triton_ops.registration import LAUNCHERS
 from poa.config import Config
 from poa.memory import planned_state

@@ -213,6 +213,8 @@ def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     command = group.add_parser("warmup", help="compile every kernel that a run can need, and keep them")
     command.add_argument("preset", help="one of " + ", ".join(PRESETS))
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.add_argument("--arch", metavar="sm_90", help="compile for a GPU that is not here, into --cache")
+    command.add_argument("--cache", metavar="DIR", default="triton-cache", help="default %(default)s")
     command.set_defaults(command=commands.run_warmup, config=None, data=None)
 
     command = group.add_parser(

@@ -26,7 +26,7 @@ from poa.report import record_band, require_matplotlib, write_report
 from poa.step import initial_network
 from poa.subnets import SearchSpace, Subnet
 from poa.train import pretrain
-from poa.warmup import warm_up
+from poa.warmup import warm_up, warm_up_absent
 
 QUICKSTARTS = {"vit": "quickstart", "swin": "quickstart-swin", "resnet": "quickstart-resnet"}
 
@@ -145,7 +145,8 @@ def run_memory(options: argparse.Namespace) -> None:
 
 
 def run_warmup(options: argparse.Namespace) -> None:
-    for row in warm_up(_new_config(options)):
+    config, cache = _new_config(options), Path(options.cache)
+    for row in warm_up_absent(config, options.arch, cache) if options.arch else warm_up(config):
         print(row, flush=True)
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from elastic_kernels import compilations, fused_adamw_backend
+from elastic_kernels import absent_gpu, compilations, fused_adamw_backend
 from poa.config import Config
 from poa.device import choose_device
 from poa.errors import InputError
+from poa.memory import planned_state
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.optim import Schedules
 from poa.random import torch_stream
@@ -40,18 +43,57 @@ def warm_up(config: Config) -> Iterator[str]:
     if choice.backend != "triton":
         raise InputError(f"warmup: expected a device that runs Triton kernels, got {device}: {choice.reason}")
     space = config.method.backbone.space
-    schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
     for width in space.widths:
-        subnet, started = Subnet(width, space.smallest.depth), time.perf_counter()
+        started = time.perf_counter()
         with compilations() as compiled:
-            for masked in (True, False):
-                micro_batch = micro_batch_of(noise(config), config, state, subnet, masked)
-                train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
-            with torch.no_grad(), autocast(device, config.method.precision):
-                state.teacher.backbone([micro_batch.batch.global_crops], subnet)
+            _run(Subnet(width, space.smallest.depth), config, state)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         yield f"{width:>5} wide: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
+
+
+def warm_up_absent(config: Config, architecture: str, cache: Path) -> Iterator[str]:
+    """The same for a GPU that is not here: no kernel runs, and a folder takes what was compiled.
+
+    Kernels get the settings that they have without a table of timed ones.
+
+    Args:
+        config: of the run.
+        architecture: of the GPU, such as sm_90.
+        cache: folder, which may hold kernels already.
+
+    Yields:
+        A line for each kernel, and how to use the folder.
+
+    Raises:
+        InputError: an unknown architecture, or Triton cannot compile here.
+    """
+    try:
+        gpu = absent_gpu(architecture)
+    except ValueError as error:
+        raise InputError(f"--arch: {error}") from None
+    space = config.method.backbone.space
+    with gpu as launches:
+        state = planned_state(config)
+        for width in space.widths:
+            _run(Subnet(width, space.smallest.depth), config, state)
+    for number, name in enumerate(launches.compile_into(cache), 1):
+        yield f"{number:>5} of {len(launches.binaries)}: {name}"
+    yield (
+        f"{cache} holds the kernels for {architecture}; on a machine with Triton {version('triton')}, which "
+        f"alone reads them: TRITON_CACHE_DIR={cache.name} poa pretrain ..."
+    )
+
+
+def _run(subnet: Subnet, config: Config, state: TrainingState) -> None:
+    """Steps with and without masks, and the forward of an evaluation."""
+    schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
+    for masked in (True, False):
+        micro_batch = micro_batch_of(noise(config), config, state, subnet, masked)
+        train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
+    crops = micro_batch.batch.global_crops
+    with torch.no_grad(), autocast(crops.device, config.method.precision):
+        state.teacher.backbone([crops], subnet)
 
 
 def noise(config: Config) -> Tensor:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import tiny_config, tiny_pyramid
 
+from benchmarks.launches import step_of
 from elastic_kernels import compilations
 from elastic_kernels.dispatch import INTERPRETED
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.train import pretrain
-from poa.warmup import warm_up
+from poa.warmup import warm_up, warm_up_absent
 
 triton = pytest.importorskip("triton")
+JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
 CUDA = torch.cuda.is_available()
 
 
@@ -45,6 +48,35 @@ def test_a_run_tells_what_it_compiled_and_its_host_time(tmp_path: Path) -> None:
 def test_a_device_without_kernels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["warmup", "quickstart", "run.device=cpu"]) == 2
     assert "expected a device that runs Triton kernels, got cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's own launches of other steps find every kernel in the folder."""
+    from elastic_kernels import absent_gpu
+
+    config, compiles = tiny_config("method.backbone.min_width=32"), JITFunction._do_compile
+    *kernels, last = warm_up_absent(config, "sm_90", tmp_path)
+    assert f"with Triton {triton.__version__}" in last
+    hits: list[bool] = []
+
+    def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., object]:
+        return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
+
+    with absent_gpu("sm_90"), monkeypatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+        patch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **event: hits.append(cache_hit))
+        patch.setattr(JITFunction, "_do_compile", compiles)
+        patch.setattr(JITFunction, "__getitem__", compile_only)
+        step_of(config, config.method.backbone.space.intact)()
+    assert all(hits) and len(hits) > len(kernels) / 2
+
+
+def test_an_unknown_absent_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warmup", "quickstart", "--arch", "90"]) == 2
+    assert "--arch: expected one of sm_80, sm_86, " in capsys.readouterr().err
 
 
 @pytest.mark.cuda

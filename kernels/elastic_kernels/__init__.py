@@ -6,6 +6,7 @@ PyTorch definition that runs on any device;
 `python -m elastic_kernels` tells which of them have a faster backend here.
 """
 
+from elastic_kernels.absent_gpu import absent_gpu
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.block import (
     AttentionWeights,
@@ -64,6 +65,7 @@ __all__ = [
     "NEUTRAL_CROP",
     "Sequences",
     "Windows",
+    "absent_gpu",
     "autocast_operands",
     "backend",
     "cached_constant",

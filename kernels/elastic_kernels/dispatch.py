@@ -106,7 +106,7 @@ def planned() -> torch.dtype | None:
 
 @contextmanager
 def assuming(gpu: Gpu) -> Iterator[None]:
-    """Take meta tensors for those of a GPU that nobody has; `absent_gpu` also records what it would run."""
+    """Take meta tensors for those of a GPU that nobody has; `absent_gpu` also records launches."""
     token = _absent.set(gpu)
     try:
         yield

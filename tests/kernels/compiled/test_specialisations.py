@@ -13,10 +13,17 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows, backend
+from elastic_kernels import (
+    ElasticBlock,
+    ElasticBottleneck,
+    ElasticSwinBlock,
+    KeptRows,
+    absent_gpu,
+    backend,
+)
 from elastic_kernels.dispatch import planning
 from elastic_kernels.triton_ops import layer_norm, linear, linear_wgrad
-from elastic_kernels.triton_ops.absent_gpu import Launches, absent_gpu
+from elastic_kernels.triton_ops.recorded import Launches
 
 IMAGES = (1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 23, 31, 32, 48, 53, 64, 96, 127, 128)  # 20 token counts
 FEW_IMAGES = (1, 5, 16, 64)
@@ -24,7 +31,7 @@ FEW_IMAGES = (1, 5, 16, 64)
 
 @pytest.fixture
 def launches() -> Iterator[Launches]:
-    with absent_gpu(90) as launches, planning(torch.bfloat16):
+    with absent_gpu("sm_90") as launches, planning(torch.bfloat16):
         yield launches
 
 

@@ -1,12 +1,16 @@
-"""A GPU that nobody has: what its launches would be, found on meta tensors by the launchers themselves."""
+"""Launches on meta tensors: what a GPU would compile and run, found by the launchers themselves."""
 
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import os
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +24,6 @@ from elastic_kernels.dispatch import Gpu, assuming
 from elastic_kernels.triton_ops.registration import LAUNCHERS
 
 WARP = 32
-PROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 170}  # of A100, L40S, H100, B200, RTX 5090
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,37 +85,31 @@ class Launches:
     made: list[Launch] = field(default_factory=list)
     binaries: list[Binary] = field(default_factory=list)
 
+    def compile_into(self, folder: Path) -> Iterator[str]:
+        """Compile the binaries on all CPUs into a folder that is Triton's cache; yields names when ready."""
+        context, compile_one = multiprocessing.get_context("spawn"), partial(_compile, folder.resolve())
+        with context.Pool(min(os.cpu_count() or 1, len(self.binaries))) as pool:
+            yield from pool.imap_unordered(compile_one, self.binaries)
+
+
+def _compile(folder: Path, binary: Binary) -> str:
+    triton.knobs.cache.dir = str(folder)
+    binary.compile()
+    return binary.name
+
 
 @contextmanager
-def absent_gpu(architecture: int = 90) -> Iterator[Launches]:
-    """Take meta tensors for those of a GPU, and record kernels in place of compiling and launching them.
-
-    Operators give meta tensors; the rest of the host's work is done as it would be there. Nothing remains of
-    the context in kernels.
-
-    Args:
-        architecture: compute capability times ten, one of `PROCESSORS`.
-
-    Raises:
-        ValueError: an architecture that is not known.
-
-    Example:
-        >>> with absent_gpu(90) as launches:
-        ...     elastic_layer_norm(torch.empty(8, 64, device="meta"), weight, bias)
-        >>> [launch.binary.name for launch in launches.made]
-        ['_layer_norm_fwd_kernel']
-    """
-    if architecture not in PROCESSORS:
-        known = ", ".join(f"sm_{known}" for known in PROCESSORS)
-        raise ValueError(f"architecture: expected one of {known}, got sm_{architecture}")
-    found, driver, compiles = Launches(), _Driver(architecture), JITFunction._do_compile
+def recorded(gpu: Gpu) -> Iterator[Launches]:
+    """See `elastic_kernels.absent_gpu`. Nothing remains of the context in kernels."""
+    capability = gpu.capability[0] * 10 + gpu.capability[1]
+    found, driver, compiles = Launches(), _Driver(capability), JITFunction._do_compile
     before, kernels = triton.runtime.driver._active, set()  # `active` fails where there is no GPU
 
     def specialise(
         kernel: JITFunction, key: str, signature: Any, device: Any, constants: Any, options: Any, *rest: Any
     ) -> _Recorder:
         binary = Binary(
-            kernel.module, kernel.fn.__name__, signature, constants, rest[0], vars(options), architecture
+            kernel.module, kernel.fn.__name__, signature, constants, rest[0], vars(options), capability
         )
         found.binaries.append(binary)
         kernels.add(kernel)
@@ -127,7 +124,7 @@ def absent_gpu(architecture: int = 90) -> Iterator[Launches]:
             launchers.impl(name, launcher, "Meta", allow_override=True)
         triton.runtime.driver.set_active(driver)
         JITFunction._do_compile = specialise
-        with assuming(Gpu(divmod(architecture, 10), PROCESSORS[architecture])):
+        with assuming(gpu):
             yield found
     finally:
         JITFunction._do_compile = compiles
