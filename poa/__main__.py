@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
+import tarfile
+import zipfile
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from poa.cli import parse
-from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError
+from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError, one_line
+from poa.progress import discard_output
 from poa.signals import INTERRUPTED
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: try again later
+OF_INPUT = (
+    *(InputError, OSError, UnicodeError),
+    *(json.JSONDecodeError, tarfile.TarError, zipfile.BadZipFile, SafetensorError),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,12 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
         options.command(options)
-        sys.stdout.flush()
-    except InputError as error:
-        # An error raised in a decoding process arrives with its traceback; the last line is ours.
-        line = str(error).strip().splitlines()[-1].removeprefix("poa.errors.InputError: ")
-        print(f"poa: error: {line}", file=sys.stderr)
-        return 2
+        if sys.stdout:  # it may have been closed
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()  # nobody reads on, as in `| head`
+        return 141
     except (DivergenceError, PeerError, SaveError) as error:
         print(f"poa: error: {error}", file=sys.stderr)
         return 1
@@ -38,10 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("poa: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on, as in `| head`
-        return 141
+    except Exception as error:
+        if not isinstance(error, (*OF_INPUT, *_of_parquet())):
+            raise
+        line = one_line(error).removeprefix("poa.errors.InputError: ")
+        print(f"poa: error: {line}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _of_parquet() -> tuple[type[Exception], ...]:
+    """The errors of pyarrow, where it was used."""
+    arrow = sys.modules.get("pyarrow")
+    return (arrow.ArrowException,) if arrow else ()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The folder of a run: its configuration, its metrics and its checkpoints.
 
     config.json                               the configuration
-    metrics.jsonl                             a line per logged step, evaluation and alarm
-    unreadable.jsonl                          a line per image that could not be read, if there are any
+    metrics.jsonl                             a line per logged step, evaluation and alarm, with its checksum
+    unreadable.jsonl                          likewise per image that could not be read, if there are any
     checkpoints/00001000-0123456789abcdef.pt  everything needed to go on, or to extract and evaluate subnets
 
 The name of a checkpoint is its step and the beginning of its SHA-256, so that one atomic renaming makes it
@@ -16,17 +16,28 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
 from poa.config import Config
-from poa.errors import InputError, SaveError
+from poa.errors import InputError, SaveError, one_line
+from poa.files import (
+    append_rows,
+    make_folder,
+    read_json,
+    read_rows,
+    remove_partial,
+    sealed,
+    sync,
+    write_json,
+    write_text,
+    writing,
+)
 from poa.network import Network
 from poa.optim import FIXED, OptimConfig
 from poa.options import first_difference, from_dict, to_dict
@@ -37,7 +48,7 @@ SCHEDULES = [f"optim.{f.name}" for f in dataclasses.fields(OptimConfig) if f.nam
 FORMAT = "poa-checkpoint-2"
 DIGITS = 16  # of the checksum in a name
 NAME = re.compile(rf"(\d{{8,}})-([0-9a-f]{{{DIGITS}}})\.pt")
-PARTIAL, DAMAGED = ".partial", ".damaged"
+DAMAGED = ".damaged"
 
 log = logging.getLogger("poa")
 
@@ -92,7 +103,7 @@ class RunFolder:
                 f"out: expected a new folder, got {self.path}, which holds a run; "
                 f"continue it with --resume {self.path}"
             )
-        self._store.mkdir(parents=True, exist_ok=True)
+        make_folder(self._store, "out")
         self.metrics.unlink(missing_ok=True)
         self.unreadable.unlink(missing_ok=True)
         write_json(self.path / "config.json", to_dict(config))
@@ -108,12 +119,9 @@ class RunFolder:
     def config(self) -> Config:
         """The configuration the run was started with."""
         file = self.path / "config.json"
-        try:
-            return from_dict(Config, json.loads(file.read_text()))
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f"run: expected a run folder, got {self.path}: no config.json") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}: expected JSON, got: {error}") from None
+        if not file.is_file():
+            raise InputError(f"run: expected a run folder, got {self.path}: no config.json")
+        return from_dict(Config, read_json(file, "run: expected a configuration in JSON"))
 
     def save(self, state: Mapping[str, Any], config: Config) -> None:
         """Write the checkpoint of `state["step"]` and delete those that need not be kept.
@@ -122,24 +130,18 @@ class RunFolder:
             SaveError: it could not be written; those before are there still.
         """
         content = {"format": FORMAT, "config": to_dict(config), **state}
-        partial = self._store / f"{state['step']:08}{PARTIAL}"
+        step = state["step"]
         try:
-            with partial.open("wb") as file:
-                hashed = _Hashed(file)
-                torch.save(content, hashed)  # type: ignore[arg-type]
-                file.flush()
-                os.fsync(file.fileno())
-            checksum = hashed.digest.hexdigest()[:DIGITS]
-            newest = partial.rename(self._store / f"{state['step']:08}-{checksum}.pt")
-            _sync_folder(self._store)
+            sync(self.metrics)
+            with writing(self._store / f"{step:08}") as file:
+                torch.save(content, file)  # type: ignore[arg-type]
+                checksum = file.digest.hexdigest()[:DIGITS]
+                file.path = self._store / f"{step:08}-{checksum}.pt"
         except OSError as error:
-            partial.unlink(missing_ok=True)
-            before = self.checkpoints()
-            newest_one = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
-            raise SaveError(
-                f"the checkpoint of step {state['step']} was not written: {error}; {newest_one}"
-            ) from error
-        self._delete_old(Checkpoint(state["step"], newest, checksum), config)
+            before, reason = self.checkpoints(), one_line(error.__cause__ or error)
+            newest = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
+            raise SaveError(f"the checkpoint of step {step} was not written: {reason}; {newest}") from error
+        self._delete_old(Checkpoint(step, file.path, checksum), config)
 
     def _delete_old(self, newest: Checkpoint, config: Config) -> None:
         """Keep the newest checkpoints and milestones; leave no rest of an interrupted save."""
@@ -150,9 +152,8 @@ class RunFolder:
         for checkpoint in self.checkpoints():
             again = checkpoint.step == newest.step and checkpoint != newest
             if checkpoint.step not in kept or again:
-                checkpoint.path.unlink()
-        for rest in self._store.glob(f"*{PARTIAL}"):
-            rest.unlink()
+                checkpoint.path.unlink(missing_ok=True)
+        remove_partial(self._store)
 
     def newest(self, step: int | None = None) -> Checkpoint:
         """The newest whole checkpoint, or the one of a step. Damaged ones are passed over with a warning.
@@ -211,35 +212,16 @@ class RunFolder:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.metrics, [row])
 
     def rows(self) -> list[dict[str, Any]]:
-        """The lines of the metrics; a last one that was interrupted is left out."""
-        if not self.metrics.exists():
-            return []
-        lines = self.metrics.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """The lines of the metrics; damaged ones are named and left out."""
+        return read_rows(self.metrics, "step", int)
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines of steps that are about to be repeated."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        replace_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-class _Hashed:
-    """A file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+        kept = [json.dumps(sealed(row)) + "\n" for row in self.rows() if row["step"] <= step]
+        write_text(self.metrics, "".join(kept))
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
@@ -249,24 +231,3 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
     return content
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a renaming in it survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

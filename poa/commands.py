@@ -7,6 +7,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from poa.config import Config, with_run
 from poa.data.sources import open_data
 from poa.data.speed import loader_speed
 from poa.distributed import world
+from poa.drawing import require_drawable
 from poa.errors import InputError
 from poa.evaluate import evaluate_subnets
 from poa.export import extract
+from poa.files import make_folder, read_json, require_writable
 from poa.memory import memory_report
 from poa.options import differences, from_dict, override
 from poa.presets import preset
 from poa.quickstart import quickstart
-from poa.report import record_band, require_matplotlib, write_report
+from poa.report import record_band, write_report
 from poa.step import initial_network
 from poa.subnets import SearchSpace, Subnet
 from poa.train import pretrain
@@ -76,12 +79,14 @@ def run_extract(options: argparse.Namespace) -> None:
     subnets = _subnets(options.subnets, backbone_config.space)
     if options.image_size is not None:
         backbone_config.grid(options.image_size)
+    out = Path(options.out or folder.path / "models")
     network, checkpoint = folder.network(options.branch, options.step)
+    make_folder(out, "--out")
     for subnet in subnets:
         path = extract(
             network.backbone,
             subnet,
-            Path(options.out or folder.path / "models"),
+            out,
             config.method.crops,
             image_size=options.image_size,
             source=f"{checkpoint.path} ({options.branch})",
@@ -95,9 +100,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.data:
         config = with_run(config, data=options.data)
     subnets = _subnets(options.subnets, config.method.backbone.space)
-    if options.plot:
-        require_matplotlib()
+    out = Path(options.out or folder.path / "evaluation.json")
     with world(options.device, config.run.timeout) as here:
+        here.from_main(partial(_require_outputs, out, options.plot))
         data = open_data(config.run.data, config.run.holdout, config.method.seed, config.run.unreadable_share)
         network, _ = folder.network(options.branch, options.step)
         backbone = network.backbone.to(here.device)
@@ -109,19 +114,24 @@ def run_evaluate(options: argparse.Namespace) -> None:
         )
     if not here.is_main:
         return
-    print(report.table())
-    out = Path(options.out or folder.path / "evaluation.json")
     report.write(out)
-    print(out)
     if options.plot:
         report.plot(Path(options.plot))
-        print(options.plot)
+    print(report.table())
+    print(*filter(None, (out, options.plot)), sep="\n")
+
+
+def _require_outputs(out: Path, plot: str | None) -> None:
+    require_writable(out, "--out")
+    if plot:
+        require_drawable(Path(plot), "--plot")
 
 
 def run_report(options: argparse.Namespace) -> None:
     folders = [RunFolder(Path(run)) for run in options.run]
     if options.record:
         out = Path(options.record)
+        require_writable(out, "--record")
         record_band(folders, out)
     elif len(folders) > 1:
         raise InputError(f"report: expected one run, or --record FILE with several, got {len(folders)} runs")
@@ -185,11 +195,7 @@ def _new_config(options: argparse.Namespace) -> Config:
     if options.preset and options.config:
         raise InputError("expected one of --preset and --config, got both")
     if options.config:
-        try:
-            values = json.loads(Path(options.config).read_text())
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"config: expected a JSON file, got {options.config}: {error}") from None
-        config = from_dict(Config, values)
+        config = from_dict(Config, read_json(Path(options.config), "config: expected a JSON file"))
     elif source and not options.preset:
         config = RunFolder(Path(source)).config()
     else:

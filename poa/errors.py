@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: what was expected, what was got."""
@@ -16,7 +19,8 @@ class DivergenceError(ArithmeticError):
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the message says which is the newest."""
+    """A file could not be written, and is as it was before; of a checkpoint the message says which is the
+    newest."""
 
 
 class Preempted(Exception):
@@ -29,3 +33,30 @@ class Preempted(Exception):
     def __init__(self, message: str, interrupted: bool):
         super().__init__(message)
         self.interrupted = interrupted
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, or its kind where it has none.
+
+    An error of another process arrives with its trace; the last line is the message.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def as_input(expected: str) -> Iterator[None]:
+    """Around reading what somebody gave: whatever is wrong with it, known or not, is an InputError.
+
+    Args:
+        expected: the beginning of the message, `NAME: expected ...`.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise InputError(f"{expected}, got a damaged or foreign one: {kind}: {one_line(error)}") from error

@@ -2,7 +2,8 @@
 
 A file holds a static network: the prefix of every weight, the offset scale folded into it, the kept blocks
 renumbered. Where timm has the architecture, names are timm's. Beside it lies a JSON file with the
-architecture, the pre-processing and where it comes from. Every file is checked before it gets its name: its
+architecture, the pre-processing, where it comes from and the SHA-256 of the weights, which is checked when
+they are loaded. Every file is checked before it gets its name: its
 forward must equal the elastic subnet's.
 """
 
@@ -10,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from poa.backbones import CONFIGS, Backbone
-from poa.checkpoint import write_json
 from poa.config import CropsConfig
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
-from poa.errors import InputError
+from poa.errors import InputError, as_input
+from poa.files import read_json, sealed, unsealed, write_bytes, write_json
 from poa.options import section_from_dict, to_dict
 from poa.subnets import Subnet
 
@@ -71,19 +71,31 @@ def load(path: str | Path) -> ExportedModel:
         path: the `.safetensors` file; its `.json` lies beside it.
 
     Raises:
-        InputError: not a pair of files that `poa extract` wrote.
+        InputError: not a pair of files that `poa extract` wrote, or one of them changed since.
     """
     path = Path(path)
-    try:
-        info = json.loads(path.with_suffix(".json").read_text())
-        state = load_file(path)
-    except Exception as error:
-        raise InputError(f"{path}: expected an extracted subnet, got: {error}") from None
-    if info.get("format") != FORMAT:
-        raise InputError(f"{path}: expected format {FORMAT}, got {info.get('format')}")
-    backbone = section_from_dict(CONFIGS, info["backbone"], "backbone").build()
-    backbone.load_exported_state(state, str(path))
+    with as_input(f"{path}: expected an extracted subnet"):
+        info = _read_info(path.with_suffix(".json"))
+        content = path.read_bytes()
+        if (got := hashlib.sha256(content).hexdigest()) != info["sha256"]:
+            raise InputError(
+                f"{path}: expected the weights of its JSON file (sha256 {info['sha256']:.8}), got others "
+                f"({got:.8}); extract them again"
+            )
+        backbone = section_from_dict(CONFIGS, info["backbone"], "backbone").build()
+        backbone.load_exported_state(read_tensors(content), str(path))
     return ExportedModel(backbone.eval(), info)
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """What is beside the weights, as it was written."""
+    info = read_json(path, f"{path}: expected the JSON file of an extracted subnet")
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        got = info.get("format") if isinstance(info, dict) else type(info).__name__
+        raise InputError(f"{path}: expected format {FORMAT}, got {got}")
+    if (content := unsealed(info)) is None:
+        raise InputError(f"{path}: expected what extract wrote, got a changed file; extract it again")
+    return content
 
 
 def extract(
@@ -117,8 +129,7 @@ def extract(
     config, size = static.config, static.config.image_size
     suffix = f"-{size}px" if size != backbone.config.image_size else ""
     path = folder / f"{config.kind}-{subnet}{suffix}.safetensors"
-    partial = path.with_name(path.name + ".partial")
-    save_file(static.exported_state(), partial, metadata={"format": "pt"})
+    content = tensor_bytes(static.exported_state(), metadata={"format": "pt"})
     info = {
         "format": FORMAT,
         "width": subnet.width,
@@ -134,11 +145,11 @@ def extract(
             "std": list(crops.std),
         },
         "source": source,
-        "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "largest_difference": worst,
     }
-    write_json(path.with_suffix(".json"), info)
-    os.replace(partial, path)
+    write_json(path.with_suffix(".json"), sealed(info))
+    write_bytes(path, content)
     return path
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from poa.config import Destination
 from poa.distributed import World
 from poa.errors import DivergenceError, InputError
+from poa.files import write_text
 from poa.step import StepReport
 
 T = TypeVar("T")
@@ -222,7 +223,7 @@ class Wandb:
 
         file = folder / "wandb.id"
         if not file.exists():
-            file.write_text(wandb.util.generate_id())
+            write_text(file, wandb.util.generate_id())
         name = folder.resolve().name
         self.run = wandb.init(
             project="poa", name=name, dir=folder, id=file.read_text(), resume="allow", config=dict(config)

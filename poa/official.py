@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from poa.backbones import Backbone, BackboneConfig, ResNetConfig, SwinConfig, ViTConfig
-from poa.errors import InputError
+from poa.errors import InputError, as_input
 from poa.weights import load_strictly, read_weights
 
 UNUSED = re.compile(r"norm[012]\.norm\.|.*relative_position_index$")
@@ -79,7 +79,8 @@ def load_backbone(
     Raises:
         InputError: not readable as weights, or keys missing or unknown.
     """
-    state = _of_branch(_read(Path(path)), branch, str(path))
+    with as_input(f"{path}: expected official weights"):
+        state = _of_branch(_read(Path(path)), branch, str(path))
     return backbone_from_state(state, name=str(path), head_dim=head_dim, norm_groups=norm_groups)
 
 
@@ -87,7 +88,14 @@ def backbone_from_state(
     state: Mapping[str, Tensor], *, name: str = "state", head_dim: int = 64, norm_groups: int = 32
 ) -> Backbone:
     """An elastic backbone from official parameters; kind and sizes are read from their names and shapes."""
-    converted = backbone_state(state)
+    with as_input(f"{name}: expected official weights"):
+        backbone = _config(backbone_state(state), name, head_dim, norm_groups).build()
+        load_strictly(backbone, backbone_state(state), name)
+    return backbone
+
+
+def _config(converted: Mapping[str, Tensor], name: str, head_dim: int, norm_groups: int) -> BackboneConfig:
+    """Kind and sizes of the network that has these parameters."""
     readers: dict[str, Callable[[], BackboneConfig]] = {
         "cls_token": lambda: _vit(converted, head_dim),
         "stages.0.blocks.0.norm1.weight": lambda: _swin(converted),
@@ -97,12 +105,9 @@ def backbone_from_state(
     if not found:
         raise InputError(f"{name}: expected official weights, got none of {', '.join(readers)}")
     try:
-        config = found[0]()
+        return found[0]()
     except KeyError as missing:
         raise InputError(f"{name}: expected official weights, got no {missing}") from None
-    backbone = config.build()
-    load_strictly(backbone, converted, name)
-    return backbone
 
 
 def _vit(state: Mapping[str, Tensor], head_dim: int) -> BackboneConfig:

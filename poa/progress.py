@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
 from types import TracebackType
 
 from tqdm import tqdm
+
+log = logging.getLogger("poa")
+
+
+def say(line: str) -> None:
+    """Print a line; where nobody reads it any more, the run goes on."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        log.warning("standard output: %s; nothing more is printed", error.strerror)
+        discard_output()
+
+
+def discard_output() -> None:
+    """Let standard output lead nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 class Progress:
@@ -53,9 +73,10 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""
         if self.bar is not None:
-            self.bar.write(line)
+            with self.bar.external_write_mode():
+                say(line)
         elif self.shown:
-            print(line, flush=True)
+            say(line)
 
     def _left(self, step: int) -> str:
         done = max(step - self.start, 1)

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import torch
 
-from poa.checkpoint import RunFolder, write_json
+from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.data.sources import open_data
 from poa.distributed import World
+from poa.drawing import require_matplotlib
 from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels
 from poa.export import extract
-from poa.report import require_matplotlib, write_report
+from poa.files import write_json
+from poa.report import write_report
 from poa.step import initial_network
 from poa.train import pretrain
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import io
 import json
 from collections import Counter
@@ -12,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from poa.checkpoint import RunFolder, replace_text
+from poa.checkpoint import RunFolder
 from poa.config import Config
+from poa.drawing import require_drawable, write_figure
 from poa.errors import InputError
+from poa.files import write_text
 from poa.metrics import flat
 from poa.presets import PRESETS, preset
 from poa.subnets import Subnet
@@ -34,9 +35,9 @@ def write_report(folder: RunFolder, out: Path) -> None:
         out: `.html`, or any ending that matplotlib writes.
 
     Raises:
-        InputError: no metrics yet, no matplotlib, or an unknown ending.
+        InputError: no metrics yet, no matplotlib, an unknown ending, or a place where nothing can be written.
     """
-    require_matplotlib()
+    require_drawable(out, "report", also=".html")
     rows = folder.rows()
     if not any("loss" in row for row in rows):
         raise InputError(f"report: expected metrics in {folder.metrics}, got none yet")
@@ -46,18 +47,9 @@ def write_report(folder: RunFolder, out: Path) -> None:
         image = io.StringIO()
         figure.savefig(image, format="svg")
         svg = image.getvalue()
-        replace_text(out, _page(folder, config, rows, svg[svg.index("<svg") :]))
-        return
-    try:
-        figure.savefig(out, dpi=110)
-    except ValueError as error:
-        raise InputError(f"report: expected .html or a picture such as .png, got {out}: {error}") from None
-
-
-def require_matplotlib() -> None:
-    """Raise InputError where nothing can be drawn, before any work is done for it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("plot: expected matplotlib; install it with: pip install 'poa-pretrain[plot]'")
+        write_text(out, _page(folder, config, rows, svg[svg.index("<svg") :]))
+    else:
+        write_figure(figure, out, 110)
 
 
 def record_band(folders: Sequence[RunFolder], out: Path) -> None:
@@ -72,7 +64,7 @@ def record_band(folders: Sequence[RunFolder], out: Path) -> None:
         if name.startswith(BANDED)
     }
     seeds = [folder.config().method.seed for folder in folders]
-    replace_text(out, json.dumps({"seeds": seeds, "band": band}, separators=(",", ":")) + "\n")
+    write_text(out, json.dumps({"seeds": seeds, "band": band}, separators=(",", ":")) + "\n")
 
 
 def expected_band(config: Config) -> Band:

@@ -30,7 +30,7 @@ from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, r
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe, from_dict, to_dict
 from poa.plan import Plan, first_lines, last_lines
-from poa.progress import Progress
+from poa.progress import Progress, say
 from poa.signals import StopSignals
 from poa.step import StepReport, TrainingState, train_step
 from poa.subnets import Subnet, SubnetSampler
@@ -74,7 +74,7 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     plan = Plan.of(config, len(data.train), here.size, content)
     done = content["step"] if content else 0
     for line in first_lines(config, plan, plan.schedules(config), data, here, done) if here.is_main else ():
-        print(line, flush=True)
+        say(line)
     if check:
         return
     started = time.monotonic()
@@ -82,7 +82,7 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     run.begin()
     run.train()
     for line in last_lines(folder.path, time.monotonic() - started, data) if here.is_main else ():
-        print(line, flush=True)
+        say(line)
 
 
 def _open_data(config: Config, here: World) -> DataSplit:

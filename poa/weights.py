@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poa.errors import InputError
+from poa.errors import InputError, one_line
 
 
 def read_weights(path: Path, *, mapped: bool = False) -> Any:
@@ -30,7 +30,7 @@ def read_weights(path: Path, *, mapped: bool = False) -> Any:
             warnings.simplefilter("ignore")  # about files that are refused anyway
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        reason = str(error).splitlines()[0].split(". ")[0]
+        reason = (str(error) or one_line(error)).splitlines()[0].split(". ")[0]
         raise InputError(
             f"{path}: expected a complete file of weights only, got a damaged or foreign one: {reason}"
         ) from None

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tiny import tiny_config
 
-from poa import checkpoint as checkpoint_module
+from poa import files
 from poa.checkpoint import RunFolder
 from poa.train import Run, pretrain
 
@@ -38,16 +38,16 @@ def arrange_death(moment: str, count: int) -> None:
         step = Run.step
         Run.step = lambda *a, **k: die() if comes() else step(*a, **k)  # type: ignore[method-assign]
     elif moment == "write":  # in the middle of the file of a checkpoint
-        write = checkpoint_module._Hashed.write
+        write = files.HashedFile.write
 
-        def half(self: checkpoint_module._Hashed, data: bytes) -> int:
+        def half(self: files.HashedFile, data: bytes) -> int:
             if len(data) > 1000 and comes():
                 write(self, data[: len(data) // 2])
                 self.file.flush()
                 die()
             return write(self, data)
 
-        checkpoint_module._Hashed.write = half  # type: ignore[method-assign]
+        files.HashedFile.write = half  # type: ignore[method-assign]
     elif moment == "rename":  # the new one is there, the old ones are not deleted yet
         delete = RunFolder._delete_old
         RunFolder._delete_old = lambda *a: die() if comes() else delete(*a)  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from poa.config import CropsConfig
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
+from poa.files import CHECKSUM
 from poa.presets import preset
 from poa.subnets import Subnet
 
@@ -165,17 +167,50 @@ def test_preprocessing_is_that_of_evaluation(backbone: ElasticViT, tmp_path: Pat
 
 
 def test_files_that_are_no_extracted_subnets(backbone: ElasticViT, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected an extracted subnet"):
+    with pytest.raises(InputError, match="nothing.json: expected the JSON file of an extracted subnet"):
         poa.load(tmp_path / "nothing.safetensors")
     path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
     state = load_file(path)
-    save_file(state | {"extra": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match=r"1 unknown \(first: extra\)"):
+    less = {name: value for name, value in state.items() if name != "norm.bias"}
+    for weights, message in (
+        (state | {"extra": torch.zeros(1)}, r"1 unknown \(first: extra\)"),
+        (less, r"1 expected weights missing \(first: norm.bias\)"),
+        (less | {"norm.bias": torch.zeros(3)}, "norm.bias: expected shape"),
+    ):
+        save_file(weights, path)
+        with pytest.raises(InputError, match="expected the weights of its JSON file"):
+            poa.load(path)
+        info = json.loads(path.with_suffix(".json").read_text())
+        del info[CHECKSUM]
+        info["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        path.with_suffix(".json").write_text(json.dumps(info))
+        with pytest.raises(InputError, match=message):
+            poa.load(path)
+        export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
+
+
+NO_SUBNETS = [
+    "[]",
+    "null",
+    "{",
+    "\xff",
+    '{"format": "poa-model-1"}',
+    '{"format": "poa-model-1", "sha256": []}',
+]
+
+
+@pytest.mark.parametrize("info", NO_SUBNETS)
+def test_json_that_is_no_subnet(info: str, backbone: ElasticViT, tmp_path: Path) -> None:
+    path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
+    path.with_suffix(".json").write_bytes(info.encode("latin-1"))
+    with pytest.raises(InputError, match=f"{path.stem}.*: expected "):
         poa.load(path)
-    del state["norm.bias"]
-    save_file(state, path)
-    with pytest.raises(InputError, match=r"1 expected weights missing \(first: norm.bias\)"):
-        poa.load(path)
-    save_file(state | {"norm.bias": torch.zeros(3)}, path)
-    with pytest.raises(InputError, match="norm.bias: expected shape"):
+
+
+def test_another_preprocessing_beside_the_weights(backbone: ElasticViT, tmp_path: Path) -> None:
+    """One digit of the JSON file, which would change every feature."""
+    path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
+    info = path.with_suffix(".json")
+    info.write_text(info.read_text().replace('"resize": ', '"resize": 1'))
+    with pytest.raises(InputError, match="expected what extract wrote, got a changed file"):
         poa.load(path)

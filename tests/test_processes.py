@@ -299,7 +299,8 @@ def test_what_the_main_rank_does_alone_may_outlast_the_timeout(tmp_path: Path) -
 def test_the_main_rank_that_fails_alone_is_named(tmp_path: Path) -> None:
     options = [*OVERRIDES, "run.timeout=20", "run.save_every=6"]
     both = processes.finish(processes.start(2, "-c", MAIN_ALONE, str(tmp_path / "run"), "fails", *options))
-    assert [code for code, _, _ in both] == [1, 1]
+    assert [code for code, _, _ in both] == [2, 1]
+    assert both[0][2].endswith("poa: error: of the disk\n") and "Traceback" not in both[0][2], both[0][2]
     assert "poa: error: rank 1 of 2: rank 0 failed (OSError: of the disk)\n" in both[1][2], both[1][2]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from poa.distributed import World
 from poa.errors import InputError
+from poa.files import append_rows, read_rows
 
 LEAST = 1000  # images, before a share means anything
 
@@ -57,10 +57,7 @@ class Unreadable:
 
     def _write(self, step: int, messages: Sequence[str]) -> None:
         if self.known is None:
-            lines = self.file.read_text().splitlines() if self.file.exists() else []
-            self.known = {json.loads(line)["image"] for line in lines}
-        with self.file.open("a") as file:
-            for message in messages:
-                if message not in self.known:
-                    self.known.add(message)
-                    file.write(json.dumps({"step": step, "image": message}) + "\n")
+            self.known = {row["image"] for row in read_rows(self.file, "image", str)}
+        new = [message for message in dict.fromkeys(messages) if message not in self.known]
+        self.known |= set(new)
+        append_rows(self.file, [{"step": step, "image": message} for message in new])

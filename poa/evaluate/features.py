@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def extract_features(
     banks = [_Bank(len(mine)) for _ in functions]
     kept, unreadable = [positions[:0]], 0
     for batch in evaluation_batches(mine, canvas, workers):
-        kept.append(batch.positions)
+        kept.append(batch.positions.clone())  # not the loader's memory, which is an open file a batch
         unreadable += len(batch.unreadable)
         if not len(batch.images):
             continue
@@ -127,6 +128,8 @@ class _Bank:
                 self.storage = rows.new_empty(shape)
             else:
                 with tempfile.NamedTemporaryFile() as file:
+                    if hasattr(os, "posix_fallocate"):  # a full disk is an error then, not a SIGBUS later
+                        os.posix_fallocate(file.fileno(), 0, count * rows.element_size())
                     self.storage = torch.from_file(file.name, shared=True, size=count, dtype=rows.dtype)
                     self.storage = self.storage.view(shape)
         self.storage[self.filled : self.filled + len(rows)] = rows

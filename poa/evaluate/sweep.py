@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from poa.backbones import Backbone, BackboneConfig
-from poa.checkpoint import log, write_json
+from poa.checkpoint import log
 from poa.config import Config
 from poa.data.sources import DataSplit, ImageSource
 from poa.distributed import World
+from poa.drawing import write_figure
 from poa.errors import InputError
 from poa.evaluate.features import (
     MEMORY,
@@ -29,6 +30,7 @@ from poa.evaluate.features import (
 from poa.evaluate.knn import TEMPERATURE, knn_accuracy
 from poa.evaluate.linear import LinearScore, linear_accuracy
 from poa.evaluate.linear import protocol as linear_protocol
+from poa.files import write_json
 from poa.subnets import Subnet
 
 REPORTED_K = 20
@@ -275,7 +277,7 @@ def plot_scores(
     axes.set_title(f"One training run, {len(scores)} models: {data}{before}", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path, 150)
 
 
 def _labelled(data: DataSplit) -> tuple[ImageSource, ImageSource]:
