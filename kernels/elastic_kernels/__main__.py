@@ -54,6 +54,7 @@ def _tune(options: argparse.Namespace) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     path, started = options.out or tuning.cache_file(tuning.gpu_name(device)), time.monotonic()
     calls = _calls(options.preset, options.images)
+    print(f"{len(calls)} different calls in the steps of {options.preset}; table: {path}", flush=True)
     for line in tune(calls, path, options.minutes - (time.monotonic() - started) / 60, device):
         print(line, flush=True)
 
@@ -80,6 +81,11 @@ def report() -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     print(f"{'device':<10} {torch.cuda.get_device_name() if cuda else 'cpu'}")
+    if cuda and dispatch.HAS_TRITON:
+        table = tuning.table_of(torch.device("cuda", torch.cuda.current_device()))
+        print(
+            f"{'settings':<10} {f'{len(table)} were timed' if table else 'none were timed: see tune --help'}"
+        )
     dtype = torch.bfloat16 if cuda else torch.float32
     print(f"\nbackends for {dtype} on {device.type}:")
     x = torch.empty(197, 384, dtype=dtype, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import triton
@@ -74,6 +75,7 @@ _NOT_WIDE = ("dgrad_gelu",)
 WIDE_WASTE = 1.15  # a wide tile is taken while at most this much is computed in vain
 
 
+@lru_cache
 def gemm_config(form: Form, columns: int, itemsize: int, capability: tuple[int, int]) -> GemmConfig:
     """Settings for a result of so many columns, on a part of a compute capability."""
     if itemsize == 4:
