@@ -4,7 +4,8 @@
 #   make test          the test suite
 #   make test-gpu      the tests that need a GPU
 #   make sanitize      those of the kernels without a GPU, every access and race checked; in .venv-sanitize
-#   make bench         measure kernels and steps against their peers on a GPU; OFFICIAL=checkout of alipay/POA
+#   make bench         tests, kernels and steps against their peers on a GPU, in 9 minutes; RESUME=1 goes on,
+#                      OFFICIAL=checkout of alipay/POA
 #   make kernel-report compile every Triton kernel for every kind of GPU, without one; WRITE=1 replaces the table
 #   make lint          ruff, ruff format, mypy
 # Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
@@ -32,7 +33,7 @@ sanitize: $(SANITIZE_VENV)/.poa-sanitizer
 		--every-kernel tests/kernels/device tests/kernels/sanitized
 
 bench: $(VENV)/.poa-test
-	$(BIN)/python -m benchmarks gpu $(if $(OFFICIAL),--official $(OFFICIAL))
+	$(BIN)/python -m benchmarks gpu $(if $(OFFICIAL),--official $(OFFICIAL)) $(if $(RESUME),--resume)
 
 kernel-report: $(VENV)/.poa-test
 	$(BIN)/python -m benchmarks.kernel_report $(if $(WRITE),--write)

@@ -9,34 +9,38 @@
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
     python -m benchmarks launches vit-l16     launches and host time of a step, without a GPU; --subnet 640x18
-    python -m benchmarks gpu                  all that a GPU is needed for, in one run; --parts
+    python -m benchmarks gpu                  all that needs a GPU, within --minutes; --resume, --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
-Without a GPU each begins with a line that says what its figures are; rows are not written then.
+Without a GPU each begins with a line that says what its figures are; no report takes them. All this is for
+the root of a checkout; elsewhere, name the folder: python CHECKOUT/benchmarks gpu.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import subprocess
+import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+if not __package__:  # `python CHECKOUT/benchmarks`, which puts that folder first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
 from benchmarks import harness, results, roofline
-from benchmarks.cases import ALL_WIDTHS, CASES, REAL, TINY
+from benchmarks.cases import CASES, TINY, sizes_of
+from benchmarks.failures import Event, Refused
+from benchmarks.gpu import PARTS, Plan, measure_all
+from benchmarks.journal import Journal
+from benchmarks.peers.official import require_checkout
 from poa.cli import number
 from poa.device import choose_device
 from poa.options import override
 from poa.presets import preset
 from poa.subnets import Subnet
-
-ROOT = Path(__file__).parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        if hasattr(options, "device") and choose_device(options.device).type == "cpu":
+        if options.command in ON_CPU and choose_device(options.device).type == "cpu":
             print(f"without a GPU: {ON_CPU[options.command]}; no row is written", flush=True)
         return int(options.function(options) or 0)
     except (ValueError, OSError) as error:
@@ -85,83 +89,92 @@ def list_cases() -> int:
     return 0
 
 
-def keep(rows: list[results.Row], out: Path | None) -> None:
-    """Write rows that were measured on a GPU."""
-    measured = [row for row in rows if row["device"] == "cuda"]
-    if measured:
-        path = out or results.FOLDER / f"{rows[0]['gpu'].lower().replace(' ', '-')}.jsonl"
-        results.append(path, measured)
-        print(f"{len(measured)} rows added to {path}")
+def keep(events: Iterable[Event], out: Path | None) -> int:
+    """Print what is measured, and write rows of a GPU as they come; 1 where ours failed."""
+    status = 0
+    for event in events:
+        if isinstance(event, Refused):
+            print(f"    {event.provider:14} not measured: {event.reason}", flush=True)
+            status |= event.provider == "ours"
+        elif isinstance(event, dict):
+            print(results.line(event), flush=True)
+            if event["device"] == "cuda":
+                file = f"{event['gpu'].lower().replace(' ', '-')}.jsonl"
+                results.append(out or results.FOLDER / file, [event])
+    return status
 
 
-def kernels(options: argparse.Namespace) -> None:
+def kernels(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
-    sizes = REAL if device.type == "cuda" else TINY
-    if options.all_widths and device.type == "cuda":
-        sizes = dataclasses.replace(sizes, widths=ALL_WIDTHS)
+    sizes = sizes_of(device, options.all_widths)
     ceilings = harness.ceilings_of(device, options.seconds)
     print(f"{ceilings.matmul / 1e12:.1f} TFLOP/s, {ceilings.copy / 1e12:.2f} TB/s ({ceilings.source})")
-    rows, unknown = [], set(options.case) - {case.name for case in CASES}
-    if unknown:
+    if unknown := set(options.case) - {case.name for case in CASES}:
         raise ValueError(
             f"--case: expected one of {', '.join(c.name for c in CASES)}, got {', '.join(unknown)}"
         )
-    for case in CASES:
-        for make in case.problems(device, sizes) if not options.case or case.name in options.case else ():
-            outcome = harness.run(make(), ceilings, options.provider, options.seconds)
-            for line in harness.table(outcome.rows):
-                print(line)
-            for name, reason in outcome.refused.items():
-                print(f"    {name:16}not measured: {reason}")
-            rows += outcome.rows
-    keep(rows, options.out)
+    wanted = [case for case in CASES if not options.case or case.name in options.case]
+    problems = (make for case in wanted for make in case.problems(device, sizes))
+    return max(
+        keep(harness.run(make(), ceilings, options.provider, options.seconds), options.out)
+        for make in problems
+    )
 
 
-def step(options: argparse.Namespace) -> None:
+def step(options: argparse.Namespace) -> int:
     from benchmarks import step as benchmark
 
-    device = choose_device(options.device)
-    rows = benchmark.run(options.preset, options.images, device, options.official, options.seconds)
-    keep(rows, options.out)
+    device, official = choose_device(options.device), options.official
+    return max(
+        keep(
+            benchmark.run(
+                options.preset, images, device, official, options.seconds, all_widths=options.all_widths
+            ),
+            options.out,
+        )
+        for images in options.images
+    )
 
 
-def networks(options: argparse.Namespace) -> None:
+def networks(options: argparse.Namespace) -> int:
     from benchmarks import networks as benchmark
 
-    device = choose_device(options.device)
-    images = options.images[0] if device.type == "cuda" else 2
-    rows = []
-    for name in options.presets:
-        rows += benchmark.run(name, images, device, options.seconds)
-    keep(rows, options.out)
+    device, (images,) = choose_device(options.device), options.images
+    return max(
+        keep(benchmark.run(name, which, images, device, options.seconds), options.out)
+        for name in options.presets
+        for which in benchmark.SUBNETS
+    )
 
 
-def quality(options: argparse.Namespace) -> None:
+def quality(options: argparse.Namespace) -> int:
     from benchmarks import quality as benchmark
 
     rows = benchmark.run(
         options.preset, options.data, choose_device(options.device), options.minutes, options.official
     )
-    keep(rows, options.out)
+    return keep(rows, options.out)
 
 
-def sampling(options: argparse.Namespace) -> None:
+def sampling(options: argparse.Namespace) -> int:
     from benchmarks import sampling as benchmark
 
     rows = benchmark.run(options.preset, options.data, options.processes, options.steps, options.device)
-    keep(rows, options.out)
+    return keep(rows, options.out)
 
 
-def profile(options: argparse.Namespace) -> None:
-    from benchmarks import step as benchmark
+def profile(options: argparse.Namespace) -> int:
+    from benchmarks import profiling
 
-    print(benchmark.profile(options.preset, options.images[0], choose_device(options.device)))
+    what = options.preset, options.images[0], choose_device(options.device)
+    print("\n".join(profiling.profile(*what)["lines"]))
+    return keep(profiling.parts(*what, options.seconds), options.out)
 
 
 def print_roofline(options: argparse.Namespace) -> None:
     work = roofline.Workload.of(preset(options.preset).method, options.images[0])
     print("a cost model, not a measurement: FLOPs and bytes counted, over the ceilings of a GPU")
-    print(roofline.report(work, roofline.H200))
+    print(roofline.report(work, roofline.GPUS[options.gpu]))
 
 
 def launches(options: argparse.Namespace) -> None:
@@ -176,31 +189,27 @@ def launches(options: argparse.Namespace) -> None:
 
 
 def gpu(options: argparse.Namespace) -> int:
-    """Tests, then kernels, then steps, then networks; a failed test stops it."""
-    if not torch.cuda.is_available():
-        raise ValueError("gpu: expected a CUDA device, got none")
-    official = ["--official", str(options.official)] if options.official else []
-    commands = {
-        "tests": ["pytest", "-q", "-rs", "-m", "cuda"],
-        "kernels": ["benchmarks", "kernels", "--seconds", "0.15"],
-        "step": ["benchmarks", "step", "--seconds", "1.5", *official],
-        "step-swin": ["benchmarks", "step", "--preset", "swin-b", "--seconds", "1"],
-        "step-resnet": ["benchmarks", "step", "--preset", "resnet-152", "--seconds", "1"],
-        "networks": ["benchmarks", "networks", "--seconds", "0.5"],
-    }
-    started = time.perf_counter()
-    for part in options.parts:
-        status = subprocess.run([sys.executable, "-m", *commands[part]], cwd=ROOT).returncode
-        print(f"{part}: exit status {status}, {time.perf_counter() - started:.0f} s so far", flush=True)
-        if status:
-            return status
-    return 0
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("gpu: expected a CUDA device, got none; --device cpu rehearses, tiny")
+    if options.official:
+        require_checkout(options.official)
+    cuda = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    if not cuda:
+        print(f"a rehearsal: {TINY_SIZES}", flush=True)
+    name, memory = (cuda.name, cuda.total_memory) if cuda else ("rehearsal", 0)
+    folder = options.out or results.FOLDER / name.lower().replace(" ", "-")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    plan = Plan(options.device, memory, options.official, options.all_widths)
+    journal = Journal(folder, options.resume or options.retry, options.retry)
+    return measure_all(plan, journal, options.minutes, options.parts)
 
 
 def report(options: argparse.Namespace) -> None:
     from benchmarks import report as writer
 
-    writer.write(options.rows or sorted(results.FOLDER.glob("*.jsonl")))
+    folder = results.FOLDER
+    writer.write(options.rows or sorted([*folder.glob("*.jsonl"), *folder.glob("*/rows.jsonl")]))
 
 
 COMMANDS = {
@@ -235,6 +244,11 @@ def _step(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _roofline(parser: argparse.ArgumentParser) -> None:
+    choices, about = tuple(roofline.GPUS), "whose ceilings; default %(default)s"
+    parser.add_argument("--gpu", choices=choices, default="h200", help=about)
+
+
 def _networks(parser: argparse.ArgumentParser) -> None:
     presets = ["vit-l16", "swin-b", "resnet-152"]
     parser.add_argument("--presets", nargs="+", default=presets, help="whose subnets")
@@ -250,7 +264,10 @@ def _official(parser: argparse.ArgumentParser) -> None:
 def _kernels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", action="append", default=[], help="only this case; may be repeated")
     parser.add_argument("--provider", action="append", default=[], help="only this provider")
-    parser.add_argument("--all-widths", action="store_true", help="384 to 1024 instead of three widths")
+
+
+def _widths(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--all-widths", action="store_true", help="384 to 1024 instead of three")
 
 
 def _quality(parser: argparse.ArgumentParser) -> None:
@@ -273,8 +290,14 @@ def _launches(parser: argparse.ArgumentParser) -> None:
 
 
 def _gpu(parser: argparse.ArgumentParser) -> None:
-    parts = ("tests", "kernels", "step", "step-swin", "step-resnet", "networks")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="only these")
+    parser.add_argument("--out", type=Path, help="folder of the run; default benchmarks/results/GPU")
+    parser.add_argument(
+        "--minutes", type=number(float, "(0, 1440]"), default=9.0, help="until it stops and says what is left"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    parser.add_argument("--retry", action="store_true", help="likewise, and repeat what failed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these; in this order")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses, tiny")
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
@@ -283,15 +306,15 @@ def _report(parser: argparse.ArgumentParser) -> None:
 
 # Groups of options of each command.
 OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
-    "kernels": (_device, _kernels),
-    "step": (_device, _step, _official),
+    "kernels": (_device, _kernels, _widths),
+    "step": (_device, _step, _official, _widths),
     "networks": (_device, _networks),
     "quality": (_device, _quality, _official),
     "sampling": (_device, _sampling),
     "profile": (_device, _step),
-    "roofline": (_step,),
+    "roofline": (_step, _roofline),
     "launches": (_launches,),
-    "gpu": (_gpu, _official),
+    "gpu": (_gpu, _official, _widths),
     "report": (_report,),
 }
 

@@ -6,30 +6,24 @@ same dtype, against float64. Those that fail, or cannot run here, are listed wit
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.accuracy import excess_error
+from benchmarks.failures import Event, Failures, Refused, Trying, Unavailable
 from benchmarks.results import Row, place
 from benchmarks.roofline import Ceilings
+from benchmarks.timing import MEASURE, Samples, Timed, interleaved, quantiles, timed
 from poa.flops import DATASHEET_PEAKS
 
 MODES = ("fwd", "bwd", "fwd+bwd")
-FLUSH_BYTES = 256 << 20  # written between calls, more than any L2 cache
-WARM_UP, MEASURE = 0.2, 0.5  # seconds of each provider and mode
-REPEATS = (5, 200)  # at least, at most
 TRUTH = "naive"  # the provider whose float64 result is the truth, and which every gate is relative to
 
 Provider = Callable[..., Tensor]
-Timed = Callable[[], Callable[[], object]]  # prepares, and returns what is timed
-
-
-class Unavailable(Exception):
-    """A provider cannot run here; says why."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +61,6 @@ class Problem:
         return next(iter(self.leaves.values())).device
 
 
-@dataclass
-class Outcome:
-    """Rows of the providers that ran, and why others did not."""
-
-    rows: list[Row] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
 def upstream(y: Tensor) -> Tensor:
     generator = torch.Generator(y.device).manual_seed(1)
     return torch.randn(y.shape, generator=generator, device=y.device, dtype=torch.float32).to(y.dtype)
@@ -104,12 +90,7 @@ def gate(
     problem: Problem, provider: Provider, low: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> str | None:
     """What is wrong with a provider's numbers, or None."""
-    try:
-        ours = results_of(provider, problem.leaves, problem.trains, upstream(low["output"]))
-    except Unavailable:
-        raise
-    except Exception as error:  # peers fail in their own ways; the reason goes into the list
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    ours = results_of(provider, problem.leaves, problem.trains, upstream(low["output"]))
     for name, value in ours.items():
         wrong = excess_error(value.to(low[name].dtype), low[name], truth[name])
         if wrong:
@@ -118,42 +99,50 @@ def gate(
 
 
 def run(
-    problem: Problem, ceilings: Ceilings | None, only: Sequence[str] = (), seconds: float = MEASURE
-) -> Outcome:
-    """Measure a problem.
+    problem: Problem,
+    ceilings: Ceilings | None,
+    only: Collection[str] = (),
+    seconds: float = MEASURE,
+    without: Collection[str] = (),
+) -> Iterator[Event]:
+    """Measure a problem; yields rows as they come, and the providers that fail.
 
     Args:
         problem: to be measured.
         ceilings: of the device, for the share of the floor; None leaves it out.
         only: names of the providers to measure, default all.
         seconds: of measuring each provider and mode.
+        without: names of providers to leave out.
+
+    Raises:
+        DeviceLost: a provider left the device unusable.
     """
-    outcome, ready = Outcome(), {}
+    failures, ready = Failures(), {}
     low, truth = truth_of(problem)
     for name, make in problem.providers.items():
-        if only and name not in only:
+        if name in without or (only and name not in only):
             continue
-        try:
-            provider = make()
-            wrong = gate(problem, provider, low, truth)
-        except Unavailable as reason:
-            wrong = str(reason)
-        if wrong:
-            outcome.refused[name] = wrong
-        else:
-            ready[name] = provider
+        yield Trying(name)
+        with failures.of(name):
+            ready[name] = make()
+            wrong = gate(problem, ready[name], low, truth)
+            if wrong:
+                raise Unavailable(wrong)
+    yield Trying("")
     del low, truth
-    memory = {name: peak_mib(provider, problem) for name, provider in ready.items()}
+    memory = {}
+    for name in failures.spared(ready):
+        with failures.of(name):
+            memory[name] = peak_mib(ready[name], problem)
     for mode in problem.modes:
-        calls = {name: call_of(provider, problem, mode) for name, provider in ready.items()}
-        for name, times in interleaved(calls, problem.device, seconds).items():
-            outcome.rows.append(_row(problem, name, mode, times, memory[name], ceilings))
-    return outcome
-
-
-def timed(call: Callable[[], object]) -> Timed:
-    """A call that needs no preparation."""
-    return lambda: call
+        calls = {}
+        for name in failures.spared(ready):
+            with failures.of(name):
+                calls[name] = call_of(ready[name], problem, mode)
+        for name, samples in interleaved(calls, problem.device, seconds, failures).items():
+            yield _row(problem, name, mode, samples, memory[name], ceilings)
+    for name, reason in failures.items():
+        yield Refused(name, reason)
 
 
 def call_of(provider: Provider, problem: Problem, mode: str) -> Timed:
@@ -186,72 +175,15 @@ def peak_mib(provider: Provider, problem: Problem) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def interleaved(calls: dict[str, Timed], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds of single calls, the providers taking turns so that clocks and heat are the same for all."""
-    timer = timer_of(device)
-    for call in calls.values():
-        end = time.perf_counter() + min(WARM_UP, seconds)
-        while True:
-            timer(call)
-            if time.perf_counter() > end:
-                break
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds * len(calls)
-    least, most = REPEATS
-    for repeat in range(most):
-        if repeat >= least and time.perf_counter() > end:
-            break
-        for name, call in calls.items():
-            times[name].append(timer(call))
-    return times
-
-
-def timer_of(device: torch.device) -> Callable[[Timed], float]:
-    """A function that returns the seconds of one call."""
-    return _cuda_timer() if device.type == "cuda" else _cpu_time
-
-
-def _cpu_time(call: Timed) -> float:
-    run = call()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _cuda_timer() -> Callable[[Timed], float]:
-    """Times a call by events, with a cold L2; what flushes it also hides the host's launch."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-
-    def timer(call: Timed) -> float:
-        run = call()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e3
-
-    return timer
-
-
-def quantiles(times: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 in microseconds."""
-    values = torch.tensor(times, dtype=torch.float64).quantile(
-        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    )
-    return {f"p{p}": float(v) * 1e6 for p, v in zip((20, 50, 80), values, strict=True)}
-
-
 def _row(
     problem: Problem,
     provider: str,
     mode: str,
-    times: Sequence[float],
+    samples: Samples,
     mib: float | None,
     ceilings: Ceilings | None,
 ) -> Row:
-    spread = quantiles(times)
+    spread = quantiles(samples.seconds)
     seconds, moved = spread["p50"] / 1e6, problem.bytes[mode]
     flops = problem.flops * {"fwd": 1, "bwd": 2, "fwd+bwd": 3}[mode]
     row: Row = {
@@ -261,6 +193,7 @@ def _row(
         "shape": problem.shape,
         "dtype": str(problem.dtype).removeprefix("torch."),
         **spread,
+        "unhidden": samples.unhidden / len(samples.seconds),
         "gb_per_s": moved / seconds / 1e9,
         "tflop_per_s": flops / seconds / 1e12,
         "peak_mib": mib,
@@ -271,6 +204,7 @@ def _row(
     return row
 
 
+@functools.lru_cache
 def ceilings_of(device: torch.device, seconds: float = MEASURE) -> Ceilings:
     """Measure a large bf16 product and a device copy."""
     cuda = device.type == "cuda"
@@ -279,7 +213,7 @@ def ceilings_of(device: torch.device, seconds: float = MEASURE) -> Ceilings:
     source = torch.empty(count, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     calls = {"product": timed(lambda: a @ b), "copy": timed(lambda: target.copy_(source))}
-    times = {name: min(t) for name, t in interleaved(calls, device, seconds).items()}
+    times = {name: min(taken.seconds) for name, taken in interleaved(calls, device, seconds).items()}
     peak = DATASHEET_PEAKS.get(torch.cuda.get_device_name() if cuda else "")
     return Ceilings(
         2 * size**3 / times["product"],
@@ -287,19 +221,3 @@ def ceilings_of(device: torch.device, seconds: float = MEASURE) -> Ceilings:
         peak,
         f"measured: {size}^3 bf16 product, copy of {count >> 20} MiB",
     )
-
-
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """Lines of a short table, a block for each problem."""
-    previous = None
-    for row in rows:
-        problem = (row["op"], row["shape"], row["dtype"], row["mode"])
-        if problem != previous:
-            yield f"{row['op']} {row['shape']} {row['dtype']} {row['mode']}"
-            previous = problem
-        share = f"{row['share_of_floor']:6.1%} of floor" if "share_of_floor" in row else ""
-        memory = f"{row['peak_mib']:9.1f} MiB" if row.get("peak_mib") is not None else ""
-        yield (
-            f"    {row['provider']:16}{row['p50']:12.1f} us  ({row['p20']:.1f} .. {row['p80']:.1f})"
-            f"{row['gb_per_s']:10.1f} GB/s{row['tflop_per_s']:9.2f} TFLOP/s  {share}{memory}"
-        )

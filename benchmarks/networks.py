@@ -9,56 +9,70 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness
-from benchmarks.harness import Unavailable
+from benchmarks import timing
+from benchmarks.failures import Event, Failures, Refused, Trying, Unavailable
 from benchmarks.peers import naive, timm_networks
 from benchmarks.results import Row, place
-from benchmarks.step import chosen, config_of
+from benchmarks.step import config_of, middle
 from elastic_kernels import backend
 from poa.backbones import Backbone, BackboneConfig
-from poa.subnets import Subnet
+from poa.subnets import SearchSpace, Subnet
 
 PROVIDERS = ("ours", "reference", "naive", "compiled", "static", "timm", "timm compiled")
+SUBNETS: dict[str, Callable[[SearchSpace], Subnet]] = {
+    "smallest": lambda space: space.smallest,
+    "middle": middle,
+    "intact": lambda space: space.intact,
+}
 # Of the features, relative to their norm: bf16 of a CPU is 0.003 to 0.006 off in all three presets.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
-def run(name: str, images: int, device: torch.device, seconds: float) -> list[Row]:
-    """Measure the chosen subnets of a preset, forward, and forward with backward to all weights.
+def run(
+    name: str, which: str, images: int, device: torch.device, seconds: float, without: Collection[str] = ()
+) -> Iterator[Event]:
+    """Measure a subnet of a preset, forward, and forward with backward to all weights.
 
     Args:
         name: of the preset; without a GPU a tiny network stands for it.
+        which: subnet, smallest, middle or intact.
         images: of a forward, in the size of global crops.
         device: to run on.
         seconds: of measuring each provider and mode.
+        without: names of providers.
+
+    Raises:
+        DeviceLost: a provider left the device unusable.
     """
     config = config_of(name, device).method.backbone
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    elastic = config.build(torch.Generator().manual_seed(0)).eval().to(device)
+    elastic, subnet = copy.deepcopy(_built(config)).to(device), SUBNETS[which](config.space)
     generator = torch.Generator(device).manual_seed(0)
-    shape = (images, 3, config.image_size, config.image_size)
-    crops, rows = torch.randn(shape, device=device, generator=generator), []
-    for subnet in chosen(config.space):
-        print(label_of(config, subnet, images))
-        with backend("reference"), torch.no_grad():
-            expected = elastic([crops], subnet)[0].cls
-        for which in PROVIDERS:
-            try:
-                with provider(which, elastic, subnet, dtype) as found:
-                    refuse_another_function(found, crops.to(dtype), expected)
-                    rows += measure(which, found, config, subnet, crops.to(dtype), seconds)
-            except Exception as error:  # peers fail in their own ways
-                if which == "ours":
-                    raise
-                kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
-                print(f"    {which:16}not measured: {kind}{str(error).partition(chr(10))[0]}")
-    return rows
+    shape = (images if device.type == "cuda" else 2, 3, config.image_size, config.image_size)
+    crops, failures = torch.randn(shape, device=device, generator=generator), Failures()
+    with backend("reference"), torch.no_grad():
+        expected = elastic([crops], subnet)[0].cls
+    for peer in PROVIDERS:
+        if peer in without:
+            continue
+        yield Trying(peer)
+        with failures.of(peer), provider(peer, elastic, subnet, dtype) as found:
+            refuse_another_function(found, crops.to(dtype), expected)
+            yield from measure(peer, found, config, subnet, crops.to(dtype), seconds)
+        if peer in failures:
+            yield Refused(peer, failures[peer])
+
+
+@functools.lru_cache(maxsize=1)
+def _built(config: BackboneConfig) -> Backbone:
+    return config.build(torch.Generator().manual_seed(0)).eval()  # on the CPU, which takes it seconds
 
 
 def label_of(config: BackboneConfig, subnet: Subnet, images: int) -> str:
@@ -109,9 +123,9 @@ def provider(which: str, elastic: Backbone, subnet: Subnet, dtype: torch.dtype) 
 
 def measure(
     which: str, found: Found, config: BackboneConfig, subnet: Subnet, crops: Tensor, seconds: float
-) -> list[Row]:
-    """Rows of a provider: forward, and forward with the gradients of its weights."""
-    device, rows = crops.device, []
+) -> Iterator[Row]:
+    """Rows of a provider, with its launches: forward, and forward with the gradients of its weights."""
+    device = crops.device
 
     def forward() -> None:
         with torch.no_grad():
@@ -124,19 +138,13 @@ def measure(
     for mode, call, times_flops in (("fwd", forward, 1), ("fwd+bwd", both, 3)):
         call()  # compiles, allocates
         memory = _peak_mib(call, device)
-        times = harness.interleaved({which: harness.timed(call)}, device, seconds)[which]
-        spread = harness.quantiles(times)
+        samples = timing.interleaved({which: timing.timed(call)}, device, seconds, hide=False)[which]
+        spread = timing.quantiles(samples.seconds)
         taken, flops = spread["p50"] / 1e6, times_flops * len(crops) * config.flops(subnet)
         row: Row = {"op": "network", "provider": which, "mode": mode, **spread}
         row |= {"shape": label_of(config, subnet, len(crops)), "dtype": str(crops.dtype).partition(".")[2]}
         row |= {"images_per_s": len(crops) / taken, "tflop_per_s": flops / taken / 1e12, "peak_mib": memory}
-        rows.append(row | place(device.type))
-        print(
-            f"    {which:16}{mode:8}{len(crops) / taken:10.1f} images/s {taken * 1e3:9.2f} ms"
-            + (f" {memory:8.0f} MiB" if memory is not None else ""),
-            flush=True,
-        )
-    return rows
+        yield row | place(device.type)
 
 
 def _peak_mib(call: Callable[[], None], device: torch.device) -> float | None:

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import goals, results
 from benchmarks.results import Row
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PLOTS = results.FOLDER / "plots"
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks report` -->", "<!-- benchmarks: end -->"
-NOTHING = "Not measured yet."
-OPERATORS_ASIDE = ("step", "step part", "network", "quality")
+NOTHING = "No other figures are measured yet."
+OPERATORS_ASIDE = ("step", "step part", "network", "quality", "ceilings", "profile", "test")
 
 
 def check(rows: Iterable[Row]) -> None:
@@ -61,9 +61,10 @@ def write(paths: Sequence[Path], readme: Path = README, plots: Path = PLOTS) -> 
         raise ValueError(f"{readme}: expected the markers {BEGIN!r} and {END!r} once each")
     rows = newest(rows)
     pictures = draw(rows, plots)
-    body = "\n\n".join([*sections(rows), *(f"![{p.stem}]({p.relative_to(readme.parent)})" for p in pictures)])
+    plotted = (f"![{p.stem}]({p.relative_to(readme.parent)})" for p in pictures)
+    body = "\n\n".join([goal_table(rows), *(sections(rows) or [NOTHING]), *plotted])
     head, rest = text.split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n\n{body or NOTHING}\n\n{END}{rest.split(END)[1]}")
+    readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}")
     print(f"{readme}: {len(rows)} rows, {len(pictures)} plots")
 
 
@@ -87,6 +88,12 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(
         ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)]
     )
+
+
+def goal_table(rows: Sequence[Row]) -> str:
+    """Goals by GPU, whether measured or not."""
+    head = ("ViT-L/16, 64 images, images/s", "accept", "target", "stretch", "bound of the model", "measured")
+    return markdown(head, goals.goal_lines(rows))
 
 
 def kernel_table(rows: Sequence[Row]) -> str:

@@ -7,12 +7,14 @@ follows from them, and of its place `device`, `gpu`, `driver`, `torch`, `triton`
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,9 +24,31 @@ import torch
 
 FOLDER = Path(__file__).parent / "results"
 REQUIRED = ("op", "provider", "mode", "shape", "dtype", "device", "gpu", "driver", "torch", "commit", "date")
+PACKAGES = (
+    *("torch", "triton", "numpy", "torchvision", "timm", "xformers", "flash-attn", "flash-attn-4"),
+    *("liger-kernel", "quack-kernels", "apex"),
+)
 COMMIT_VARIABLE = "BENCHMARKS_COMMIT"  # for trees that travel without their repository
 
 Row = dict[str, Any]
+WORDS = {  # of a row's figures
+    "p50": lambda us: f"{us / 1e3:10.3f} ms",
+    "images_per_s": lambda speed: f"{speed:9.1f} images/s",
+    "gb_per_s": lambda speed: f"{speed:8.1f} GB/s",
+    "tflop_per_s": lambda speed: f"{speed:7.2f} TFLOP/s",
+    "mfu": lambda share: f"MFU {share:.1%}",
+    "share_of_floor": lambda share: f"{share:.1%} of floor",
+    "peak_mib": lambda size: f"{size:.1f} MiB",
+    "graphs": lambda count: f"{count} graphs compiled" if count else "",
+}
+
+
+def line(row: Row) -> str:
+    """A row in words."""
+    figures = [words(row[name]) for name, words in WORDS.items() if row.get(name) is not None]
+    return "  ".join(
+        [f"{row['op']} {row['shape']}  {row['provider']:14} {row['mode']:10}", *figures]
+    ).rstrip()
 
 
 @functools.lru_cache
@@ -44,6 +68,15 @@ def place(device_type: str) -> Row:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages that take part in measurements, as far as they are installed."""
+    found = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _commit() -> str:
     folder = str(FOLDER.parent)
     commit = _printed("git", "-C", folder, "rev-parse", "--short", "HEAD")
@@ -60,11 +93,13 @@ def _printed(*command: str) -> str:
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a file, which is made if need be."""
+    """Add rows to a file, which is made if need be; they are on disk when it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for row in rows:
             file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(paths: Iterable[Path]) -> list[Row]:

@@ -8,35 +8,33 @@ and for a mix as the method draws it, the same for all.
 from __future__ import annotations
 
 import contextlib
-import gc
-import re
+import copy
+import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks import harness, roofline
-from benchmarks.harness import Unavailable
+from benchmarks import roofline, timing
+from benchmarks.failures import Event, Failures, Refused, Trying, Unavailable, free_memory
+from benchmarks.harness import ceilings_of
 from benchmarks.peers import naive
 from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from elastic_kernels import backend
 from poa.config import Config
-from poa.data.augment import augment
-from poa.device import join
 from poa.micro_batch import MicroBatch, crop_masks, student_passes
-from poa.network import VIEWS, Batch, StudentOutput, StudentPass
-from poa.optim import Schedules, update_weights
+from poa.network import VIEWS, Batch, Network, StudentPass
+from poa.optim import Schedules
 from poa.options import override
 from poa.presets import preset
 from poa.random import python_stream, torch_stream
-from poa.step import TrainingState, autocast, train_step
+from poa.step import TrainingState, autocast, initial_network, train_step
 from poa.subnets import SearchSpace, Subnet
-from poa.tribranch import Targets, teacher_targets, tribranch_loss
+from poa.tribranch import teacher_targets, tribranch_loss
 
 TINY_HEAD = ["method.head.prototypes=8,12", "method.head.hidden=16", "method.head.bottleneck=8"]
 TINY = {  # what runs without a GPU, to test the suite: a preset, and what is smaller still
@@ -94,6 +92,7 @@ def config_of(name: str, device: torch.device) -> Config:
     return override(preset(stand_in), smaller)
 
 
+@functools.lru_cache(maxsize=1)
 def setting(config: Config, images: int, device: torch.device) -> Setting:
     """Synthetic images, and masks and subnets as the method draws them."""
     method = config.method
@@ -113,12 +112,22 @@ def setting(config: Config, images: int, device: torch.device) -> Setting:
     return Setting(config, batch, tuple(draws[i] for i in order[:MIX_STEPS]))
 
 
+@functools.lru_cache(maxsize=1)
+def _initial(config: Config) -> Network:
+    return initial_network(config)  # on the CPU, which takes it seconds
+
+
+def initial_state(here: Setting) -> TrainingState:
+    """The same for every provider."""
+    return TrainingState.start(here.config, here.device, copy.deepcopy(_initial(here.config)))
+
+
 class Ours:
     """The trainer's own step."""
 
     def __init__(self, here: Setting):
         self.here = here
-        self.state = TrainingState.start(here.config, here.device)
+        self.state = initial_state(here)
         self.schedules = Schedules.build(here.config.method.optim, 1250, here.images)
         self.temperature = self.schedules.teacher_temperature[STEP]
         self.passes = {subnet: self.drawn_passes(subnet) for subnet in {*here.mix, *chosen(here.space)}}
@@ -155,7 +164,7 @@ class Official:
     def __init__(self, here: Setting, checkout: Path):
         self.here, method = here, here.config.method
         self.official = OfficialStep(checkout, method, here.device)
-        self.official.load_from(TrainingState.start(here.config, here.device).student)
+        self.official.load_from(initial_state(here).student)
         self.official.start_optimizer(method.optim)
         schedules = Schedules.build(method.optim, 1250, here.images)
         self.temperature, self.momentum = schedules.teacher_temperature[STEP], schedules.momentum[STEP]
@@ -193,9 +202,7 @@ def provider(name: str, here: Setting, official: Path | None) -> Iterator[tuple[
             if name == "reference":
                 stack.enter_context(backend("reference"))
             yield Ours(here), none
-    gc.collect()
-    if here.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 PROVIDERS = ("ours", "reference", "naive", "compiled", "official")
@@ -212,58 +219,80 @@ def middle(space: SearchSpace) -> Subnet:
 
 
 def run(
-    name: str, images: Sequence[int], device: torch.device, official: Path | None, seconds: float
-) -> list[Row]:
-    """Measure steps of a preset with so many images.
+    name: str,
+    images: int,
+    device: torch.device,
+    official: Path | None,
+    seconds: float,
+    only: Collection[str] = PROVIDERS,
+    without: Collection[str] = (),
+    all_widths: bool = False,
+) -> Iterator[Event]:
+    """Measure steps of a preset; yields rows as they come, and the providers that fail.
 
     Args:
         name: of the preset; without a GPU a tiny network stands for it.
-        images: of each measured chunk.
+        images: of the measured chunk.
         device: to run on.
         official: checkout of the official code, or None.
         seconds: of measuring each provider and subnet.
+        only, without: names of providers.
+        all_widths: compile naive slicing for the mix, not for two widths alone.
 
     Raises:
         ValueError: `official` is no such checkout.
+        DeviceLost: a provider left the device unusable.
     """
     if official is not None:
         require_checkout(official)
     config = config_of(name, device)
-    ceilings, rows = harness.ceilings_of(device, min(seconds, harness.MEASURE)), []
-    for count in (
-        images if device.type == "cuda" else [min(*images, 4) if len(images) > 1 else min(images[0], 4)]
-    ):
-        here = setting(config, count, device)
-        rows += parts(Ours(here), ceilings, seconds)
-        expected = None
-        for which in PROVIDERS:
-            try:
-                with provider(which, here, official) as (found, compiled):
-                    loss = found.loss(chosen(here.space)[0])
-                    expected = loss if expected is None else expected
-                    tolerance = LOSS_TOLERANCE[config.method.precision]
-                    if abs(loss - expected) > tolerance * abs(expected):
-                        raise Unavailable(f"its loss is {loss:.5f}, expected {expected:.5f}")
-                    rows += measure(which, found, here, compiled, ceilings, seconds)
-            except Exception as error:  # peers fail in their own ways; ours may only run out of memory
-                if which == "ours" and not isinstance(error, torch.OutOfMemoryError):
-                    raise
-                kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
-                print(f"    {which:12}not measured: {kind}{str(error).partition(chr(10))[0]}")
-    return rows
+    images = images if device.type == "cuda" else min(images, 4)
+    ceilings, failures = ceilings_of(device, min(seconds, timing.MEASURE)), Failures()
+    here = setting(config, images, device)
+    for which in PROVIDERS:
+        if which not in only or which in without:
+            continue
+        yield Trying(which)
+        with failures.of(which):
+            expected = expected_loss(config, images, device)
+            with provider(which, here, official) as (found, compiled):
+                loss, tolerance = found.loss(here.space.smallest), LOSS_TOLERANCE[config.method.precision]
+                if not abs(loss - expected) <= tolerance * abs(expected):
+                    raise Unavailable(f"its loss is {loss:.5f}, expected {expected:.5f}")
+                few = which == "compiled" and not all_widths
+                yield from measure(which, found, modes(here, few), compiled, ceilings, seconds)
+        if which in failures:
+            yield Refused(which, failures[which])
+
+
+@functools.lru_cache(maxsize=1)
+def expected_loss(config: Config, images: int, device: torch.device) -> float:
+    """Of our step with the smallest subnet."""
+    here = setting(config, images, device)
+    loss = Ours(here).loss(here.space.smallest)
+    free_memory()
+    return loss
+
+
+def modes(here: Setting, few: bool) -> dict[str, tuple[Subnet, ...]]:
+    """Subnets that are measured together: each chosen one, and the mix; of two widths where they are few."""
+    if few:
+        return {str(subnet): (subnet,) for subnet in dict.fromkeys((middle(here.space), here.space.intact))}
+    return {**{str(subnet): (subnet,) for subnet in chosen(here.space)}, "mix": here.mix}
 
 
 def measure(
     which: str,
     found: Provider,
-    here: Setting,
+    modes: dict[str, tuple[Subnet, ...]],
     compiled: Callable[[], int],
     ceilings: roofline.Ceilings,
     seconds: float,
-) -> list[Row]:
-    """Rows of a provider: each chosen subnet, and the mix."""
-    rows = []
-    for mode, subnets in (*((str(s), (s,)) for s in chosen(here.space)), ("mix", here.mix)):
+) -> Iterator[Row]:
+    """Rows of a provider, with its launches: what a run would take."""
+    here = found.here
+    timer = timing.timer_of(here.device, hide=False)
+    for mode, subnets in modes.items():
         started, graphs = time.perf_counter(), compiled()
         for subnet in dict.fromkeys(subnets):
             found.step(subnet)  # compiles, allocates
@@ -271,23 +300,12 @@ def measure(
         warm_up, graphs = time.perf_counter() - started, compiled() - graphs
         if here.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        call, timer = harness.timed(partial(_steps, found, subnets)), harness.timer_of(here.device)
-        times, end = [timer(call)], time.perf_counter() + seconds
+        call = timing.timed(partial(_steps, found, subnets))
+        times, end = [timer(call)[0]], time.perf_counter() + seconds
         while time.perf_counter() < end:
-            times.append(timer(call))
-        times = [t / len(subnets) for t in times]
-        row = _row(which, mode, here, subnets, times, ceilings)
-        row |= {"graphs": graphs, "warm_up_s": warm_up}
-        rows.append(row)
-        print(
-            f"    {which:12}{mode:10}{row['images_per_s']:9.1f} images/s  {row['p50'] / 1e3:9.2f} ms"
-            + (f"  MFU {row['mfu']:.1%}" if row["mfu"] is not None else "")
-            + f"  {row['share_of_floor']:.1%} of floor"
-            + (f"  {row['peak_mib']:.0f} MiB" if row["peak_mib"] is not None else "")
-            + (f"  {graphs} graphs compiled in {warm_up:.0f} s" if graphs else ""),
-            flush=True,
-        )
-    return rows
+            times.append(timer(call)[0])
+        row = row_of(which, mode, here, subnets, [t / len(subnets) for t in times], ceilings)
+        yield row | {"graphs": graphs, "warm_up_s": warm_up}
 
 
 def _steps(found: Provider, subnets: Sequence[Subnet]) -> None:
@@ -300,7 +318,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _row(
+def row_of(
     which: str,
     mode: str,
     here: Setting,
@@ -314,7 +332,7 @@ def _row(
     specified = [
         roofline.Summary.of(roofline.step(_whole(work), subnet), ceilings).flops for subnet in subnets
     ]
-    spread = harness.quantiles(times)
+    spread = timing.quantiles(times)
     seconds = spread["p50"] / 1e6
     return {
         "op": "step",
@@ -335,133 +353,3 @@ def _row(
 def _whole(work: roofline.Workload) -> roofline.Workload:
     """As specified: with the tokens of the last block that nobody reads."""
     return roofline.Workload(work.method, work.images, work.masked, skip_dead_tokens=False)
-
-
-def parts(ours: Ours, ceilings: roofline.Ceilings, seconds: float) -> list[Row]:
-    """Time by part of our step, for the middle subnet."""
-    here = ours.here
-    subnet = middle(here.space)
-    rows = []
-    for name, times in harness.interleaved(_parts(ours, subnet), here.device, seconds).items():
-        rows.append(_row("ours", f"{subnet} {name}", here, (subnet,), times, ceilings))
-        rows[-1]["op"] = "step part"
-        print(f"    {name:16}{rows[-1]['p50'] / 1e3:9.2f} ms", flush=True)
-    return rows
-
-
-def _parts(ours: Ours, subnet: Subnet) -> dict[str, harness.Timed]:
-    """Augmentation, teacher with targets, each student's forward, losses, backward, update."""
-    here, state, method = ours.here, ours.state, ours.here.config.method
-    intact, elastic = ours.passes[subnet]
-    shape = (here.images, 3, method.canvas, method.canvas)
-    canvases = torch.randint(256, shape, dtype=torch.uint8, device=here.device)
-    sizes = torch.full((here.images, 2), method.canvas)
-
-    def data() -> object:
-        return augment(canvases, sizes, method.crops, torch_stream(0, "benchmark"))
-
-    def teacher() -> Targets:
-        with autocast(here.device, method.precision):
-            (targets,) = teacher_targets(
-                state.teacher, [here.batch], ours.temperature, method.loss, state.centers
-            )
-        join(targets.stream)  # timed to their end
-        return targets
-
-    def student(passes: list[StudentPass]) -> list[StudentOutput]:
-        with autocast(here.device, method.precision):
-            return state.student(here.batch, passes)
-
-    def losses() -> Callable[[], Tensor]:
-        targets, (large, small) = teacher(), student([intact, elastic])
-        return lambda: tribranch_loss(large, small, targets, here.batch, method.loss)[0]
-
-    def backward() -> Callable[[], object]:
-        loss = losses()()
-        state.optimizer.zero_grad(set_to_none=True)
-        return lambda: loss.backward()
-
-    def update() -> Callable[[], object]:
-        backward()()
-
-        def all_of_it() -> None:
-            clip, momentum = method.optim.clip, ours.schedules.momentum[STEP]
-            update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
-
-        return all_of_it
-
-    return {
-        "data": harness.timed(data),
-        "teacher": harness.timed(teacher),
-        "intact forward": harness.timed(partial(student, [intact])),
-        "elastic forward": harness.timed(partial(student, [elastic])),
-        "losses": losses,
-        "backward": backward,
-        "update": update,
-    }
-
-
-# Kernels by name, and the costs that are their floor.
-FAMILIES = (
-    (
-        "norms",
-        r"^_(layer|group)_norm|^_branch_grad",
-        r"norm [123]$|(last|embedding|merging|stem|shortcut) norm",
-    ),
-    ("attention", r"^_(window_)?attention|flash|fmha", r"attention"),
-    (
-        "products",
-        r"gemm|cutlass|nvjet|conv|^_linear",
-        r"qkv|proj|fc|conv|patch embedding|merging(?! norm)|head MLP",
-    ),
-    ("pooling", r"pool", r"pooling"),
-    ("losses", r"^_losses|^_(row|column)_(pass|merge)", r"prototypes|losses|Sinkhorn"),
-    ("optimiser", r"adam|multi_tensor|lerp|foreach", r"AdamW|gradient norm"),
-)
-
-
-def profile(name: str, images: int, device: torch.device) -> str:
-    """The twenty largest kernels of one of our steps, launches, and families against their floor."""
-    config = config_of(name, device)
-    here = setting(config, images if device.type == "cuda" else 4, device)
-    ours, subnet = Ours(here), middle(here.space)
-    for _ in range(3):
-        ours.step(subnet)
-    _synchronize(device)
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=kinds) as profiler:
-        ours.step(subnet)
-        _synchronize(device)
-    field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    kernels = {e.key: (getattr(e, field), e.count) for e in profiler.key_averages() if getattr(e, field) > 0}
-    if device.type == "cuda":  # the device's own events, not the operators that launched them
-        kernels = {e.key: (getattr(e, field), e.count) for e in profiler.key_averages() if _on_device(e)}
-    total = sum(t for t, _ in kernels.values())
-    launches = sum(count for _, count in kernels.values())
-    lines = [f"{subnet}, {here.images} images: {total / 1e3:.2f} ms in {launches} launches"]
-    work = roofline.Workload(config.method, here.images, len(here.batch.masks.indices))
-    shares = _family_shares(kernels, roofline.step(work, subnet), harness.ceilings_of(device))
-    for key, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:20]:
-        family = next((name for name, pattern, _ in FAMILIES if re.search(pattern, key, re.IGNORECASE)), "")
-        floor = f"{family} {shares[family]:.1%} of floor" if family else "not in the cost model"
-        lines.append(f"{spent / 1e3:9.3f} ms {spent / total:6.1%} {count:6} x  {floor:28} {key[:60]}")
-    return "\n".join(lines)
-
-
-def _family_shares(
-    kernels: dict[str, tuple[float, int]], costs: Sequence[roofline.Cost], ceilings: roofline.Ceilings
-) -> dict[str, float]:
-    """Floor over time of each family that ran; the cost model knows families, not a library's kernels."""
-    shares = {}
-    for family, pattern, of_costs in FAMILIES:
-        spent = sum(t for key, (t, _) in kernels.items() if re.search(pattern, key, re.IGNORECASE))
-        if spent:
-            floor = sum(c.floor(ceilings) for c in costs if re.search(of_costs, c.kernel))
-            shares[family] = floor * 1e6 / spent
-    return shares
-
-
-def _on_device(event: object) -> bool:
-    return str(getattr(event, "device_type", "")).endswith("CUDA")

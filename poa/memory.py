@@ -35,7 +35,7 @@ BLOCK = 512  # bytes, in multiples of which PyTorch's allocator for CUDA hands o
 MOMENTS, BUCKETS = 8, 4  # bytes a parameter of AdamW's state, and of DDP's buffers
 # CUDA itself, libraries and their workspaces, and what the allocator cannot use. Not measured yet: a choice.
 RESERVE = 2 * 2**30
-GPUS = (24, 40, 80, 141)  # GB that are sold
+GPUS = {24: "RTX 4090", 40: "A100", 80: "A100, H100", 141: "H200"}  # GB that are sold, and on which cards
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,9 @@ def memory_report(config: Config) -> Iterator[str]:
         f"{_gb(asked.fixed)} of it weights and moments"
     )
     yield f"{_gb(RESERVE)} more are left to CUDA, {_gb(asked.buckets)} to DDP; all is predicted, not measured"
-    for gigabytes in GPUS:
+    for gigabytes, cards in GPUS.items():
         images = largest_chunk(config, gigabytes)
-        yield f"{gigabytes:>5} GB: " + (f"up to {images} images" if images else "too small")
+        yield f"{gigabytes:>5} GB ({cards}): " + (f"up to {images} images" if images else "too small")
 
 
 def largest_chunk(config: Config, gigabytes: float, step: int = 8) -> int:

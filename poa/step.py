@@ -41,10 +41,10 @@ class TrainingState:
     rounded: working_weights
 
     @classmethod
-    def start(cls, config: Config, device: torch.device) -> TrainingState:
-        """Initial networks, and an optimiser that has not stepped."""
+    def start(cls, config: Config, device: torch.device, student: Network | None = None) -> TrainingState:
+        """Initial networks, or with this student, and an optimiser that has not stepped."""
         method = config.method
-        student = initial_network(config).to(device)
+        student = (student or initial_network(config)).to(device)
         teacher = initial_network(config, "teacher").to(device) if config.run.init_from else deepcopy(student)
         teacher.requires_grad_(False)
         return cls(

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from benchmarks.cases import method, pyramids, transformer
-from benchmarks.cases.common import ALL_WIDTHS, REAL, TINY, Groups, Sizes, draw
+from benchmarks.cases.common import REAL, TINY, Groups, Sizes, draw, sizes_of
 from benchmarks.harness import Problem
 
-__all__ = ["ALL_WIDTHS", "CASES", "REAL", "TINY", "Case", "Sizes", "draw"]
+__all__ = ["CASES", "REAL", "TINY", "Case", "Sizes", "draw", "sizes_of"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,23 @@ class Case:
 
     def problems(self, device: torch.device, sizes: Sizes) -> Iterator[Callable[[], Problem]]:
         """One at a time: inputs are made when called."""
-        numbers = {
+        for name in self.crops:
+            for number in self._numbers(sizes):
+                yield partial(self.build, device, sizes, sizes.crops[name], number)
+
+    def labels(self, sizes: Sizes) -> Iterator[tuple[str, int]]:
+        """Of each problem its name, and the rank of its width among all."""
+        for name in self.crops:
+            for rank, number in enumerate(self._numbers(sizes)):
+                yield f"{name} {number}", rank
+
+    def _numbers(self, sizes: Sizes) -> tuple[int, ...]:
+        return {
             "widths": sizes.widths,
             "heads": sizes.prototypes,
             "network": (sizes.largest,),
             "stages": sizes.stages,
         }[self.of]
-        for name in self.crops:
-            for number in numbers:
-                yield partial(self.build, device, sizes, sizes.crops[name], number)
 
 
 CASES: Sequence[Case] = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -86,6 +87,13 @@ TINY = Sizes(
     window=3,
     norm_groups=4,
 )
+
+
+def sizes_of(device: torch.device, all_widths: bool) -> Sizes:
+    """Real ones on a GPU, on request at every width; tiny ones elsewhere."""
+    if device.type != "cuda":
+        return TINY
+    return dataclasses.replace(REAL, widths=ALL_WIDTHS) if all_widths else REAL
 
 
 def draw(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Provider, Unavailable
+from benchmarks.failures import Unavailable
+from benchmarks.harness import Provider
 from benchmarks.peers import naive
 from elastic_kernels import backend, packed_attention
 

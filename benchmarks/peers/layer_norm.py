@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Provider, Unavailable
+from benchmarks.failures import Unavailable
+from benchmarks.harness import Provider
 
 
 def _imported(package: str, name: str, device: torch.device) -> object:

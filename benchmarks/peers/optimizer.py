@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Provider, Unavailable
+from benchmarks.failures import Unavailable
+from benchmarks.harness import Provider
 from elastic_kernels import FusedAdamW, working_weights
 
 CLIP, MOMENTUM = 1.0, 0.5

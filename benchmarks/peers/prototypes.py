@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.harness import Provider, Unavailable
+from benchmarks.failures import Unavailable
+from benchmarks.harness import Provider
 
 
 def liger() -> Provider:

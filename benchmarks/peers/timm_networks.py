@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.harness import Unavailable
+from benchmarks.failures import Unavailable
 from poa.backbones import Backbone, ResNetConfig, SwinConfig, ViTConfig
 
 

@@ -1,6 +1,6 @@
 """What a training step must cost: FLOPs and the fewest bytes of every kernel, and their time at the ceilings.
 
-    python -m benchmarks roofline --preset vit-l16
+    python -m benchmarks roofline --preset vit-l16 --gpu h100
 
     floor    sum over kernels of max(executed / matmul ceiling, bytes / copy ceiling), one after the other
     overlap  max(sum executed / matmul ceiling, sum bytes / copy ceiling)
@@ -12,8 +12,20 @@ rows of the last block. `executed` adds recomputation and tile padding and leave
 never stored, one pass of the optimiser. Kernels that are not that far show a small share of the floor.
 """
 
-from benchmarks.roofline.costs import H200, Ceilings, Cost, Summary
+from benchmarks.roofline.costs import GPUS, H100, H200, Ceilings, Cost, Summary
 from benchmarks.roofline.step import mean_step, parameters, report, step
 from benchmarks.roofline.workload import Workload
 
-__all__ = ["H200", "Ceilings", "Cost", "Summary", "Workload", "mean_step", "parameters", "report", "step"]
+__all__ = [
+    "GPUS",
+    "H100",
+    "H200",
+    "Ceilings",
+    "Cost",
+    "Summary",
+    "Workload",
+    "mean_step",
+    "parameters",
+    "report",
+    "step",
+]

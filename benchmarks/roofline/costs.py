@@ -28,8 +28,14 @@ class Ceilings:
     source: str
 
 
-STATED = "stated: 8192^3 bf16 product and device copy of an H200, published"
-H200 = Ceilings(788e12, 4.3e12, DATASHEET_PEAKS["NVIDIA H200"], STATED)
+def _stated(name: str, matmul: float, copy: float) -> Ceilings:
+    source = f"stated: 8192^3 bf16 product and device copy of an {name}, published"
+    return Ceilings(matmul, copy, DATASHEET_PEAKS[name], source)
+
+
+H100 = _stated("NVIDIA H100 80GB HBM3", 798e12, 3.0e12)
+H200 = _stated("NVIDIA H200", 788e12, 4.3e12)
+GPUS = {"h100": H100, "h200": H200}
 
 
 @dataclass(frozen=True)

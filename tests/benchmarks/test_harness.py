@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import cases, harness, results
-from benchmarks.harness import Problem, Unavailable
+from benchmarks.failures import DeviceLost, Refused, Trying, Unavailable
+from benchmarks.harness import Problem
 from benchmarks.peers import naive
 from benchmarks.roofline import Ceilings
 from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows
@@ -40,6 +41,15 @@ def problem(**more: Callable[[], harness.Provider]) -> Problem:
     )
 
 
+def measured(
+    problem: Problem, only: Sequence[str] = (), seconds: float = 0.001
+) -> tuple[list[results.Row], dict[str, str]]:
+    """Rows, and why the other providers have none."""
+    events = list(harness.run(problem, CEILINGS, only, seconds))
+    refused = {event.provider: event.reason for event in events if isinstance(event, Refused)}
+    return [event for event in events if isinstance(event, dict)], refused
+
+
 def wrong_forward(x: Tensor, w: Tensor) -> Tensor:
     return x * w * 1.001
 
@@ -59,25 +69,57 @@ def missing() -> harness.Provider:
 def test_gate_refuses_wrong_kernels_and_lists_missing_peers() -> None:
     more = {"off": wrong_forward, "gradless": wrong_gradient, "crashing": crashing}
     providers = {name: (lambda function=function: function) for name, function in more.items()}
-    outcome = harness.run(problem(**providers, absent=missing), CEILINGS, seconds=0.001)
-    assert {row["provider"] for row in outcome.rows} == {"ours", "naive"}
-    assert outcome.refused["off"].startswith("output: worst element")
-    assert outcome.refused["gradless"].startswith("dw: worst element")
-    assert outcome.refused["crashing"] == "IndexError: out of range"
-    assert outcome.refused["absent"] == "it is not installed"
+    rows, refused = measured(problem(**providers, absent=missing))
+    assert {row["provider"] for row in rows} == {"ours", "naive"}
+    assert refused["off"].startswith("output: worst element")
+    assert refused["gradless"].startswith("dw: worst element")
+    assert refused["crashing"] == "IndexError: out of range"
+    assert refused["absent"] == "it is not installed"
+
+
+def test_a_provider_that_fails_while_it_is_timed_loses_only_what_it_has_not_measured() -> None:
+    calls = iter(range(1000))
+
+    def tiring(x: Tensor, w: Tensor) -> Tensor:
+        if next(calls) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore about it")
+        return x * w
+
+    rows, refused = measured(problem(tiring=lambda: tiring), seconds=0.05)
+    assert [row["mode"] for row in rows if row["provider"] == "ours"] == list(harness.MODES)
+    assert refused == {"tiring": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB."}
+
+
+def test_a_provider_after_which_the_device_is_lost_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    events = harness.run(problem(crashing=lambda: crashing), CEILINGS, seconds=0.001)
+    with pytest.raises(DeviceLost, match="out of range") as raised:
+        list(events)
+    assert raised.value.provider == "crashing"
+
+
+def test_providers_are_announced_and_left_out() -> None:
+    events = list(harness.run(problem(crashing=lambda: crashing), None, seconds=0.001, without=["ours"]))
+    assert [e.provider for e in events if isinstance(e, Trying)] == ["naive", "crashing", ""]
+    assert {e["provider"] for e in events if isinstance(e, dict)} == {"naive"}
 
 
 def test_rows() -> None:
-    outcome = harness.run(problem(), CEILINGS, seconds=0.001)
-    assert [row["mode"] for row in outcome.rows] == ["fwd", "fwd", "bwd", "bwd", "fwd+bwd", "fwd+bwd"]
-    for row in outcome.rows:
+    rows, _ = measured(problem())
+    assert [row["mode"] for row in rows] == ["fwd", "fwd", "bwd", "bwd", "fwd+bwd", "fwd+bwd"]
+    for row in rows:
         assert all(key in row for key in results.REQUIRED)
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
         assert row["device"] == "cpu"
         assert row["gb_per_s"] == pytest.approx(280 / row["p50"] / 1e3)
         assert row["share_of_floor"] == pytest.approx(280 / 1e11 / (row["p50"] / 1e6), rel=0.05)
+        assert row["unhidden"] == 0
+        assert results.line(row).startswith(f"scale 5x7  {row['provider']}")
         json.dumps(row)
-    assert len(list(harness.table(outcome.rows))) == 9
 
 
 def test_a_slow_provider_is_slow() -> None:
@@ -85,8 +127,8 @@ def test_a_slow_provider_is_slow() -> None:
         time.sleep(0.002)
         return x * w
 
-    outcome = harness.run(problem(slow=lambda: slow), CEILINGS, seconds=0.01)
-    spent = {(row["provider"], row["mode"]): row["p50"] for row in outcome.rows}
+    rows, _ = measured(problem(slow=lambda: slow), seconds=0.01)
+    spent = {(row["provider"], row["mode"]): row["p50"] for row in rows}
     assert spent["slow", "fwd"] > 2000 > spent["ours", "fwd"]
     assert spent["slow", "bwd"] < 2000  # its forward is not part of the backward
 
@@ -94,9 +136,9 @@ def test_a_slow_provider_is_slow() -> None:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_every_case_passes_its_gate(case: cases.Case) -> None:
     for make in case.problems(CPU, cases.TINY):
-        outcome = harness.run(make(), CEILINGS, only=("ours", "naive", "packed"), seconds=0.001)
-        assert {"ours", "naive"} <= {row["provider"] for row in outcome.rows}
-        assert not outcome.refused
+        rows, refused = measured(make(), only=("ours", "naive", "packed"))
+        assert {"ours", "naive"} <= {row["provider"] for row in rows}
+        assert not refused
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="needs a C++ compiler")
@@ -105,11 +147,11 @@ def test_compiled_slicing_and_the_reasons_of_absent_peers() -> None:
     if torch.cuda.is_available():
         pytest.skip("about the machine without a GPU")
     (first, *_) = next(c for c in cases.CASES if c.name == "attention").problems(CPU, cases.TINY)
-    outcome = harness.run(first(), CEILINGS, seconds=0.001)
-    assert {row["provider"] for row in outcome.rows} == {"ours", "naive", "compiled"}
+    rows, refused = measured(first())
+    assert {row["provider"] for row in rows} == {"ours", "naive", "compiled"}
     expected = {"sdpa-flash", "sdpa-cudnn", "sdpa-efficient", "varlen", "flex", "xformers", "flash4"}
-    assert outcome.refused.keys() == expected
-    assert all("CUDA" in reason or "not installed" in reason for reason in outcome.refused.values())
+    assert refused.keys() == expected
+    assert all("CUDA" in reason or "not installed" in reason for reason in refused.values())
 
 
 @pytest.mark.parametrize("width", [16, 32])

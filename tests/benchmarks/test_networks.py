@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import networks
-from benchmarks.harness import Unavailable
+from benchmarks.failures import Refused, Unavailable
 from benchmarks.peers import timm_networks
 from benchmarks.results import REQUIRED
 from poa.backbones import BackboneConfig, ResNetConfig, SwinConfig, ViTConfig
@@ -18,10 +18,13 @@ FAST = ("ours", "reference", "naive", "static")
 FOUR_STAGES = {"min_depths": (1, 1, 1, 1), "max_depths": (1, 1, 2, 1)}
 
 
-@pytest.mark.parametrize("name", ["vit-l16", "swin-b", "resnet-152"])
-def test_every_provider_that_runs_on_a_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [("vit-l16", "smallest"), ("vit-l16", "intact"), ("swin-b", "middle"), ("resnet-152", "middle")],
+)
+def test_every_provider_that_runs_on_a_cpu(name: str, which: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "PROVIDERS", FAST)
-    rows = networks.run(name, 2, CPU, 0.001)
+    rows = [event for event in networks.run(name, which, 2, CPU, 0.001) if isinstance(event, dict)]
     assert {row["provider"] for row in rows} == set(FAST)
     assert [row["mode"] for row in rows[:2]] == ["fwd", "fwd+bwd"]
     for row in rows:
@@ -30,17 +33,17 @@ def test_every_provider_that_runs_on_a_cpu(name: str, monkeypatch: pytest.Monkey
         assert row["tflop_per_s"] > 0
 
 
-def test_another_function_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.peers import naive
 
     attention = naive.attention
     monkeypatch.setattr(networks, "PROVIDERS", ("ours", "naive"))
     monkeypatch.setattr(naive, "attention", lambda *arguments: 1.01 * attention(*arguments))
-    rows = networks.run("vit-l16", 2, CPU, 0.001)
-    assert {row["provider"] for row in rows} == {"ours"}
-    assert "naive           not measured: its features differ by" in capsys.readouterr().out
+    events = list(networks.run("vit-l16", "middle", 2, CPU, 0.001))
+    assert {event["provider"] for event in events if isinstance(event, dict)} == {"ours"}
+    (refused,) = (event for event in events if isinstance(event, Refused))
+    assert refused.provider == "naive"
+    assert refused.reason.startswith("its features differ by")
 
 
 @pytest.mark.parametrize(

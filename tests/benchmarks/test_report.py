@@ -86,7 +86,19 @@ def test_the_newest_row_counts(readme: Path) -> None:
 
 def test_no_rows(readme: Path) -> None:
     report.write([], readme, readme.parent / "plots")
-    assert f"{report.BEGIN}\n\nNot measured yet.\n\n{report.END}" in readme.read_text()
+    text = readme.read_text()
+    assert "| NVIDIA H200 | 300 | 340 | 365 | 425 | not measured |" in text
+    assert "| NVIDIA H100 80GB HBM3 | 275 | 310 | 335 | 394 | not measured |" in text
+    assert f"{report.NOTHING}\n\n{report.END}" in text
+
+
+def test_a_step_of_ours_stands_beside_its_goal(readme: Path) -> None:
+    mine = row("step", "ours", 2e5, **STEP | {"shape": "1024x24 64 images"})
+    others = [mine | {"provider": "naive"}, mine | {"shape": "1024x24 32 images"}, mine | {"mode": "640x18"}]
+    slower = [other | {"images_per_s": 100.0} for other in others]
+    text = written(readme, [mine, *slower])
+    assert "| NVIDIA H200 | 300 | 340 | 365 | 425 | 300 |" in text
+    assert "| NVIDIA H100 80GB HBM3 | 275 | 310 | 335 | 394 | not measured |" in text
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import roofline
+from benchmarks.__main__ import main
 from benchmarks.roofline import H200, Summary, Workload, vit
 from benchmarks.roofline.swin import positions
 from poa.backbones import ViTConfig
@@ -103,6 +104,16 @@ def test_floor_of_the_design() -> None:
     assert total.bytes == pytest.approx(268e9, rel=0.03)
     specified = Summary.of(roofline.mean_step(Workload(method, 64, 3726, skip_dead_tokens=False)), H200)
     assert specified.flops == pytest.approx(104.1e12, rel=0.01)
+
+
+@pytest.mark.parametrize(("gpu", "images_per_s"), [("h200", 425), ("h100", 394)])
+def test_bound_of_each_gpu(gpu: str, images_per_s: float, capsys: pytest.CaptureFixture[str]) -> None:
+    """ViT-L/16, 64 images, an fp32 stream: the most that the design can reach."""
+    assert main(["roofline", "--gpu", gpu]) == 0
+    printed = capsys.readouterr().out
+    assert gpu.upper() in printed.splitlines()[0]
+    (line,) = (line for line in printed.splitlines() if line.startswith("floor "))
+    assert float(line.partition("a step,")[2].split()[0]) == pytest.approx(images_per_s, abs=1)
 
 
 def test_bytes_of_a_swin_by_hand() -> None:

@@ -11,8 +11,10 @@ import torch
 from compiler import HAS_COMPILER
 from tiny import tiny_config
 
-from benchmarks import quality, roofline, step
+from benchmarks import profiling, quality, roofline, step
+from benchmarks.failures import Refused
 from benchmarks.peers.official import OfficialStep
+from benchmarks.results import Row
 from poa.network import Network, StudentPass
 from poa.presets import preset
 from poa.subnets import Subnet
@@ -27,13 +29,15 @@ needs_official = pytest.mark.skipif(
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the machine without a GPU")
 
 
-def test_every_provider_that_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = step.run("vit-l16", [4], CPU, None, 0.01)
-    parts = [row for row in rows if row["op"] == "step part"]
-    assert [row["mode"].partition(" ")[2] for row in parts] == [
-        "data", "teacher", "intact forward", "elastic forward", "losses", "backward", "update"
-    ]  # fmt: skip
-    rows = [row for row in rows if row not in parts]
+def measured(name: str, official: Path | None = None) -> tuple[list[Row], dict[str, str]]:
+    """Rows, and why the other providers have none."""
+    events = list(step.run(name, 4, CPU, official, 0.01))
+    refused = {event.provider: event.reason for event in events if isinstance(event, Refused)}
+    return [event for event in events if isinstance(event, dict)], refused
+
+
+def test_every_provider_that_runs_on_a_cpu() -> None:
+    rows, refused = measured("vit-l16")
     compiled = {"compiled"} if HAS_COMPILER else set()
     assert {row["provider"] for row in rows} == {"ours", "reference", "naive"} | compiled
     assert [row["mode"] for row in rows[:3]] == ["16x1", "32x2", "mix"]
@@ -42,16 +46,17 @@ def test_every_provider_that_runs_on_a_cpu(capsys: pytest.CaptureFixture[str]) -
         assert row["batch"] == 4
         assert row["images_per_s"] == pytest.approx(4e6 / row["p50"])
         assert 0 < row["share_of_floor"] < 1
-    graphs = [row["graphs"] for row in rows if row["provider"] == "compiled" and row["mode"] == "16x1"]
-    assert all(graphs)
-    assert "official    not measured: no checkout was named with --official" in capsys.readouterr().out
+    slicing = {row["mode"]: row["graphs"] for row in rows if row["provider"] == "compiled"}
+    assert not HAS_COMPILER or slicing["32x2"]
+    assert "16x1" not in slicing, "compiled for two widths alone"
+    assert refused["official"] == "no checkout was named with --official"
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("swin-b", "16x1-1-1"), ("resnet-152", "16x1-1-1")])
 def test_other_backbones(name: str, smallest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the compiled peer, which compiles for minutes on a CPU."""
     monkeypatch.setattr(step, "PROVIDERS", ("ours", "reference", "naive"))
-    rows = [row for row in step.run(name, [4], CPU, None, 0.01) if row["op"] == "step"]
+    rows, _ = measured(name)
     assert {row["provider"] for row in rows} == {"ours", "reference", "naive"}
     assert rows[0]["mode"] == smallest
     assert all(0 < row["share_of_floor"] < 1 for row in rows)
@@ -62,27 +67,33 @@ def test_costs_belong_to_one_family(name: str) -> None:
     method = preset(name).method
     costs = roofline.step(roofline.Workload.of(method, 8), method.backbone.space.smallest)
     for kernel in {cost.kernel for cost in costs}:
-        assert sum(bool(re.search(pattern, kernel)) for _, _, pattern in step.FAMILIES) == 1, kernel
+        assert sum(bool(re.search(pattern, kernel)) for _, _, pattern in profiling.FAMILIES) == 1, kernel
 
 
-def test_a_provider_with_another_loss_is_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_provider_with_another_loss_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks.peers import naive
 
     linear = naive.linear
     monkeypatch.setattr(step, "PROVIDERS", ("ours", "naive"))
     monkeypatch.setattr(naive, "linear", lambda x, *rest: linear(1.2 * x, *rest))
-    rows = step.run("vit-l16", [4], CPU, None, 0.01)
+    rows, refused = measured("vit-l16")
     assert {row["provider"] for row in rows} == {"ours"}
-    assert "naive       not measured: its loss is" in capsys.readouterr().out
+    assert refused["naive"].startswith("its loss is")
 
 
 def test_profile() -> None:
-    printed = step.profile("vit-l16", 4, CPU)
-    assert printed.splitlines()[0].endswith("launches")
-    assert len(printed.splitlines()) == 21
-    assert "of floor" in printed
+    row = profiling.profile("vit-l16", 4, CPU)
+    first, *kernels = row["lines"]
+    assert first.endswith(f"in {row['launches']} launches")
+    assert len(kernels) == 20
+    assert any("of floor" in kernel for kernel in kernels)
+
+
+def test_parts() -> None:
+    parts = list(profiling.parts("vit-l16", 4, CPU, 0.01))
+    assert [row["mode"].partition(" ")[2] for row in parts] == [
+        "data", "teacher", "intact forward", "elastic forward", "losses", "backward", "update"
+    ]  # fmt: skip
 
 
 def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +131,7 @@ def test_official_step_has_our_losses() -> None:
 @needs_official
 def test_official_code_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert OFFICIAL is not None
-    rows = step.run("vit-l16", [4], CPU, Path(OFFICIAL), 0.01)
+    rows, _ = measured("vit-l16", Path(OFFICIAL))
     assert "official" in {row["provider"] for row in rows}
     assert "LayerNorm gets device and dtype by name" in capsys.readouterr().out
 

@@ -1,0 +1,229 @@
+"""Cases in processes of their own, within minutes: whatever happens to one, the others are measured.
+
+A case that raises or runs out of memory is listed with its reason, and its process goes on. A case whose
+process dies, hangs past its share or loses the device is listed too, and a new process takes the next one;
+where a provider of the case is to blame, it is measured again without that one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.failures import DeviceLost, Event, Refused, Trying, free_memory, is_device_lost, reason_of
+from benchmarks.journal import Journal
+
+STARTING = 120.0  # seconds at most until a process has imported what it needs
+PATIENCE = 5.0  # seconds that one may take to end
+POLL = 0.5  # seconds at most until a changed deadline is seen
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured at a time.
+
+    Attributes:
+        name: within its part.
+        run: of a function that takes events and the names of providers to leave out; it can be pickled.
+        seconds: until it counts as hung, and each of the providers that it says it tries.
+    """
+
+    name: str
+    run: Callable[[Emit, frozenset[str]], None]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """Cases that share a process.
+
+    Attributes:
+        name: of the part.
+        cases: in order of worth.
+        processes: at a time.
+        fresh: every case gets a process of its own.
+    """
+
+    name: str
+    cases: Sequence[Case]
+    processes: int = 1
+    fresh: bool = False
+
+
+class End(NamedTuple):
+    """How a case ended.
+
+    Attributes:
+        reason: why it failed, or nothing.
+        provider: to blame, where one is.
+        lost: its process is of no further use.
+    """
+
+    reason: str = ""
+    provider: str = ""
+    lost: bool = False
+
+
+class Worker:
+    """A process that runs cases one after the other; what it prints goes to a file."""
+
+    def __init__(self, log: Path):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, log))
+        self.process.start()
+        theirs.close()
+
+    def stop(self, patience: float = 0.0) -> None:
+        """End it and all that it started, after so many seconds in which it may clean up."""
+        if patience:
+            with contextlib.suppress(OSError):
+                self.connection.send(None)
+            self.process.join(patience)
+        try:
+            os.killpg(self.process.pid or 0, signal.SIGKILL)
+        except ProcessLookupError:  # it has not come to make a group of its own
+            self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def obituary(self) -> str:
+        """How it died."""
+        self.process.join()
+        code = self.process.exitcode or 0
+        return f"its process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'}"
+
+
+def work(connection: Connection, log: Path) -> None:
+    """Run cases as they are sent, in a process of its own."""
+    os.setsid()
+    with log.open("ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    while message := connection.recv():
+        case, without = message
+        print(f"== {case.name}", flush=True)
+        connection.send(Trying(""))
+        try:
+            case.run(connection.send, without)
+            end = End()
+        except DeviceLost as error:
+            end = End(error.reason, error.provider, lost=True)
+        except Exception as error:
+            traceback.print_exc()
+            end = End(reason_of(error), lost=is_device_lost())
+        connection.send(end)
+        if not end.lost:
+            free_memory()
+
+
+class Runner:
+    """Runs parts until they or the minutes end.
+
+    Args:
+        journal: gets rows, and how cases end.
+        seconds: that all of it may take.
+    """
+
+    def __init__(self, journal: Journal, seconds: float):
+        self.journal, self.deadline = journal, time.monotonic() + seconds
+
+    def run(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            waiting = deque(self.left(part))
+            with ThreadPoolExecutor(part.processes) as pool:
+                serving = [pool.submit(self._serve, part, waiting) for _ in range(part.processes)]
+                try:
+                    for server in serving:
+                        server.result()
+                except BaseException:
+                    self.deadline = 0.0
+                    raise
+
+    def left(self, part: Part) -> list[Case]:
+        """Cases that have not ended."""
+        finished = self.journal.finished()
+        return [case for case in part.cases if (part.name, case.name) not in finished]
+
+    def _serve(self, part: Part, waiting: deque[Case]) -> None:
+        """Take cases, and start a process where the last one is gone."""
+        worker = None
+        try:
+            while waiting and time.monotonic() < self.deadline:
+                case = waiting.popleft()
+                worker = self._case(part, case, worker or self._worker(part))
+                if worker and part.fresh:
+                    worker.stop(PATIENCE)
+                    worker = None
+        finally:
+            if worker:
+                worker.stop(min(max(self.deadline - time.monotonic(), 0.0), PATIENCE))
+
+    def _worker(self, part: Part) -> Worker:
+        return Worker(self.journal.folder / f"{part.name}.log")
+
+    def _case(self, part: Part, case: Case, worker: Worker) -> Worker | None:
+        """Run a case, again without a provider that was lost; returns the worker if it can go on."""
+        key, started = (part.name, case.name), time.monotonic()
+        without = self.journal.lost(key)
+        while True:
+            end = self._listen(key, case, worker, frozenset(without))
+            if end is None or end.lost:
+                worker.stop()
+            if end is None:
+                return None
+            if not end.lost or end.provider in {"", *without}:
+                break
+            self.journal.refuse(key, end.provider, end.reason, lost=True)
+            without.add(end.provider)
+            worker = self._worker(part)
+        seconds = time.monotonic() - started
+        self.journal.end(key, end.reason, seconds)
+        print(f"{part.name}: {case.name}: {end.reason or 'done'}, {seconds:.0f} s", flush=True)
+        return None if end.lost else worker
+
+    def _listen(
+        self, key: tuple[str, str], case: Case, worker: Worker, without: frozenset[str]
+    ) -> End | None:
+        """Write what a case yields; returns its end, or None where the minutes end first."""
+        trying, share, last = None, STARTING, time.monotonic() + STARTING
+        pipe, sentinel = worker.connection, worker.process.sentinel
+        try:
+            pipe.send((case, without))
+            while True:
+                left = min(last, self.deadline) - time.monotonic()
+                ready = wait([pipe, sentinel], max(min(left, POLL), 0))
+                if not ready and left > 0:
+                    continue
+                if pipe not in ready:
+                    break
+                event = pipe.recv()
+                if isinstance(event, End):
+                    return event
+                if isinstance(event, Trying):
+                    trying, share = event.provider, case.seconds
+                    last = time.monotonic() + share
+                elif isinstance(event, Refused):
+                    self.journal.refuse(key, *event, lost=False)
+                else:
+                    self.journal.row(event)
+        except (EOFError, OSError):
+            ready = [sentinel]
+        if ready:
+            return End(worker.obituary(), trying or "", lost=True)
+        if time.monotonic() >= self.deadline:
+            return None
+        what = "no start" if trying is None else "no end"
+        return End(f"{what} within {share:.0f} s", trying or "", lost=True)
