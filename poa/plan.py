@@ -12,6 +12,7 @@ import torch
 
 from poa.config import Config
 from poa.data.sources import DataSplit
+from poa.data.summary import EXAMPLES, printable
 from poa.distributed import World
 from poa.errors import InputError
 from poa.flops import expected_masked
@@ -128,6 +129,8 @@ def first_lines(
     intact = method.backbone.parameters(space.intact)
     yield f"device: {_device(here)}, {method.precision} products"
     yield f"data: {_data(config, data)}"
+    if data.left_out:
+        yield f"left out: {data.left_out}"
     yield (
         f"network: {len(space)} subnets from {space.smallest} to {space.intact} of a {method.backbone.kind}, "
         f"{method.backbone.parameters(space.smallest):,} to {intact:,} parameters"
@@ -156,9 +159,17 @@ def _device(here: World) -> str:
 
 
 def _data(config: Config, data: DataSplit) -> str:
-    held = f", {len(data.test):,} held out for k-NN" if data.test else ", none held out: no accuracies"
-    classes = f" in {len(data.train.classes)} classes" if data.train.classes else " without labels"
-    return f"{counted(len(data.train), 'image')} of {config.run.data} to train on{classes}{held}"
+    train = data.train
+    classes = " without labels"
+    if train.classes:
+        names = ", ".join(
+            [*map(printable, train.classes[:EXAMPLES]), *["..."] * (len(train.classes) > EXAMPLES)]
+        )
+        classes = f" in {len(train.classes):,} classes ({names}), labels from {data.labels_from}"
+        if nameless := len(train) - len(train.labelled()):
+            classes += f", {nameless:,} images without one"
+    held = f"{len(data.test):,} held out for k-NN" if data.test else f"none held out ({data.untested})"
+    return f"{counted(len(train), 'image')} of {config.run.data} to train on{classes}; {held}"
 
 
 def _phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[str]:
@@ -186,6 +197,8 @@ def _unusual(config: Config, plan: Plan, schedules: Schedules, data: DataSplit, 
     elif plan.epoch_steps > 2 * images / batch:
         times = plan.epoch_steps * batch / images
         yield f"an epoch (method.optim.epoch_steps={plan.epoch_steps}) sees each image {times:.3g} times"
+    if total > images:
+        yield f"{total:,} steps are more than the {images:,} images"
     if method.canvas < method.crops.global_size:
         size = method.crops.global_size
         yield f"images are shrunk to {method.canvas} pixels (method.canvas), less than the crops' {size}"

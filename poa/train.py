@@ -71,6 +71,9 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
         content = folder.load(checkpoint, config)
     here.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
     data = _open_data(config, here)
+    if here.size > 1:
+        counts = {"images": len(data.train), "held-out images": len(data.test or ())}
+        here.require_same("data", {**counts, "checksum of names and labels": data.digest()})
     plan = Plan.of(config, len(data.train), here.size, content)
     done = content["step"] if content else 0
     for line in first_lines(config, plan, plan.schedules(config), data, here, done) if here.is_main else ():

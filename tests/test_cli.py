@@ -288,7 +288,7 @@ def test_unlabelled_data_trains_but_is_not_scored(
     out = tmp_path / "out"
     assert main(pretrain(out, "--data", str(flat), "run.evaluate_every=1")) == 0
     capsys.readouterr()
-    assert "expected images in class folders" in fails(capsys, "evaluate", str(out))
+    assert "expected held-out images with labels, got none (no labels)" in fails(capsys, "evaluate", str(out))
 
 
 def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

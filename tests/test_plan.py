@@ -30,11 +30,13 @@ def test_the_lines_of_the_quickstart() -> None:
     torch.set_num_threads(1)
     assert said(preset("quickstart")) == [
         "device: CPU, 1 thread, fp32 products",
-        "data: 1,347 images of digits to train on in 10 classes, 450 held out for k-NN",
+        "data: 1,347 images of digits to train on in 10 classes (0, 1, 2, ...), labels from scikit-learn; "
+        "450 held out for k-NN",
         "network: 9 subnets from 32x2 to 64x4 of a vit, 32,128 to 213,632 parameters",
         "steps: 1,575 of 64 images, 75 epochs of 21 steps",
         "phases: learning rate rises until step 158, prototypes train from step 32, "
         "masked patches (iBOT) from step 315",
+        "note: 1,575 steps are more than the 1,347 images",
     ]
 
 

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+# Those that Pillow decodes by itself; others would start programs, as PostScript does Ghostscript.
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "DIB", "QOI", "PSD", "SGI"),
+    *("DDS", "PCX", "ICO", "TGA"),
+)
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Those that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 class ImageError(ValueError):
@@ -26,7 +40,7 @@ def decode(file: BinaryIO, canvas: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(file)
+            image = Image.open(file, formats=formats())
         except UnidentifiedImageError:  # its text would show a Python object
             raise ValueError(
                 "the file is empty" if not file.seek(0, 2) else "no known kind of image"

@@ -1,78 +1,166 @@
-"""Finding images by the name of where they are: kinds of storage, and splits."""
+"""Finding images by the name of where they are: kinds of storage, classes and splits."""
 
 from __future__ import annotations
 
 import glob
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from poa.data.storage import Opened, open_parquet, open_shards, read_folder, read_list
+from poa.data.storage import Opened, load_digits, open_parquet, open_shards, read_folder, read_list
+from poa.data.storage.base import EXTENSIONS, is_hidden
+from poa.data.summary import LeftOut
 from poa.errors import InputError
 
-TRAIN_NAMES = ("train",)
-TEST_NAMES = ("val", "validation", "test")
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("val", "valid", "validation", "test", "testing")
 PACKED: dict[str, Callable[[Sequence[Path]], Opened]] = {".tar": open_shards, ".parquet": open_parquet}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+MOST_SHARDS = 1_000_000  # of a pattern
 
 Opener = Callable[[], Opened]
 
 
-def find(name: str) -> tuple[Opener, Opener | None]:
-    """How to open the images to train and to test on."""
+@dataclass(frozen=True)
+class Found:
+    """How to open the images to train and to test on.
+
+    Attributes:
+        train, test: openers; None where nothing is named for tests.
+        left_out: what belongs to neither.
+    """
+
+    train: Opener
+    test: Opener | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def find(name: str) -> Found:
+    """Find images; see `poa.data.sources.open_data`.
+
+    Raises:
+        InputError: nothing there.
+        OSError: it cannot be looked at.
+    """
     root = Path(name)
-    if root.is_dir():
+    if name == "digits":
+        return Found(load_digits)
+    if name.strip() and root.is_dir():
         return _find_in_folder(root)
-    if root.is_file() and root.suffix == ".txt":
-        return lambda: read_list(root), None
+    if root.suffix.lower() == ".txt" and root.is_file():
+        return Found(lambda: read_list(root))
     if root.suffix in PACKED:
         paths = _expand(name)
-        return lambda: PACKED[root.suffix](paths), None
+        return Found(lambda: PACKED[root.suffix](paths))
     raise InputError(
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
         f"got {name!r}: no such folder or file"
     )
 
 
-def _find_in_folder(root: Path) -> tuple[Opener, Opener | None]:
-    if (root / "train").is_dir():
-        test = next((root / t for t in TEST_NAMES if (root / t).is_dir()), None)
-        return _folder_opener(root / "train"), _folder_opener(test) if test else None
-    packed = _packed_files(root)
-    if not packed:
-        return lambda: read_folder(root), None
+def _find_in_folder(root: Path) -> Found:
+    """A folder called train is a split unless it looks like a class; one called val or test always is."""
+    entries = _visible(root)
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    tests = [name for wanted in TEST_NAMES for name in folders if name.lower() == wanted]
+    trains = [name for wanted in TRAIN_NAMES for name in folders if name.lower() == wanted]
+    others = [name for name in folders if name not in (*tests, *trains[:1])]
+    left_out = LeftOut()
+    for name in tests[1:]:
+        left_out.add(f"further folders to test on beside {tests[0]}/", name)
+    test = (lambda: _open_folder(root / tests[0])) if tests else None
+    if not trains or (others and not tests and _is_flat(root / trains[0])):
+        packed = _packed_files(root)
+        if packed and not tests:
+            return _split_by_name(root, packed, left_out)
+        return Found(lambda: _open_folder(root, tests), test, left_out)
+    for name in others:
+        left_out.add(f"folders beside {trains[0]}/", name)
+    for entry in entries:
+        if not entry.is_dir() and entry.name.lower().endswith((*EXTENSIONS, *PACKED)):
+            left_out.add(f"files beside {trains[0]}/", entry.name)
+    return Found(lambda: _open_folder(root / trains[0]), test, left_out)
+
+
+def _is_flat(folder: Path) -> bool:
+    """Whether a folder holds just images."""
+    entries = _visible(folder)
+    images = any(entry.name.lower().endswith(EXTENSIONS) for entry in entries)
+    return images and not any(entry.is_dir() for entry in entries)
+
+
+def _split_by_name(root: Path, packed: list[Path], left_out: LeftOut) -> Found:
+    """Shards or tables by what their names begin with, where some are to train and some to test on."""
+
+    def beginning(names: Sequence[str]) -> list[list[Path]]:
+        return [found for name in names if (found := [p for p in packed if p.name.lower().startswith(name)])]
+
+    trains, tests = beginning(TRAIN_NAMES), beginning(TEST_NAMES)
+    if not trains or not tests:
+        return Found(lambda: _open_folder(root))
+    for path in packed:
+        if path not in (*trains[0], *tests[0]):
+            left_out.add("shards or tables of other names", path.name)
     open_packed = PACKED[packed[0].suffix]
-    by_name = {key: [p for p in packed if p.name.startswith(key)] for key in (*TRAIN_NAMES, *TEST_NAMES)}
-    test_files = next((by_name[key] for key in TEST_NAMES if by_name[key]), [])
-    if by_name["train"] and test_files:
-        return lambda: open_packed(by_name["train"]), lambda: open_packed(test_files)
-    return lambda: open_packed(packed), None
+    return Found(lambda: open_packed(trains[0]), lambda: open_packed(tests[0]), left_out)
 
 
-def _folder_opener(folder: Path) -> Opener:
+def _open_folder(folder: Path, skipped: Collection[str] = ()) -> Opened:
+    """The images of a folder or its shards, whichever are more; the others are left out."""
     packed = _packed_files(folder)
-    return (lambda: PACKED[packed[0].suffix](packed)) if packed else (lambda: read_folder(folder))
+    if not packed:
+        return read_folder(folder, skipped)
+    try:
+        images = read_folder(folder, skipped)
+    except InputError:
+        images = None
+    if images and packed[0].parent == folder and len(images.images) > 2 * len(packed):
+        return images
+    opened = PACKED[packed[0].suffix](packed)
+    if images:
+        opened.left_out.add("images beside shards or tables", images.images.name(0), len(images.images))
+    for entry in _visible(packed[0].parent):
+        path = packed[0].with_name(entry.name)
+        if path not in packed and not entry.is_dir():
+            opened.left_out.add("files that are no such shards or tables", entry.name)
+    return opened
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not is_hidden(e.name)), key=lambda entry: entry.name)
 
 
 def _packed_files(folder: Path) -> list[Path]:
     """Shards or tables in a folder, or in its `data/`."""
     for place in (folder, folder / "data"):
+        files = _visible(place) if place.is_dir() else []
         for suffix in PACKED:
-            found = sorted(p for p in place.glob(f"*{suffix}") if not p.name.startswith("."))
+            found = [place / file.name for file in files if file.name.endswith(suffix) and not file.is_dir()]
             if found:
                 return found
     return []
 
 
 def _expand(pattern: str) -> list[Path]:
-    """Files of a pattern with `{000..123}`, all of them whether they are there or not, or with `*`."""
+    """Files of a pattern with `{000..123}`, all of them whether they are there or not, or with `*`.
+
+    A path that is there is taken as it is, whatever its letters mean in a pattern.
+    """
     if match := RANGE.search(pattern):
         low, high = match.groups()
         numbers = range(int(low), int(high) + 1)
+        if not 0 < len(numbers) <= MOST_SHARDS:
+            raise InputError(f"data: expected 1 to {MOST_SHARDS:,} shards, got {match[0]} in {pattern}")
         return [p for n in numbers for p in _expand(pattern.replace(match[0], f"{n:0{len(low)}}", 1))]
-    if not glob.has_magic(pattern):
-        return [Path(pattern)]
+    path = Path(pattern)
+    if path.parent.is_dir():
+        pattern = os.path.join(glob.escape(str(path.parent)), path.name)
+    if path.exists() or not glob.has_magic(path.name if path.parent.is_dir() else pattern):
+        return [path]
     found = sorted(glob.glob(pattern))
     if not found:
-        raise InputError(f"data: expected files named {pattern}, got none")
+        raise InputError(f"data: expected files named {path}, got none")
     return [Path(p) for p in found]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from poa.data.decode import ImageError, decode
 from poa.data.layout import find
-from poa.data.storage import Opened, Storage, load_digits
+from poa.data.storage import Opened, Storage
+from poa.data.summary import EXAMPLES, LeftOut, printable
 from poa.errors import InputError
 from poa.random import stream_seed
 
@@ -20,7 +23,7 @@ class ImageSource:
     Attributes:
         storage: where they lie.
         positions: int64 `[images]`, which of the storage's.
-        labels: int64 `[images]`, or None where there are none.
+        labels: int64 `[images]`, -1 where an image has none; or None.
         classes: names of the labels.
     """
 
@@ -56,7 +59,13 @@ class ImageSource:
     def subset(self, indices: np.ndarray) -> ImageSource:
         """The images at these positions."""
         labels = None if self.labels is None else self.labels[indices]
-        return ImageSource(self.storage, self.positions[indices], labels, self.classes)
+        return replace(self, positions=self.positions[indices], labels=labels)
+
+    def labelled(self) -> ImageSource:
+        """The images that have a label."""
+        if self.labels is None or (self.labels >= 0).all():
+            return self
+        return self.subset(np.flatnonzero(self.labels >= 0))
 
 
 @dataclass(frozen=True)
@@ -64,14 +73,30 @@ class DataSplit:
     """Images to train on and images held out.
 
     Attributes:
-        train: to train on; the bank of k-NN.
-        test: held out; None where nothing has labels to test with.
-        lost: shards that are missing or damaged.
+        train: to train on; those with labels are the bank of k-NN.
+        test: held out, all with labels; None where there is nothing to test with.
+        lost: shards and folders that are missing, damaged or not readable.
+        left_out: what is there and not used, by reason.
+        labels_from: where labels come from.
+        untested: why there are no images to test with.
     """
 
     train: ImageSource
     test: ImageSource | None
-    lost: tuple[str, ...] = field(default=())
+    lost: tuple[str, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
+    labels_from: str = ""
+    untested: str = ""
+
+    def digest(self) -> str:
+        """A checksum of names, order and labels of all images, wherever they lie."""
+        found = hashlib.sha256()
+        for source in (self.train, self.test):
+            if source is not None:
+                labels = source.positions if source.labels is None else source.labels
+                for part in (*source.storage.identity(), source.positions, labels):
+                    found.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+        return found.hexdigest()[:16]
 
 
 def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> DataSplit:
@@ -79,68 +104,101 @@ def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> 
 
     - `digits`;
     - a folder with `train/` and maybe `val/`, `validation/` or `test/`, each of them one of the following;
-    - a folder of class folders, or of just images, which have no labels;
+    - a folder of class folders, or of just images, which have no labels, as those beside class folders;
     - a folder of tar shards in WebDataset layout or of Parquet tables (Hugging Face's datasets, say), split
       by their names where some begin with `train` and some with `val`, `validation` or `test`;
     - shards or tables by pattern: `path/train-{0000..0099}.tar`, `path/*.parquet`;
     - a list, `path/images.txt`: a path a line, relative to the list, and maybe a label after a tab.
 
-    Where there are labels but no test images, a share of every class is held out.
+    Where there are labels of several classes but no test images, a share of every class is held out. An image
+    without a label is trained on, and not tested with.
 
     Args:
         name: see above.
-        holdout: share held out.
+        holdout: share held out; 0: all images are trained on.
         seed: of the choice of held-out images.
-        lost_share: share of shards that may be missing or damaged.
+        lost_share: share of shards or folders that may be missing, damaged or not readable.
 
     Raises:
-        InputError: nothing there, no images in it, or too many lost shards.
+        InputError: nothing there, no images in it, or too much is lost.
     """
-    if name == "digits":
-        return _hold_out(ImageSource.whole(load_digits()), holdout, seed)
-    train, test = find(name)
-    opened = [train(), *([test()] if test else [])]
+    try:
+        found = find(name)
+        opened = [found.train(), *([found.test()] if found.test else [])]
+    except OSError as error:
+        raise InputError(f"data: expected images that can be read in {name}, got: {error}") from None
     lost = tuple(line for part in opened for line in part.lost)
-    shards = sum(part.shards for part in opened)
-    if len(lost) > lost_share * shards:
+    parts = sum(part.parts for part in opened)
+    if len(lost) > lost_share * parts:
+        shown = "; ".join(lost[:EXAMPLES]) + "; ..." * (len(lost) > EXAMPLES)
         raise InputError(
-            f"data: expected whole shards, got {len(lost)} of {shards} missing or damaged "
-            f"({'; '.join(lost)}); run.unreadable_share allows a share of them"
+            f"data: expected whole shards and readable folders, got {len(lost)} of {parts} missing or "
+            f"damaged ({shown}); run.unreadable_share allows a share of them"
         )
-    if len(opened) == 1:
-        split = _hold_out(ImageSource.whole(opened[0]), holdout, seed)
-        return DataSplit(split.train, split.test, lost)
-    images, held_out = map(ImageSource.whole, opened)
-    if images.labels is None or held_out.labels is None:
-        return DataSplit(images, None, lost)
-    _require_same_classes(images.classes, held_out.classes, name)
-    return DataSplit(images, held_out, lost)
+    left_out = LeftOut()
+    for counts in (found.left_out, *(part.left_out for part in opened)):
+        left_out.update_from(counts)
+    train, test, why = _split(opened, holdout, seed, name, left_out)
+    return DataSplit(train, test, lost, left_out, opened[0].labels_from if train.classes else "", why)
 
 
-def _require_same_classes(train: tuple[str, ...], test: tuple[str, ...], name: str) -> None:
-    """Numbered classes may lack the last ones on one side."""
-    common = min(len(train), len(test))
-    numbered = all(label == str(number) for number, label in enumerate(train + test[len(train) :]))
-    if train[:common] != test[:common] or (len(train) != len(test) and not numbered):
+def _split(
+    opened: Sequence[Opened], holdout: float, seed: int, name: str, left_out: LeftOut
+) -> tuple[ImageSource, ImageSource | None, str]:
+    """Images to train and to test on, and why there are none of the latter."""
+    images = opened[0]
+    source = ImageSource.whole(images)
+    used = [] if images.labels is None else np.unique(images.labels[images.labels >= 0]).tolist()
+    if len(used) < 2:
+        why = f"all labels are {images.classes[used[0]]}" if used else "no labels"
+        source = replace(source, labels=None, classes=())
+    elif len(opened) == 1:
+        return _hold_out(source, holdout, seed)
+    else:
+        test = _test_images(opened[1], images.classes, name, left_out)
+        if test is not None:
+            return replace(source, classes=test.classes), test, ""
+        why = "the images to test on have no labels"
+    for unused in opened[1:]:
+        left_out.add("images to test on, unused", unused.images.name(0), len(unused.images))
+    return source, None, why
+
+
+def _test_images(
+    opened: Opened, classes: tuple[str, ...], name: str, left_out: LeftOut
+) -> ImageSource | None:
+    """Those that have a label, numbered as in training. Numbered classes may be others than to train on."""
+    if opened.labels is None:
+        return None
+    known = set(classes)
+    unknown = [label for label in opened.classes if label not in known]
+    if unknown and not all(map(str.isdecimal, (*classes, *unknown))):
         raise InputError(
-            f"data: expected the same classes to train and to test on in {name}, "
-            f"got {len(train)} and {len(test)} classes or other names"
+            f"data: expected the same classes to train and to test on in {name}, got {len(unknown)} that are "
+            f"only tested: {', '.join(map(printable, unknown[:EXAMPLES]))}"
         )
+    joined = (*classes, *unknown)
+    number = {label: i for i, label in enumerate(joined)}
+    labels = np.array([*(number[label] for label in opened.classes), -1])[opened.labels]
+    source = ImageSource(opened.images, np.arange(len(labels)), labels, joined)
+    if nameless := int((labels < 0).sum()):
+        first = opened.images.name(int(np.flatnonzero(labels < 0)[0]))
+        left_out.add("images to test on without a label", first, nameless)
+    return source.labelled()
 
 
-def _hold_out(source: ImageSource, share: float, seed: int) -> DataSplit:
-    """Hold out a share of every class, at least one image of it; nothing without labels."""
-    if source.labels is None:
-        return DataSplit(source, None)
+def _hold_out(source: ImageSource, share: float, seed: int) -> tuple[ImageSource, ImageSource | None, str]:
+    """Hold out a share of every class, at least one image of it but not the only one."""
+    if not share:
+        return source, None, "run.holdout=0"
+    assert source.labels is not None
     draw = np.random.default_rng(stream_seed(seed, "holdout"))
     held: list[int] = []
     for label in range(len(source.classes)):
         members = draw.permutation(np.flatnonzero(source.labels == label))
-        held += members[: max(round(share * len(members)), 1)].tolist()
+        held += members[: min(max(round(share * len(members)), 1), len(members) - 1)].tolist()
+    if not held:
+        return source, None, "one image in each class"
     test = np.sort(np.array(held, dtype=np.int64))
     train = np.setdiff1d(np.arange(len(source)), test)
-    if not len(train):
-        raise InputError(
-            f"data: expected images left to train on, got {len(source)} images and holdout {share}"
-        )
-    return DataSplit(source.subset(train), source.subset(test))
+    return source.subset(train), source.subset(test), ""

@@ -159,7 +159,7 @@ def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[s
         "protocol": "weighted k-NN, cosine similarity, class token",
         "temperature": TEMPERATURE,
         "data": config.run.data,
-        "bank_images": len(data.train),
+        "bank_images": len(data.train.labelled()),
         "query_images": len(data.test or ()),
         "image_size": crops.global_size,
         "resize": crops.eval_resize(),
@@ -282,8 +282,8 @@ def plot_scores(
 
 def _labelled(data: DataSplit) -> tuple[ImageSource, ImageSource]:
     if data.test is None:
-        raise InputError("k-NN: expected images in class folders, got images without labels")
-    return data.train, data.test
+        raise InputError(f"k-NN: expected held-out images with labels, got none ({data.untested})")
+    return data.train.labelled(), data.test
 
 
 def _limited(source: ImageSource, limit: int | None) -> ImageSource:

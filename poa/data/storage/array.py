@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -26,6 +26,9 @@ class Arrays:
     def open(self, index: int) -> np.ndarray:
         return self.images[index]
 
+    def identity(self) -> Iterable[bytes | np.ndarray]:
+        return self.images
+
 
 def load_digits() -> Opened:
     """scikit-learn's 1,797 handwritten digits (8 x 8, 17 grey levels), enlarged to 32 x 32."""
@@ -39,4 +42,4 @@ def load_digits() -> Opened:
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(d).resize((32, 32), Image.Resampling.BICUBIC)) for d in grey]
     images = Arrays([np.repeat(d[..., None], 3, axis=2) for d in large])
-    return Opened(images, digits.target.astype(np.int64), tuple("0123456789"))
+    return Opened(images, digits.target.astype(np.int64), tuple("0123456789"), "scikit-learn")

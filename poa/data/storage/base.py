@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from poa.data.summary import LeftOut
+
+# Of the formats in `poa.data.decode`; of a sample's pictures with several endings, the first is taken.
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".mpo", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm"),
+    *(".pnm", ".pfm", ".qoi", ".tga", ".icb", ".vda", ".vst", ".pcx", ".sgi", ".rgb", ".rgba", ".bw"),
+    *(".ico", ".dds", ".psd"),
+)
+# Parts of names, of columns and of members of tar files, that a sample's photo does not have.
+NO_PHOTO = re.compile(r"mask|seg|depth|annot|label|target|thumb|audio|sound|video", re.IGNORECASE)
+SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 
 
 class Storage(Protocol):
@@ -22,6 +35,9 @@ class Storage(Protocol):
 
     def open(self, index: int) -> BinaryIO | np.ndarray:
         """An encoded image, or decoded pixels uint8 `[H, W, 3]`."""
+
+    def identity(self) -> Iterable[bytes | np.ndarray]:
+        """What the same images have in common, wherever they lie."""
 
 
 class Strings(Sequence[str]):
@@ -46,14 +62,58 @@ class Opened:
 
     Attributes:
         images: the storage.
-        labels: int64 `[images]`, or None.
+        labels: int64 `[images]`, -1 where an image has none; or None.
         classes: names of the labels.
-        lost: shards that are missing or damaged, and how.
-        shards: how many there should be.
+        labels_from: where they come from.
+        left_out: what is not among the images, by reason.
+        lost: shards or folders that are missing, damaged or not readable, and how.
+        parts: how many shards or folders there should be.
     """
 
     images: Storage
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    labels_from: str = ""
+    left_out: LeftOut = field(default_factory=LeftOut)
     lost: tuple[str, ...] = ()
-    shards: int = 1
+    parts: int = 1
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: `.x`, or what systems put beside."""
+    return name.startswith(".") or name in SYSTEM
+
+
+def open_regular(path: str, buffering: int = -1) -> BinaryIO:
+    """Open a regular file; of anything else, such as a FIFO, a reader might wait for ever."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError("not a regular file")
+    return open(number, "rb", buffering)
+
+
+def is_label(name: str) -> bool:
+    """Whether a label says something: an empty one or a negative number does not."""
+    return bool(name) and not re.fullmatch(r"-\d+", name)
+
+
+def join_labels(
+    parts: Sequence[tuple[np.ndarray, Sequence[str]]], classes: Sequence[str] | None = None
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels of several files, each of which numbers the names of its own.
+
+    Args:
+        parts: (int64 `[images]`, -1 for none; the names) of each file.
+        classes: all names in order; default: as they are sorted, numbers as numbers.
+
+    Returns:
+        int64 `[images]`, or None where no image has a label; names of the labels.
+    """
+    if classes is None:
+        names = {name for _, own in parts for name in own if is_label(name)}
+        classes = sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
+    number = {name: i for i, name in enumerate(classes)}
+    joined = [np.array([*(number.get(name, -1) for name in own), -1])[codes] for codes, own in parts]
+    labels = np.concatenate(joined).astype(np.int64) if joined else np.zeros(0, dtype=np.int64)
+    return (labels, tuple(classes)) if (labels >= 0).any() else (None, ())

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import stat
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from poa.data.storage.base import Opened
+from poa.data.storage.base import NO_PHOTO, Opened, join_labels
+from poa.data.summary import printable
 from poa.errors import InputError
 
 KEPT_GROUPS = 16  # row groups of Parquet tables that a process keeps
+PHOTOS = ("image", "img", "images", "photo", "picture", "jpg", "jpeg", "png", "webp", "image_bytes")
+LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
 
 
 class Parquet:
     """Images in a binary column of Parquet tables, as Hugging Face's datasets write them."""
 
-    def __init__(self, paths: Sequence[Path], column: str, groups: Sequence[Sequence[int]]):
-        self.paths = [str(path) for path in paths]
-        self.column = column
-        rows = [count for counts in groups for count in counts]
-        self.file = np.repeat(np.arange(len(paths)), [len(counts) for counts in groups])
-        self.first = np.concatenate([np.arange(len(counts)) for counts in groups])
+    def __init__(self, tables: Sequence[ParquetTable]):
+        self.paths = [str(table.path) for table in tables]
+        self.columns = [table.column for table in tables]
+        rows = [count for table in tables for count in table.groups]
+        self.file = np.repeat(np.arange(len(tables)), [len(table.groups) for table in tables])
+        self.first = np.concatenate([np.arange(len(table.groups)) for table in tables])
         self.ends = np.cumsum(rows, dtype=np.int64)
         self._kept: OrderedDict[int, Any] = OrderedDict()
 
@@ -46,10 +52,11 @@ class Parquet:
     def open(self, index: int) -> BinaryIO:
         group, row = self._place(index)
         if group not in self._kept:
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(self.paths[self.file[group]]) as table:
-                read = table.read_row_group(int(self.first[group]), columns=[self.column], use_threads=False)
+            file = self.file[group]
+            with _open(self.paths[file]) as table:
+                read = table.read_row_group(
+                    int(self.first[group]), columns=[self.columns[file]], use_threads=False
+                )
             self._kept[group] = read.column(0)
             if len(self._kept) > KEPT_GROUPS:
                 self._kept.popitem(last=False)
@@ -59,42 +66,121 @@ class Parquet:
             raise ValueError("the row holds no image")
         return io.BytesIO(content)
 
+    def identity(self) -> Iterable[bytes | np.ndarray]:
+        return self.file, self.ends, *(os.path.basename(path).encode() for path in self.paths)
+
+
+@dataclass(frozen=True)
+class ParquetTable:
+    """What is known of one file.
+
+    Attributes:
+        path: of the file.
+        column: of encoded images.
+        groups: rows of each row group.
+        label: the column of labels, or "".
+        labels: int64 `[rows]`, which of `names`; -1 for none.
+        names: of the labels.
+        classes: all of them in order, where Hugging Face's metadata have them.
+        left_out: columns of encoded files that are not taken.
+    """
+
+    path: Path
+    column: str
+    groups: list[int]
+    label: str
+    labels: np.ndarray
+    names: list[str]
+    classes: list[str] | None
+    left_out: list[str]
+
 
 def open_parquet(paths: Sequence[Path]) -> Opened:
-    """Tables with a column of encoded images (binary, or a struct with `bytes`), maybe with `label`."""
+    """Tables with a column of encoded images (binary, or a struct with `bytes`), maybe with one of labels."""
     try:
-        import pyarrow.parquet
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise InputError("data: Parquet tables need pyarrow; install it with: pip install pyarrow") from None
-    found, groups, labels, lost = [], [], [], []
-    column, classes = "", None
+    tables: list[ParquetTable] = []
+    lost: list[str] = []
     for path in paths:
         try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                column, label = _columns(table.schema_arrow, path)
-                sizes = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-                of_rows = table.read(columns=[label]).column(0).to_pylist() if label else None
-                names = _class_names(table.schema_arrow, label)
-        except (OSError, pyarrow.ArrowException) as error:
-            damage = "is missing" if not path.exists() else f"is damaged: {error}"
-            lost.append(f"{path} {damage}")
-            continue
-        classes = classes or names
-        found.append(path)
-        groups.append(sizes)
-        labels.append(of_rows)
-    if not found:
-        raise InputError(f"data: expected Parquet tables with images, got: {lost[0]}")
-    known = None
-    if all(part is not None for part in labels):
-        known = np.array([-1 if v is None else v for part in labels for v in part], dtype=np.int64)  # type: ignore[union-attr]
-        classes = classes or tuple(str(label) for label in range(known.max() + 1))
-    storage = Parquet(found, column, groups)
-    return Opened(storage, known, classes or (), tuple(lost), len(paths))
+            tables.append(_read_table(path))
+        except InputError:
+            raise
+        except Exception as error:  # what is damaged raises whatever it likes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            lost.append(f"{path} is missing" if not path.exists() else f"{path} is damaged: {reason}")
+    if not sum(sum(table.groups) for table in tables):
+        raise InputError(f"data: expected Parquet tables with images, got: {[*lost, 'no rows'][0]}")
+    classes = next((table.classes for table in tables if table.classes), None)
+    labels, names = join_labels([(table.labels, table.names) for table in tables], classes)
+    columns = sorted({f"column {table.label!r}" for table in tables if table.label})
+    opened = Opened(Parquet(tables), labels, names, " and ".join(columns), lost=tuple(lost), parts=len(paths))
+    for table in tables:
+        for column in table.left_out:
+            opened.left_out.add("columns of other files", f"{table.path.name}: {column}")
+    return opened
 
 
-def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
-    """The column of images and that of labels."""
+def _open(path: Path | str) -> Any:
+    import pyarrow.parquet
+
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+
+
+def _read_table(path: Path) -> ParquetTable:
+    """All of a file but its images.
+
+    Raises:
+        InputError: no column of images, or several of which none can be chosen; labels out of range.
+        Exception: the file is damaged.
+    """
+    with _open(path) as table:
+        schema, metadata = table.schema_arrow, table.metadata
+        features = _features(schema)
+        column, others = _image_column(schema, features, path)
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if sum(groups) != metadata.num_rows or min(groups, default=0) < 0:
+            raise ValueError(f"{sum(groups)} rows in groups of {metadata.num_rows} rows")
+        label = _label_column(schema, features)
+        labels = np.full(sum(groups), -1)
+        names: list[str] = []
+        if label:
+            labels, names = _labels(table.read(columns=[label]).column(0))
+            if len(labels) != sum(groups):
+                raise ValueError(f"{len(labels)} labels of {sum(groups)} rows")
+    classes = features.get(label, {}).get("names")
+    if isinstance(classes, list) and names and all(map(_is_whole, names)):
+        named = {name: int(name) for name in names if int(name) >= 0}
+        if max(named.values(), default=0) >= len(classes):
+            raise InputError(
+                f"data: expected labels below {len(classes)} in column {label!r} of {path}, as its metadata "
+                f"have so many names, got {max(named.values())}"
+            )
+        names = [str(classes[named[name]]) if name in named else "" for name in names]
+    return ParquetTable(
+        path, column, groups, label, labels, names, [*map(str, classes)] if classes else None, others
+    )
+
+
+def _is_whole(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def _features(schema: Any) -> dict[str, dict[str, Any]]:
+    """Hugging Face's description of each column, where the metadata have it."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def _image_column(schema: Any, features: dict[str, dict[str, Any]], path: Path) -> tuple[str, list[str]]:
+    """The column of images, and the other ones that hold encoded files."""
     import pyarrow as pa
 
     def encoded(kind: Any) -> bool:
@@ -102,19 +188,42 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
             return any(field.name == "bytes" for field in kind)
         return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
-    images = [field.name for field in schema if encoded(field.type)]
-    if not images:
+    every = [field.name for field in schema if encoded(field.type)]
+    kinds = {name: features.get(name, {}).get("_type") for name in every}
+    possible = [name for name in every if kinds[name] == "Image"] or [n for n in every if not kinds[n]]
+    named = [name for wanted in PHOTOS for name in possible if name.lower() == wanted]
+    photos = named[:1] or [name for name in possible if not NO_PHOTO.search(name)] or possible
+    if len(photos) != 1:
+        got = ", ".join(map(printable, photos or schema.names))
         raise InputError(
-            f"data: expected a column of encoded images in {path}, got {', '.join(schema.names)}"
+            f"data: expected a column of encoded images in {path}, one only or one named image, got {got}"
         )
-    labels = [f.name for f in schema if f.name in ("label", "labels") and pa.types.is_integer(f.type)]
-    return images[0], labels[0] if labels else None
+    return photos[0], [name for name in every if name != photos[0]]
 
 
-def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
-    """Names of the labels, where Hugging Face's metadata have them."""
-    metadata = (schema.metadata or {}).get(b"huggingface")
-    if not metadata or label is None:
-        return None
-    feature = json.loads(metadata).get("info", {}).get("features", {}).get(label, {})
-    return tuple(feature["names"]) if "names" in feature else None
+def _label_column(schema: Any, features: dict[str, dict[str, Any]]) -> str:
+    """The column of labels, or ""."""
+    import pyarrow as pa
+
+    def usable(kind: Any) -> bool:
+        if pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
+        return any(test(kind) for test in tests)
+
+    names = [field.name for field in schema if usable(field.type)]
+    described = [name for name in names if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = [name for wanted in LABELS for name in names if name == wanted]
+    return ([name for name in named if name in described] or described[:1] or named or [""])[0]
+
+
+def _labels(column: Any) -> tuple[np.ndarray, list[str]]:
+    """Numbers and names of the labels of a column; null and NaN are none."""
+    import pyarrow as pa
+
+    whole = column.combine_chunks()
+    if not pa.types.is_dictionary(whole.type):
+        whole = whole.dictionary_encode()
+    codes = whole.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+    values = ["" if value is None or value != value else value for value in whole.dictionary.to_pylist()]
+    return codes, [str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]

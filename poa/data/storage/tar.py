@@ -7,15 +7,28 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from poa.data.storage.base import EXTENSIONS, Opened, Strings
+from poa.data.storage.base import (
+    EXTENSIONS,
+    NO_PHOTO,
+    Opened,
+    Strings,
+    is_hidden,
+    join_labels,
+    open_regular,
+)
+from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import InputError
+
+BLOCK = tarfile.BLOCKSIZE
+LONGEST_LABEL = 256  # bytes of a `.cls` member
+TABLES = 2  # version of the tables in the cache
 
 
 class Shards:
@@ -35,9 +48,17 @@ class Shards:
         return f"{self.paths[self.shard[index]]}:{self.names[index]}"
 
     def open(self, index: int) -> BinaryIO:
-        with open(self.paths[self.shard[index]], "rb", buffering=0) as file:
-            file.seek(int(self.offsets[index]))
-            return io.BytesIO(file.read(int(self.sizes[index])))
+        offset, size = int(self.offsets[index]), int(self.sizes[index])
+        with open_regular(self.paths[self.shard[index]], buffering=0) as file:
+            file.seek(offset - BLOCK)
+            content = file.read(BLOCK + size)
+        header = _header(content[:BLOCK])
+        if header is None or header.size != size or len(content) != BLOCK + size:
+            raise ValueError("the shard is not what it was when it was listed")
+        return io.BytesIO(content[BLOCK:])
+
+    def identity(self) -> Iterable[bytes | np.ndarray]:
+        return self.names.bytes, self.names.ends, self.shard, self.offsets, self.sizes
 
 
 @dataclass(frozen=True)
@@ -47,63 +68,64 @@ class ShardTable:
     Attributes:
         names: of the members.
         offsets, sizes: int64, bytes.
-        labels: int64, -1 where a sample has none.
-        damage: what is wrong with the file, if anything; the table holds what comes before.
+        labels: int64, which of `classes`; -1 where a sample has none.
+        classes: names of the labels.
+        left_out: other members, by reason.
+        damage: what is wrong with the file, if anything; the table holds what is whole.
     """
 
     names: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
-    damage: str
+    classes: list[str]
+    left_out: LeftOut = field(default_factory=LeftOut)
+    damage: str = ""
 
 
 def open_shards(paths: Sequence[Path]) -> Opened:
-    """Tar files in WebDataset layout: `KEY.jpg` and, with a label, `KEY.cls` beside it, a number.
+    """Tar files in WebDataset layout: `KEY.jpg` and, with a label, `KEY.cls` beside it, a number or a name.
 
     A file is listed once; the table is kept in the user's cache folder and made again when the file changes.
     """
-    found, tables, lost = [], [], []
+    found, tables, lost, left_out = [], [], [], LeftOut()
     for path in paths:
-        if not path.exists():
-            lost.append(f"{path} is missing")
+        try:
+            table = _cached_table(path)
+        except OSError as error:
+            lost.append(f"{path} is missing" if not path.exists() else f"{path}: {error.strerror or error}")
             continue
-        table = _cached_table(path)
         if table.damage:
-            lost.append(f"{path}: {table.damage}; {len(table.names)} images come before")
+            lost.append(f"{path}: {table.damage}; {len(table.names)} images are whole")
+        left_out.update_from(table.left_out)
         found.append(path)
         tables.append(table)
     if not any(table.names for table in tables):
+        why = [*lost[:1], *([f"left out: {left_out}"] if left_out else [])]
         raise InputError(
             f"data: expected tar files with images, got none in {len(paths)} files from {paths[0]} on"
-            + (f" ({lost[0]})" if lost else "")
+            + (f" ({'; '.join(why)})" if why else "")
         )
-    labels = np.concatenate([t.labels for t in tables])
-    classes = tuple(str(label) for label in range(labels.max() + 1))
-    labelled = labels.min() >= 0
-    return Opened(
-        Shards(found, tables),
-        labels if labelled else None,
-        classes if labelled else (),
-        tuple(lost),
-        len(paths),
-    )
+    labels, classes = join_labels([(table.labels, table.classes) for table in tables])
+    return Opened(Shards(found, tables), labels, classes, ".cls members", left_out, tuple(lost), len(paths))
 
 
 def _cached_table(path: Path) -> ShardTable:
     state = path.stat()
-    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poa" / "shards"
-    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    key = f"{TABLES} {path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
     try:
-        with np.load(file) as kept:
-            names = json.loads(kept["text"].tobytes())
-            return ShardTable(names[1:], kept["offsets"], kept["sizes"], kept["labels"], names[0])
-    except (OSError, ValueError, KeyError):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home
+        return list_shard(path)
+    file = home / "poa" / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    try:
+        return _read_table(file)
+    except Exception:  # missing, or of any content
         table = list_shard(path)
-    text = np.frombuffer(json.dumps([table.damage, *table.names]).encode(), dtype=np.uint8)
+    about = json.dumps([table.names, table.classes, table.left_out, table.damage])
+    text = np.frombuffer(about.encode(), dtype=np.uint8)
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}.partial")
         with partial.open("wb") as handle:
             np.savez(handle, text=text, offsets=table.offsets, sizes=table.sizes, labels=table.labels)
@@ -113,32 +135,189 @@ def _cached_table(path: Path) -> ShardTable:
     return table
 
 
+def _read_table(file: Path) -> ShardTable:
+    with np.load(file) as kept:
+        names, classes, left_out, damage = json.loads(kept["text"].tobytes())
+        offsets, sizes, labels = (kept[key] for key in ("offsets", "sizes", "labels"))
+    if {len(offsets), len(sizes), len(labels)} != {len(names)}:
+        raise ValueError("the table is damaged")
+    return ShardTable(names, offsets, sizes, labels, classes, LeftOut(left_out), damage)
+
+
 def list_shard(path: Path) -> ShardTable:
-    """List a tar file; of a damaged one what comes before the damage."""
-    images: list[tuple[str, str, int, int]] = []
-    labels: dict[str, int] = {}
-    damage, size = "", path.stat().st_size
+    """List a tar file. Behind a damaged header it goes on at the next whole one."""
+    with open_regular(str(path)) as file:
+        walk = _Walk(file, os.fstat(file.fileno()).st_size)
+        listing = _Listing(file)
+        for member in walk.members():
+            listing.take(member)
+    return listing.table(walk.damage)
+
+
+class _Walk:
+    """The members of a tar file, past what is damaged in it.
+
+    Attributes:
+        damage: what is damaged, once all members were seen.
+    """
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size = file, size
+        self.damage = ""
+        self._places: list[int] = []
+        self._lost = 0
+
+    def members(self) -> Iterator[tarfile.TarInfo]:
+        start: int | None = 0
+        while start is not None:
+            end = yield from self._archive(start)
+            start = self._after(start, end)
+        if self._places:
+            cut = self._places[-1] >= self.size
+            self.damage = f"is damaged at byte {self._places[0]:,}" + " (it may be cut off)" * cut
+            self.damage += f", {len(self._places)} places in all" * (len(self._places) > 1)
+            self.damage += f": {self._lost:,} bytes are lost" * bool(self._lost)
+
+    def _archive(self, start: int) -> Generator[tarfile.TarInfo, None, int]:
+        """Members from here on to the end or the next damage; return where that is."""
+        self.file.seek(start)
+        archive = None
+        try:
+            archive = tarfile.TarFile(fileobj=self.file)
+            while member := archive.next():
+                if member.offset_data + member.size > self.size:
+                    return member.offset  # cut off
+                yield member
+        except Exception:  # what is damaged raises whatever it likes
+            pass
+        return max(archive.offset, start) if archive else start
+
+    def _after(self, start: int, end: int) -> int | None:
+        """Where to go on after what ended here, or None; note what is lost."""
+        self.file.seek(end)
+        block = self.file.read(BLOCK)
+        if len(block) == BLOCK and not block.strip(b"\0"):
+            following = self._next_content(end)
+            if following is None:
+                return None
+            self.file.seek(following)
+            if (following - start) % tarfile.RECORDSIZE == 0 and _header(self.file.read(BLOCK)):
+                return following  # archives put one behind the other
+        self._places.append(end)
+        following = self._next_header(end + BLOCK)
+        self._lost += max((self.size if following is None else following) - end, 0)
+        return following
+
+    def _chunks(self, start: int) -> Iterator[tuple[int, bytes]]:
+        self.file.seek(start)
+        while chunk := self.file.read(2048 * BLOCK):
+            yield start, chunk
+            start += len(chunk)
+
+    def _next_content(self, start: int) -> int | None:
+        """The first block that is not zero."""
+        for offset, chunk in self._chunks(start):
+            at = len(chunk) - len(chunk.lstrip(b"\0"))
+            if at < len(chunk):
+                return offset + at // BLOCK * BLOCK
+        return None
+
+    def _next_header(self, start: int) -> int | None:
+        for offset, chunk in self._chunks(start):
+            magic = chunk.find(b"ustar")
+            while magic >= 0:
+                at = magic - 257
+                if at >= 0 and at % BLOCK == 0 and _header(chunk[at : at + BLOCK]):
+                    return offset + at
+                magic = chunk.find(b"ustar", magic + 1)
+        return None
+
+
+def _header(block: bytes) -> tarfile.TarInfo | None:
+    """A header, if its checksum is right."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                key, ending = f"{folder}/{stem}", ending.lower()
-                if f".{ending.rpartition('.')[2]}" in EXTENSIONS:
-                    images.append((key, member.name, member.offset_data, member.size))
-                elif ending == "cls":
-                    content = tar.extractfile(member)
-                    labels[key] = int(content.read()) if content else -1
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-        damage = f"is damaged: {error}"
-    return ShardTable(
-        [name for _, name, _, _ in images],
-        np.array([offset for _, _, offset, _ in images], dtype=np.int64),
-        np.array([size for _, _, _, size in images], dtype=np.int64),
-        np.array([labels.get(key, -1) for key, _, _, _ in images], dtype=np.int64),
-        damage,
-    )
+        return tarfile.TarInfo.frombuf(block, tarfile.ENCODING or "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+
+
+class _Picture(NamedTuple):
+    """A member with an ending of images; `parts` are all of its endings."""
+
+    key: str
+    parts: list[str]
+    name: str
+    offset: int
+    size: int
+
+
+class _Listing:
+    """Pictures and labels among the members of a tar file."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.left_out = LeftOut()
+        self.pictures: list[_Picture] = []
+        self.labels: dict[str, str] = {}
+        self.places: dict[str, tuple[int, int]] = {}
+
+    def take(self, member: tarfile.TarInfo) -> None:
+        """Look at a member."""
+        name = member.name
+        folder, _, base = name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key, parts = f"{folder}/{stem}", ending.lower().split(".")
+        picture = f".{parts[-1]}" in EXTENSIONS
+        if member.isdir():
+            return
+        if any(is_hidden(part) for part in name.split("/") if part not in (".", "..")):
+            self.left_out.add(HIDDEN, name)
+        elif member.islnk() and picture and member.linkname in self.places:
+            self.pictures.append(_Picture(key, parts, name, *self.places[member.linkname]))
+        elif not member.isreg() or member.issparse():
+            self.left_out.add("links and the like", name)
+        elif picture:
+            self.places[name] = member.offset_data, member.size
+            self.pictures.append(_Picture(key, parts, name, *self.places[name]))
+        elif parts == ["cls"]:
+            self._label(key, member)
+        else:
+            self.left_out.add(OTHER, name)
+
+    def _label(self, key: str, member: tarfile.TarInfo) -> None:
+        self.file.seek(member.offset_data)
+        text = self.file.read(min(member.size, LONGEST_LABEL + 1)).decode("utf-8", "replace").strip()
+        if len(text) > LONGEST_LABEL:
+            self.left_out.add("labels that are too long", member.name)
+        else:
+            self.labels[key] = str(int(text)) if text.isdecimal() else text
+
+    def table(self, damage: str) -> ShardTable:
+        """All that was listed, with one picture of each sample."""
+        pictures = self._photos()
+        names, codes = np.unique([self.labels.get(p.key, "") for p in pictures], return_inverse=True)
+        return ShardTable(
+            names=[p.name for p in pictures],
+            offsets=np.array([p.offset for p in pictures], dtype=np.int64),
+            sizes=np.array([p.size for p in pictures], dtype=np.int64),
+            labels=codes.astype(np.int64),
+            classes=[str(name) for name in names],
+            left_out=self.left_out,
+            damage=damage,
+        )
+
+    def _photos(self) -> list[_Picture]:
+        """Of a sample with `KEY.jpg` that picture; of others all that are no masks, if there are such."""
+        samples: dict[str, list[_Picture]] = {}
+        for picture in self.pictures:
+            samples.setdefault(picture.key, []).append(picture)
+        chosen: set[int] = set()
+        for sample in samples.values():
+            plain = [p for p in sample if len(p.parts) == 1]
+            best = sorted(plain, key=lambda p: EXTENSIONS.index(f".{p.parts[0]}"))[:1]
+            photos = best or [p for p in sample if not any(map(NO_PHOTO.search, p.parts))] or sample
+            chosen |= {id(p) for p in photos}
+        for picture in self.pictures:
+            if id(picture) not in chosen:
+                self.left_out.add("further pictures of a sample", picture.name)
+        return [p for p in self.pictures if id(p) in chosen]
