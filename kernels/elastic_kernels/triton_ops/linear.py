@@ -9,7 +9,8 @@ Weights are read in place: a pointer, strides, and run-time sizes. The row choic
 index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward.
 
 Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
-y where a GELU follows. The weight's gradient is in `linear_wgrad.py`.
+y where a GELU follows. In fp32 the GELU is that of erf; in lower precision its error is below the rounding.
+The weight's gradient is in `linear_wgrad.py`.
 """
 
 from __future__ import annotations
@@ -33,16 +34,35 @@ from elastic_kernels.triton_ops.registration import register
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _gelu(u):
-    return 0.5 * u * (1 + tl.math.erf(u * SQRT_HALF))
+def _normal_cdf(u, EXACT: tl.constexpr):
+    """Phi(u): by erf, or as the sigmoid of u p(u^2), which takes a third of the instructions.
+
+    p is the polynomial of degree 5 nearest to log(Phi / (1 - Phi)) / u in |u| <= 5, beyond which it stays
+    constant. Largest error of Phi: 1.1e-5, and for u < 0 1.1e-3 of it, half of bf16's rounding.
+    """
+    if EXACT:
+        return 0.5 * (1 + tl.math.erf(u * SQRT_HALF))
+    t = tl.minimum(u * u, 25.0)
+    p = 2.2992446104517775e-06 + t * -3.3033019815615554e-08
+    p = -4.866539233645919e-05 + t * p
+    p = -0.00036313149531971123 + t * p
+    p = 0.07316033069140324 + t * p
+    p = 1.5955882425012544 + t * p
+    return 1 / (1 + tl.exp2(u * p * -LOG2_E))
 
 
 @triton.jit
-def _gelu_grad(u):
-    return 0.5 * (1 + tl.math.erf(u * SQRT_HALF)) + u * tl.exp(-0.5 * u * u) * INV_SQRT_2PI
+def _gelu(u, EXACT: tl.constexpr):
+    return u * _normal_cdf(u, EXACT)
+
+
+@triton.jit
+def _gelu_grad(u, EXACT: tl.constexpr):
+    return _normal_cdf(u, EXACT) + u * tl.exp2(u * u * (-0.5 * LOG2_E)) * INV_SQRT_2PI
 
 
 @triton.jit
@@ -67,7 +87,11 @@ def _fwd_epilogue(
     tl.store(y_ptr + out, u, mask=mask)
     if EPILOGUE == "gelu":
         # Of the rounded u, so that backward finds the same activation in it.
-        tl.store(act_ptr + out, _gelu(u.to(tl.float32)).to(act_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            act_ptr + out,
+            _gelu(u.to(tl.float32), y_ptr.dtype.element_ty == tl.float32).to(act_ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -151,8 +175,9 @@ def _linear_dgrad_kernel(
         offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
         if EPILOGUE == "gelu":
             u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            dx *= _gelu_grad(u)
-            tl.store(act_ptr + offset, _gelu(u).to(act_ptr.dtype.element_ty), mask=mask)
+            dx *= _gelu_grad(u, u_ptr.dtype.element_ty == tl.float32)
+            activation = _gelu(u, u_ptr.dtype.element_ty == tl.float32)
+            tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
