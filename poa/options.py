@@ -267,8 +267,10 @@ def _checked(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in inner:
             return None
         return _checked(next(k for k in inner if k is not type(None)), value, where)
-    if origin is typing.Literal and value in inner:
-        return value
+    if origin is typing.Literal:
+        value = "none" if value is None else value
+        if value in inner:
+            return value
     if origin is tuple and isinstance(value, list | tuple):
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) == len(value):

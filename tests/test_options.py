@@ -27,6 +27,7 @@ from poa.presets import PRESETS, preset
         ("method.optim.epoch_steps=none", lambda c: (c.method.optim.epoch_steps, None)),
         ("performance.recompute=true", lambda c: (c.performance.recompute, True)),
         ("method.precision=fp16", lambda c: (c.method.precision, "fp16")),
+        ("method.optim.lr_scaling=none", lambda c: (c.method.optim.lr_scaling, "none")),
         ("run.data=a=b", lambda c: (c.run.data, "a=b")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,0 +1,86 @@
+"""The commands and programs of the READMEs, run in their order: on few images, and as few steps."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from collections_of_images import encoded, write_folder
+
+from poa.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+SHORT = [
+    "method.batch_size=4",
+    "method.head.prototypes=8,12",
+    "method.head.hidden=16",
+    "method.head.bottleneck=8",
+    "method.optim.epoch_steps=1",
+    "method.optim.epochs=2",
+    "method.optim.warmup_epochs=1",
+    "method.optim.ibot_start_epoch=1",
+    "method.optim.freeze_last_layer_epochs=0",
+    "method.optim.teacher_temperature_epochs=0",
+]
+SMALL = [
+    "method.backbone.image_size=32",
+    "method.crops.global_size=32",
+    "method.crops.local_size=16",
+    "method.canvas=32",
+]
+"""For a ViT of 16-pixel patches."""
+TRAINED = {"small-images": SHORT, "vit-s16": [*SHORT, *SMALL]}
+"""Presets that are trained here, and how; runs of others are only checked."""
+
+
+def pieces() -> Iterator[tuple[str, str]]:
+    """`(file, text)` of the commands, and of the programs that are whole."""
+    for file in ("README.md", "poa/README.md", "kernels/README.md"):
+        text = (ROOT / file).read_text().replace("\\\n", " ")
+        for match in re.finditer(r"^```python\n(.*?)^```|^    ((?:poa|torchrun) [^\n]*)$", text, re.M | re.S):
+            if match[2] or "import torch\n" in match[1]:
+                yield file, match[1] or match[2]
+
+
+def arguments(command: str) -> list[str]:
+    """Those of `poa`, on the images and runs there are here, with options that make a run short."""
+    places = {"DATA": "path/to/images", "RUN": "runs/first"}
+    launcher, _, rest = command.partition("poa ")
+    words = [places.get(word, word) for word in shlex.split(rest)]
+    if words[0] != "pretrain" or "--preset" not in words or "--check" in words:
+        return words
+    short = TRAINED.get(words[words.index("--preset") + 1])
+    if launcher or short is None or Path(words[words.index("--out") + 1]).exists():
+        return [*words, "--check"]
+    return [*words, *short]
+
+
+def test_commands_and_programs_run_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("poa.evaluate.linear.FEWEST_STEPS", 10)
+    write_folder(Path("path/to/images"), 24)
+    Path("path/to/photo.jpg").write_bytes(encoded(0))
+    seen = {"trained": 0, "checked": 0, "asked": 0, "programs": 0}
+    for file, text in pieces():
+        if text.startswith(("poa", "torchrun")):
+            words = arguments(text)
+            code = main(words)
+            said = capsys.readouterr()
+            if words[0] == "warmup" and not torch.cuda.is_available():
+                assert code == 2 and "expected a device that runs Triton kernels" in said.err
+            else:
+                assert code == 0 and said.out, f"{file}: {text}: {said.err}"
+            kind = "trained" if "--out" in words and words[0] == "pretrain" else "asked"
+            seen["checked" if "--check" in words else kind] += 1
+        else:
+            exec(compile(text, file, "exec"), {})
+            seen["programs"] += 1
+    assert seen["trained"] >= 4 and seen["checked"] >= 4 and seen["asked"] >= 8 and seen["programs"] >= 3, (
+        seen
+    )
