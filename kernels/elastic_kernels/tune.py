@@ -239,6 +239,7 @@ def _survey(
     work, known = [], set(table)
     for call, count in _merged(calls).items():
         if time.monotonic() >= ends:
+            yield "time is up before each call was timed once"
             break
         table.met.clear()
         try:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import __main__ as command
-from elastic_kernels import elastic_linear, tuning
 from elastic_kernels import tune as search
+from elastic_kernels import tuning
 from elastic_kernels.tuning import Entry, Key, Tunable
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -123,7 +123,7 @@ def test_the_most_expensive_first_and_the_rest_later(toy: Any, tmp_path: Path) -
     list(search.tune(counted, path, 1, CPU))
     assert [entry.key.shape for entry in tuning.read(path, tuning.header(CPU))] == [(8,), (64,)]
     late = list(search.tune(counted, tmp_path / "other.json", 0, CPU))
-    assert late == ["0 settings to choose, in 0 different calls; 0 are known"]
+    assert late[0] == "time is up before each call was timed once"
 
 
 def test_rows_of_a_class_are_tuned_once(toy: Any, tmp_path: Path) -> None:
@@ -266,17 +266,27 @@ def test_the_calls_of_a_preset() -> None:
         command._calls("vit", None)
 
 
-@pytest.mark.cuda
-def test_on_a_gpu(tmp_path: Path) -> None:
-    """Compiled, checked and timed in earnest."""
-    path, device = tmp_path / "table.json", torch.device("cuda", torch.cuda.current_device())
-    x, weight = (torch.randn(rows, 512, device=device).half() for rows in (4096, 1024))
-    with search.record() as counted:
-        elastic_linear(x, weight, activation="gelu")
-    print(*search.tune(counted, path, 2, device), sep="\n")
-    (found,) = tuning.read(path, tuning.header(device))
-    assert found.key == Key("gelu", torch.float16, (4096, 1024, 512))
-    assert 0 < found.us <= found.fallback_us and found.samples > 10
+def test_the_command(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time of planning counts; what is wrong with a table is one line."""
+    given: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(command, "tune", lambda *arguments: given.append(arguments) or ["a line"])
+    monkeypatch.setattr(command, "_calls", lambda *arguments: setattr(toy, "clock", 60) or Counter({1: 2}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert command.main(["tune", "--preset", "vit-s16", "--minutes", "3"]) == 0
+    path = tmp_path / "elastic_kernels" / "nvidia-z1-80gb.json"
+    assert given == [(Counter({1: 2}), path, 2, GPU)]
+    printed = capsys.readouterr().out
+    assert printed == f"1 different calls in the steps of vit-s16; table: {path}\na line\n"
+
+    monkeypatch.setattr(command, "tune", search.tune)
+    path.parent.mkdir()
+    path.write_text("{}")
+    assert command.main(["tune", "--preset", "vit-s16", "--out", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"elastic_kernels: error: {path}: expected a table of settings")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
