@@ -1,4 +1,4 @@
-"""Compile a Triton kernel for a part that is not there, and read what came out."""
+"""Compile a Triton kernel for an absent GPU architecture, and read what came out."""
 
 from __future__ import annotations
 

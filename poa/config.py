@@ -176,7 +176,9 @@ class RunConfig(Options, at="run"):
     skip_limit: int = option(
         30, "a run stops after so many skipped steps (NaN or inf gradients) in a row", "[1, 1e9]"
     )
-    timeout: float = option(600.0, "seconds to wait for another process before it is missed", "[1, 1e6]")
+    timeout: float = option(
+        600.0, "seconds to wait for another process before contact with it counts as lost", "[1, 1e6]"
+    )
     log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ class PeerError(RuntimeError):
 
 
 class DivergenceError(ArithmeticError):
-    """Losses or gradients are no numbers any more; the message says which, where and since when."""
+    """Losses or gradients became NaN or inf; the message says which, where and since when."""
 
 
 class SaveError(OSError):

@@ -163,7 +163,7 @@ def _largest_difference(elastic: Backbone, static: Backbone, subnet: Subnet) -> 
     (b,) = static([images])
     pairs = ((a.cls.cpu(), b.cls), (a.patches.cpu(), b.patches))
     worst = max(float((x - y).abs().max() / max(1.0, float(y.abs().max()))) for x, y in pairs)
-    if not worst < TOLERANCE:  # also where it is no number
+    if not worst < TOLERANCE:  # also where it is NaN
         raise RuntimeError(
             f"extract: the static model differs from subnet {subnet} by {worst:.2e}, "
             f"expected less than {TOLERANCE:.0e}; nothing was written"

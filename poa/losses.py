@@ -100,7 +100,7 @@ def update_centers(
 ) -> None:
     """Move each center in place towards the mean logit over all ranks.
 
-    A mean that is no number, and no rows anywhere, leave the centers as they are.
+    A mean that is NaN or inf, and no rows anywhere, leave the centers as they are.
 
     Args:
         centers: `[prototypes_i]` of each head.

@@ -26,7 +26,7 @@ T = TypeVar("T")
 class Meter:
     """Means over the steps since the last `collect`, summed on the device without waiting for it.
 
-    Values that are no numbers do not count. What the newest observed step saw of its health comes with the
+    NaN and inf do not count. What the newest observed step saw of its health comes with the
     means.
     """
 
@@ -133,7 +133,7 @@ def peak_gib(device: torch.device) -> float:
 
 
 class Guard:
-    """Counts the steps that were skipped because gradients are no numbers, and ends a run that skips on.
+    """Counts the steps that were skipped because gradients are NaN or inf, and ends a run that skips on.
 
     Gradients are reduced before they are judged, so that all processes agree on every step. Everything is
     counted on the device; `check` alone waits for it.
@@ -164,7 +164,7 @@ class Guard:
         """How many steps were skipped so far.
 
         Raises:
-            DivergenceError: too many in a row; the message names the first, and what was no number in it on
+            DivergenceError: too many in a row; the message names the first, and what was NaN or inf in it on
                 which rank. Raised in all processes.
         """
         total, row, first = self.counts.tolist()
@@ -176,8 +176,8 @@ class Guard:
             f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.here.gather(lost)) if names
         ]
         raise DivergenceError(
-            f"step {step}: the last {row} steps were skipped, because gradients are no numbers since step "
-            f"{first}; no number in that step: {'; '.join(found) or 'no loss on any rank, only gradients'}. "
+            f"step {step}: the last {row} steps were skipped, because gradients are NaN or inf since step "
+            f"{first}; NaN or inf in that step: {'; '.join(found) or 'no loss on any rank, only gradients'}. "
             "Weights are those before; lower method.optim.base_lr, warm up longer, or use "
             "method.precision=bf16 instead of fp16"
         )

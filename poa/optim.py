@@ -44,7 +44,7 @@ class OptimConfig(Options, at="method.optim"):
     min_lr: float = option(2e-5, "learning rate at the end of the cosine", "[0, 100]")
     warmup_epochs: float = option(10.0, "epochs of the linear warm-up of the learning rate", "[0, 1e6]")
     freeze_last_layer_epochs: float = option(1.0, "epochs before prototypes are trained", "[0, 1e6]")
-    weight_decay: float = option(0.04, "weight decay at the start", "[0, 100]")
+    weight_decay: float = option(0.04, "weight decay at the first step", "[0, 100]")
     weight_decay_end: float = option(0.4, "weight decay at the end of the cosine", "[0, 100]")
     beta1: float = option(0.9, "beta1 of AdamW", "[0, 1)")
     beta2: float = option(0.999, "beta2 of AdamW", "[0, 1)")
@@ -56,7 +56,9 @@ class OptimConfig(Options, at="method.optim"):
     stretch: float = option(
         0.78, "cosines are planned for a run 1/stretch times as long, and cut at the end", "[0.01, 1]"
     )
-    momentum: float = option(0.992, "momentum of the teacher's moving average at the start", "[0, 1]")
+    momentum: float = option(
+        0.992, "momentum of the teacher's moving average (EMA) at the first step", "[0, 1]"
+    )
     momentum_end: float = option(
         0.9999, "momentum of the teacher's moving average at the end of the cosine", "[0, 1]"
     )
@@ -269,7 +271,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], n
 def update_weights(
     optimizer: torch.optim.Optimizer, student: Network, teacher: Network, clip: float, momentum: float
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip, step and move the teacher; gradients that are no numbers change no weight.
+    """Clip, step and move the teacher; gradients that are NaN or inf change no weight.
 
     Args:
         optimizer: of `build_optimizer`.
@@ -278,7 +280,7 @@ def update_weights(
         momentum: of the teacher's moving average.
 
     Returns:
-        The gradient norms before clipping, and whether all are numbers; on the device.
+        The gradient norms before clipping, and whether all are finite; on the device.
     """
     if isinstance(optimizer, FusedAdamW):
         optimizer.step(max_norm=clip or None, momentum=momentum)

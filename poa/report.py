@@ -148,7 +148,7 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     last = logged[-1]
     shown = {
         "steps": f"{last['step']:,}",
-        "loss": "no number" if last["loss"] is None else f"{last['loss']:.4f}",
+        "loss": "NaN" if last["loss"] is None else f"{last['loss']:.4f}",
         "images per second": f"{last['images_per_s']:,.0f}",
         "waiting for data": f"{last['data_wait']:.1%}",
         "skipped steps": str(last["skipped_steps"]),

@@ -110,7 +110,7 @@ class StepReport:
 
     Attributes:
         values: the loss, its terms and the gradient norms before clipping; scalars, means over chunks.
-        finite: bool scalar, the same in all processes: whether the gradients are numbers. Where they are not,
+        finite: bool scalar, the same in all processes: whether the gradients are finite. Where they are not,
             the step changed no weight.
         health: see `poa.health.observe`; empty in steps that were not observed.
     """

@@ -51,7 +51,7 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
 
     Raises:
         InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
-        DivergenceError: losses or gradients are no numbers any more.
+        DivergenceError: losses or gradients became NaN or inf.
         PeerError: another process is dead or does not answer.
         Preempted: SIGTERM or SIGUSR1 came, and the run was saved.
     """
@@ -311,11 +311,12 @@ class Run:
         loss = row["loss"]
         if loss is None and row["skipped"] < 1:
             raise DivergenceError(
-                f"step {done}: the loss is no number, though gradients are; lower method.optim.base_lr"
+                f"step {done}: the loss is NaN or inf, though gradients are finite; "
+                "lower method.optim.base_lr"
             )
         self.write(row)
         shown = {
-            "loss": "no number" if loss is None else f"{loss:.4f}",
+            "loss": "NaN" if loss is None else f"{loss:.4f}",
             "speed": f"{row['images_per_s']:.3g} img/s",
             "data wait": f"{row['data_wait']:.0%}",
         }

@@ -112,7 +112,7 @@ def test_prototypes_are_frozen_at_first(tmp_path: Path) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
-    """Gradients that are no numbers in these steps."""
+    """Gradients that are NaN in these steps."""
     step = Run.step
 
     def poisoned(self: Run, number: int, *rest: Any, **options: Any) -> Any:
@@ -168,7 +168,7 @@ def test_the_loss_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the gradients are numbers."""
+    """Though the gradients are finite."""
     step = Run.step
 
     def infinite(self: Run, *inputs: Any, **options: Any) -> Any:
@@ -176,7 +176,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
         return replace(report, values=report.values | {"loss": torch.tensor(float("inf"))})
 
     monkeypatch.setattr(Run, "step", infinite)
-    with pytest.raises(DivergenceError, match="step 1: the loss is no number, though gradients are"):
+    with pytest.raises(DivergenceError, match="step 1: the loss is NaN or inf, though gradients are finite"):
         pretrain(tiny_config(), tmp_path / "run")
 
 

@@ -47,7 +47,7 @@ class FusedAdamW(torch.optim.AdamW):
             float32 parameters.
 
     Numerics: everything is float32, what is the same for a whole tensor float64. A step with a gradient that
-    is no number changes neither weights nor moments nor counts; averages move. Results repeat bitwise.
+    is NaN or inf changes neither weights nor moments nor counts; averages move. Results repeat bitwise.
     Gradients are undefined after a step. With Triton nothing waits for the device.
 
     Example:
