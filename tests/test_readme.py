@@ -51,6 +51,8 @@ def arguments(command: str) -> list[str]:
     places = {"DATA": "path/to/images", "RUN": "runs/first"}
     launcher, _, rest = command.partition("poa ")
     words = [places.get(word, word) for word in shlex.split(rest)]
+    if words[0] == "loader":
+        return [*words, "--seconds", "0.2"]
     if words[0] != "pretrain" or "--preset" not in words or "--check" in words:
         return words
     short = TRAINED.get(words[words.index("--preset") + 1])

@@ -56,7 +56,8 @@ def test_from_own_pictures_to_a_model(home: Path) -> None:
     said = typed(home, f"{train} --check").splitlines()
     assert said[:5] == [
         "device: CPU, 1 thread, fp32 products",
-        "data: 24 images of photos to train on in 2 classes, 8 held out for k-NN",
+        "data: 24 images of photos to train on in 2 classes (cat, dog), labels from class folders; "
+        "8 held out for k-NN",
         "network: 4 subnets from 16x1 to 32x2 of a vit, 6,608 to 32,128 parameters",
         "steps: 40 of 8 images, 20 epochs of 2 steps",
         "phases: learning rate rises until step 2, prototypes train from step 1, "
