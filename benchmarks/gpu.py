@@ -141,7 +141,9 @@ def parts_of_step(plan: Plan, emit: Emit, without: frozenset[str]) -> None:
 
 
 def largest_kernels(plan: Plan, emit: Emit, without: frozenset[str]) -> None:
-    emit(profiling.profile("vit-l16", IMAGES, plan.where))
+    row = profiling.profile("vit-l16", IMAGES, plan.where)
+    print("\n".join(row["lines"]), flush=True)
+    emit(row)
 
 
 def steps(plan: Plan, name: str, images: int, which: str, emit: Emit, without: frozenset[str]) -> None:
@@ -225,13 +227,15 @@ def measure_all(plan: Plan, journal: Journal, minutes: float, only: Sequence[str
 
 
 def summary(runner: Runner, parts: Sequence[Part]) -> Iterator[str]:
-    """Tables by operator and step, what failed and why, what is left."""
+    """What failed and why, what is left, tables by operator and step."""
     rows, left = report.newest(runner.journal.rows()), {part.name: runner.left(part) for part in parts}
-    yield from (text for text in (report.kernel_table(rows), report.step_table(rows)) if text)
+    if failures := runner.journal.failures():
+        yield from ("failed, or not to be had:", *(f"    {failure}" for failure in failures))
     for part in parts:
-        yield f"{part.name:12} {len(part.cases) - len(left[part.name]):3} of {len(part.cases)} cases"
-    yield from ("failed or not to be had:", *(f"    {failure}" for failure in runner.journal.failures()))
-    for name, cases in left.items():
-        if cases:
-            yield f"left, --resume goes on: {name}: {', '.join(case.name for case in cases)}"
+        done = len(part.cases) - len(left[part.name])
+        rest = ", ".join(case.name for case in left[part.name])
+        yield f"{part.name:12} {done:3} of {len(part.cases)} cases" + (
+            f"; left for --resume: {rest}" * bool(rest)
+        )
     yield f"rows, ends of cases and logs: {runner.journal.folder}"
+    yield from (text for text in (report.kernel_table(rows), report.step_table(rows)) if text)

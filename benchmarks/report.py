@@ -104,16 +104,21 @@ def kernel_table(rows: Sequence[Row]) -> str:
         if op in OPERATORS_ASIDE or "ours" not in both:
             continue
         ours = both.pop("ours")
-        line = [op, shape, f"{ours['p50']:.0f}"]
+        line = [op, shape, _time(ours)]
         if both:
             best = min(both.values(), key=lambda row: row["p50"])
-            line += [f"{best['provider']} {best['p50']:.0f}", f"{best['p50'] / ours['p50']:.2f}x"]
+            line += [f"{best['provider']} {_time(best)}", f"{best['p50'] / ours['p50']:.2f}x"]
         else:
             line += ["none ran", ""]
         line.append(f"{ours['share_of_floor']:.0%}" if "share_of_floor" in ours else "")
         lines.append(line)
     head = ("operator", "crops, sizes", "ours, us", "best peer, us", "peer / ours", "share of floor")
     return markdown(head, lines) if lines else ""
+
+
+def _time(row: Row) -> str:
+    """Microseconds, and whether those of launches are among them."""
+    return f"{row['p50']:.0f}" + (" with launches" if row.get("unhidden", 0) > 0.5 else "")
 
 
 def step_table(rows: Sequence[Row]) -> str:

@@ -1,8 +1,9 @@
 """Rows of measurements: what they say of where they were taken, written as JSON lines.
 
 A row has `op`, `provider`, `mode`, `shape`, `dtype`, times in microseconds (`p20`, `p50`, `p80`) and what
-follows from them, and of its place `device`, `gpu`, `driver`, `torch`, `triton`, `commit`, `date`. Rows of
-`op: step` have `images_per_s`, `mfu`, `peak_mib` and `batch`.
+follows from them, and of its place `device`, `gpu`, `driver`, `torch`, `triton`, `commit`, `date`, `tuned`:
+how many settings come from a table of timed ones. Rows of `op: step` have `images_per_s`, `mfu`, `peak_mib`
+and `batch`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from elastic_kernels.tuning import table_of
 
 FOLDER = Path(__file__).parent / "results"
 REQUIRED = ("op", "provider", "mode", "shape", "dtype", "device", "gpu", "driver", "torch", "commit", "date")
@@ -53,7 +56,7 @@ def line(row: Row) -> str:
 
 @functools.lru_cache
 def place(device_type: str) -> Row:
-    """Device, versions, commit and date of this process."""
+    """Device, versions, number of timed settings in use, commit and date of this process."""
     triton = importlib.util.find_spec("triton") is not None
     return {
         "device": device_type,
@@ -63,6 +66,7 @@ def place(device_type: str) -> Row:
         else "none",
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if triton else "none",
+        "tuned": len(table_of(torch.device(device_type)) or ()) if triton else 0,
         "commit": os.environ.get(COMMIT_VARIABLE) or _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }

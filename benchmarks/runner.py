@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 import traceback
 from collections import deque
@@ -18,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.failures import DeviceLost, Event, Refused, Trying, free_memory, is_device_lost, reason_of
@@ -77,12 +77,12 @@ class End(NamedTuple):
 
 
 class Worker:
-    """A process that runs cases one after the other; what it prints goes to a file."""
+    """A process that runs cases one after the other."""
 
-    def __init__(self, log: Path):
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, log))
+        self.process = context.Process(target=work, args=(theirs,))
         self.process.start()
         theirs.close()
 
@@ -106,14 +106,14 @@ class Worker:
         return f"its process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'}"
 
 
-def work(connection: Connection, log: Path) -> None:
-    """Run cases as they are sent, in a process of its own."""
+def work(connection: Connection) -> None:
+    """Run cases as they are sent, in a process of its own; what it prints goes to the file named."""
     os.setsid()
-    with log.open("ab") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
     while message := connection.recv():
-        case, without = message
+        case, without, log = message
+        with log.open("ab") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
         print(f"== {case.name}", flush=True)
         connection.send(Trying(""))
         try:
@@ -139,18 +139,24 @@ class Runner:
 
     def __init__(self, journal: Journal, seconds: float):
         self.journal, self.deadline = journal, time.monotonic() + seconds
+        self._spare: Worker | None = None
+        self._lock = threading.Lock()
 
     def run(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            waiting = deque(self.left(part))
-            with ThreadPoolExecutor(part.processes) as pool:
-                serving = [pool.submit(self._serve, part, waiting) for _ in range(part.processes)]
-                try:
-                    for server in serving:
-                        server.result()
-                except BaseException:
-                    self.deadline = 0.0
-                    raise
+        try:
+            for part in parts:
+                waiting = deque(self.left(part))
+                with ThreadPoolExecutor(part.processes) as pool:
+                    serving = [pool.submit(self._serve, part, waiting) for _ in range(part.processes)]
+                    try:
+                        for server in serving:
+                            server.result()
+                    except BaseException:
+                        self.deadline = 0.0
+                        raise
+        finally:
+            if self._spare:
+                self._spare.stop()
 
     def left(self, part: Part) -> list[Case]:
         """Cases that have not ended."""
@@ -163,7 +169,7 @@ class Runner:
         try:
             while waiting and time.monotonic() < self.deadline:
                 case = waiting.popleft()
-                worker = self._case(part, case, worker or self._worker(part))
+                worker = self._case(part, case, worker or self._worker())
                 if worker and part.fresh:
                     worker.stop(PATIENCE)
                     worker = None
@@ -171,8 +177,11 @@ class Runner:
             if worker:
                 worker.stop(min(max(self.deadline - time.monotonic(), 0.0), PATIENCE))
 
-    def _worker(self, part: Part) -> Worker:
-        return Worker(self.journal.folder / f"{part.name}.log")
+    def _worker(self) -> Worker:
+        """One that has begun before it is needed: to import PyTorch takes seconds."""
+        with self._lock:
+            worker, self._spare = self._spare or Worker(), Worker()
+        return worker
 
     def _case(self, part: Part, case: Case, worker: Worker) -> Worker | None:
         """Run a case, again without a provider that was lost; returns the worker if it can go on."""
@@ -188,7 +197,7 @@ class Runner:
                 break
             self.journal.refuse(key, end.provider, end.reason, lost=True)
             without.add(end.provider)
-            worker = self._worker(part)
+            worker = self._worker()
         seconds = time.monotonic() - started
         self.journal.end(key, end.reason, seconds)
         print(f"{part.name}: {case.name}: {end.reason or 'done'}, {seconds:.0f} s", flush=True)
@@ -201,7 +210,7 @@ class Runner:
         trying, share, last = None, STARTING, time.monotonic() + STARTING
         pipe, sentinel = worker.connection, worker.process.sentinel
         try:
-            pipe.send((case, without))
+            pipe.send((case, without, self.journal.folder / f"{key[0]}.log"))
             while True:
                 left = min(last, self.deadline) - time.monotonic()
                 ready = wait([pipe, sentinel], max(min(left, POLL), 0))

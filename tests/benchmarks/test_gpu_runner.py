@@ -127,7 +127,7 @@ def test_a_line_that_was_being_written(tmp_path: Path) -> None:
 TESTS = """
 import os
 import pytest
-pytestmark = pytest.mark.cuda
+pytestmark = getattr(pytest.mark, "cuda")
 def test_passes(): pass
 def test_fails(): assert 1 == 2, "one is not two"
 def test_dies(): os._exit(3)
@@ -200,6 +200,7 @@ def test_every_test_for_a_gpu_and_every_operator_has_a_part() -> None:
     tests = [case.name for case in parts["tests"].cases]
     assert tests[0] < "tests/kernels" and "tests/test_fast_path.py" in tests
     assert "tests/kernels/device/test_linear_kernels.py" in tests
+    assert "tests/benchmarks/test_gpu_runner.py" not in tests
     assert {name for names in gpu.OPERATORS.values() for name in names} == {case.name for case in CASES}
     assert [case.name for case in parts["norms"].cases][:2] == [
         "layer_norm student 1024",

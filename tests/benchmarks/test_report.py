@@ -84,6 +84,11 @@ def test_the_newest_row_counts(readme: Path) -> None:
     assert "| mlp | 102x197 640 | 90 |" in text
 
 
+def test_times_in_which_launches_show_say_so(readme: Path) -> None:
+    text = written(readme, [row("mlp", "ours", 90.0, unhidden=0.1), row("mlp", "naive", 99.0, unhidden=1.0)])
+    assert "| 90 | naive 99 with launches | 1.10x |" in text
+
+
 def test_no_rows(readme: Path) -> None:
     report.write([], readme, readme.parent / "plots")
     text = readme.read_text()
