@@ -185,7 +185,9 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("--linear", action="store_true", help="train linear classifiers too")
     command.add_argument("--out", help="JSON file; default RUN/evaluation.json")
     command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.add_argument(
+        "--device", default="auto", help="auto, cpu (threads: see performance.threads), cuda or cuda:N"
+    )
     command.add_argument("--branch", **branch)
     command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_evaluate)

@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from poa.checkpoint import RunFolder
 from poa.config import Config, with_run
 from poa.data.sources import open_data
 from poa.data.speed import loader_speed
+from poa.device import use_threads
 from poa.distributed import world
 from poa.drawing import require_drawable
 from poa.errors import InputError
@@ -75,6 +78,7 @@ def _free_folder(wanted: Path) -> Path:
 def run_extract(options: argparse.Namespace) -> None:
     folder = RunFolder(Path(options.run))
     config = folder.config()
+    use_threads(config.performance.threads, torch.device("cpu"))
     backbone_config = config.method.backbone
     subnets = _subnets(options.subnets, backbone_config.space)
     if options.image_size is not None:
@@ -101,7 +105,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         config = with_run(config, data=options.data)
     subnets = _subnets(options.subnets, config.method.backbone.space)
     out = Path(options.out or folder.path / "evaluation.json")
-    with world(options.device, config.run.timeout) as here:
+    with world(options.device, config.run.timeout, config.performance.threads) as here:
         here.from_main(partial(_require_outputs, out, options.plot))
         data = open_data(config.run.data, config.run.holdout, config.method.seed, config.run.unreadable_share)
         network, _ = folder.network(options.branch, options.step)

@@ -146,7 +146,12 @@ class PerformanceConfig(Options, at="performance"):
         "fused",
         "AdamW in one pass with clipping and the teacher's average, or PyTorch's, or apex's FusedAdam",
     )
-    threads: int | None = option(None, "CPU threads of PyTorch; none: its own choice", "[1, 1024]")
+    threads: int | None = option(
+        None,
+        "CPU threads of PyTorch, also in evaluate and extract; none: OMP_NUM_THREADS, and where that is not "
+        "set one if the run is on a CPU; workers take one each",
+        "[1, 1024]",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Choosing the training device; work beside the main stream of a GPU."""
+"""Choosing the training device and its CPU threads; work beside the main stream of a GPU."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     elif device.type != "cpu":
         raise InputError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     return device
+
+
+def use_threads(threads: int | None, device: torch.device) -> None:
+    """Let PyTorch compute with so many CPU threads.
+
+    None: with `OMP_NUM_THREADS`, as PyTorch does, and where that is not set with one on a CPU. Threads wait
+    for each other at the end of every operator: beside other busy processes, several are far slower than one.
+    """
+    if threads is None and device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
+        threads = 1
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

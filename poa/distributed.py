@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from poa import errors
-from poa.device import choose_device
+from poa.device import choose_device, use_threads
 from poa.errors import InputError, PeerError
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ class Poll:
 
 
 @contextmanager
-def world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
+def world(device_name: str, timeout: float = 600.0, threads: int | None = None) -> Iterator[World]:
     """Join the processes that a launcher started, or be the only one.
 
     Uses NCCL on GPUs and gloo on CPUs, and leaves the process group in the end.
@@ -197,6 +197,7 @@ def world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
     Args:
         device_name: see `choose_device`.
         timeout: seconds to wait for another process before it is given up.
+        threads: see `use_threads`.
 
     Raises:
         InputError: a launcher's environment that makes no sense.
@@ -206,6 +207,7 @@ def world(device_name: str, timeout: float = 600.0) -> Iterator[World]:
         _from_launcher(*what) for what in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     device = choose_device(device_name, local)
+    use_threads(threads, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:

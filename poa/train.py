@@ -55,11 +55,9 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
         PeerError: another process is dead or does not answer.
         Preempted: SIGTERM or SIGUSR1 came, and the run was saved.
     """
-    if config.performance.threads:
-        torch.set_num_threads(config.performance.threads)
     require_writers(config.run.log_to)
     repeats = repeating(config.performance.deterministic)
-    with repeats, world(config.run.device, config.run.timeout) as here:
+    with repeats, world(config.run.device, config.run.timeout, config.performance.threads) as here:
         _train(config, RunFolder(out), here, resume, check)
 
 
