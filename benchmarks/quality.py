@@ -17,7 +17,7 @@ from benchmarks.results import Row, place
 from poa.backbones import Backbone
 from poa.checkpoint import RunFolder
 from poa.config import Config, with_run
-from poa.data.sources import open_data
+from poa.data.sources import open_images
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.micro_batch import MicroBatch
@@ -109,7 +109,7 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
 def _train(
     which: str, make: Callable[[Run], Ours | Official], config: Config, device: torch.device, seconds: float
 ) -> list[Row]:
-    source = open_data(config.run.data, config.run.holdout, config.method.seed)
+    source = open_images(config)
     if source.test is None:
         raise ValueError(f"--data: expected class folders to evaluate on, got {config.run.data}")
     with tempfile.TemporaryDirectory() as folder:

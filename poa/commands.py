@@ -15,7 +15,7 @@ import torch
 
 from poa.checkpoint import RunFolder
 from poa.config import Config, with_run
-from poa.data.sources import open_data
+from poa.data.sources import open_images
 from poa.data.speed import loader_speed
 from poa.device import use_threads
 from poa.distributed import world
@@ -92,6 +92,8 @@ def run_extract(options: argparse.Namespace) -> None:
             subnet,
             out,
             config.method.crops,
+            canvas=config.method.canvas,
+            bits=config.method.bits,
             image_size=options.image_size,
             source=f"{checkpoint.path} ({options.branch})",
         )
@@ -107,7 +109,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     out = Path(options.out or folder.path / "evaluation.json")
     with world(options.device, config.run.timeout, config.performance.threads) as here:
         here.from_main(partial(_require_outputs, out, options.plot))
-        data = open_data(config.run.data, config.run.holdout, config.method.seed, config.run.unreadable_share)
+        data = open_images(config)
         network, _ = folder.network(options.branch, options.step)
         backbone = network.backbone.to(here.device)
         initial = None

@@ -108,6 +108,9 @@ class MethodConfig(Options, at="method"):
     canvas: int = option(
         256, "images are shrunk to fit a square of this many pixels when decoded", "[8, 16384]"
     )
+    bits: int | None = option(
+        None, "significant bits of pixels that have more than 8; none: as many as each image needs", "[8, 32]"
+    )
     backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
     loss: LossConfig = section(LossConfig(), "the loss")

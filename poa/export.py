@@ -24,13 +24,17 @@ from torch import Tensor, nn
 
 from poa.backbones import CONFIGS, Backbone
 from poa.config import CropsConfig
+from poa.data.decode import to_pixels
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
+from poa.data.sources import ImageSource
+from poa.data.storage import Files
 from poa.errors import InputError, as_input
 from poa.files import read_json, sealed, unsealed, write_bytes, write_json
 from poa.options import section_from_dict, to_dict
 from poa.subnets import Subnet
 
+Picture = Image.Image | str | Path
 FORMAT = "poa-model-1"
 TOLERANCE = 1e-5  # largest difference of a file's forward from the elastic subnet's, fp32, relative to 1
 
@@ -52,16 +56,28 @@ class ExportedModel(nn.Module):
         """Normalised images `[B, 3, H, W]` -> features `[B, width]`, as k-NN sees them."""
         return self.backbone([images])[0].cls
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """Pictures of any size -> normalised centre crops `[B, 3, S, S]`, as in evaluation."""
-        pictures = [images] if isinstance(images, Image.Image) else images
-        arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
-        canvas, sizes = place_on_canvases(arrays)
+    def preprocess(self, images: Picture | Sequence[Picture]) -> Tensor:
+        """Files or pictures of any size -> normalised centre crops `[B, 3, S, S]`, as in evaluation.
+
+        A JPEG that comes as a picture and not as a file is shrunk by another filter.
+
+        Raises:
+            ImageError: a file is no image; the message names it.
+        """
+        pictures = [images] if isinstance(images, str | Path | Image.Image) else images
         wanted = self.info["preprocessing"]
+        limit, bits = wanted.get("canvas", wanted["resize"]), wanted.get("bits")
+        canvas, sizes = place_on_canvases([_pixels(picture, limit, bits) for picture in pictures])
         crops = eval_crop(
             canvas, sizes, wanted["size"], wanted["mean"], wanted["std"], resize=wanted["resize"]
         )
         return crops.to(next(self.backbone.parameters()).device)
+
+
+def _pixels(picture: Picture, canvas: int, bits: int | None) -> np.ndarray:
+    if isinstance(picture, Image.Image):
+        return to_pixels(picture, canvas, bits)
+    return ImageSource(Files(Path(), [str(picture)]), np.arange(1), None, (), bits).read(0, canvas)
 
 
 def load(path: str | Path) -> ExportedModel:
@@ -104,6 +120,8 @@ def extract(
     folder: Path,
     crops: CropsConfig,
     *,
+    canvas: int | None = None,
+    bits: int | None = None,
     image_size: int | None = None,
     source: str = "",
 ) -> Path:
@@ -114,6 +132,9 @@ def extract(
         subnet: which network.
         folder: where `{kind}-{subnet}.safetensors` and `.json` go; made if needed.
         crops: gives the pre-processing.
+        canvas: side in pixels of the square that images are shrunk to fit, at the image size of training;
+            default: as many as the shorter side has before the crop.
+        bits: of pixels that have more than 8; default: as many as each image needs.
         image_size: pixels of its images; a position embedding is interpolated to it. Default: as trained.
         source: where the weights come from, kept in the JSON file.
 
@@ -139,6 +160,10 @@ def extract(
         "timm": config.timm_arguments(),
         "preprocessing": {
             "size": size,
+            "canvas": round(canvas * size / backbone.config.image_size)
+            if canvas
+            else crops.eval_resize(size),
+            "bits": bits,
             "resize": crops.eval_resize(size),
             "interpolation": "bicubic",
             "mean": list(crops.mean),

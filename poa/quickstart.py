@@ -13,7 +13,7 @@ import torch
 
 from poa.checkpoint import RunFolder
 from poa.config import Config
-from poa.data.sources import open_data
+from poa.data.sources import open_images
 from poa.distributed import World
 from poa.drawing import require_matplotlib
 from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels
@@ -38,11 +38,12 @@ def quickstart(config: Config, out: Path) -> None:
     network, checkpoint = folder.network("teacher")
     backbone = network.backbone
     subnets = list(backbone.space)
+    method, source = config.method, str(checkpoint.path)
     models = [
-        extract(backbone, s, out / "models", config.method.crops, source=str(checkpoint.path))
+        extract(backbone, s, out / "models", method.crops, canvas=method.canvas, source=source)
         for s in subnets
     ]
-    data = open_data(config.run.data, config.run.holdout, config.method.seed)
+    data = open_images(config)
     initial = initial_network(config).backbone
     here = World(0, 1, torch.device("cpu"))
     report = evaluate_subnets(backbone, subnets, data, config, here, initial=initial)

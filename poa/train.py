@@ -18,7 +18,7 @@ from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.loader import Canvases, SampleStream, training_batches
-from poa.data.sources import DataSplit, open_data
+from poa.data.sources import DataSplit, open_images
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
 from poa.distributed import Poll, World, mean_in_bf16, world
@@ -88,10 +88,10 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
 
 def _open_data(config: Config, here: World) -> DataSplit:
     """The images of a run; the main process opens them first, so that shards are listed once."""
-    options, found = config.run, []
+    found: list[DataSplit] = []
 
     def opened() -> None:
-        found.append(open_data(options.data, options.holdout, config.method.seed, options.unreadable_share))
+        found.append(open_images(config))
 
     here.from_main(opened)
     if not here.is_main:

@@ -156,7 +156,7 @@ def test_wrong_requests(backbone: ElasticViT, tmp_path: Path) -> None:
 
 
 def test_preprocessing_is_that_of_evaluation(backbone: ElasticViT, tmp_path: Path) -> None:
-    model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path, CROPS))
+    model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path, CROPS, canvas=120))
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     canvas, sizes = place_on_canvases([pixels])
     size = backbone.config.image_size

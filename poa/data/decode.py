@@ -1,4 +1,4 @@
-"""Decoding of image files of any kind into 8-bit RGB of a bounded size."""
+"""From any image file to 8-bit RGB of a bounded size: the same for training, evaluation and use."""
 
 from __future__ import annotations
 
@@ -14,6 +14,20 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "DIB", "QOI", "PSD", "SGI"),
     *("DDS", "PCX", "ICO", "TGA"),
 )
+ORIENTATION = 0x0112  # of EXIF; what makes a picture upright, by its value
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names it and says why."""
 
 
 @cache
@@ -23,21 +37,15 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; the message names it and says why."""
-
-
-def decode(file: BinaryIO, canvas: int) -> np.ndarray:
-    """One image as uint8 `[H, W, 3]`, shrunk (aspect kept) to fit a square of `canvas` pixels.
-
-    Grey, palette, CMYK and 16-bit images become 8-bit RGB; transparency is dropped; of an animation the first
-    picture is taken. JPEGs are decoded at the smallest size that serves.
+def decode(file: BinaryIO, canvas: int, bits: int | None = None) -> np.ndarray:
+    """The picture in a file, as `to_pixels` makes it. JPEGs are decoded at the smallest size that serves.
 
     Raises:
-        Exception: of many kinds; the file is damaged, empty, no image, or larger than Pillow's limit against
-            decompression bombs (89 million pixels).
+        Exception: of many kinds; the file is damaged, cut off, empty, no image, or larger than Pillow's limit
+            against decompression bombs (89 million pixels).
     """
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about palettes and EXIF
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(file, formats=formats())
@@ -47,18 +55,57 @@ def decode(file: BinaryIO, canvas: int) -> np.ndarray:
             ) from None
         with image:
             image.draft("RGB", (canvas, canvas))
-            rgb = _rgb(image)
+            return to_pixels(image, canvas, bits)
+
+
+def to_pixels(image: Image.Image, canvas: int, bits: int | None = None) -> np.ndarray:
+    """A picture as uint8 `[H, W, 3]`, upright, shrunk (aspect kept) to fit a square of `canvas` pixels.
+
+    Grey, palette, CMYK and deeper images become 8-bit RGB; transparency is dropped; of an animation the first
+    picture is taken; EXIF says what is upright.
+
+    Args:
+        image: any picture; stays as it is.
+        canvas: pixels.
+        bits: of pixels deeper than 8 bits, see `_eight_bits`.
+
+    Raises:
+        ValueError: pixels are floating-point numbers.
+        Exception: what reads the file raises.
+    """
+    rgb = _rgb(image, bits)
+    if (turn := UPRIGHT.get(_orientation(image))) is not None:
+        rgb = rgb.transpose(turn)
     if max(rgb.size) > canvas:
         rgb.thumbnail((canvas, canvas), Image.Resampling.BICUBIC)
     return np.asarray(rgb)
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; Pillow itself would clip what has more than 8 bits."""
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # of damaged EXIF; the pixels are whole
+        return 1
+
+
+def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
+    """A copy in 8-bit RGB; Pillow itself would clip what has more than 8 bits."""
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers of an unknown range")
     if image.mode.startswith("I"):
-        deep = np.asarray(image)
-        grey = deep if deep.max(initial=0) < 256 else deep.clip(0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image), bits)).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray, bits: int | None) -> np.ndarray:
+    """The upper 8 of the bits that pixels have.
+
+    Without `bits`, those are the smallest even number, at least 8, that holds all values of the image: 12 for
+    values up to 4095. Where some are negative, values are signed numbers of so many bits; zero becomes 128.
+    """
+    low, high = int(grey.min(initial=0)), int(grey.max(initial=0))
+    if bits is None:
+        needed = max(high.bit_length(), (-low - 1).bit_length()) + 1 if low < 0 else high.bit_length()
+        bits = max(needed + needed % 2, 8)
+    moved = grey.astype(np.int32 if grey.itemsize < 4 else np.int64) + (1 << bits - 1 if low < 0 else 0)
+    return (moved.clip(0, (1 << bits) - 1) >> bits - 8).astype(np.uint8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from poa.config import Config
 from poa.data.decode import ImageError, decode
 from poa.data.layout import find
 from poa.data.storage import Opened, Storage
@@ -25,12 +26,14 @@ class ImageSource:
         positions: int64 `[images]`, which of the storage's.
         labels: int64 `[images]`, -1 where an image has none; or None.
         classes: names of the labels.
+        bits: of pixels that have more than 8; None: as many as each image needs.
     """
 
     storage: Storage
     positions: np.ndarray
     labels: np.ndarray | None
     classes: tuple[str, ...]
+    bits: int | None = None
 
     @classmethod
     def whole(cls, opened: Opened) -> ImageSource:
@@ -51,7 +54,7 @@ class ImageSource:
             if isinstance(found, np.ndarray):
                 return found
             with found:
-                return decode(found, canvas)
+                return decode(found, canvas, self.bits)
         except Exception as error:  # decoders raise whatever they like
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"{self.storage.name(position)}: {reason}") from None
@@ -97,6 +100,14 @@ class DataSplit:
                 for part in (*source.storage.identity(), source.positions, labels):
                     found.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
         return found.hexdigest()[:16]
+
+
+def open_images(config: Config) -> DataSplit:
+    """The images of a run; see `open_data`."""
+    method, options = config.method, config.run
+    data = open_data(options.data, options.holdout, method.seed, options.unreadable_share)
+    train = replace(data.train, bits=method.bits)
+    return replace(data, train=train, test=data.test and replace(data.test, bits=method.bits))
 
 
 def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> DataSplit:

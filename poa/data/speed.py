@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from poa.config import Config
 from poa.data.loader import SampleStream, training_batches, useful_workers
-from poa.data.sources import open_data
+from poa.data.sources import open_images
 
 
 def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iterator[str]:
@@ -18,8 +18,8 @@ def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iter
         workers: numbers to try; 0 decodes in this process.
         seconds: to measure each, after its first batch.
     """
-    method, options = config.method, config.run
-    data = open_data(options.data, options.holdout, method.seed, options.unreadable_share)
+    method = config.method
+    data = open_images(config)
     yield f"{len(data.train):,} images, canvas of {method.canvas} pixels, batches of {method.batch_size}"
     for wanted in workers:
         stream = SampleStream(
