@@ -15,7 +15,7 @@ from benchmarks import harness, networks, profiling, report, step
 from benchmarks.cases import CASES, Sizes, sizes_of
 from benchmarks.failures import DeviceLost, Refused, Trying, Unavailable, is_device_lost
 from benchmarks.journal import Journal
-from benchmarks.results import Row, place, versions
+from benchmarks.results import Row, clocks, place, versions
 from benchmarks.runner import Case, Emit, Part, Runner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +57,7 @@ class Plan:
         """All, in order of worth."""
         found = {
             "environment": Part("environment", [Case("versions, ceilings", partial(environment, self), 60)]),
-            "tests": Part("tests", list(self._tests()), processes=self._side_by_side(), fresh=True),
+            "tests": Part("tests", list(self._tests()), self._side_by_side(), fresh=True, share=0.4),
             "profile": Part(
                 "profile",
                 [
@@ -117,11 +117,11 @@ class Plan:
 
 
 def environment(plan: Plan, emit: Emit, without: frozenset[str]) -> None:
-    """Versions of what takes part, and the ceilings."""
+    """Ceilings, clocks, and versions of what takes part."""
     ceilings = harness.ceilings_of(plan.where)
     row: Row = {"op": "ceilings", "provider": "device", "mode": "", "shape": ceilings.source}
     row |= {"dtype": "bfloat16", "tflop_per_s": ceilings.matmul / 1e12, "gb_per_s": ceilings.copy / 1e9}
-    row |= {"versions": versions()}
+    row |= {"versions": versions(), "clocks": clocks()}
     emit(row | place(plan.where.type))
 
 

@@ -122,15 +122,24 @@ def _time(row: Row) -> str:
 
 
 def step_table(rows: Sequence[Row]) -> str:
-    """Images a second of the mix of subnets."""
+    """Images a second of the mix of subnets, and of single ones; the compiled peer has these alone."""
     lines = []
-    for row in rows:
-        if row["op"] == "step" and row["mode"] == "mix":
-            mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-            memory = "" if row["peak_mib"] is None else f"{row['peak_mib'] / 1024:.1f}"
-            speed = f"{row['images_per_s']:.0f}"
-            lines.append([row["provider"], row["shape"], speed, mfu, memory, f"{row['share_of_floor']:.0%}"])
-    head = ("step", "network, chunk", "images/s", "MFU", "peak GiB", "share of floor")
+    columns = {"images_per_s": "{:.0f}", "mfu": "{:.1%}", "peak_mib": "{:.0f}", "share_of_floor": "{:.0%}"}
+    mine = [row for row in rows if row["op"] == "step"]
+    for (provider, shape), several in _by(mine, "provider", "shape").items():
+        mix: Row = next((row for row in several if row["mode"] == "mix"), {})
+        figures = ["" if mix.get(key) is None else text.format(mix[key]) for key, text in columns.items()]
+        single = [f"{row['mode']} {row['images_per_s']:.0f}" for row in several if row["mode"] != "mix"]
+        lines.append([provider, shape, *figures, ", ".join(single)])
+    head = (
+        "step",
+        "network, images",
+        "images/s",
+        "MFU",
+        "peak MiB",
+        "share of floor",
+        "one subnet, images/s",
+    )
     return markdown(head, lines) if lines else ""
 
 

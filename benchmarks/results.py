@@ -81,6 +81,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def clocks() -> str:
+    """Of the GPU, with the limit of its power and its temperature, in words."""
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    return _printed("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+
+
 def _commit() -> str:
     folder = str(FOLDER.parent)
     commit = _printed("git", "-C", folder, "rev-parse", "--short", "HEAD")

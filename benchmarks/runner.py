@@ -54,12 +54,14 @@ class Part:
         cases: in order of worth.
         processes: at a time.
         fresh: every case gets a process of its own.
+        share: of all the time, after which no further case begins.
     """
 
     name: str
     cases: Sequence[Case]
     processes: int = 1
     fresh: bool = False
+    share: float = 1.0
 
 
 class End(NamedTuple):
@@ -138,7 +140,7 @@ class Runner:
     """
 
     def __init__(self, journal: Journal, seconds: float):
-        self.journal, self.deadline = journal, time.monotonic() + seconds
+        self.journal, self.seconds, self.deadline = journal, seconds, time.monotonic() + seconds
         self._spare: Worker | None = None
         self._lock = threading.Lock()
 
@@ -165,9 +167,9 @@ class Runner:
 
     def _serve(self, part: Part, waiting: deque[Case]) -> None:
         """Take cases, and start a process where the last one is gone."""
-        worker = None
+        worker, end = None, time.monotonic() + part.share * self.seconds
         try:
-            while waiting and time.monotonic() < self.deadline:
+            while waiting and time.monotonic() < min(end, self.deadline):
                 case = waiting.popleft()
                 worker = self._case(part, case, worker or self._worker())
                 if worker and part.fresh:

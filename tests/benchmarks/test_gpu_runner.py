@@ -104,6 +104,14 @@ def test_cases_side_by_side(tmp_path: Path) -> None:
     assert len(journal.finished()) == 3
 
 
+def test_a_part_leaves_time_to_others(tmp_path: Path) -> None:
+    slow = [(f"slow {n}", partial(fake_parts.takes, 4.0, tmp_path / f"mark{n}")) for n in range(2)]
+    first, second = part(*slow, share=0.03), Part("later", part(FINE).cases)
+    journal = run(tmp_path / "out", first, second)
+    assert ops(journal) == ["slow", "fine"], "a case that began is not cut short"
+    assert [case.name for case in Runner(journal, 0.0).left(first)] == ["slow 1"]
+
+
 def test_a_folder_with_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     Journal(tmp_path).row(fake_parts.row("first"))
     with pytest.raises(ValueError, match="--out: expected a folder without rows.jsonl, or --resume"):

@@ -40,6 +40,8 @@ ROWS = [
     row("mlp", "compiled", 180.0),
     row("step", "ours", 2e5, **STEP),
     row("step", "official", 4e5, **(STEP | {"images_per_s": 150.0})),
+    row("step", "official", 4e5, **(STEP | {"images_per_s": 170.0, "mode": "640x18"})),
+    row("step", "compiled", 4e5, **(STEP | {"images_per_s": 200.0, "mode": "640x18"})),
     row("network", "ours", 1e4, shape="swin 96x2-2-6-2 64x224px", images_per_s=6400.0),
     row("network", "timm", 2e4, shape="swin 96x2-2-6-2 64x224px", images_per_s=3200.0, mode="fwd"),
     row("quality", "ours", 1.0, mode="64x4", seconds=10.0, images=640, accuracy=0.9, k=20),
@@ -67,7 +69,8 @@ def test_tables_and_plots_from_rows(readme: Path) -> None:
     assert text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
     assert "| mlp | 102x197 640 | 100 | compiled 180 | 1.80x | 50% |" in text
-    assert "| official | 102x197 640 | 150 | 50.0% | 30.0 | 50% |" in text
+    assert "| official | 102x197 640 | 150 | 50.0% | 30720 | 50% | 640x18 170 |" in text
+    assert "| compiled | 102x197 640 |  |  |  |  | 640x18 200 |" in text
     assert "| ours | swin 96x2-2-6-2 64x224px |  | 6400 |" in text
     assert "| timm | swin 96x2-2-6-2 64x224px | 3200 |  |" in text
     assert "90.0%" in text
