@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from elastic_kernels.group_norm import group_norm_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
 from elastic_kernels.optimizer import fused_adamw_backend
-from elastic_kernels.tune import Call, record, tune
+from elastic_kernels.tune import Call, compile_all, record, tune
 from elastic_kernels.window_attention import window_attention_backend
 
 LINEARS = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv")
@@ -36,27 +36,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuner.add_argument("--images", type=int, help="of a micro-batch; default the preset's")
     tuner.add_argument("--minutes", type=float, default=9, help="end after this time; default %(default)s")
     tuner.add_argument("--out", type=Path, help="table to write and go on with; default in the cache folder")
+    tuner.add_argument("--arch", help="instead, compile all that would be timed on a GPU of sm_90, ...")
+    tuner.add_argument("--cache", type=Path, default=Path("triton-cache"), help="for --arch; %(default)s")
     options = parser.parse_args(arguments)
     if options.command != "tune":
         report()
         return 0
     try:
-        _tune(options)
+        for line in _compile(options) if options.arch else _tune(options):
+            print(line, flush=True)
     except (OSError, ValueError) as error:
         print(f"elastic_kernels: error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _tune(options: argparse.Namespace) -> None:
+def _compile(options: argparse.Namespace) -> Iterator[str]:
+    yield from compile_all(_calls(options.preset, options.images), options.arch, options.cache)
+    yield (
+        f"with Triton {importlib.metadata.version('triton')}, which alone reads them: "
+        f"TRITON_CACHE_DIR={options.cache} python -m elastic_kernels tune --preset {options.preset}"
+    )
+
+
+def _tune(options: argparse.Namespace) -> Iterator[str]:
     if not torch.cuda.is_available() or not dispatch.HAS_TRITON:
         raise ValueError("tune: expected a GPU and Triton, got a machine without")
     device = torch.device("cuda", torch.cuda.current_device())
     path, started = options.out or tuning.cache_file(tuning.gpu_name(device)), time.monotonic()
     calls = _calls(options.preset, options.images)
-    print(f"{len(calls)} different calls in the steps of {options.preset}; table: {path}", flush=True)
-    for line in tune(calls, path, options.minutes - (time.monotonic() - started) / 60, device):
-        print(line, flush=True)
+    yield f"{len(calls)} different calls in the steps of {options.preset}; table: {path}"
+    yield from tune(calls, path, options.minutes - (time.monotonic() - started) / 60, device)
 
 
 def _calls(preset: str, images: int | None) -> Counter[Call]:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from elastic_kernels import tuning
+from elastic_kernels.absent_gpu import absent_gpu
 from elastic_kernels.tuning import Entry, Key, power_of_2
 
 # Of random tensors of these operators, no address is formed that does not exist.
@@ -251,6 +252,34 @@ def _survey(
         if table.met.keys() - known:
             work.append(_Work(count * statistics.median(timed(operator, ROUGH)), call, dict(table.met)))
     return sorted(work, key=lambda one: one.us, reverse=True)
+
+
+def compile_all(calls: Counter[Call], architecture: str, folder: Path) -> Iterator[str]:
+    """Compile what `tune` would try on a GPU, which may be absent, on all CPUs.
+
+    Args:
+        calls: as for `tune`.
+        architecture: of the GPU, such as sm_90.
+        folder: that `TRITON_CACHE_DIR` then names for `tune`.
+
+    Yields:
+        A line for each binary.
+
+    Raises:
+        ValueError: an architecture that is not known, or Triton does not compile here.
+    """
+    table = _Trial({})
+    with absent_gpu(architecture) as launches, tuning.trial(table):
+        for call in _merged(calls):
+            operator = _Operator(call, torch.device("meta"))
+            table.met.clear()
+            operator()
+            for key in list(table.met):
+                for settings in tuning.TUNABLES[key.kernel].candidates(*key.shape):
+                    table[key] = settings
+                    operator()
+    for number, name in enumerate(launches.compile_into(folder), 1):
+        yield f"{number:>5} of {len(launches.binaries)}: {name}"
 
 
 def tune(calls: Counter[Call], path: Path, minutes: float, device: torch.device) -> Iterator[str]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import __main__ as command
+from elastic_kernels import absent_gpu, dispatch, elastic_linear, tuning
 from elastic_kernels import tune as search
-from elastic_kernels import tuning
 from elastic_kernels.tuning import Entry, Key, Tunable
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -33,6 +33,7 @@ from elastic_kernels.triton_ops import (  # noqa: E402
     prototypes,
     window_attention,
 )
+from elastic_kernels.triton_ops.recorded import Binary, Launches  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HEAD = {"gpu": "NVIDIA Z1 80GB", "torch": "1", "triton": "2"}
@@ -287,6 +288,32 @@ def test_the_command(
     path.write_text("{}")
     assert command.main(["tune", "--preset", "vit-s16", "--out", str(path)]) == 2
     assert capsys.readouterr().err.startswith(f"elastic_kernels: error: {path}: expected a table of settings")
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter compiles nothing")
+def test_what_will_be_tried_is_compiled_beforehand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For a GPU that is not here, every candidate once."""
+    with absent_gpu("sm_90"), search.record() as calls:
+        x, weight = (torch.empty(rows, 512, dtype=torch.float16, device="meta") for rows in (4096, 1024))
+        elastic_linear(x, weight, activation="gelu")
+    binaries: list[Binary] = []
+    monkeypatch.setattr(
+        Launches, "compile_into", lambda made, folder: binaries.extend(made.binaries) or ["one"]
+    )
+    monkeypatch.setattr(command, "_calls", lambda *arguments: calls)
+    assert command.main(["tune", "--preset", "vit-s16", "--arch", "sm_90"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "TRITON_CACHE_DIR=triton-cache python -m elastic_kernels tune --preset vit-s16\n"
+    )
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "num_warps", "num_stages")
+    settings = [(binary.constexprs | binary.options) for binary in binaries]
+    compiled = [{name: options[name] for name in names} for options in settings]
+    wanted = [gemm.launch_options(c) for c in tuning.TUNABLES["gelu"].candidates(4096, 1024, 512)]
+    assert sorted(map(str, compiled)) == sorted(map(str, wanted))
+    assert command.main(["tune", "--preset", "vit-s16", "--arch", "90"]) == 2
+    assert "expected one of sm_80" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
