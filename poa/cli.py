@@ -183,7 +183,9 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("--data", help="digits or a folder; default: the run's own")
     command.add_argument("--initial", action="store_true", help="also score the weights before training")
     command.add_argument("--linear", action="store_true", help="train linear classifiers too")
-    command.add_argument("--out", help="JSON file; default RUN/evaluation.json")
+    command.add_argument(
+        "--out", help="JSON file; default RUN/evaluation.json, of other data evaluation-2.json"
+    )
     command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
     command.add_argument(
         "--device", default="auto", help="auto, cpu (threads: see performance.threads), cuda or cuda:N"

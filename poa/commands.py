@@ -21,7 +21,7 @@ from poa.device import use_threads
 from poa.distributed import world
 from poa.drawing import require_drawable
 from poa.errors import InputError
-from poa.evaluate import evaluate_subnets
+from poa.evaluate import Origin, evaluate_subnets, evaluation_file
 from poa.export import extract
 from poa.files import make_folder, read_json, require_writable
 from poa.memory import memory_report
@@ -106,17 +106,18 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.data:
         config = with_run(config, data=options.data)
     subnets = _subnets(options.subnets, config.method.backbone.space)
-    out = Path(options.out or folder.path / "evaluation.json")
+    out = Path(options.out or evaluation_file(folder, config.run.data, options.branch))
     with world(options.device, config.run.timeout, config.performance.threads) as here:
         here.from_main(partial(_require_outputs, out, options.plot))
         data = open_images(config)
-        network, _ = folder.network(options.branch, options.step)
+        network, checkpoint = folder.network(options.branch, options.step)
+        origin = Origin.of(folder, checkpoint, options.branch)
         backbone = network.backbone.to(here.device)
         initial = None
         if options.initial:
             initial = initial_network(config, options.branch).backbone.to(here.device)
         report = evaluate_subnets(
-            backbone, subnets, data, config, here, initial=initial, linear=options.linear
+            backbone, subnets, data, config, here, origin, initial=initial, linear=options.linear
         )
     if not here.is_main:
         return

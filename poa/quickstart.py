@@ -16,7 +16,7 @@ from poa.config import Config
 from poa.data.sources import open_images
 from poa.distributed import World
 from poa.drawing import require_matplotlib
-from poa.evaluate import REPORTED_K, Report, evaluate_subnets, knn_of_pixels
+from poa.evaluate import REPORTED_K, Origin, Report, evaluate_subnets, knn_of_pixels
 from poa.export import extract
 from poa.files import write_json
 from poa.report import write_report
@@ -46,7 +46,8 @@ def quickstart(config: Config, out: Path) -> None:
     data = open_images(config)
     initial = initial_network(config).backbone
     here = World(0, 1, torch.device("cpu"))
-    report = evaluate_subnets(backbone, subnets, data, config, here, initial=initial)
+    origin = Origin.of(folder, checkpoint, "teacher")
+    report = evaluate_subnets(backbone, subnets, data, config, here, origin, initial=initial)
     pixels = knn_of_pixels(data, config)[REPORTED_K]
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))

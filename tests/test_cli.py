@@ -299,6 +299,17 @@ def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.Capt
     report = json.loads((out / "evaluation.json").read_text())
     assert [(r["width"], r["depth"]) for r in report["subnets"]] == [(16, 1), (16, 2), (32, 1), (32, 2)]
     assert report["settings"]["query_images"] == 4
+    assert (
+        report["settings"]
+        | {
+            "run": str(out),
+            "branch": "teacher",
+            "step": 6,
+            "data": str(images),
+            "version": poa.__version__,
+        }
+        == report["settings"]
+    )
     assert report["subnets"][0].keys() >= {"knn", "knn_init", "params", "flops"}
     assert plot.stat().st_size > 1000
     capsys.readouterr()
@@ -307,6 +318,27 @@ def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert written == [f"{models}/vit-16x1.safetensors", f"{models}/vit-32x2.safetensors"]
     assert all(Path(path).with_suffix(".json").exists() for path in written)
     assert load_file(written[0])["cls_token"].shape == (1, 1, 16)
+
+
+def test_an_evaluation_is_replaced_by_that_of_the_same_data_and_branch_alone(
+    run: Run, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(images.parent)
+    cases = [[], ["--data", "images"], ["--branch", "student"], ["--data", str(images)], ["--step", "3"]]
+    written = []
+    for arguments in cases:
+        assert main(["evaluate", str(run), "--subnets", "16x1", *arguments]) == 0
+        about, *_, file = capsys.readouterr().out.splitlines()
+        settings = json.loads(Path(file).read_text())["settings"]
+        assert about == f"{run}: {settings['branch']} of step {settings['step']}"
+        written.append((Path(file).name, settings["data"], settings["branch"], settings["step"]))
+    assert written == [
+        ("evaluation.json", "digits", "teacher", 6),
+        ("evaluation-2.json", str(images), "teacher", 6),
+        ("evaluation-3.json", "digits", "student", 6),
+        ("evaluation-2.json", str(images), "teacher", 6),
+        ("evaluation.json", "digits", "teacher", 3),
+    ]
 
 
 def test_resume_of_a_finished_run_changes_nothing(run: Run) -> None:

@@ -93,7 +93,8 @@ def test_from_own_pictures_to_a_model(home: Path) -> None:
 
     assert typed(home, advice[0]) == "runs/first/report.html\n"
     table = typed(home, advice[1]).splitlines()
-    assert [line.split()[0] for line in table[2:-1]] == ["16x1", "16x2", "32x1", "32x2"]
+    assert table[0] == f"{home}/runs/first: teacher of step 40"
+    assert [line.split()[0] for line in table[4:-1]] == ["16x1", "16x2", "32x1", "32x2"]
     assert table[-1] == "runs/first/evaluation.json"
     assert len(json.loads((home / table[-1]).read_text())["subnets"]) == 4
 

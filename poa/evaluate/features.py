@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from poa.backbones import Backbone
 from poa.config import CropsConfig
@@ -87,7 +88,11 @@ def extract_features(
     mine = source.subset(positions.numpy())
     banks = [_Bank(len(mine)) for _ in functions]
     kept, unreadable = [positions[:0]], 0
+    bar = tqdm(
+        total=len(mine), desc="features", unit="image", leave=False, disable=None if here.is_main else True
+    )
     for batch in evaluation_batches(mine, canvas, workers):
+        bar.update(len(batch.positions) + len(batch.unreadable))
         kept.append(batch.positions.clone())  # not the loader's memory, which is an open file a batch
         unreadable += len(batch.unreadable)
         if not len(batch.images):
@@ -102,6 +107,7 @@ def extract_features(
         )
         for bank, function in zip(banks, functions, strict=True):
             bank.add(function(images).cpu())
+    bar.close()
     read = torch.cat(kept)
     labels = torch.zeros(0, dtype=torch.int64) if mine.labels is None else torch.from_numpy(mine.labels)[read]
     gathered = [here.gather_rows(rows) for rows in [labels, *(bank.rows() for bank in banks)]]

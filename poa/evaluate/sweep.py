@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import poa
 from poa.backbones import Backbone, BackboneConfig
-from poa.checkpoint import log
+from poa.checkpoint import Checkpoint, RunFolder, log
 from poa.config import Config
 from poa.data.sources import DataSplit, ImageSource
 from poa.distributed import World
@@ -30,11 +34,44 @@ from poa.evaluate.features import (
 from poa.evaluate.knn import TEMPERATURE, knn_accuracy
 from poa.evaluate.linear import LinearScore, linear_accuracy
 from poa.evaluate.linear import protocol as linear_protocol
-from poa.files import write_json
+from poa.files import read_json, write_json
 from poa.subnets import Subnet
 
 REPORTED_K = 20
 """The k that tables and plots show."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where evaluated weights come from: the run, its branch and step, and the version of this package."""
+
+    run: str
+    branch: str
+    step: int
+    version: str
+
+    @classmethod
+    def of(cls, folder: RunFolder, checkpoint: Checkpoint, branch: str) -> Origin:
+        return cls(str(folder.path.absolute()), branch, checkpoint.step, poa.__version__)
+
+
+def data_place(name: str) -> str:
+    """The same name for the same data, from wherever it is asked."""
+    return name if name == "digits" else os.path.abspath(name)
+
+
+def evaluation_file(folder: RunFolder, data: str, branch: str) -> Path:
+    """Where an evaluation goes: `evaluation.json`, or `evaluation-2.json` and so on where that is of other
+    data or of another branch."""
+    for number in itertools.count(1):
+        path = folder.path / (f"evaluation-{number}.json" if number > 1 else "evaluation.json")
+        if not path.exists():
+            return path
+        with suppress(InputError, KeyError, TypeError):
+            settings = read_json(path, "evaluation")["settings"]
+            if (settings["data"], settings["branch"]) == (data_place(data), branch):
+                return path
+    raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -70,13 +107,16 @@ class Report:
         probe = "  linear" if self.scores[0].linear else ""
         s = self.settings
         lines = [
-            f"{s['protocol']}, T={s['temperature']}; {s['data']}: {s['bank_images']} bank and "
-            f"{s['query_images']} query images of {s['image_size']} px",
+            f"{s['run']}: {s['branch']} of step {s['step']}",
+            f"{s['protocol']}, T={s['temperature']}; {s['data']}: {s['bank_images']:,} bank and "
+            f"{s['query_images']:,} query images of {s['image_size']} px",
             f"{'subnet':>9} {'params':>11} {'GFLOPs':>8}"
             + "".join(f"  {f'k={k}':>6}" for k in ks)
             + before
             + probe,
         ]
+        if max(ks) > s["bank_images"]:
+            lines.insert(2, f"a k above {s['bank_images']} counts all images of the bank")
         for score in self.scores:
             line = f"{score.subnet!s:>9} {score.parameters:>11,} {score.flops / 1e9:>8.3f}"
             line += "".join(f"  {score.knn[k]:>6.1%}" for k in ks)
@@ -91,6 +131,7 @@ class Report:
         """Write JSON."""
         rows = [
             {
+                "subnet": str(s.subnet),
                 "width": s.subnet.width,
                 "depth": s.subnet.depth,
                 "params": s.parameters,
@@ -110,7 +151,7 @@ class Report:
             path: of the picture; its ending chooses the format.
             baseline: name and accuracy of a horizontal line.
         """
-        plot_scores(self.scores, path, self.settings["data"], baseline)
+        plot_scores(self.scores, path, Path(self.settings["data"]).name, baseline)
 
 
 def evaluate_subnets(
@@ -119,6 +160,7 @@ def evaluate_subnets(
     data: DataSplit,
     config: Config,
     here: World,
+    origin: Origin,
     *,
     initial: Backbone | None = None,
     linear: bool = False,
@@ -131,6 +173,7 @@ def evaluate_subnets(
         data: needs labelled test images.
         config: of the run.
         here: this process; all of them extract features.
+        origin: of the weights.
         initial: the weights before training, scored too.
         linear: train linear classifiers too.
     """
@@ -149,7 +192,7 @@ def evaluate_subnets(
         )
         for i, subnet in enumerate(subnets)
     ]
-    return Report(scores, evaluation_settings(data, config, linear))
+    return Report(scores, vars(origin) | evaluation_settings(data, config, linear))
 
 
 def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[str, Any]:
@@ -158,7 +201,7 @@ def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[s
     settings = {
         "protocol": "weighted k-NN, cosine similarity, class token",
         "temperature": TEMPERATURE,
-        "data": config.run.data,
+        "data": data_place(config.run.data),
         "bank_images": len(data.train.labelled()),
         "query_images": len(data.test or ()),
         "image_size": crops.global_size,

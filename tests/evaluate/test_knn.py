@@ -14,7 +14,7 @@ from torch import Tensor
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError
-from poa.evaluate import evaluate_subnets, knn_accuracy, knn_of_pixels, knn_of_subnets
+from poa.evaluate import Origin, evaluate_subnets, knn_accuracy, knn_of_pixels, knn_of_subnets
 from poa.step import initial_network
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -68,11 +68,14 @@ def test_many_subnets_at_once_equal_one_at_a_time(tmp_path: Path) -> None:
     apart = [knn_of_subnets(backbone, [s], data, config, ALONE, limit=200)[0] for s in subnets]
     assert together == apart
     assert len({tuple(scores.values()) for scores in together}) > 1
-    report = evaluate_subnets(backbone, subnets[:2], data, config, ALONE, initial=backbone)
+    origin = Origin("runs/a", "teacher", 6, "0.1.0")
+    report = evaluate_subnets(backbone, subnets[:2], data, config, ALONE, origin, initial=backbone)
     assert report.scores[0].knn == report.scores[0].initial
     assert report.settings["bank_images"] == len(data.train)
-    assert report.table().startswith("weighted k-NN, cosine similarity, class token, T=0.07; digits: 13")
-    assert report.table().count("\n") == 3
+    about, protocol, *_ = report.table().splitlines()
+    assert about == "runs/a: teacher of step 6"
+    assert protocol.startswith("weighted k-NN, cosine similarity, class token, T=0.07; digits: 1,3")
+    assert report.table().count("\n") == 4
     report.write(tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text())["subnets"]
     assert rows[0]["knn"]["20"] == report.scores[0].knn[20]
