@@ -21,8 +21,8 @@ from elastic_kernels import tuning
 pytestmark = pytest.mark.cuda
 
 BF16 = torch.bfloat16
-WIDTH, LARGEST, HEAD_DIM = sized((384, 1024, 64), (80, 140, 20))
-GROUPS = sized(((8, 197), (24, 37)), ((1, 70), (2, 35)))
+WIDTH, LARGEST, HEAD_DIM = 80, 140, 20
+GROUPS = ((1, 70), (2, 35))
 KEPT = GROUPS[0][0] * GROUPS[0][1]
 TOKENS = KEPT + GROUPS[1][0] * GROUPS[1][1]
 
@@ -50,14 +50,14 @@ def windows() -> None:
 
 
 def group_norm() -> None:
-    shape = sized((32, 28, 28, 256), (3, 5, 7, 24))
+    shape = (3, 5, 7, 24)
     x, dy = (draw(*shape, seed=seed).to("cuda", BF16) for seed in (0, 1))
     parameters = (draw(shape[-1]).float().cuda(), draw(shape[-1]).float().cuda())
     group_norm_cases.run(x, parameters, 4, dy, "relu", dy, "triton")
 
 
 def losses() -> None:
-    case = prototype_cases.Case(*sized((640, 8192, 256), (130, 300, 72)), teacher_rows=9)
+    case = prototype_cases.Case(130, 300, 72, teacher_rows=9)
     prototype_cases.run({name: t.cuda() for name, t in case.inputs(BF16, BF16).items()}, "triton")
 
 
@@ -70,7 +70,7 @@ STEPS: dict[str, tuple[Callable[[], None], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", sized(["windows"], list(STEPS)))  # on a GPU, `tune` itself compares all
 def test_all_settings_give_the_fallbacks_results(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
