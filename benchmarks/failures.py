@@ -37,7 +37,13 @@ class Refused(NamedTuple):
     reason: str
 
 
-Event = Row | Trying | Refused
+class Settled(NamedTuple):
+    """A provider that need not be tried again if its case is."""
+
+    provider: str
+
+
+Event = Row | Trying | Refused | Settled
 
 
 class Failures(dict[str, str]):

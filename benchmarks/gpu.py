@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import harness, networks, profiling, report, step
 from benchmarks.cases import CASES, Sizes, sizes_of
-from benchmarks.failures import DeviceLost, Refused, Trying, Unavailable, is_device_lost
+from benchmarks.failures import DeviceLost, Refused, Settled, Trying, Unavailable, is_device_lost
 from benchmarks.journal import Journal
 from benchmarks.results import Row, clocks, place, versions
 from benchmarks.runner import Case, Emit, Part, Runner
@@ -164,7 +164,7 @@ def run_tests(plan: Plan, file: str, emit: Emit, without: frozenset[str]) -> Non
 
     Raises:
         DeviceLost: a test left the device unusable.
-        Unavailable: pytest could not run them.
+        Unavailable: some failed, or pytest could not run them.
     """
     import pytest
 
@@ -174,7 +174,9 @@ def run_tests(plan: Plan, file: str, emit: Emit, without: frozenset[str]) -> Non
     status = pytest.main([file, *options], plugins=[reporter])
     if reporter.lost:
         raise DeviceLost(reporter.lost.provider, reporter.lost.reason)
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+    if reporter.failed:
+        raise Unavailable(f"{reporter.failed} failed")
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise Unavailable(f"pytest ended with status {int(status)}: {reporter.error}")
 
 
@@ -184,7 +186,7 @@ class Reporter:
     def __init__(self, device: str, emit: Emit):
         self.device, self.emit = device, emit
         self.lost: Refused | None = None
-        self.error = ""
+        self.failed, self.error = 0, ""
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
@@ -200,12 +202,15 @@ class Reporter:
             return
         row = {"op": "test", "provider": report.nodeid, "mode": report.outcome, "shape": "", "dtype": ""}
         self.emit(row | {"seconds": report.duration} | place(self.device))
-        if report.failed:
-            refused = Refused(report.nodeid, _reason(report))
-            if is_device_lost():
-                self.lost = refused
-                pytest.exit("the device is lost")
-            self.emit(refused)
+        if not report.failed:
+            self.emit(Settled(report.nodeid))
+            return
+        self.failed += 1
+        refused = Refused(report.nodeid, _reason(report))
+        if is_device_lost():
+            self.lost = refused
+            pytest.exit("the device is lost")
+        self.emit(refused)
 
 
 def _reason(report: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks import results
@@ -18,13 +17,13 @@ Case = tuple[str, str]
 class Journal:
     """Rows and ends of cases, each a line of JSON that is on disk when the call returns.
 
-    A line of `cases.jsonl` has `part`, `case` and `outcome`: `done`, `failed`, or `refused`, which is about a
-    `provider` of the case and may be `lost`, when it took the process with it.
+    A line of `cases.jsonl` has `part`, `case` and `outcome`: `done` or `failed`; or about a `provider` of the
+    case `refused`, and then whether it was `lost` with its process, or `settled`.
 
     Args:
         folder: of the run; made if need be.
         resume: go on with what is there.
-        retry: forget which cases failed, so that they are measured again.
+        retry: forget cases that failed or lost a provider, so that they are measured again.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set.
@@ -38,8 +37,12 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         for name in present:
             _drop_unfinished_line(folder / name)
-        entries = map(json.loads, (folder / CASES).read_text().splitlines()) if CASES in present else ()
-        self.entries = [e for e in entries if not (retry and _is_failure(e))]
+        lines = (folder / CASES).read_text().splitlines() if CASES in present else []
+        self.entries: list[Row] = [json.loads(line) for line in lines]
+        if retry:
+            failed = {_case(e) for e in self.entries if _is_failure(e)}
+            self.entries = [e for e in self.entries if e["outcome"] == "settled" or _case(e) not in failed]
+            (folder / CASES).write_text("".join(json.dumps(e) + "\n" for e in self.entries))
 
     def row(self, row: Row) -> None:
         with self._lock:
@@ -54,22 +57,27 @@ class Journal:
         """A provider of a case has failed."""
         self._enter(case, outcome="refused", provider=provider, reason=reason, lost=lost)
 
+    def settle(self, case: Case, provider: str) -> None:
+        """A provider of a case need not be tried again."""
+        self._enter(case, outcome="settled", provider=provider)
+
     def rows(self) -> list[Row]:
         return results.load([self.folder / ROWS]) if (self.folder / ROWS).exists() else []
 
     def finished(self) -> set[Case]:
         """Cases that are not measured again."""
-        return {(e["part"], e["case"]) for e in self.entries if e["outcome"] != "refused"}
+        return {_case(e) for e in self.entries if e["outcome"] in ("done", "failed")}
 
-    def lost(self, case: Case) -> set[str]:
-        """Providers of a case that took their process with them."""
-        return {e["provider"] for e in self._refused() if e["lost"] and (e["part"], e["case"]) == case}
+    def aside(self, case: Case) -> set[str]:
+        """Providers of a case that are settled, or took their process with them."""
+        mine = (e for e in self.entries if _case(e) == case)
+        return {e["provider"] for e in mine if e["outcome"] == "settled" or e.get("lost")}
 
     def failures(self) -> list[str]:
         """A line for each reason, with how many cases it holds for."""
         counts: dict[tuple[str, str, str], list[str]] = {}
         for e in self.entries:
-            if e["outcome"] != "done":
+            if e["outcome"] in ("failed", "refused"):
                 who = e.get("provider") or e["case"]
                 cases = counts.setdefault((e["part"], who, e["reason"]), [])
                 cases += [e["case"]] if e["case"] not in cases else []
@@ -79,12 +87,8 @@ class Journal:
         ]
 
     def has_failed(self) -> bool:
-        """Whether a case, a test or one of our own providers failed; absent peers do not count."""
-        ours = (e["provider"] == "ours" or e["part"] == "tests" for e in self._refused())
-        return any(ours) or any(_is_failure(e) for e in self.entries)
-
-    def _refused(self) -> Iterable[Row]:
-        return (e for e in self.entries if e["outcome"] == "refused")
+        """Whether a case or one of our own providers failed; absent peers do not count."""
+        return any(_is_failure(e) for e in self.entries)
 
     def _enter(self, case: Case, **entry: object) -> None:
         line: Row = {"part": case[0], "case": case[1], **entry}
@@ -93,8 +97,13 @@ class Journal:
             results.append(self.folder / CASES, [line])
 
 
+def _case(entry: Row) -> Case:
+    return entry["part"], entry["case"]
+
+
 def _is_failure(entry: Row) -> bool:
-    return entry["outcome"] == "failed" or entry.get("lost", False)
+    ours = entry["outcome"] == "refused" and entry["provider"] == "ours"
+    return ours or entry["outcome"] == "failed" or entry.get("lost", False)
 
 
 def _drop_unfinished_line(path: Path) -> None:

@@ -21,7 +21,16 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import NamedTuple
 
-from benchmarks.failures import DeviceLost, Event, Refused, Trying, free_memory, is_device_lost, reason_of
+from benchmarks.failures import (
+    DeviceLost,
+    Event,
+    Refused,
+    Settled,
+    Trying,
+    free_memory,
+    is_device_lost,
+    reason_of,
+)
 from benchmarks.journal import Journal
 
 STARTING = 120.0  # seconds at most until a process has imported what it needs
@@ -54,7 +63,7 @@ class Part:
         cases: in order of worth.
         processes: at a time.
         fresh: every case gets a process of its own.
-        share: of all the time, after which no further case begins.
+        share: of all the time.
     """
 
     name: str
@@ -98,7 +107,7 @@ class Worker:
             os.killpg(self.process.pid or 0, signal.SIGKILL)
         except ProcessLookupError:  # it has not come to make a group of its own
             self.process.kill()
-        self.process.join()
+        self.process.join(PATIENCE)
         self.connection.close()
 
     def obituary(self) -> str:
@@ -169,15 +178,19 @@ class Runner:
         """Take cases, and start a process where the last one is gone."""
         worker, end = None, time.monotonic() + part.share * self.seconds
         try:
-            while waiting and time.monotonic() < min(end, self.deadline):
+            while waiting and self._left(end) > 0:
                 case = waiting.popleft()
-                worker = self._case(part, case, worker or self._worker())
+                worker = self._case(part, case, worker or self._worker(), end)
                 if worker and part.fresh:
                     worker.stop(PATIENCE)
                     worker = None
         finally:
             if worker:
-                worker.stop(min(max(self.deadline - time.monotonic(), 0.0), PATIENCE))
+                worker.stop(min(max(self._left(end), 0.0), PATIENCE))
+
+    def _left(self, end: float) -> float:
+        """Seconds until the end of a part, or of all."""
+        return min(end, self.deadline) - time.monotonic()
 
     def _worker(self) -> Worker:
         """One that has begun before it is needed: to import PyTorch takes seconds."""
@@ -185,36 +198,35 @@ class Runner:
             worker, self._spare = self._spare or Worker(), Worker()
         return worker
 
-    def _case(self, part: Part, case: Case, worker: Worker) -> Worker | None:
+    def _case(self, part: Part, case: Case, worker: Worker, end: float) -> Worker | None:
         """Run a case, again without a provider that was lost; returns the worker if it can go on."""
         key, started = (part.name, case.name), time.monotonic()
-        without = self.journal.lost(key)
         while True:
-            end = self._listen(key, case, worker, frozenset(without))
-            if end is None or end.lost:
+            without = frozenset(self.journal.aside(key))
+            outcome = self._listen(key, case, worker, without, end)
+            if outcome is None or outcome.lost:
                 worker.stop()
-            if end is None:
+            if outcome is None:
                 return None
-            if not end.lost or end.provider in {"", *without}:
+            if not outcome.lost or outcome.provider in {"", *without}:
                 break
-            self.journal.refuse(key, end.provider, end.reason, lost=True)
-            without.add(end.provider)
+            self.journal.refuse(key, outcome.provider, outcome.reason, lost=True)
             worker = self._worker()
         seconds = time.monotonic() - started
-        self.journal.end(key, end.reason, seconds)
-        print(f"{part.name}: {case.name}: {end.reason or 'done'}, {seconds:.0f} s", flush=True)
-        return None if end.lost else worker
+        self.journal.end(key, outcome.reason, seconds)
+        print(f"{part.name}: {case.name}: {outcome.reason or 'done'}, {seconds:.0f} s", flush=True)
+        return None if outcome.lost else worker
 
     def _listen(
-        self, key: tuple[str, str], case: Case, worker: Worker, without: frozenset[str]
+        self, key: tuple[str, str], case: Case, worker: Worker, without: frozenset[str], end: float
     ) -> End | None:
-        """Write what a case yields; returns its end, or None where the minutes end first."""
+        """Write what a case yields; returns its end, or None where the time of its part ends first."""
         trying, share, last = None, STARTING, time.monotonic() + STARTING
         pipe, sentinel = worker.connection, worker.process.sentinel
         try:
             pipe.send((case, without, self.journal.folder / f"{key[0]}.log"))
             while True:
-                left = min(last, self.deadline) - time.monotonic()
+                left = min(last - time.monotonic(), self._left(end))
                 ready = wait([pipe, sentinel], max(min(left, POLL), 0))
                 if not ready and left > 0:
                     continue
@@ -226,15 +238,21 @@ class Runner:
                 if isinstance(event, Trying):
                     trying, share = event.provider, case.seconds
                     last = time.monotonic() + share
-                elif isinstance(event, Refused):
-                    self.journal.refuse(key, *event, lost=False)
                 else:
-                    self.journal.row(event)
+                    self._write(key, event)
         except (EOFError, OSError):
             ready = [sentinel]
         if ready:
             return End(worker.obituary(), trying or "", lost=True)
-        if time.monotonic() >= self.deadline:
+        if self._left(end) <= 0:
             return None
         what = "no start" if trying is None else "no end"
         return End(f"{what} within {share:.0f} s", trying or "", lost=True)
+
+    def _write(self, key: tuple[str, str], event: Event) -> None:
+        if isinstance(event, Refused):
+            self.journal.refuse(key, *event, lost=False)
+        elif isinstance(event, Settled):
+            self.journal.settle(key, event.provider)
+        elif isinstance(event, dict):
+            self.journal.row(event)

@@ -65,7 +65,7 @@ def test_a_peer_that_takes_its_process_along_loses_only_itself(tmp_path: Path) -
     assert ops(journal)[-1] == "fine"
     lost = [f"fake: naive: {reason}" for reason in fates.values()]
     assert sorted(journal.failures()) == sorted([*lost, "fake: fast: it is not installed (3 cases)"])
-    assert all(journal.lost(("fake", fate)) == {"naive"} for fate in fates)
+    assert all(journal.aside(("fake", fate)) == {"naive"} for fate in fates)
 
 
 def test_the_minutes_end_in_the_middle_and_a_second_call_goes_on(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def test_cases_side_by_side(tmp_path: Path) -> None:
 
 
 def test_a_part_leaves_time_to_others(tmp_path: Path) -> None:
-    slow = [(f"slow {n}", partial(fake_parts.takes, 4.0, tmp_path / f"mark{n}")) for n in range(2)]
-    first, second = part(*slow, share=0.03), Part("later", part(FINE).cases)
+    slow = [(f"slow {n}", partial(fake_parts.takes, 100.0, tmp_path / f"mark{n}")) for n in range(2)]
+    first, second = part(*slow, share=0.2), Part("later", part(FINE).cases)
     journal = run(tmp_path / "out", first, second)
-    assert ops(journal) == ["slow", "fine"], "a case that began is not cut short"
-    assert [case.name for case in Runner(journal, 0.0).left(first)] == ["slow 1"]
+    assert ops(journal) == ["slow", "fine"]
+    assert [case.name for case in Runner(journal, 0.0).left(first)] == ["slow 0", "slow 1"]
 
 
 def test_a_folder_with_a_run_is_not_mixed_with_another(tmp_path: Path) -> None:
@@ -154,10 +154,16 @@ def test_a_test_that_takes_its_process_along_loses_only_itself(tmp_path: Path) -
     assert rows == {
         "test_passes": "passed", "test_fails": "failed", "test_after": "passed", "test_skipped": "skipped"
     }  # fmt: skip
-    failed, died = journal.failures()
+    assert len(journal.rows()) == 5, "those that passed are not run again, the one that failed is"
+    failed, died, whole = journal.failures()
     assert "test_fails: AssertionError: one is not two" in failed
     assert "test_dies: its process ended with status 3" in died
-    assert journal.has_failed()
+    assert whole == "tests: file: 1 failed"
+    retried = Journal(tmp_path / "out", resume=True, retry=True)
+    assert not retried.finished()
+    settled = {name.partition("::")[2] for name in retried.aside(("tests", "file"))}
+    assert settled == {"test_passes", "test_after", "test_skipped"}
+    assert not Journal(tmp_path / "out", resume=True).failures(), "what is retried is forgotten"
 
 
 def test_command_in_the_root_and_elsewhere(tmp_path: Path) -> None:
