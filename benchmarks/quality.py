@@ -16,8 +16,7 @@ from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from poa.backbones import Backbone
 from poa.checkpoint import RunFolder
-from poa.config import Config, with_run
-from poa.data.sources import open_images
+from poa.config import Config, with_data
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.micro_batch import MicroBatch
@@ -94,7 +93,7 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
     """
     if official is not None:
         require_checkout(official)
-    config = with_run(preset(name), data=data)
+    config = with_data(preset(name), data)
     makers: dict[str, Callable[[Run], Ours | Official]] = {"ours": Ours}
     if official is not None:
         makers["official"] = lambda run: Official(run, official)
@@ -109,9 +108,9 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
 def _train(
     which: str, make: Callable[[Run], Ours | Official], config: Config, device: torch.device, seconds: float
 ) -> list[Row]:
-    source = open_images(config)
+    source = config.data.open(config.method.seed)
     if source.test is None:
-        raise ValueError(f"--data: expected class folders to evaluate on, got {config.run.data}")
+        raise ValueError(f"--data: expected class folders to evaluate on, got {config.data.source}")
     with tempfile.TemporaryDirectory() as folder:
         whole = Run(config, RunFolder(Path(folder)), source, World(0, 1, device))
         trainer = make(whole)
@@ -147,7 +146,7 @@ def _evaluate(which: str, trainer: Ours | Official, whole: Run, seconds: float, 
             "op": "quality",
             "provider": which,
             "mode": str(subnet),
-            "shape": whole.config.run.data,
+            "shape": whole.config.data.source,
             "dtype": whole.config.method.precision,
             "seconds": seconds,
             "images": images,

@@ -195,7 +195,9 @@ class RunFolder:
         """
         content = read_checkpoint(checkpoint.path, mapped=mapped)
         theirs = from_dict(Config, content["config"])
-        if difference := first_difference(config.method, theirs.method, leave_out=("chunks", *SCHEDULES)):
+        if difference := first_difference(
+            config.method, theirs.method, leave_out=("micro_batches", *SCHEDULES)
+        ):
             raise InputError(
                 f"{checkpoint.path}: expected a checkpoint of this configuration, got another: "
                 f"method.{difference} in the checkpoint"

@@ -112,7 +112,7 @@ def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequen
     )
     command.add_argument("--preset", help="what to start from; default quickstart")
     command.add_argument("--config", help="instead of a preset: the config.json of another run")
-    command.add_argument("--data", help="digits, or a folder of images (run.data)")
+    command.add_argument("--data", help="digits, or where the images are (data.source)")
     command.add_argument("--out", help="run folder, new")
     command.add_argument("--resume", metavar="RUN", help="continue this run from its checkpoint")
     command.add_argument(

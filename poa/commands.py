@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from poa.checkpoint import RunFolder
-from poa.config import Config, with_run
-from poa.data.sources import open_images
+from poa.config import Config, with_data, with_run
 from poa.data.speed import loader_speed
 from poa.device import use_threads
 from poa.distributed import world
@@ -93,7 +92,7 @@ def run_extract(options: argparse.Namespace) -> None:
             out,
             config.method.crops,
             canvas=config.method.canvas,
-            bits=config.method.bits,
+            bits=config.data.bits,
             image_size=options.image_size,
             source=f"{checkpoint.path} ({options.branch})",
         )
@@ -104,12 +103,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
     folder = RunFolder(Path(options.run))
     config = folder.config()
     if options.data:
-        config = with_run(config, data=options.data)
+        config = with_data(config, options.data)
     subnets = _subnets(options.subnets, config.method.backbone.space)
-    out = Path(options.out or evaluation_file(folder, config.run.data, options.branch))
+    out = Path(options.out or evaluation_file(folder, config.data.source, options.branch))
     with world(options.device, config.run.timeout, config.performance.threads) as here:
         here.from_main(partial(_require_outputs, out, options.plot))
-        data = open_images(config)
+        data = config.data.open(config.method.seed)
         network, checkpoint = folder.network(options.branch, options.step)
         origin = Origin.of(folder, checkpoint, options.branch)
         backbone = network.backbone.to(here.device)
@@ -212,8 +211,10 @@ def _new_config(options: argparse.Namespace) -> Config:
 
 def _overridden(config: Config, options: argparse.Namespace) -> Config:
     """Apply `--data`, `--device` and `KEY=VALUE` in this order."""
-    changes = {key: getattr(options, key, None) for key in ("data", "device")}
-    config = with_run(config, **{key: value for key, value in changes.items() if value})
+    if data := getattr(options, "data", None):
+        config = with_data(config, data)
+    if device := getattr(options, "device", None):
+        config = with_run(config, device=device)
     return override(config, options.overrides)
 
 

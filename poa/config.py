@@ -1,16 +1,17 @@
 """The configuration of a run.
 
-`method` is what changes results; `performance` must not change them; `run` says what happens around the
-training: seed aside, neither results nor speed depend on it.
+`method` and `data` are what changes results; `performance` must not change them; `run` says what happens
+around the training, and neither results nor speed depend on it, but for `run.init_from`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from poa.backbones import BackboneOptions, ViTConfig
+from poa.data.sources import DataConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
 from poa.losses import LossConfig
@@ -90,11 +91,15 @@ class MethodConfig(Options, at="method"):
     """Everything that changes results."""
 
     seed: int = option(0, "seed of every random choice", "[0, 4294967295]")
-    batch_size: int = option(64, "images of a chunk, which a device takes at once", "[1, 65536]")
-    chunks: int | None = option(
+    batch_size: int = option(64, "images of a micro-batch, which a rank takes at once", "[1, 65536]")
+    micro_batches: int | None = option(
         None,
-        "chunks of a step; with fewer processes each takes several in turn; none: one a process",
+        "micro-batches of a step over all ranks; with fewer ranks each accumulates the gradients of several; "
+        "none: one a rank",
         "[1, 65536]",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = option(
+        "fp32", "dtype in which gradients travel between ranks; bf16 rounds them"
     )
     precision: Precision = option("bf16", "dtype of the matrix products; weights and loss are fp32")
     sampling: Literal["per-rank", "shared", "balanced"] = option(
@@ -107,9 +112,6 @@ class MethodConfig(Options, at="method"):
     )
     canvas: int = option(
         256, "images are shrunk to fit a square of this many pixels when decoded", "[8, 16384]"
-    )
-    bits: int | None = option(
-        None, "significant bits of pixels that have more than 8; none: as many as each image needs", "[8, 32]"
     )
     backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
@@ -143,7 +145,6 @@ class PerformanceConfig(Options, at="performance"):
         "together",
         "of both students at once, or of the intact one before the elastic one runs: less memory",
     )
-    reduce: Literal["fp32", "bf16"] = option("fp32", "dtype in which gradients travel between processes")
     deterministic: bool = option(False, "only algorithms whose results repeat bitwise")
     optimizer: OptimizerKind = option(
         "fused",
@@ -161,12 +162,7 @@ class PerformanceConfig(Options, at="performance"):
 class RunConfig(Options, at="run"):
     """What happens around the training."""
 
-    data: str = option("digits", "digits, or where the images are (see README)")
     init_from: str = option("", "run folder whose newest weights the run starts from; empty: random weights")
-    holdout: float = option(
-        0.25, "share of the images held out for k-NN where data has no test folder", "[0, 1)"
-    )
-    unreadable_share: float = option(0.01, "share of images, and of shards, that may be unreadable", "[0, 1]")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
     log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress", "[1, 1e9]")
     save_every: int = option(1000, "steps between checkpoints; the last step is always saved", "[1, 1e9]")
@@ -189,18 +185,28 @@ class RunConfig(Options, at="run"):
     )
     log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
 
-    def check(self) -> None:
-        if not self.data.strip():
-            raise self.wrong("data", "digits, or where the images are")
-
 
 @dataclass(frozen=True)
 class Config:
     """A whole run."""
 
     method: MethodConfig = section(MethodConfig(), "changes results")
+    data: DataConfig = section(DataConfig(), "which images are trained on")
     performance: PerformanceConfig = section(PerformanceConfig(), "changes speed and memory only")
-    run: RunConfig = section(RunConfig(), "data, device, logging")
+    run: RunConfig = section(RunConfig(), "device, logging, checkpoints, evaluation")
+
+    RENAMED: ClassVar[dict[str, str]] = {  # what options were called in runs of before
+        "method.chunks": "method.micro_batches",
+        "performance.reduce": "method.reduce_dtype",
+        "run.data": "data.source",
+        "run.holdout": "data.holdout",
+        "run.unreadable_share": "data.unreadable_share",
+    }
+
+
+def with_data(config: Config, source: str) -> Config:
+    """The configuration with other images."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
 
 
 def with_run(config: Config, **changes: object) -> Config:

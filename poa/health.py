@@ -95,7 +95,7 @@ ALARMS = (
         0.05,
         math.inf,
         "all images look alike to the student: lower method.optim.base_lr, use larger batches or more "
-        "method.chunks, raise method.loss.koleo, or keep method.optim.momentum nearer to 1",
+        "method.micro_batches, raise method.loss.koleo, or keep method.optim.momentum nearer to 1",
     ),
 )
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -107,6 +109,7 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
     """
     if not isinstance(values, dict):
         raise InputError(f"{path or 'options'}: expected an object of options, got {shown(values)}")
+    values = _under_new_names(values, getattr(cls, "RENAMED", {}))
     hints = typing.get_type_hints(cls)
     fields = {f.name for f in dataclasses.fields(typing.cast(Any, cls))}
     arguments = {}
@@ -119,6 +122,21 @@ def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
             section_from_dict(sections, value, where) if sections else _checked(hints[key], value, where)
         )
     return cls(**arguments)
+
+
+def _under_new_names(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Nested values with the options that have other names now moved to them; values of new names win."""
+    old = [key for key in _keys(values) if key in renamed]
+    if not old:
+        return values
+    values = copy.deepcopy(values)
+    for key in old:
+        *parents, name = key.split(".")
+        group = functools.reduce(dict.__getitem__, parents, values)
+        *parents, new = renamed[key].split(".")
+        place = functools.reduce(lambda inside, parent: inside.setdefault(parent, {}), parents, values)
+        place.setdefault(new, group.pop(name))
+    return values
 
 
 def section_from_dict(classes: Sequence[type[T]], values: dict[str, Any], path: str) -> T:
@@ -156,7 +174,7 @@ def override(options: T, assignments: Sequence[str]) -> T:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"expected an option KEY=VALUE, got {shown(assignment)!r}")
-        pairs.append((key, text))
+        pairs.append((getattr(options, "RENAMED", {}).get(key, key), text))
     values = to_dict(options)
     for key, text in pairs:
         if key.endswith(".kind"):

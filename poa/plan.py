@@ -17,7 +17,7 @@ from poa.distributed import World
 from poa.errors import InputError
 from poa.flops import expected_masked
 from poa.optim import Schedules
-from poa.options import differences
+from poa.options import differences, from_dict
 from poa.progress import clock
 
 
@@ -54,7 +54,7 @@ class Plan:
         plan = cls.resumed(config, content, images) if content else cls.new(config, images, processes)
         if plan.chunks < processes:
             raise InputError(
-                f"method.chunks: expected at least one for each of {processes} processes, got {plan.chunks}"
+                f"method.micro_batches: expected one for each of {processes} ranks, got {plan.chunks}"
             )
         return plan
 
@@ -62,7 +62,7 @@ class Plan:
     def new(cls, config: Config, images: int, processes: int) -> Plan:
         """That of a new run."""
         method = config.method
-        chunks = method.chunks or processes
+        chunks = method.micro_batches or processes
         epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * chunks), 1)
         return cls(chunks, epoch_steps, images)
 
@@ -70,8 +70,8 @@ class Plan:
     def resumed(cls, config: Config, content: dict[str, Any], images: int) -> Plan:
         """As it was, unless the configuration asks for another number of chunks than it did."""
         before = replace(cls(**content["plan"]), images=images)
-        wanted = config.method.chunks
-        if wanted in (None, before.chunks, content["config"]["method"]["chunks"]):
+        wanted = config.method.micro_batches
+        if wanted in (None, before.chunks, from_dict(Config, content["config"]).method.micro_batches):
             return before
         moved = content["step"] * (before.chunks - wanted) * config.method.batch_size
         return replace(before, chunks=wanted, start=before.start + moved)
@@ -169,7 +169,7 @@ def _data(config: Config, data: DataSplit) -> str:
         if nameless := len(train) - len(train.labelled()):
             classes += f", {nameless:,} images without one"
     held = f"{len(data.test):,} held out for k-NN" if data.test else f"none held out ({data.untested})"
-    return f"{counted(len(train), 'image')} of {config.run.data} to train on{classes}; {held}"
+    return f"{counted(len(train), 'image')} of {config.data.source} to train on{classes}; {held}"
 
 
 def _phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[str]:

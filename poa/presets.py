@@ -74,7 +74,7 @@ def _on_digits(backbone: BackboneOptions, epochs: float) -> Config:
             ),
         ),
         performance=PerformanceConfig(workers=0),
-        run=RunConfig(data="digits", evaluate_every=315, save_every=630),
+        run=RunConfig(evaluate_every=315, save_every=630),
     )
 
 

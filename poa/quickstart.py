@@ -13,7 +13,6 @@ import torch
 
 from poa.checkpoint import RunFolder
 from poa.config import Config
-from poa.data.sources import open_images
 from poa.distributed import World
 from poa.drawing import require_matplotlib
 from poa.evaluate import REPORTED_K, Origin, Report, evaluate_subnets, knn_of_pixels
@@ -43,7 +42,7 @@ def quickstart(config: Config, out: Path) -> None:
         extract(backbone, s, out / "models", method.crops, canvas=method.canvas, source=source)
         for s in subnets
     ]
-    data = open_images(config)
+    data = config.data.open(config.method.seed)
     initial = initial_network(config).backbone
     here = World(0, 1, torch.device("cpu"))
     origin = Origin.of(folder, checkpoint, "teacher")

@@ -179,7 +179,7 @@ def _page(folder: RunFolder, config: Config, rows: Sequence[Row], svg: str) -> s
     style = "body{font:14px sans-serif;margin:2em}td{padding:2px 1em 2px 0}svg{max-width:100%;height:auto}"
     return (
         f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{name}</title><style>{style}</style>"
-        f"<h1>{name}</h1><p>Images: {html.escape(config.run.data)}; seed {config.method.seed}.</p>"
+        f"<h1>{name}</h1><p>Images: {html.escape(config.data.source)}; seed {config.method.seed}.</p>"
         f"<table>{table}</table><h2>Alarms</h2>{f'<ul>{alarms}</ul>' if alarms else '<p>None.</p>'}"
         f"<h2>Curves</h2>{svg}</html>\n"
     )

@@ -18,7 +18,7 @@ from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.loader import Canvases, SampleStream, training_batches
-from poa.data.sources import DataSplit, open_images
+from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
 from poa.distributed import Poll, World, mean_in_bf16, world
@@ -36,7 +36,7 @@ from poa.step import StepReport, TrainingState, train_step
 from poa.subnets import Subnet, SubnetSampler
 
 # Options that may differ between ranks.
-LOCAL = {"run.data", "run.device", "performance.workers", "performance.threads"}
+LOCAL = {"data.source", "run.device", "performance.workers", "performance.threads"}
 STOP_HINT = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
 
 
@@ -91,7 +91,7 @@ def _open_data(config: Config, here: World) -> DataSplit:
     found: list[DataSplit] = []
 
     def opened() -> None:
-        found.append(open_images(config))
+        found.append(config.data.open(config.method.seed))
 
     here.from_main(opened)
     if not here.is_main:
@@ -144,7 +144,7 @@ class Run:
         self.guard = Guard(here, config.run.skip_limit)
         self.stopwatch = Stopwatch(here.device)
         self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
-        self.unreadable = Unreadable(folder.unreadable, here, config.run.unreadable_share)
+        self.unreadable = Unreadable(folder.unreadable, here, config.data.unreadable_share)
         self.first_step = 0
         self.host_seconds = 0.0  # since the last log
         self.differences: list[str] = []
@@ -177,7 +177,7 @@ class Run:
             self.model = wrapped = DistributedDataParallel(
                 self.state.student, device_ids=devices, gradient_as_bucket_view=True
             )
-            if self.config.performance.reduce == "bf16":
+            if self.config.method.reduce_dtype == "bf16":
                 wrapped.register_comm_hook(self.here.size, mean_in_bf16)
 
     def _begin_folder(self) -> None:

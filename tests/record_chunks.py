@@ -17,12 +17,12 @@ from poa.train import Run
 from poa.tribranch import Targets
 
 CHUNKS = 4
-OPTIONS = [f"method.chunks={CHUNKS}", "method.optim.ibot_start_epoch=0"]
+OPTIONS = [f"method.micro_batches={CHUNKS}", "method.optim.ibot_start_epoch=0"]
 CENTERING = [*OPTIONS, "method.loss.targets=centering"]
 VARIANTS = {
     "per-rank": tiny_config(*OPTIONS),
     "without KoLeo": tiny_config(*OPTIONS, "method.loss.koleo=0"),
-    "bf16 reduction": tiny_config(*OPTIONS, "performance.reduce=bf16"),
+    "bf16 reduction": tiny_config(*OPTIONS, "method.reduce_dtype=bf16"),
     "shared": tiny_config(*OPTIONS, "method.sampling=shared"),
     "balanced": tiny_config(*OPTIONS, "method.sampling=balanced"),
     "exact centers": tiny_config(*CENTERING),
@@ -34,7 +34,7 @@ VARIANTS = {
 
 def record(here: World, config: Config) -> dict[str, object]:
     """Losses, targets, gradients and centers of the first step."""
-    data = open_data("digits", config.run.holdout, config.method.seed)
+    data = open_data("digits", config.data.holdout, config.method.seed)
     run = Run(config, RunFolder(Path(sys.argv[1])), data, here)
     run.wrap()
     seen: list[Targets] = []

@@ -9,7 +9,6 @@ import torch
 
 from poa.checkpoint import RunFolder, read_checkpoint
 from poa.config import Config
-from poa.data.sources import open_images
 from poa.distributed import World
 from poa.train import Run
 
@@ -27,7 +26,7 @@ TIMINGS = (
 
 def run_of(config: Config, folder: Path, rank: int = 0, size: int = 1) -> Run:
     """A process of a run on the CPU, before its beginning."""
-    data = open_images(config)
+    data = config.data.open(config.method.seed)
     return Run(config, RunFolder(folder), data, World(rank, size, torch.device("cpu")))
 
 

@@ -96,7 +96,7 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["--presets", "vit-s16"], "unrecognized argument --presets; did you mean --preset?"),
         (["method.batchsize=4"], "unknown option 'method.batchsize'; did you mean 'method.batch_size'?"),
         (["--data", ""], "poa pretrain: error: argument --data: expected a value, got ''"),
-        (["run.data="], "run.data: expected digits, or where the images are, got ''"),
+        (["data.source="], "data.source: expected digits, or where the images are, got ''"),
         (
             ["--resume", "somewhere"],
             "--resume: expected no --preset, --config, --init-from, --out or --auto-resume",

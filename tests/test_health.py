@@ -128,7 +128,7 @@ def test_images_that_are_all_alike_raise_an_alarm(tmp_path: Path) -> None:
         Image.new("RGB", (32, 32), (90, 60, 30)).save(tmp_path / f"{i}.png")
     changes = ["method.crops.jitter=0", "method.crops.rotation=0", "method.backbone.drop_path=0"]
     changes += ["method.loss.ibot=0"]  # masks make images differ
-    options = [f"run.data={tmp_path}", "method.optim.epochs=50"]
+    options = [f"data.source={tmp_path}", "method.optim.epochs=50"]
     pretrain(tiny_config(*changes, *options), tmp_path / "run")
     raised = alarms(tmp_path / "run")
     assert min(step for step, name in raised if name == "collapsed features") <= 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from poa.presets import PRESETS, preset
         ("performance.recompute=true", lambda c: (c.performance.recompute, True)),
         ("method.precision=fp16", lambda c: (c.method.precision, "fp16")),
         ("method.optim.lr_scaling=none", lambda c: (c.method.optim.lr_scaling, "none")),
-        ("run.data=a=b", lambda c: (c.run.data, "a=b")),
+        ("data.source=a=b", lambda c: (c.data.source, "a=b")),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -190,3 +191,26 @@ def test_what_is_no_object_is_one_line(values: Any) -> None:
         from_dict(Config, values)
     with pytest.raises(InputError, match="method: expected an object of options, got"):
         from_dict(Config, {"method": values})
+
+
+def test_configurations_of_before_are_read_under_the_names_of_now() -> None:
+    values = to_dict(preset("quickstart"))
+    old = {
+        "run": {"data": "images", "holdout": 0.5},
+        "method": {"chunks": 8},
+        "performance": {"reduce": "bf16"},
+    }
+    del values["data"], values["method"]["micro_batches"], values["method"]["reduce_dtype"]
+    for section, options in old.items():
+        values[section] |= options
+    kept = json.dumps(values)
+    config = from_dict(Config, values)
+    assert (config.data.source, config.data.holdout) == ("images", 0.5)
+    assert (config.method.micro_batches, config.method.reduce_dtype) == (8, "bf16")
+    assert json.dumps(values) == kept
+    assert override(config, ["run.holdout=0"]).data.holdout == 0
+
+
+def test_every_former_name_leads_to_an_option() -> None:
+    known = {key for key, *_ in describe(preset("quickstart"))}
+    assert set(Config.RENAMED.values()) <= known and not known & set(Config.RENAMED)

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def said(config: Config, size: int = 1) -> list[str]:
-    data = open_data("digits", config.run.holdout, 0)
+    data = open_data("digits", config.data.holdout, 0)
     plan = Plan.of(config, len(data.train), size)
     return list(first_lines(config, plan, plan.schedules(config), data, World(0, size, CPU)))
 
@@ -41,7 +41,7 @@ def test_the_lines_of_the_quickstart() -> None:
 
 
 def test_several_ranks() -> None:
-    lines = said(override(preset("quickstart"), ["method.chunks=6"]), size=2)
+    lines = said(override(preset("quickstart"), ["method.micro_batches=6"]), size=2)
     assert lines[3] == "steps: 225 of 384 images (6 micro-batches over 2 ranks), 75 epochs of 3 steps"
 
 

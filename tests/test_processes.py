@@ -89,7 +89,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
         assert mine.pop("balance") == 1 or mine["step"] <= 3  # there is nobody to wait for
         theirs.pop("balance")
         assert mine == pytest.approx(theirs, rel=2e-3, abs=1e-5)
-    with pytest.raises(InputError, match="at least one for each of 3 processes, got 2"):
+    with pytest.raises(InputError, match="expected one for each of 3 ranks, got 2"):
         raise_from(processes.finish(processes.start(3, "-m", "poa", "pretrain", "--resume", str(parts))))
 
 
@@ -102,7 +102,7 @@ def raise_from(done: list[tuple[int, str, str]]) -> None:
 def test_more_chunks_repeat_no_image() -> None:
     plan = {"chunks": 1, "epoch_steps": 2, "images": 500, "start": 0}
     content = {"step": 3, "plan": plan, "config": {"method": {"chunks": None}}}
-    again, more = (Plan.resumed(tiny_config(*c), content, 500) for c in ([], ["method.chunks=3"]))
+    again, more = (Plan.resumed(tiny_config(*c), content, 500) for c in ([], ["method.micro_batches=3"]))
     assert again == Plan(**plan)
     before = [i for batch in SampleStream(500, 8, [0], 1, range(3), 0) for i in batch]
     after = [i for batch in SampleStream(500, 8, range(3), 3, range(3, 8), 0, more.start) for i in batch]

@@ -234,6 +234,6 @@ def test_the_state_of_apexs_optimizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path) -> None:
-    few = ["run.holdout=0.997", "method.optim.epoch_steps=none", "method.batch_size=16"]
+    few = ["data.holdout=0.997", "method.optim.epoch_steps=none", "method.batch_size=16"]
     pretrain(tiny_config(*few), tmp_path / "run")
     assert newest(tmp_path / "run")["step"] == 3

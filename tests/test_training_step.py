@@ -92,7 +92,7 @@ def test_apart_trains_the_same(tmp_path: Path) -> None:
 
 
 def test_apart_is_refused_for_several_processes(tmp_path: Path) -> None:
-    config = tiny_config(APART, "method.chunks=2")
+    config = tiny_config(APART, "method.micro_batches=2")
     with pytest.raises(InputError, match="expected together for several processes, got apart for 2"):
         run_of(config, tmp_path, size=2)
 

@@ -8,13 +8,37 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from poa.config import Config
 from poa.data.decode import ImageError, decode
 from poa.data.layout import find
 from poa.data.storage import Opened, Storage
 from poa.data.summary import EXAMPLES, LeftOut, printable
 from poa.errors import InputError
+from poa.options import Options, option
 from poa.random import stream_seed
+
+
+@dataclass(frozen=True)
+class DataConfig(Options, at="data"):
+    """Which images are trained on, and which are held out."""
+
+    source: str = option("digits", "digits, or where the images are (see README)")
+    holdout: float = option(
+        0.25, "share of the images held out for k-NN where there is no test folder; 0: none", "[0, 1)"
+    )
+    unreadable_share: float = option(0.01, "share of images, and of shards, that may be unreadable", "[0, 1]")
+    bits: int | None = option(
+        None, "significant bits of pixels that have more than 8; none: as many as each image needs", "[8, 32]"
+    )
+
+    def check(self) -> None:
+        if not self.source.strip():
+            raise self.wrong("source", "digits, or where the images are")
+
+    def open(self, seed: int) -> DataSplit:
+        """`open_data` of these options."""
+        data = open_data(self.source, self.holdout, seed, self.unreadable_share)
+        train = replace(data.train, bits=self.bits)
+        return replace(data, train=train, test=data.test and replace(data.test, bits=self.bits))
 
 
 @dataclass(frozen=True)
@@ -102,14 +126,6 @@ class DataSplit:
         return found.hexdigest()[:16]
 
 
-def open_images(config: Config) -> DataSplit:
-    """The images of a run; see `open_data`."""
-    method, options = config.method, config.run
-    data = open_data(options.data, options.holdout, method.seed, options.unreadable_share)
-    train = replace(data.train, bits=method.bits)
-    return replace(data, train=train, test=data.test and replace(data.test, bits=method.bits))
-
-
 def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> DataSplit:
     """Open images by the name of where they are.
 
@@ -144,7 +160,7 @@ def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> 
         shown = "; ".join(lost[:EXAMPLES]) + "; ..." * (len(lost) > EXAMPLES)
         raise InputError(
             f"data: expected whole shards and readable folders, got {len(lost)} of {parts} missing or "
-            f"damaged ({shown}); run.unreadable_share allows a share of them"
+            f"damaged ({shown}); data.unreadable_share allows a share of them"
         )
     left_out = LeftOut()
     for counts in (found.left_out, *(part.left_out for part in opened)):
@@ -201,7 +217,7 @@ def _test_images(
 def _hold_out(source: ImageSource, share: float, seed: int) -> tuple[ImageSource, ImageSource | None, str]:
     """Hold out a share of every class, at least one image of it but not the only one."""
     if not share:
-        return source, None, "run.holdout=0"
+        return source, None, "data.holdout=0"
     assert source.labels is not None
     draw = np.random.default_rng(stream_seed(seed, "holdout"))
     held: list[int] = []

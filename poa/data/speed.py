@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 from poa.config import Config
 from poa.data.loader import SampleStream, training_batches, useful_workers
-from poa.data.sources import open_images
 
 
 def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iterator[str]:
@@ -19,7 +18,7 @@ def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iter
         seconds: to measure each, after its first batch.
     """
     method = config.method
-    data = open_images(config)
+    data = config.data.open(config.method.seed)
     yield f"{len(data.train):,} images, canvas of {method.canvas} pixels, batches of {method.batch_size}"
     for wanted in workers:
         stream = SampleStream(

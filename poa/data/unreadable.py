@@ -50,7 +50,7 @@ class Unreadable:
             self._write(step, found)
         if found and self.count > self.share * max(images, LEAST):
             raise InputError(
-                f"data: expected at most {self.share:.2%} unreadable images (run.unreadable_share), got "
+                f"data: expected at most {self.share:.2%} unreadable images (data.unreadable_share), got "
                 f"{self.count} among {images}; they are named in {self.file}; the last: {found[-1]}"
             )
         return self.count

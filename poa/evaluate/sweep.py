@@ -201,7 +201,7 @@ def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[s
     settings = {
         "protocol": "weighted k-NN, cosine similarity, class token",
         "temperature": TEMPERATURE,
-        "data": data_place(config.run.data),
+        "data": data_place(config.data.source),
         "bank_images": len(data.train.labelled()),
         "query_images": len(data.test or ()),
         "image_size": crops.global_size,

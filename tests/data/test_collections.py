@@ -184,19 +184,19 @@ def test_training_goes_on_without_unreadable_images(workers: int, tmp_path: Path
     root = collections.write_folder(tmp_path / "images", COUNT)
     for path in sorted(root.glob("*/*.png"))[::6]:
         path.write_bytes(path.read_bytes()[:200])
-    options = [f"run.data={root}", f"performance.workers={workers}", "run.evaluate_every=3"]
+    options = [f"data.source={root}", f"performance.workers={workers}", "run.evaluate_every=3"]
     with pytest.raises(
         InputError, match=r"at most 0.10% unreadable images .* got \d+ among \d+; .*jsonl; the last"
     ):
-        pretrain(tiny_config(*options, "run.unreadable_share=0.001"), tmp_path / "strict")
-    pretrain(tiny_config(*options, "run.unreadable_share=0.02"), tmp_path / "run")
+        pretrain(tiny_config(*options, "data.unreadable_share=0.001"), tmp_path / "strict")
+    pretrain(tiny_config(*options, "data.unreadable_share=0.02"), tmp_path / "run")
     logged = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert logged[0]["unreadable"] == 0 < logged[-1]["unreadable"] < 20
     named = [json.loads(line)["image"] for line in (tmp_path / "run" / "unreadable.jsonl").open()]
     assert len(named) == len(set(named)) <= 5 and all(".png: " in name for name in named)
     assert newest(tmp_path / "run")["unreadable"] == logged[-1]["unreadable"]
     again = tmp_path / "again"
-    pretrain(tiny_config(*options, "run.unreadable_share=0.02"), again)
+    pretrain(tiny_config(*options, "data.unreadable_share=0.02"), again)
     assert rows(again) == rows(tmp_path / "run")
 
 
@@ -204,13 +204,13 @@ def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no")
     with pytest.raises(InputError, match="expected readable images, got 20 in a row that are not"):
-        pretrain(tiny_config(f"run.data={tmp_path}"), tmp_path / "run")
+        pretrain(tiny_config(f"data.source={tmp_path}"), tmp_path / "run")
 
 
 def test_a_lost_shard_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = collections.write_shards(tmp_path / "shards", COUNT)
     caplog.set_level(logging.WARNING)
-    options = [f"run.data={root}/part-{{0000..0004}}.tar", "run.unreadable_share=0.2"]
+    options = [f"data.source={root}/part-{{0000..0004}}.tar", "data.unreadable_share=0.2"]
     pretrain(tiny_config(*options), tmp_path / "run")
     assert "part-0004.tar is missing; going on without it" in caplog.text
 

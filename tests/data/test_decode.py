@@ -18,7 +18,7 @@ from poa.config import CropsConfig
 from poa.data.decode import decode, to_pixels
 from poa.data.loader import evaluation_batches
 from poa.data.resample import eval_crop
-from poa.data.sources import open_data, open_images
+from poa.data.sources import open_data
 from poa.step import initial_network
 
 
@@ -133,13 +133,13 @@ def test_what_is_deployed_is_what_was_evaluated(ending: str, tmp_path: Path) -> 
         ramp(0, 4095, np.uint16).save(tmp_path / "deep.png")
     for bits in (None, 14):
         config = tiny_config(
-            f"run.data={tmp_path}", "method.canvas=48", *([f"method.bits={bits}"] if bits else [])
+            f"data.source={tmp_path}", "method.canvas=48", *([f"data.bits={bits}"] if bits else [])
         )
         method, backbone = config.method, initial_network(config).backbone
         path = export.extract(
             backbone, backbone.space.smallest, tmp_path / "out", method.crops, canvas=48, bits=bits
         )
-        source = open_images(config).train
+        source = config.data.open(config.method.seed).train
         (batch,) = evaluation_batches(source, method.canvas, 0)
         crops = method.crops
         evaluated = eval_crop(

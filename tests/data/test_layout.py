@@ -97,7 +97,7 @@ def test_only_a_folder_to_test_on(tmp_path: Path) -> None:
 
 def test_all_images_are_kept_where_nothing_is_to_be_held_out(tmp_path: Path) -> None:
     data = open_data(str(lay_out(tmp_path, {"a": 4, "b": 1})), 0.0, 0)
-    assert counts(data) == (5, None) and data.untested == "run.holdout=0"
+    assert counts(data) == (5, None) and data.untested == "data.holdout=0"
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_ranks_compare_what_they_see(kind: str, tmp_path: Path) -> None:
 
 def test_a_run_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = lay_out(tmp_path / "data", {".": 2, "cat": 8, "dog": 8, "dog/.x": 1}, "notes.txt", "odd\udcff.x")
-    pretrain(tiny_config(f"run.data={root}", "run.evaluate_every=6"), tmp_path / "run")
+    pretrain(tiny_config(f"data.source={root}", "run.evaluate_every=6"), tmp_path / "run")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == (
         f"data: 14 images of {root} to train on in 2 classes (cat, dog), labels from class folders, "
