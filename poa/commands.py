@@ -15,7 +15,6 @@ import torch
 
 from poa.checkpoint import RunFolder
 from poa.config import Config, with_data, with_run
-from poa.data.speed import loader_speed
 from poa.device import use_threads
 from poa.distributed import world
 from poa.drawing import require_drawable
@@ -23,6 +22,7 @@ from poa.errors import InputError
 from poa.evaluate import Origin, evaluate_subnets, evaluation_file
 from poa.export import extract
 from poa.files import make_folder, read_json, require_writable
+from poa.loader_speed import loader_speed
 from poa.memory import memory_report
 from poa.options import differences, from_dict, override
 from poa.presets import preset

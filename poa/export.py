@@ -23,7 +23,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from poa.backbones import CONFIGS, Backbone
-from poa.config import CropsConfig
+from poa.data.crops import CropsConfig
 from poa.data.decode import to_pixels
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop

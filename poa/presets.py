@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 from poa.backbones import BackboneOptions, ResNetConfig, SwinConfig, ViTConfig
-from poa.config import Config, CropsConfig, MaskConfig, MethodConfig, PerformanceConfig, RunConfig
+from poa.config import Config, MaskConfig, MethodConfig, PerformanceConfig, RunConfig
+from poa.data.crops import CropsConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
 from poa.losses import LossConfig

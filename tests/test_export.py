@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import poa
 from poa import export
 from poa.backbones import ElasticViT, ResNetConfig
-from poa.config import CropsConfig
+from poa.data.crops import CropsConfig
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError

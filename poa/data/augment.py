@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import NEUTRAL_CROP, CropParameters, crops_backend, render_crops, upload
-from poa.config import CropsConfig
+from poa.data.crops import CropsConfig
 from poa.data.resample import (
     check_batch,
     check_boxes,

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from poa.backbones import Backbone
-from poa.config import CropsConfig
+from poa.data.crops import CropsConfig
 from poa.data.loader import evaluation_batches
 from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource

@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from poa.config import CropsConfig
 from poa.data.augment import Views, augment, draw_views, render
+from poa.data.crops import CropsConfig
 from poa.data.resample import eval_crop, resample, resample_on_device, touched_pixels
 
 # Pixels come out as levels 0..255, and nothing but the crop happens.

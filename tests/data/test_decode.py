@@ -14,7 +14,7 @@ from tiny import tiny_config
 
 import poa
 from poa import export
-from poa.config import CropsConfig
+from poa.data.crops import CropsConfig
 from poa.data.decode import decode, to_pixels
 from poa.data.loader import evaluation_batches
 from poa.data.resample import eval_crop

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from poa.config import CropsConfig
+from poa.data.crops import CropsConfig
 from poa.data.loader import evaluation_batches
 from poa.data.sources import ImageSource
 from poa.data.storage import Arrays

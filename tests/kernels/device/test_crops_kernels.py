@@ -12,8 +12,8 @@ from torch import Tensor
 
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
-from poa.config import CropsConfig
 from poa.data.augment import Views, draw_views, render
+from poa.data.crops import CropsConfig
 
 pytestmark = pytest.mark.cuda
 

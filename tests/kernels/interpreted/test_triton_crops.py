@@ -17,8 +17,8 @@ from torch import Tensor
 import elastic_kernels.triton_ops.crops  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
-from poa.config import CropsConfig
 from poa.data.augment import Views, _rotate, draw_views, render
+from poa.data.crops import CropsConfig
 
 LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 0.35}  # levels, by the dtype between kernels
