@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 
 from poa.cli import parse
-from poa.errors import DivergenceError, InputError, PeerError, Preempted, SaveError, one_line
+from poa.errors import DataError, DivergenceError, InputError, PeerError, Preempted, SaveError, one_line
 from poa.progress import discard_output
 from poa.signals import INTERRUPTED
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()  # nobody reads on, as in `| head`
         return 141
-    except (DivergenceError, PeerError, SaveError) as error:
+    except (DataError, DivergenceError, PeerError, SaveError) as error:
         print(f"poa: error: {error}", file=sys.stderr)
         return 1
     except Preempted as stop:

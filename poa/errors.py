@@ -23,6 +23,10 @@ class SaveError(OSError):
     newest."""
 
 
+class DataError(OSError):
+    """Images stopped coming: decoding processes died or do not respond, or have no memory to pass images."""
+
+
 class Preempted(Exception):
     """A signal asked the run to stop: it was saved; the message says how it goes on.
 

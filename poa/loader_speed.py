@@ -25,7 +25,7 @@ def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iter
             len(data.train), method.batch_size, [0], 1, range(10**9), method.seed, block=method.shuffle_block
         )
         count = useful_workers(wanted)
-        batches = iter(training_batches(data.train, stream, method.canvas, count))
+        batches = training_batches(data.train, stream, method.canvas, count, config.run.timeout)
         next(batches)
         images = unreadable = 0
         start = now = time.perf_counter()

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
-from poa.data.loader import Canvases, SampleStream, training_batches
+from poa.data.loader import Canvases, SampleStream, require_shared_memory, training_batches
 from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
@@ -72,6 +72,9 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     if here.size > 1:
         counts = {"images": len(data.train), "held-out images": len(data.test or ())}
         here.require_same("data", {**counts, "checksum of names and labels": data.digest()})
+    evaluates = bool(config.run.evaluate_every and data.test)
+    method, workers = config.method, config.performance.workers
+    require_shared_memory(method.canvas, method.batch_size, workers, evaluates)
     plan = Plan.of(config, len(data.train), here.size, content)
     done = content["step"] if content else 0
     for line in first_lines(config, plan, plan.schedules(config), data, here, done) if here.is_main else ():
@@ -260,7 +263,8 @@ class Run:
             self.plan.start,
             method.shuffle_block,
         )
-        loaded = iter(training_batches(source, stream, method.canvas, self.config.performance.workers))
+        workers = self.config.performance.workers
+        loaded = training_batches(source, stream, method.canvas, workers, self.here.timeout)
         return iter(lambda: list(itertools.islice(loaded, len(self.chunks))), [])
 
     def step(self, step: int, canvases: Sequence[Canvases], observed: bool = False) -> StepReport:

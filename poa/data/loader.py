@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from poa.data.decode import ImageError
 from poa.data.sources import ImageSource
-from poa.errors import InputError
+from poa.errors import DataError, InputError
 from poa.random import stream_seed
 
 SUBSTITUTES = 20  # tried in the place of an unreadable image
 WINDOW = 8  # blocks that a block shuffle mixes
+PREFETCHED = 2  # batches that a worker makes ahead, PyTorch's default
+EVALUATION_BATCH = 256  # images
+SHARED = Path("/dev/shm")  # through which workers pass batches, on Linux
+MORE = "give it more (docker run --shm-size=2g)"
 
 
 class Canvases(NamedTuple):
@@ -62,10 +69,15 @@ def place_on_canvases(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def collate(samples: Sequence[Decoded]) -> Canvases:
-    """A batch of the images that could be read."""
+    """A batch of the images that could be read; of a worker, in memory that it shares.
+
+    PyTorch would put it there in a thread whose failure nobody hears of.
+    """
     readable = [s for s in samples if s.image is not None]
     images, sizes = place_on_canvases([s.image for s in readable if s.image is not None])
     positions = torch.tensor([s.position for s in readable], dtype=torch.int64)
+    if get_worker_info() is not None:
+        images.share_memory_()
     return Canvases(images, sizes, positions, sum((s.unreadable for s in samples), []))
 
 
@@ -176,31 +188,95 @@ class _AllImages(Dataset[Decoded]):
 
 
 def training_batches(
-    source: ImageSource, stream: SampleStream, canvas: int, workers: int
-) -> DataLoader[Decoded]:
-    """A loader of one `Canvases` batch per chunk of the stream."""
-    return DataLoader(
-        _TrainingImages(source, canvas, stream.seed),
-        batch_sampler=stream,
-        num_workers=useful_workers(workers),
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_outlive_signals,
-    )
+    source: ImageSource, stream: SampleStream, canvas: int, workers: int, patience: float = 600.0
+) -> Iterator[Canvases]:
+    """One batch per chunk of the stream.
+
+    Args:
+        source: the images.
+        stream: which of them.
+        canvas: largest side of a decoded image, pixels.
+        workers: processes that decode.
+        patience: seconds to wait for a batch of theirs.
+
+    Raises:
+        DataError: a batch does not come.
+    """
+    images = _TrainingImages(source, canvas, stream.seed)
+    return _batches(images, workers, patience, batch_sampler=stream)
 
 
 def evaluation_batches(
-    source: ImageSource, canvas: int, workers: int, batch_size: int = 256
-) -> DataLoader[Decoded]:
-    """A loader of all readable images once, in order, as `Canvases` batches."""
-    return DataLoader(
-        _AllImages(source, canvas),
-        batch_size=batch_size,
-        num_workers=useful_workers(workers),
+    source: ImageSource,
+    canvas: int,
+    workers: int,
+    batch_size: int = EVALUATION_BATCH,
+    patience: float = 600.0,
+) -> Iterator[Canvases]:
+    """All readable images once, in order; see `training_batches`."""
+    return _batches(_AllImages(source, canvas), workers, patience, batch_size=batch_size)
+
+
+def _batches(images: Dataset[Decoded], workers: int, patience: float, **batches: Any) -> Iterator[Canvases]:
+    workers = useful_workers(workers)
+    loader = DataLoader(
+        images,
+        num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_outlive_signals,
+        timeout=patience if workers else 0,
+        **batches,
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise _data_error(error, workers, patience) from None
+
+
+def _data_error(error: RuntimeError, workers: int, patience: float) -> Exception:
+    """What an error of a loader means."""
+    text = " ".join(str(error).split())
+    if re.search(r"shared memory|No space left|Bus error", text):
+        free = shutil.disk_usage(SHARED).free / 1e6 if SHARED.exists() else 0
+        return DataError(
+            f"data: expected room in {SHARED} for the batches of {workers} workers, got {free:,.0f} MB; "
+            f"{MORE}, or set performance.workers=0"
+        )
+    if "timed out" in text:
+        return DataError(
+            f"data: expected a batch within {patience:g} s (run.timeout), got none: {workers} workers wait "
+            "for the storage or do not respond"
+        )
+    if found := re.search(r"DataLoader worker.*|Too many open files.*|Pin memory thread.*", text):
+        return DataError(f"data: expected {workers} workers to go on, got: {found[0]}")
+    return error
+
+
+def require_shared_memory(canvas: int, batch_size: int, workers: int, evaluates: bool) -> None:
+    """Refuse a run whose workers could not pass their batches, as with the 64 MiB of a Docker container.
+
+    Args:
+        canvas: largest side of a decoded image, pixels.
+        batch_size: images of a training batch.
+        workers: processes that decode, for each training process.
+        evaluates: whether the loader of evaluations works beside that of training.
+
+    Raises:
+        InputError: less is free than batches of square images take, of all ranks of this machine.
+    """
+    workers, ranks = useful_workers(workers), os.environ.get("LOCAL_WORLD_SIZE", "")
+    images = batch_size + EVALUATION_BATCH * evaluates
+    each = PREFETCHED * images * 3 * canvas**2 * (int(ranks) if ranks.isdecimal() else 1)
+    if not workers or not SHARED.exists():
+        return
+    free = shutil.disk_usage(SHARED).free
+    if workers * each > free:
+        raise InputError(
+            f"performance.workers: expected {workers * each / 1e6:,.0f} MB free in {SHARED} for the batches "
+            f"of {workers} workers, got {free / 1e6:,.0f} MB; {MORE}, or set "
+            f"performance.workers={free // each}"
+        )
 
 
 def _outlive_signals(worker: int) -> None:

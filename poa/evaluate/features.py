@@ -91,7 +91,7 @@ def extract_features(
     bar = tqdm(
         total=len(mine), desc="features", unit="image", leave=False, disable=None if here.is_main else True
     )
-    for batch in evaluation_batches(mine, canvas, workers):
+    for batch in evaluation_batches(mine, canvas, workers, patience=here.timeout):
         bar.update(len(batch.positions) + len(batch.unreadable))
         kept.append(batch.positions.clone())  # not the loader's memory, which is an open file a batch
         unreadable += len(batch.unreadable)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import processes
 import pytest
 import torch
+from tiny import tiny_config
 
-from poa.data.loader import SampleStream, evaluation_batches, place_on_canvases, training_batches
+from poa.data.loader import (
+    SampleStream,
+    evaluation_batches,
+    place_on_canvases,
+    require_shared_memory,
+    training_batches,
+)
 from poa.data.sources import ImageSource
 from poa.data.storage import Arrays, Opened
+from poa.errors import DataError, InputError
+from poa.train import pretrain
 
 
 def source(count: int) -> ImageSource:
@@ -94,6 +111,64 @@ def test_evaluation_batches_are_in_order() -> None:
     assert torch.equal(batches[2].images, place_on_canvases([source(10).read(i, 32) for i in (8, 9)])[0])
 
 
+class Broken(Arrays):
+    """Images of which one does something else."""
+
+    def __init__(self, images: list[np.ndarray], act: Callable[[], object]):
+        super().__init__(images)
+        self.act = act
+
+    def open(self, index: int) -> np.ndarray:
+        if index == 3:
+            self.act()
+        return super().open(index)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda: time.sleep(1000), r"a batch within 1 s \(run.timeout\), got none: 1 workers wait for"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "1 workers to go on, got: DataLoader worker"),
+    ],
+    ids=["stuck", "killed"],
+)
+def test_waiting_for_workers_ends(act: Callable[[], object], message: str) -> None:
+    images = Broken([np.zeros((4, 4, 3), np.uint8)] * 6, act)
+    batches = evaluation_batches(ImageSource.whole(Opened(images, None, ())), 8, 1, 2, patience=1.0)
+    with pytest.raises(DataError, match=message):
+        list(batches)
+
+
+def test_no_room_to_pass_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails in a worker is heard of at once."""
+
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </x>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    with pytest.raises(DataError, match="expected room in /dev/shm for the batches of 1 workers, got .* MB"):
+        list(evaluation_batches(source(4), 8, 1))
+
+
+def test_a_small_container_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    require_shared_memory(256, 64, 2, evaluates=False)
+    require_shared_memory(256, 64, 0, evaluates=True)
+    with pytest.raises(InputError, match="expected 252 MB .* 2 workers, got 67 MB; .* performance.workers=0"):
+        require_shared_memory(256, 64, 2, evaluates=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="expected 403 MB"):
+        require_shared_memory(256, 64, 2, evaluates=False)
+    options = ["performance.workers=4", "method.canvas=4096"]
+    with pytest.raises(InputError, match="^performance.workers: expected .* MB free in /dev/shm"):
+        pretrain(tiny_config(*options), tmp_path / "run", check=True)
+
+
 FORGOTTEN = """
 import numpy as np
 from poa.data.loader import evaluation_batches
@@ -101,8 +176,10 @@ from poa.data.sources import ImageSource
 from poa.data.storage import Arrays, Opened
 images = [np.zeros((4, 4, 3), np.uint8)] * 8
 batches = iter(evaluation_batches(ImageSource.whole(Opened(Arrays(images), None, ())), 8, 2, batch_size=1))
-batches.cycle = batches
+cycle = [batches]
+cycle.append(cycle)
 next(batches)
+del batches, cycle
 """
 
 
