@@ -3,6 +3,7 @@
     config.json                               the configuration
     metrics.jsonl                             a line per logged step, evaluation and alarm, with its checksum
     unreadable.jsonl                          likewise per image that could not be read, if there are any
+    lock                                      the process that trains, while it does
     checkpoints/00001000-0123456789abcdef.pt  everything needed to go on, or to extract and evaluate subnets
 
 The name of a checkpoint is its step and the beginning of its SHA-256, so that one atomic renaming makes it
@@ -38,6 +39,7 @@ from poa.files import (
     write_text,
     writing,
 )
+from poa.lock import RunLock
 from poa.network import Network
 from poa.optim import FIXED, OptimConfig
 from poa.options import first_difference, from_dict, to_dict
@@ -46,6 +48,11 @@ from poa.weights import load_strictly, read_weights
 Branch = Literal["teacher", "student"]
 SCHEDULES = [f"optim.{f.name}" for f in dataclasses.fields(OptimConfig) if f.name not in FIXED]
 FORMAT = "poa-checkpoint-2"
+CONTENT: dict[str, type] = {
+    **dict.fromkeys(("step", "processes", "unreadable"), int),
+    **dict.fromkeys(("config", "plan", "watch", "student", "teacher", "optimizer", "scaler"), dict),
+    **dict.fromkeys(("skipped", "centers"), list),
+}
 DIGITS = 16  # of the checksum in a name
 NAME = re.compile(rf"(\d{{8,}})-([0-9a-f]{{{DIGITS}}})\.pt")
 DAMAGED = ".damaged"
@@ -62,22 +69,38 @@ class Checkpoint:
     checksum: str
 
     def damage(self) -> str | None:
-        """What is wrong with the file, if anything."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while part := file.read(1 << 20):
-                digest.update(part)
+        """What is wrong with the file, if anything.
+
+        Raises:
+            FileNotFoundError: it was deleted, as by the run that writes newer ones.
+        """
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self.path.open("rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+                    size += len(part)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
         got = digest.hexdigest()[:DIGITS]
         if got == self.checksum:
             return None
-        return f"expected checksum {self.checksum}, got {got} of {self.path.stat().st_size:,} bytes"
+        return f"is damaged: expected checksum {self.checksum}, got {got} of {size:,} bytes"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of a run."""
+    """Paths and files of a run.
+
+    Attributes:
+        path: the folder.
+        lock: of the run that writes into it, if it trains; without it nothing is written any more.
+    """
 
     path: Path
+    lock: RunLock | None = None
 
     @property
     def metrics(self) -> Path:
@@ -104,6 +127,7 @@ class RunFolder:
                 f"continue it with --resume {self.path}"
             )
         make_folder(self._store, "out")
+        self.remove_partial()
         self.metrics.unlink(missing_ok=True)
         self.unreadable.unlink(missing_ok=True)
         write_json(self.path / "config.json", to_dict(config))
@@ -132,6 +156,7 @@ class RunFolder:
         content = {"format": FORMAT, "config": to_dict(config), **state}
         step = state["step"]
         try:
+            self._require_lock()
             sync(self.metrics)
             with writing(self._store / f"{step:08}") as file:
                 torch.save(content, file)  # type: ignore[arg-type]
@@ -143,8 +168,18 @@ class RunFolder:
             raise SaveError(f"the checkpoint of step {step} was not written: {reason}; {newest}") from error
         self._delete_old(Checkpoint(step, file.path, checksum), config)
 
+    def _require_lock(self) -> None:
+        if self.lock:
+            self.lock.require()
+
+    def remove_partial(self) -> None:
+        """Remove what a run that was killed left of what it was writing."""
+        for name in ("config.json", self.metrics.name):
+            remove_partial(self.path, name)
+        remove_partial(self._store)
+
     def _delete_old(self, newest: Checkpoint, config: Config) -> None:
-        """Keep the newest checkpoints and milestones; leave no rest of an interrupted save."""
+        """Keep the newest checkpoints and milestones."""
         steps = sorted({c.step for c in self.checkpoints()})
         kept = {*steps[-config.run.keep_last :]}
         if config.run.keep_every:
@@ -153,7 +188,6 @@ class RunFolder:
             again = checkpoint.step == newest.step and checkpoint != newest
             if checkpoint.step not in kept or again:
                 checkpoint.path.unlink(missing_ok=True)
-        remove_partial(self._store)
 
     def newest(self, step: int | None = None) -> Checkpoint:
         """The newest whole checkpoint, or the one of a step. Damaged ones are passed over with a warning.
@@ -164,12 +198,15 @@ class RunFolder:
         found = [c for c in self.checkpoints() if step is None or c.step == step]
         damages: list[str] = []
         for checkpoint in reversed(found):
-            damage = checkpoint.damage()
+            try:
+                damage = checkpoint.damage()
+            except FileNotFoundError:
+                return self.newest(step)
             if damage is None:
                 for line in damages:
                     log.warning("%s; using the checkpoint of step %d", line, checkpoint.step)
                 return checkpoint
-            damages.append(f"{checkpoint.path} is damaged: {damage}")
+            damages.append(f"{checkpoint.path} {damage}")
         steps = ", ".join(str(c.step) for c in self.checkpoints()) or "none"
         which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         got = "; ".join(damages) or f"checkpoints of steps: {steps}"
@@ -206,14 +243,22 @@ class RunFolder:
 
     def network(self, branch: Branch = "teacher", step: int | None = None) -> tuple[Network, Checkpoint]:
         """The trained teacher or student, on the CPU, in evaluation mode; and where it comes from."""
-        config, checkpoint = self.config(), self.newest(step)
+        config = self.config()
         network = Network(config.method.backbone, config.method.head)
-        content = self.load(checkpoint, config, mapped=True)
+        while True:
+            checkpoint = self.newest(step)
+            try:
+                content = self.load(checkpoint, config, mapped=True)
+                break
+            except InputError:
+                if checkpoint.path.exists():
+                    raise  # otherwise a run that trains has deleted it, and there is a newer one
         load_strictly(network, content[branch], str(checkpoint.path))
         return network.eval(), checkpoint
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a line to the metrics."""
+        self._require_lock()
         append_rows(self.metrics, [row])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -232,4 +277,8 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+    for name, kind in CONTENT.items():
+        if not isinstance(content.get(name), kind):
+            got = type(content[name]).__name__ if name in content else "nothing"
+            raise InputError(f"{path}: expected a checkpoint with {name} ({kind.__name__}), got {got}")
     return content

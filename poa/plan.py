@@ -14,7 +14,7 @@ from poa.config import Config
 from poa.data.sources import DataSplit
 from poa.data.summary import EXAMPLES, printable
 from poa.distributed import World
-from poa.errors import InputError
+from poa.errors import InputError, as_input
 from poa.flops import expected_masked
 from poa.optim import Schedules
 from poa.options import differences, from_dict
@@ -69,7 +69,8 @@ class Plan:
     @classmethod
     def resumed(cls, config: Config, content: dict[str, Any], images: int) -> Plan:
         """As it was, unless the configuration asks for another number of chunks than it did."""
-        before = replace(cls(**content["plan"]), images=images)
+        with as_input("checkpoint: expected a plan"):
+            before = replace(from_dict(cls, content["plan"]), images=images)
         wanted = config.method.micro_batches
         if wanted in (None, before.chunks, from_dict(Config, content["config"]).method.micro_batches):
             return before

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_kernels import linear_backend, planning, working_weights
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
+from poa.errors import InputError
 from poa.health import observe
 from poa.micro_batch import AUTOCAST, MicroBatch
 from poa.network import Network, StudentOutput, StudentPass
@@ -77,6 +78,8 @@ class TrainingState:
         for mine, theirs in zip(
             [*self.centers.cls, *self.centers.patches], sum(state["centers"], []), strict=True
         ):
+            if mine.shape != theirs.shape:
+                raise InputError(f"{name}: expected a center of shape {mine.shape}, got {theirs.shape}")
             mine.copy_(theirs)
         self.scaler.load_state_dict(state["scaler"])
 

@@ -22,10 +22,11 @@ from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
 from poa.distributed import Poll, World, mean_in_bf16, world
-from poa.errors import DivergenceError, InputError, Preempted
+from poa.errors import DivergenceError, InputError, Preempted, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
+from poa.lock import RunLock
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe, from_dict, to_dict
@@ -58,12 +59,20 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
     require_writers(config.run.log_to)
     repeats = repeating(config.performance.deterministic)
     with repeats, world(config.run.device, config.run.timeout, config.performance.threads) as here:
-        _train(config, RunFolder(out), here, resume, check)
+        lock = RunLock(out)
+        try:
+            _train(config, RunFolder(out, lock), here, resume, check)
+        finally:
+            if here.is_main:
+                lock.release()
 
 
 def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: bool) -> None:
     """Everything that may hold the process group, gone when this returns."""
     content = None
+    assert folder.lock
+    if resume and not check:
+        here.from_main(folder.lock.acquire)
     if resume:
         checkpoint = here.from_main(folder.newest)
         content = folder.load(checkpoint, config)
@@ -83,6 +92,8 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
         return
     started = time.monotonic()
     run = Run(config, folder, data, here, content)
+    if not resume:
+        here.from_main(folder.lock.acquire)
     run.begin()
     run.train()
     for line in last_lines(folder.path, time.monotonic() - started, data) if here.is_main else ():
@@ -152,16 +163,21 @@ class Run:
         self.host_seconds = 0.0  # since the last log
         self.differences: list[str] = []
         if content:
-            self.first_step = content["step"]
-            processes = here.size, content["processes"]
-            self.differences += self.plan.differences(Plan(**content["plan"]), processes)
-            before = from_dict(Config, content["config"])
-            self.differences += self.plan.new_schedules(before, config, self.first_step)
-            self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
-            self.guard.load_state_dict(content["skipped"])
-            self.watch.load_state_dict(content["watch"])
-            self.unreadable.count = content["unreadable"]
+            with as_input(f"checkpoint of step {content['step']}: expected that of this run"):
+                self._take_up(content)
         self.model: torch.nn.Module = self.state.student
+
+    def _take_up(self, content: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.first_step = content["step"]
+        processes = self.here.size, content["processes"]
+        self.differences += self.plan.differences(Plan(**content["plan"]), processes)
+        before = from_dict(Config, content["config"])
+        self.differences += self.plan.new_schedules(before, self.config, self.first_step)
+        self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
+        self.guard.load_state_dict(content["skipped"])
+        self.watch.load_state_dict(content["watch"])
+        self.unreadable.count = content["unreadable"]
 
     @property
     def step_images(self) -> int:
@@ -187,6 +203,7 @@ class Run:
         if self.first_step == 0:
             self.folder.create(self.config)
             return
+        self.folder.remove_partial()
         self.folder.set_aside_after(self.first_step)
         self.folder.forget_metrics_after(self.first_step)
         self.folder.keep_config(self.config)

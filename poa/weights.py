@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from poa.errors import InputError, one_line
+from poa.errors import InputError, as_input, one_line
 
 
 def read_weights(path: Path, *, mapped: bool = False) -> Any:
@@ -38,6 +38,12 @@ def read_weights(path: Path, *, mapped: bool = False) -> Any:
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """`load_state_dict` that wants exactly the module's names and shapes, with a one-line error."""
+    with as_input(f"{name}: expected weights"):
+        _require_same(module, state, name)
+        module.load_state_dict(state)
+
+
+def _require_same(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     wanted = module.state_dict()
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unknown:
@@ -50,4 +56,3 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str) -> 
             raise InputError(
                 f"{name}: {key}: expected shape {tuple(tensor.shape)}, got {tuple(state[key].shape)}"
             )
-    module.load_state_dict(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from run_folders import assert_same_run, newest, rows
 from tiny import OVERRIDES, tiny_config
 
 from poa.__main__ import main
-from poa.checkpoint import RunFolder
+from poa.checkpoint import Checkpoint, RunFolder
 from poa.config import with_run
 from poa.errors import InputError, Preempted, SaveError
 from poa.optim import Schedules
@@ -283,3 +284,72 @@ def test_a_run_outside_of_the_main_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert newest(tmp_path / "run")["step"] == 6
+
+
+@pytest.mark.parametrize("moment", ["damage", "load"])
+def test_a_checkpoint_that_is_deleted_while_it_is_read(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a run that trains on; the newer one is taken."""
+    pretrain(tiny_config("run.save_every=2"), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    read, newest_path = getattr(Checkpoint if moment == "damage" else RunFolder, moment), []
+
+    def overtaken(self: Any, *inputs: Any, **options: Any) -> Any:
+        path = folder.checkpoints()[-1].path
+        if not newest_path:
+            newest_path.append(path.rename(path.with_name(f"00000007-{path.name[9:]}")))
+        return read(self, *inputs, **options)
+
+    monkeypatch.setattr(Checkpoint if moment == "damage" else RunFolder, moment, overtaken)
+    assert folder.network()[1].path == newest_path[0]
+    with pytest.raises(InputError, match="expected a checkpoint of step 6, got checkpoints of steps: 4, 7"):
+        folder.network(step=6)
+
+
+def test_a_checkpoint_that_cannot_be_read_falls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretrain(tiny_config(), tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    path, opened = folder.checkpoints()[-1].path, Path.open
+
+    def broken(self: Path, *rest: Any, **options: Any) -> Any:
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(self, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    assert folder.network()[1].step == 3
+    assert f"{path} cannot be read: Input/output error; using the checkpoint of step 3" in caplog.text
+
+
+FOREIGN: dict[str, Any] = {
+    "step": "x",
+    "plan": {"chunks": "x"},
+    "skipped": [None],
+    "watch": {"one-hot targets": {"nobody": 1}},
+    "student": {"backbone.cls_token": "text"},
+    "teacher": [],
+    "optimizer": {"state": 1},
+    "centers": [[torch.zeros(1)], []],
+    "scaler": [],
+    "config": {"method": {"batch_size": "x"}},
+}
+
+
+@pytest.mark.parametrize("key", FOREIGN)
+@pytest.mark.parametrize("how", ["other", "missing"])
+def test_a_checkpoint_of_another_structure(key: str, how: str, tmp_path: Path, capsys: Any) -> None:
+    """With a right checksum; one line, and the folder stays as it is."""
+    pretrain(tiny_config("run.save_every=6"), tmp_path / "run")
+    (whole,) = RunFolder(tmp_path / "run").checkpoints()
+    content = torch.load(whole.path) | {key: FOREIGN[key]}
+    if how == "missing":
+        del content[key]
+    torch.save(content, whole.path)
+    digest = hashlib.sha256(whole.path.read_bytes()).hexdigest()[:16]
+    foreign = whole.path.rename(whole.path.with_name(f"00000006-{digest}.pt"))
+    assert main(["pretrain", "--resume", str(tmp_path / "run")]) == 2
+    assert "expected " in (line := capsys.readouterr().err) and line.count("\n") == 1, line
+    assert [c.path for c in RunFolder(tmp_path / "run").checkpoints()] == [foreign]
