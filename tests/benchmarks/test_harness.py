@@ -215,6 +215,16 @@ def test_wrong_names(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "expected auto, cpu, cuda or cuda:N, got 'tpu'" in capsys.readouterr().err
     assert command.main(["step", "--official", str(tmp_path), "--seconds", "0.001"]) == 1
     assert "expected a checkout of github.com/alipay/POA" in capsys.readouterr().err
+    arguments = ["gpu", "--device", "cpu", "--out", str(tmp_path / "out"), "--official", str(tmp_path)]
+    assert command.main(arguments) == 1
+    assert "expected a checkout of github.com/alipay/POA" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the machine without a GPU")
+def test_a_session_needs_a_gpu_or_is_a_rehearsal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["gpu"]) == 1
+    assert capsys.readouterr().err.startswith("benchmarks: gpu: expected a CUDA device, got none")
 
 
 def test_list_and_help_explain_every_case(capsys: pytest.CaptureFixture[str]) -> None:
