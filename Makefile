@@ -8,6 +8,7 @@
 #                      OFFICIAL=checkout of alipay/POA
 #   make kernel-report compile every Triton kernel for every kind of GPU, without one; WRITE=1 replaces the table
 #   make lint          ruff, ruff format, mypy
+#   make map           write MAP.md, a line a file, from the first lines of the files
 # Other versions: make test CONSTRAINTS=   (newest) or CONSTRAINTS="-c my-constraints.txt"
 
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 SANITIZE_VENV := .venv-sanitize
 SANITIZER := triton==3.8.0 ttsem==0.1.0  # ttsem executes what this Triton makes; Python 3.11 or newer
 
-.PHONY: quickstart test test-gpu sanitize bench kernel-report lint clean
+.PHONY: quickstart test test-gpu sanitize bench kernel-report lint map clean
 
 quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(RUN),--out $(RUN))
@@ -42,6 +43,9 @@ lint: $(VENV)/.poa-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+map:
+	$(PYTHON) tests/test_map.py
 
 clean:
 	rm -rf .venv $(SANITIZE_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

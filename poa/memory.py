@@ -26,6 +26,8 @@ from poa.masks import Masks
 from poa.micro_batch import AUTOCAST, MicroBatch, student_passes
 from poa.network import VIEWS, Batch, Network
 from poa.optim import build_optimizer
+from poa.options import override
+from poa.presets import preset
 from poa.random import torch_stream
 from poa.step import TrainingState, accumulate_gradients, rounded_weights
 from poa.subnets import Subnet
@@ -154,6 +156,11 @@ def plan_steps(config: Config) -> None:
     state, space = planned_state(config), config.method.backbone.space
     for width in space.widths:
         planned_gradients(config, state, Subnet(width, space.smallest.depth))
+
+
+def plan_preset(name: str, images: int | None = None) -> None:
+    """`plan_steps` of a preset, with its own micro-batch or one of so many images."""
+    plan_steps(override(preset(name), [] if images is None else [f"method.batch_size={images}"]))
 
 
 def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> MicroBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -33,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("report", help="versions, device, and the backend of each operator (the default)")
     tuner = commands.add_parser("tune", help="find the fastest settings of the kernels on this GPU")
     tuner.add_argument("--preset", required=True, help="of poa, whose steps say which shapes: vit-l16, ...")
+    tuner.add_argument(
+        "--steps",
+        default="poa.memory:plan_preset",
+        help="MODULE:FUNCTION that runs the preset's steps on meta tensors; default %(default)s",
+    )
     tuner.add_argument("--images", type=int, help="of a micro-batch; default the preset's")
     tuner.add_argument("--minutes", type=float, default=9, help="end after this time; default %(default)s")
     tuner.add_argument("--out", type=Path, help="table to write and go on with; default in the cache folder")
@@ -52,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compile(options: argparse.Namespace) -> Iterator[str]:
-    yield from compile_all(_calls(options.preset, options.images), options.arch, options.cache)
+    yield from compile_all(_calls(options), options.arch, options.cache)
     yield (
         f"with Triton {importlib.metadata.version('triton')}, which alone reads them: "
         f"TRITON_CACHE_DIR={options.cache} python -m elastic_kernels tune --preset {options.preset}"
@@ -64,22 +70,20 @@ def _tune(options: argparse.Namespace) -> Iterator[str]:
         raise ValueError("tune: expected a GPU and Triton, got a machine without")
     device = torch.device("cuda", torch.cuda.current_device())
     path, started = options.out or tuning.cache_file(tuning.gpu_name(device)), time.monotonic()
-    calls = _calls(options.preset, options.images)
+    calls = _calls(options)
     yield f"{len(calls)} different calls in the steps of {options.preset}; table: {path}"
     yield from tune(calls, path, options.minutes - (time.monotonic() - started) / 60, device)
 
 
-def _calls(preset: str, images: int | None) -> Counter[Call]:
+def _calls(options: argparse.Namespace) -> Counter[Call]:
     """What the steps of a preset call."""
+    module, _, name = options.steps.partition(":")
     try:
-        from poa.memory import plan_steps
-        from poa.options import override
-        from poa.presets import preset as named
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--preset: expected poa to be installed, got {error}") from error
-    config = override(named(preset), [] if images is None else [f"method.batch_size={images}"])
+        steps = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--steps: expected MODULE:FUNCTION, got {options.steps}: {error}") from error
     with record() as calls:
-        plan_steps(config)
+        steps(options.preset, options.images)
     return calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -259,12 +260,19 @@ def test_every_fallback_can_stand_in_a_table() -> None:
             assert window_attention.WindowConfig(warps) in candidates(f"window_attention_{way}", *shape)
 
 
+def asked(preset: str, images: int | None, steps: str = "poa.memory:plan_preset") -> Namespace:
+    return Namespace(preset=preset, images=images, steps=steps)
+
+
 def test_the_calls_of_a_preset() -> None:
-    found = command._calls("vit-s16", 2)
+    found = command._calls(asked("vit-s16", 2))
     names = {call.operator.__name__.removesuffix(".default") for call in found}
     assert names >= {"linear_gelu_fwd", "linear_wgrad_corner", "attention_bwd", "prototype_losses_fwd"}
     with pytest.raises(ValueError, match="expected one of quickstart.*got 'vit'"):
-        command._calls("vit", None)
+        command._calls(asked("vit", None))
+    for steps in ("nowhere:f", "poa.memory:nothing", "poa.memory", ""):
+        with pytest.raises(ValueError, match=f"--steps: expected MODULE:FUNCTION, got {steps}"):
+            command._calls(asked("vit-s16", 2, steps))
 
 
 def test_the_command(
