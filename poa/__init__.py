@@ -1,5 +1,6 @@
 """POA: pre-train once, get models of all sizes."""
 
+from poa import official
 from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.export import ExportedModel, load
 from poa.subnets import SearchSpace, Subnet
@@ -16,4 +17,5 @@ __all__ = [
     "SwinConfig",
     "ViTConfig",
     "load",
+    "official",
 ]

@@ -23,6 +23,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from poa.backbones import CONFIGS, Backbone
+from poa.checkpoint import Branch, RunFolder
 from poa.data.crops import CropsConfig
 from poa.data.decode import to_pixels
 from poa.data.loader import place_on_canvases
@@ -30,7 +31,7 @@ from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource
 from poa.data.storage import Files
 from poa.errors import InputError, as_input
-from poa.files import read_json, sealed, unsealed, write_bytes, write_json
+from poa.files import make_folder, read_json, sealed, unsealed, write_bytes, write_json
 from poa.options import section_from_dict, to_dict
 from poa.subnets import Subnet
 
@@ -43,7 +44,7 @@ class ExportedModel(nn.Module):
     """A subnet read from a file: images in, features out.
 
     Attributes:
-        backbone: the network.
+        backbone: the network, which also gives patch tokens: `model.backbone([images])[0].patches`.
         info: what the JSON file says.
     """
 
@@ -52,9 +53,40 @@ class ExportedModel(nn.Module):
         self.backbone = backbone
         self.info = info
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised images `[B, 3, H, W]` -> features `[B, width]`, as k-NN sees them."""
-        return self.backbone([images])[0].cls
+    def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        """Features as k-NN sees them.
+
+        Args:
+            images: normalised, float32 `[B, 3, H, W]` on the device of the model; or a file, a picture or
+                several of them, of any sizes, which `preprocess` prepares.
+
+        Returns:
+            float32 `[B, width]` (of a Swin or ResNet as many channels as its last stage has).
+
+        Raises:
+            ImageError: a file is no image; the message names it.
+        """
+        crops = images if isinstance(images, Tensor) else self.preprocess(images)
+        return self.backbone([crops])[0].cls
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as it is now, so that `load` gives it again.
+
+        Args:
+            path: of the `.safetensors` file; its `.json` is written beside it, folders as needed.
+
+        Raises:
+            InputError: another ending, or no folder to write to.
+            SaveError: the file system refused it.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise InputError(f"save: expected a name that ends in .safetensors, got {path}")
+        make_folder(path.parent, "save")
+        content = tensor_bytes(self.backbone.exported_state(), metadata={"format": "pt"})
+        info = self.info | {"sha256": hashlib.sha256(content).hexdigest()}
+        write_json(path.with_suffix(".json"), sealed(info))
+        write_bytes(path, content)
 
     def preprocess(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Files or pictures of any size -> normalised centre crops `[B, 3, S, S]`, as in evaluation.
@@ -80,16 +112,58 @@ def _pixels(picture: Picture, canvas: int, bits: int | None) -> np.ndarray:
     return ImageSource(Files(Path(), [str(picture)]), np.arange(1), None, (), bits).read(0, canvas)
 
 
-def load(path: str | Path) -> ExportedModel:
-    """Read an extracted subnet.
+def load(
+    path: str | Path,
+    subnet: Subnet | str | None = None,
+    *,
+    branch: Branch = "teacher",
+    step: int | None = None,
+) -> ExportedModel:
+    """Read a subnet as a model of its own, on the CPU, in evaluation mode.
+
+        model = poa.load("runs/first", "384x12")
+        features = model("photo.jpg")  # [1, 384]
 
     Args:
-        path: the `.safetensors` file; its `.json` lies beside it.
+        path: a run folder, a `.safetensors` file that `poa extract` or `save` wrote (its `.json` lies beside
+            it), or a folder of such files.
+        subnet: which; needed where there are several. Default of a run: the intact network.
+        branch: of a run: whose weights.
+        step: of a run: that of the checkpoint; default the newest.
 
     Raises:
-        InputError: not a pair of files that `poa extract` wrote, or one of them changed since.
+        InputError: nothing of these is there, a file was changed, or a subnet is not among them.
     """
-    path = Path(path)
+    path, wanted = Path(path), Subnet.parse(subnet) if isinstance(subnet, str) else subnet
+    if (path / "config.json").exists():
+        folder = RunFolder(path)
+        network, checkpoint = folder.network(branch, step)
+        config, backbone = folder.config(), network.backbone
+        return static_model(
+            backbone,
+            wanted or backbone.space.intact,
+            config.method.crops,
+            canvas=config.method.canvas,
+            bits=config.data.bits,
+            source=f"{checkpoint.path} ({branch})",
+        )
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    found = {file: _subnet(file) for file in files}
+    chosen = [file for file in files if wanted in (None, found[file])]
+    if len(chosen) != 1:
+        which, names = wanted or "one subnet", ", ".join(map(str, found.values())) or "none"
+        raise InputError(f"{path}: expected {which} of what lies there, got {len(chosen)} of: {names}")
+    return _read_model(chosen[0])
+
+
+def _subnet(path: Path) -> Subnet:
+    with as_input(f"{path}: expected an extracted subnet"):
+        info = _read_info(path.with_suffix(".json"))
+        depth = info["depth"]
+        return Subnet(info["width"], tuple(depth) if isinstance(depth, list) else depth)
+
+
+def _read_model(path: Path) -> ExportedModel:
     with as_input(f"{path}: expected an extracted subnet"):
         info = _read_info(path.with_suffix(".json"))
         content = path.read_bytes()
@@ -100,7 +174,7 @@ def load(path: str | Path) -> ExportedModel:
             )
         backbone = section_from_dict(CONFIGS, info["backbone"], "backbone").build()
         backbone.load_exported_state(read_tensors(content), str(path))
-    return ExportedModel(backbone.eval(), info)
+    return ExportedModel(backbone, info).eval()
 
 
 def _read_info(path: Path) -> dict[str, Any]:
@@ -128,9 +202,40 @@ def extract(
     """Write one subnet as a static model.
 
     Args:
+        folder: where `{kind}-{subnet}.safetensors` and `.json` go; made if needed.
+        backbone, subnet, crops, canvas, bits, image_size, source: as in `static_model`.
+
+    Returns:
+        The path of the safetensors file.
+
+    Raises:
+        InputError: as `static_model`.
+    """
+    model = static_model(
+        backbone, subnet, crops, canvas=canvas, bits=bits, image_size=image_size, source=source
+    )
+    config = model.backbone.config
+    suffix = f"-{config.image_size}px" if config.image_size != backbone.config.image_size else ""
+    path = folder / f"{config.kind}-{subnet}{suffix}.safetensors"
+    model.save(path)
+    return path
+
+
+def static_model(
+    backbone: Backbone,
+    subnet: Subnet,
+    crops: CropsConfig,
+    *,
+    canvas: int | None = None,
+    bits: int | None = None,
+    image_size: int | None = None,
+    source: str = "",
+) -> ExportedModel:
+    """A subnet as a model of its own, in evaluation mode, after a check that its features are the same.
+
+    Args:
         backbone: the shared weights.
         subnet: which network.
-        folder: where `{kind}-{subnet}.safetensors` and `.json` go; made if needed.
         crops: gives the pre-processing.
         canvas: side in pixels of the square that images are shrunk to fit, at the image size of training;
             default: as many as the shorter side has before the crop.
@@ -138,19 +243,12 @@ def extract(
         image_size: pixels of its images; a position embedding is interpolated to it. Default: as trained.
         source: where the weights come from, kept in the JSON file.
 
-    Returns:
-        The path of the safetensors file.
-
     Raises:
         InputError: a subnet outside the space, or an image size that the backbone cannot take.
     """
     static = backbone.static(backbone.space.require(subnet), image_size)
     worst = _largest_difference(backbone, static, subnet)
-    folder.mkdir(parents=True, exist_ok=True)
     config, size = static.config, static.config.image_size
-    suffix = f"-{size}px" if size != backbone.config.image_size else ""
-    path = folder / f"{config.kind}-{subnet}{suffix}.safetensors"
-    content = tensor_bytes(static.exported_state(), metadata={"format": "pt"})
     info = {
         "format": FORMAT,
         "width": subnet.width,
@@ -170,12 +268,9 @@ def extract(
             "std": list(crops.std),
         },
         "source": source,
-        "sha256": hashlib.sha256(content).hexdigest(),
         "largest_difference": worst,
     }
-    write_json(path.with_suffix(".json"), sealed(info))
-    write_bytes(path, content)
-    return path
+    return ExportedModel(static, info).eval()
 
 
 @torch.no_grad()

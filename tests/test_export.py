@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny import OVERRIDES
 
 import poa
 from poa import export
+from poa.__main__ import main
 from poa.backbones import ElasticViT, ResNetConfig
 from poa.data.crops import CropsConfig
 from poa.data.loader import place_on_canvases
@@ -214,3 +216,40 @@ def test_another_preprocessing_beside_the_weights(backbone: ElasticViT, tmp_path
     info.write_text(info.read_text().replace('"resize": ', '"resize": 1'))
     with pytest.raises(InputError, match="expected what extract wrote, got a changed file"):
         poa.load(path)
+
+
+def test_a_run_its_models_and_what_is_saved_again_are_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", "--out", "run", *OVERRIDES]) == 0
+    assert main(["extract", "run", "--subnets", "16x1", "32x2"]) == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    loaded = [
+        poa.load("run", "16x1"),
+        poa.load("run/models", "16x1"),
+        poa.load("run/models/vit-16x1.safetensors"),
+    ]
+    loaded[1].save("again/mine.safetensors")
+    loaded.append(poa.load("again"))
+    assert Path("again/mine.safetensors").read_bytes() == Path("run/models/vit-16x1.safetensors").read_bytes()
+    assert Path("again/mine.json").read_bytes() == Path("run/models/vit-16x1.json").read_bytes()
+    for model in loaded:
+        assert not any(module.training for module in model.modules())
+        assert model.info | {"sha256": ""} == loaded[1].info | {"sha256": ""}
+        features = model(Image.open("photo.png"))
+        assert features.shape == (1, 16) and torch.equal(features, loaded[0](["photo.png"]))
+        assert torch.equal(features, model(model.preprocess("photo.png")))
+    assert poa.load("run").info["width"] == 32
+    assert not torch.equal(poa.load("run", "16x1", branch="student")("photo.png"), features)
+    for place, subnet, message in (
+        ("run/models", None, "run/models: expected one subnet of what lies there, got 2 of: 16x1, 32x2"),
+        ("run/models", "16x2", "expected 16x2 of what lies there, got 0 of: 16x1, 32x2"),
+        ("run", "16x9", "subnet 16x9: expected a width of 16, 32"),
+        ("run/checkpoints", None, "expected one subnet of what lies there, got 0 of: none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            poa.load(place, subnet)
+    with pytest.raises(InputError, match="save: expected a name that ends in .safetensors, got mine.pt"):
+        loaded[0].save("mine.pt")

@@ -104,7 +104,7 @@ def test_from_own_pictures_to_a_model(home: Path) -> None:
     ]
     model = poa.load(home / models[0])
     with torch.no_grad():
-        features = model(model.preprocess(Image.open(home / "photos" / "cat" / "0.jpg")))
+        features = model(home / "photos" / "cat" / "0.jpg")
     assert features.shape == (1, 16) and features.isfinite().all()
 
 
