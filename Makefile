@@ -24,7 +24,7 @@ quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(RUN),--out $(RUN))
 
 test: $(VENV)/.poa-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-gpu: $(VENV)/.poa-test
 	$(BIN)/python -m pytest -rs -m cuda

@@ -26,6 +26,7 @@ setup(
         "test": [
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "scikit-learn",
             "matplotlib",
             "triton>=3.6",

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and results repeat bitwise
+# Those of every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / path) for path in ("", "kernels", "tests"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The lanes start first: they take longest."""
+    items.sort(key=lambda item: item.path.name != "test_lanes.py")
 
 
 @pytest.hookimpl(tryfirst=True)

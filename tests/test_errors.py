@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import processes
 import pytest
 import safetensors
 from full_disk import full_at
@@ -168,10 +167,7 @@ def test_an_extract_on_a_full_disk(trained: Path, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize("command", ["run | true", "run >&-", "run | head -n 1"])
 def test_a_run_outlives_its_standard_output(command: str, tmp_path: Path) -> None:
     run = f"({sys.executable} -m poa pretrain --out run {' '.join(OVERRIDES)}; echo $? > code)"
-    environment = os.environ | {"PYTHONPATH": processes.PATHS, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command.replace("run", run, 1), shell=True, cwd=tmp_path, env=environment, stderr=-1, text=True
-    )
+    done = subprocess.run(command.replace("run", run, 1), shell=True, cwd=tmp_path, stderr=-1, text=True)
     assert (tmp_path / "code").read_text() == "0\n", done.stderr
     assert "Traceback" not in done.stderr and RunFolder(tmp_path / "run").newest().step == 6
 

@@ -182,9 +182,8 @@ main(["pretrain", "--out", *sys.argv[1:]])
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     """Also from a step that never ends. Two in quick succession are one: launchers pass the first on."""
-    environment = os.environ | {"PYTHONPATH": processes.PATHS, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LEFT_AT_ONCE, str(tmp_path / "run"), *OVERRIDES]
-    run = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
+    run = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
     assert run.stdout is not None
     while "stuck" not in run.stdout.readline():
         assert run.poll() is None
@@ -265,10 +264,7 @@ def test_a_signal_to_all_processes_of_a_run(number: signal.Signals, code: int, t
     out = tmp_path / "run"
     options = [*OVERRIDES, "method.optim.epochs=2000", "performance.workers=2", "run.save_every=100000"]
     command = [sys.executable, "-m", "poa", "pretrain", "--out", str(out), *options]
-    environment = os.environ | {"PYTHONPATH": processes.PATHS, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+    run = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while len(RunFolder(out).rows()) < 3:
         assert run.poll() is None
         time.sleep(0.05)

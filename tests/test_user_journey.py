@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import resource
 import signal
@@ -15,12 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import PATHS
 from tiny import OVERRIDES
 
 import poa
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def start(home: Path, command: str) -> subprocess.Popen[str]:
     """`poa COMMAND` typed in that folder."""
     words = [sys.executable, "-m", "poa", *command.split()]
     pipe = subprocess.PIPE
-    return subprocess.Popen(words, cwd=home, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(words, cwd=home, stdout=pipe, stderr=pipe, text=True)
 
 
 def typed(home: Path, command: str) -> str:

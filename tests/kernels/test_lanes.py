@@ -1,4 +1,4 @@
-"""Runs the Triton lanes as processes of their own, all at once.
+"""Runs the Triton lanes, each a process of its own; `tests/conftest.py` has them start first.
 
 By hand: `TRITON_INTERPRET=1 pytest tests/kernels/interpreted` and
 `ELASTIC_KERNELS_LANE=compiled pytest tests/kernels/compiled`.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+INTERPRETED = {"TRITON_INTERPRET": "1"}
 LANES = {
     "interpreted": ("tests/kernels/interpreted", INTERPRETED),
     "golden-vit": ("tests/test_golden_vit.py", INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}),
@@ -29,22 +28,12 @@ LANES = {
 }
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
-    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    lanes = {
-        name: subprocess.Popen([*command, path], env=os.environ | variables, **options)
-        for name, (path, variables) in LANES.items()
-    }
-    yield lanes
-    for process in lanes.values():
-        process.kill()
-
-
 @pytest.mark.parametrize("lane", LANES)
-def test_lane(lane: str, running: dict[str, subprocess.Popen[str]]) -> None:
-    printed, _ = running[lane].communicate(timeout=1800)
-    print(printed[-6000:])
-    assert running[lane].returncode == 0, f"lane {lane}: see its output above"
+def test_lane(lane: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    path, variables = LANES[lane]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", path]
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 1800}
+    done = subprocess.run(command, env=os.environ | variables, **options)
+    print(done.stdout[-6000:], done.stderr[-6000:])
+    assert done.returncode == 0, f"lane {lane}: see its output above"
