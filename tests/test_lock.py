@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 from full_disk import full_at
 from tiny import OVERRIDES, tiny_config
@@ -26,8 +25,6 @@ from poa.checkpoint import RunFolder
 from poa.errors import InputError, SaveError
 from poa.lock import RunLock
 from poa.train import Run, pretrain
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": processes.PATHS, "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager
@@ -85,9 +82,7 @@ sys.exit(main(["pretrain", "--out", *sys.argv[1:]]))
 def test_two_runs_and_a_killed_one(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
     """Neither another resume nor a new run touches what a run is writing; killed, it goes on by itself."""
     out, often = tmp_path / "run", ["method.optim.epochs=500", "run.save_every=2"]
-    first = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(out), *OVERRIDES, *often], env=ENVIRONMENT, stdout=-1, text=True
-    )
+    first = subprocess.Popen([sys.executable, "-c", SLOW, str(out), *OVERRIDES, *often], stdout=-1, text=True)
     assert first.stdout is not None
     assert "step" in [first.stdout.readline().strip() for _ in range(60)]
     (out / "checkpoints" / "00000099.0123.partial").write_text("being written")

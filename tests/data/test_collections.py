@@ -6,11 +6,12 @@ import gc
 import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import collections_of_images as collections
 import numpy as np
-import processes
 import pytest
 import torch
 from collections_of_images import CLASSES, WRITERS, write_odd
@@ -173,8 +174,9 @@ def test_large_images_take_little_memory(tmp_path: Path) -> None:
     """A JPEG is decoded small, of 183 MiB; a PNG of 380 MiB is refused unseen."""
     Image.new("RGB", (8000, 8000), (90, 60, 30)).save(tmp_path / "a.jpg")
     (tmp_path / "b.png").write_bytes(collections.huge_png(20000))
-    ((_, printed, _),) = processes.run(1, "-c", MEMORY_OF_READING, str(tmp_path))
-    small, refused, mib = printed.splitlines()
+    command = [sys.executable, "-c", MEMORY_OF_READING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    small, refused, mib = done.stdout.splitlines()
     assert small == "(256, 256, 3)" and "exceeds limit" in refused
     assert float(mib) < 40
 
