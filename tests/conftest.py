@@ -15,6 +15,11 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only costs, and result
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / path) for path in ("", "kernels", "tests"))
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The lanes start first: they take longest."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -40,7 +39,7 @@ STEPS, CURVE_TOLERANCE, KNN_TOLERANCE = 300, 0.01, 0.033
 def train(config: Config, out: Path, name: str) -> list[dict]:
     with backend(name):
         pretrain(config, out)
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return RunFolder(out).rows()
 
 
 SIZES = ["method.batch_size=4", "method.crops.local_count=1", "method.optim.epochs=1.5"]
