@@ -8,7 +8,12 @@ PyTorch definition that runs on any device;
 
 from elastic_kernels.absent_gpu import absent_gpu
 from elastic_kernels.attention import packed_attention
-from elastic_kernels.block import (
+from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, elastic_block_from_vit
+from elastic_kernels.compilations import compilations
+from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, crops_backend, render_crops
+from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
+from elastic_kernels.group_norm import elastic_group_norm
+from elastic_kernels.halves import (
     AttentionWeights,
     KeptRows,
     MlpWeights,
@@ -17,26 +22,18 @@ from elastic_kernels.block import (
     elastic_attention_half,
     elastic_mlp_half,
 )
-from elastic_kernels.compilations import compilations
-from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, crops_backend, render_crops
-from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
-from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.modules import (
     ElasticAttention,
-    ElasticBlock,
-    ElasticBottleneck,
     ElasticGroupNorm,
     ElasticLayerNorm,
     ElasticLinear,
     ElasticMLP,
-    ElasticSwinBlock,
     ElasticWindowAttention,
     LayerScale,
     conv_channels_last,
-    elastic_block_from_vit,
 )
 from elastic_kernels.optimizer import FusedAdamW, fused_adamw_backend
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling

@@ -1,0 +1,319 @@
+"""Elastic blocks as `nn.Module`s: of a vision transformer, of a Swin transformer, of a ResNet.
+
+Parameter names are those of timm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_kernels.halves import (
+    AttentionWeights,
+    KeptRows,
+    MlpWeights,
+    Sequences,
+    Windows,
+    elastic_attention_half,
+    elastic_mlp_half,
+)
+from elastic_kernels.linear import elastic_linear
+from elastic_kernels.mlp import elastic_hidden_features
+from elastic_kernels.modules import (
+    ElasticAttention,
+    ElasticGroupNorm,
+    ElasticLayerNorm,
+    ElasticMLP,
+    ElasticWindowAttention,
+    LayerScale,
+    conv_channels_last,
+    static_linear,
+    static_norm,
+)
+
+Groups = Sequence[tuple[int, int]]
+Maps = Sequence[tuple[int, int, int]]
+
+
+class ElasticBlock(nn.Module):
+    """Pre-norm transformer block on packed tokens of any width up to its own.
+
+    Args:
+        width, hidden: of the largest network.
+        head_dim: channels of a head.
+        eps: of both norms.
+        layer_scale: initial LayerScale; None means none.
+        qkv_bias: whether the q, k and v projections have a bias.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        head_dim: int,
+        *,
+        eps: float = 1e-6,
+        layer_scale: float | None = None,
+        qkv_bias: bool = True,
+    ):
+        super().__init__()
+        self.norm1 = ElasticLayerNorm(width, eps=eps)
+        self.attn = ElasticAttention(width, head_dim, qkv_bias)
+        self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = ElasticLayerNorm(width, eps=eps)
+        self.mlp = ElasticMLP(width, hidden)
+        self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def forward(
+        self,
+        x: Tensor,
+        groups: Groups,
+        kept: tuple[KeptRows, KeptRows] | None = None,
+        only: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: `[tokens, w]`.
+            groups: `(count, length)` of each length class in packing order.
+            kept: the sequences that take part in the attention half and in the MLP half.
+            only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
+                MLP are computed for these alone.
+            inplace: the result may overwrite `x`, which nobody else needs.
+
+        Returns:
+            `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
+        """
+        first, second = kept or (None, None)
+        tokens, row_scale = x.shape[0], None
+        x = elastic_attention_half(
+            x, _attention_weights(self.norm1, self.attn, self.ls1), Sequences(groups),
+            head_dim=self.attn.head_dim, eps=self.norm1.eps, kept=first, only=only, inplace=inplace,
+        )  # fmt: skip
+        if second and only is not None:
+            (_, row_scale), second = second.among(only, tokens), None
+        return elastic_mlp_half(
+            x, _mlp_weights(self.norm2, self.mlp, self.ls2),
+            eps=self.norm2.eps, kept=second, row_scale=row_scale, inplace=True,
+        )  # fmt: skip
+
+    def static_state(self, width: int) -> dict[str, Tensor]:
+        """The block at one width as a block of its own: prefixes of its weights, offset scales folded in."""
+        scales = {"ls1.gamma": self.ls1, "ls2.gamma": self.ls2}
+        gammas = {name: scale.gamma[:width] for name, scale in scales.items() if scale is not None}
+        return gammas | _static_layers(self, width)
+
+
+def _attention_weights(
+    norm: nn.LayerNorm, attn: ElasticAttention | ElasticWindowAttention, scale: LayerScale | None
+) -> AttentionWeights:
+    qkv, proj, gamma = attn.qkv, attn.proj, None if scale is None else scale.gamma
+    return AttentionWeights(norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
+
+
+def _mlp_weights(norm: nn.LayerNorm, mlp: ElasticMLP, scale: LayerScale | None) -> MlpWeights:
+    fc1, fc2, gamma = mlp.fc1, mlp.fc2, None if scale is None else scale.gamma
+    return MlpWeights(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
+
+
+def _static_layers(block: ElasticBlock | ElasticSwinBlock, width: int) -> dict[str, Tensor]:
+    """The corners of a block's linears and the entries of its norms."""
+    attn, mlp = block.attn, block.mlp
+    hidden = elastic_hidden_features(width, mlp.fc1.in_features, mlp.fc1.out_features)
+    layers = {
+        "attn.qkv": static_linear(attn.qkv, width, width, groups=3),
+        "attn.proj": static_linear(attn.proj, width, width),
+        "mlp.fc1": static_linear(mlp.fc1, hidden, width),
+        "mlp.fc2": static_linear(mlp.fc2, width, hidden),
+        "norm1": static_norm(block.norm1, width),
+        "norm2": static_norm(block.norm2, width),
+    }
+    return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.items()}
+
+
+class ElasticSwinBlock(nn.Module):
+    """Pre-norm Swin block on packed maps of any width up to its own.
+
+    Args:
+        width, hidden: of the largest network.
+        head_dim, window, shift: as of `ElasticWindowAttention`.
+        eps: of both norms.
+    """
+
+    def __init__(self, width: int, hidden: int, head_dim: int, window: int, shift: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.norm1 = ElasticLayerNorm(width, eps=eps)
+        self.attn = ElasticWindowAttention(width, head_dim, window, shift)
+        self.norm2 = ElasticLayerNorm(width, eps=eps)
+        self.mlp = ElasticMLP(width, hidden)
+
+    def forward(
+        self,
+        x: Tensor,
+        maps: Maps,
+        kept: tuple[KeptRows, KeptRows] | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: `[tokens, w]`, the positions of all maps row by row.
+            maps: `(count, height, width)` of each group of maps in packing order.
+            kept: the maps that take part in the attention half and in the MLP half.
+            inplace: as of `ElasticBlock`.
+
+        Returns:
+            `[tokens, w]`, the dtype of `x`.
+        """
+        first, second = kept or (None, None)
+        attn = self.attn
+        x = elastic_attention_half(
+            x, _attention_weights(self.norm1, attn, None),
+            Windows(maps, attn.window, attn.shift, attn.bias()),
+            head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace,
+        )  # fmt: skip
+        weights = _mlp_weights(self.norm2, self.mlp, None)
+        return elastic_mlp_half(x, weights, eps=self.norm2.eps, kept=second, inplace=True)
+
+    def static_state(self, width: int) -> dict[str, Tensor]:
+        """As `ElasticBlock.static_state`."""
+        table = self.attn.relative_position_bias_table[:, : width // self.attn.head_dim]
+        return {"attn.relative_position_bias_table": table} | _static_layers(self, width)
+
+
+class ElasticBottleneck(nn.Module):
+    """ResNet bottleneck with group norm on channels-last maps; the channels of its middle are elastic.
+
+    Args:
+        entry: channels of the input.
+        middle: of the largest network's 3x3 convolution.
+        out: channels of the output.
+        groups: of the norms, whatever the width.
+        stride: of the 3x3 convolution.
+        shortcut: the input is projected before it is added, as where its shape differs from the output's.
+        eps: of the norms.
+    """
+
+    def __init__(
+        self,
+        entry: int,
+        middle: int,
+        out: int,
+        groups: int,
+        *,
+        stride: int = 1,
+        shortcut: bool = False,
+        eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.stride = stride
+        self.conv1 = nn.Linear(entry, middle, bias=False)
+        self.norm1 = ElasticGroupNorm(groups, middle, eps=eps)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = ElasticGroupNorm(groups, middle, eps=eps)
+        self.conv3 = nn.Linear(middle, out, bias=False)
+        self.norm3 = ElasticGroupNorm(groups, out, eps=eps)
+        self.downsample = (
+            nn.Sequential(nn.Linear(entry, out, bias=False), ElasticGroupNorm(groups, out, eps=eps))
+            if shortcut
+            else None
+        )
+
+    def forward(self, x: Tensor, middle: int) -> Tensor:
+        """One block.
+
+        Args:
+            x: `[N, H, W, entry]`.
+            middle: active channels of the 3x3 convolution, a multiple of `groups`.
+
+        Returns:
+            `[N, ceil(H / stride), ceil(W / stride), out]`, the dtype of matrix products.
+        """
+        h = self.norm1(elastic_linear(x, self.conv1.weight, out_features=middle), activation="relu")
+        kernel = self.conv2.weight[:middle, :middle]
+        h = conv_channels_last(h, kernel, stride=self.stride, padding=1)
+        # The offset scale of the convolution: the norm takes it from there.
+        h = self.norm2(h, activation="relu", scale=self.conv2.in_channels / middle)
+        identity = x if self.downsample is None else self._projected(x)
+        h = elastic_linear(h, self.conv3.weight)
+        return self.norm3(h, residual=identity.to(h.dtype), activation="relu")
+
+    def _projected(self, x: Tensor) -> Tensor:
+        assert self.downsample is not None
+        linear, norm = self.downsample
+        assert isinstance(linear, nn.Linear)
+        return norm(elastic_linear(x[:, :: self.stride, :: self.stride], linear.weight))
+
+    def static_state(self, middle: int) -> dict[str, Tensor]:
+        """The block at one width as a block of its own: prefixes of its weights, offset scales folded in."""
+        entry, out, largest = self.conv1.in_features, self.conv3.out_features, self.conv2.in_channels
+        layers = {
+            "conv1": static_linear(self.conv1, middle, entry),
+            "norm1": static_norm(self.norm1, middle),
+            "conv2": {"weight": self.conv2.weight[:middle, :middle] * (largest / middle)},
+            "norm2": static_norm(self.norm2, middle),
+            "conv3": static_linear(self.conv3, out, middle),
+            "norm3": static_norm(self.norm3, out),
+        }
+        if self.downsample is not None:
+            layers["downsample"] = self.downsample.state_dict()
+        return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.items()}
+
+
+def elastic_block_from_vit(block: Any) -> ElasticBlock:
+    """An elastic block that shares the parameters of a timm-style ViT block.
+
+    Args:
+        block: a module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
+            `mlp.fc2`, and perhaps `ls1.gamma` and `ls2.gamma`, such as
+            `timm.models.vision_transformer.Block`.
+
+    Returns:
+        The block; its parameters are those of `block`, not copies. Stochastic depth and dropout are not taken
+        over: pass `kept` to the block instead.
+
+    Raises:
+        ValueError: the block has parts that an elastic block lacks, such as norms of q and k.
+    """
+    attn, mlp = block.attn, block.mlp
+    for owner, name in ((attn, "q_norm"), (attn, "k_norm"), (attn, "norm"), (mlp, "norm")):
+        part = getattr(owner, name, None)
+        if part is not None and not isinstance(part, nn.Identity):
+            raise ValueError(f"elastic_block_from_vit: expected no {name}, got {type(part).__name__}")
+    act = getattr(mlp, "act", None)
+    if not isinstance(act, nn.GELU) or act.approximate != "none":
+        raise ValueError(f"elastic_block_from_vit: expected an exact nn.GELU, got {act}")
+    (hidden, width), heads = mlp.fc1.weight.shape, attn.num_heads
+    gammas = [getattr(getattr(block, name, None), "gamma", None) for name in ("ls1", "ls2")]
+    if (gammas[0] is None) != (gammas[1] is None):
+        raise ValueError("elastic_block_from_vit: expected ls1 and ls2 both or neither, got one of them")
+    if attn.qkv.weight.shape != (3 * width, width) or width % heads:
+        raise ValueError(
+            f"elastic_block_from_vit: expected qkv [{3 * width}, {width}] for {heads} equal heads, "
+            f"got {tuple(attn.qkv.weight.shape)}"
+        )
+    with torch.device("meta"):
+        elastic = ElasticBlock(
+            width,
+            hidden,
+            width // heads,
+            eps=block.norm1.eps,
+            layer_scale=None if gammas[0] is None else 1.0,
+            qkv_bias=attn.qkv.bias is not None,
+        )
+    elastic.norm2.eps = block.norm2.eps
+    theirs = dict(block.named_parameters())
+    mine = dict(elastic.named_parameters())
+    if theirs.keys() != mine.keys():
+        odd = ", ".join(sorted(theirs.keys() ^ mine.keys()))
+        raise ValueError(
+            f"elastic_block_from_vit: expected the parameters of a plain block, differs in {odd}"
+        )
+    for name in mine:
+        owner, _, leaf = name.rpartition(".")
+        setattr(elastic.get_submodule(owner), leaf, theirs[name])
+    return elastic
