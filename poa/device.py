@@ -41,7 +41,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def use_threads(threads: int | None, device: torch.device) -> None:
-    """Let PyTorch compute with so many CPU threads.
+    """Let PyTorch compute with so many CPU threads, at most one a CPU.
 
     None: with `OMP_NUM_THREADS`, as PyTorch does, and where that is not set with one on a CPU. Threads wait
     for each other at the end of every operator: beside other busy processes, several are far slower than one.
@@ -49,7 +49,7 @@ def use_threads(threads: int | None, device: torch.device) -> None:
     if threads is None and device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS"):
         threads = 1
     if threads is not None:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
 
 
 @contextmanager

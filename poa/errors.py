@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 1000  # characters of a message
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message is one line: what was expected, what was got."""
@@ -45,9 +47,10 @@ def one_line(error: BaseException) -> str:
     An error of another process arrives with its trace; the last line is the message.
     """
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    lines = str(error).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = next(reversed(str(error).strip().splitlines()), type(error).__name__)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 @contextmanager

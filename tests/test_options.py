@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from sweep_options import sweep
 
 from poa.backbones import ResNetConfig, SwinConfig
 from poa.config import Config
@@ -214,3 +215,11 @@ def test_configurations_of_before_are_read_under_the_names_of_now() -> None:
 def test_every_former_name_leads_to_an_option() -> None:
     known = {key for key, *_ in describe(preset("quickstart"))}
     assert set(Config.RENAMED.values()) <= known and not known & set(Config.RENAMED)
+
+
+def test_absurd_options_of_a_run_end_in_a_line_or_train() -> None:
+    """Every 97th of all options with all absurd values; `sweep_options.py` tries all."""
+    results = list(sweep(97))
+    assert len(results) > 25
+    wrong = [result for result in results if result[1] not in ("ran", "ended", "refused")]
+    assert not wrong
