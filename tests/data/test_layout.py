@@ -9,6 +9,7 @@ from pathlib import Path
 
 import collections_of_images as collections
 import numpy as np
+import processes
 import pytest
 from run_folders import rows
 from test_collections import cache
@@ -158,6 +159,21 @@ def test_ranks_compare_what_they_see(kind: str, tmp_path: Path) -> None:
         path = tmp_path / "b" / "cat" / "0000.png"
         path.rename(path.with_name("00000.png"))
         assert open_data(str(tmp_path / "b"), 0.25, 0).digest() != here.digest()
+
+
+RANK = """
+import os, sys
+from poa.__main__ import main
+sys.exit(main(["pretrain", "--check", "--device=cpu", f"--data={sys.argv[1]}/{os.environ['RANK']}"]))
+"""
+
+
+def test_ranks_that_see_other_images_do_not_begin(tmp_path: Path) -> None:
+    for rank in "01":
+        lay_out(tmp_path / rank, {"cat": 4, "dog": 4})
+    (tmp_path / "1" / "dog" / "3.png").rename(tmp_path / "1" / "dog" / "4.png")
+    for code, _, error in processes.finish(processes.start(2, "-c", RANK, str(tmp_path))):
+        assert code == 2 and "data: expected the same on all ranks, got checksum of names" in error
 
 
 def test_a_run_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

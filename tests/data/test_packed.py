@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -267,6 +268,14 @@ def test_nothing_is_lost_in_silence(kind: str, tmp_path: Path) -> None:
             account(open_data(str(path), 0.0, 0, lost_share=1.0), whole, count)
         except InputError as error:
             assert str(error).startswith("data: expected"), seed
+
+
+def test_compressed_and_special_files(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", {f"{i}.png": encoded(i) for i in range(3)})
+    (tmp_path / "b.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    os.mkfifo(tmp_path / "c.tar")
+    with pytest.raises(InputError, match=r"b.tar: is compressed, expected a .*c.tar: not a regular"):
+        open_data(str(tmp_path), 0.25, 0)
 
 
 def test_whole_members_behind_damage_are_used(tmp_path: Path) -> None:

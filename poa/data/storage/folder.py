@@ -66,7 +66,7 @@ class Tree:
             above |= {(state.st_dev, state.st_ino)}
             below = []
             for entry in entries:
-                path = os.path.join(folder, entry.name)
+                path = f"{folder}{os.sep}{entry.name}" if folder else entry.name
                 if path not in skipped and self._take(entry, path, above, images):
                     below.append((path, above))
                     self.top |= set() if folder else {path}
@@ -78,7 +78,7 @@ class Tree:
         self, entry: os.DirEntry[str], path: str, above: Collection[tuple[int, int]], images: list[str]
     ) -> bool:
         """Put an image to the others; return whether the entry is a folder to list."""
-        ending = os.path.splitext(entry.name)[1].lower()
+        ending = "".join(entry.name.lower().rpartition(".")[1:])
         try:
             if is_hidden(entry.name):
                 self.left_out.add(HIDDEN, path)
@@ -120,9 +120,9 @@ def read_folder(root: Path, skipped: Collection[str] = ()) -> Opened:
             f"data: expected images (.jpg, .png, .webp, ...) in {root}, got none{why and f' ({why})'}"
         )
     parents = [path.partition(os.sep)[0] if os.sep in path else "" for path in tree.images]
-    names, codes = np.unique(parents, return_inverse=True)
-    classes = tuple(str(name) for name in names if name)
-    labels = codes.astype(np.int64) - (len(names) - len(classes)) if classes else None
+    classes = tuple(sorted({*parents} - {""}))
+    number = {"": -1, **{name: i for i, name in enumerate(classes)}}
+    labels = np.array([number[parent] for parent in parents], dtype=np.int64) if classes else None
     for folder in sorted(tree.top - set(classes)):
         tree.left_out.add("folders without images", folder)
     lost = tuple(tree.lost)

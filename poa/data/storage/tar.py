@@ -28,6 +28,15 @@ from poa.errors import InputError
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_LABEL = 256  # bytes of a `.cls` member
+LARGEST_IMAGE = 1 << 30  # bytes
+# What compressed files begin with.
+COMPRESSED = (
+    b"\x1f\x8b",
+    b"BZh",
+    b"\xfd7zXZ",
+    b"\x28\xb5\x2f\xfd",
+    b"PK\x03\x04",
+)
 TABLES = 2  # version of the tables in the cache
 
 
@@ -49,6 +58,8 @@ class Shards:
 
     def open(self, index: int) -> BinaryIO:
         offset, size = int(self.offsets[index]), int(self.sizes[index])
+        if size > LARGEST_IMAGE:
+            raise ValueError(f"{size:,} bytes are no image")
         with open_regular(self.paths[self.shard[index]], buffering=0) as file:
             file.seek(offset - BLOCK)
             content = file.read(BLOCK + size)
@@ -147,6 +158,8 @@ def _read_table(file: Path) -> ShardTable:
 def list_shard(path: Path) -> ShardTable:
     """List a tar file. Behind a damaged header it goes on at the next whole one."""
     with open_regular(str(path)) as file:
+        if file.read(8).startswith(COMPRESSED):
+            raise OSError("is compressed, expected a plain tar file")
         walk = _Walk(file, os.fstat(file.fileno()).st_size)
         listing = _Listing(file)
         for member in walk.members():
