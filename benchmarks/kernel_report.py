@@ -232,9 +232,11 @@ def _row_cases(part: int, dtype: str) -> Iterator[Case]:
 
 def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
     """Every length class at head_dim 64; other head sizes on one part, to keep the table short."""
-    small = PARTS[part].shared_of_block < 128
+    capability = divmod(part, 10)
     for head_dim in (16, 32, 64, 128) if (part, dtype) == (90, "fp16") else (64,):
-        configs = [attention.fwd_config(n, head_dim, ITEMSIZE[dtype], small) for n in (37, 128, 197, 600)]
+        configs = [
+            attention.fwd_config(n, head_dim, ITEMSIZE[dtype], capability) for n in (37, 128, 197, 600)
+        ]
         forwards = [
             (
                 attention._attention_resident_fwd_kernel
@@ -244,7 +246,10 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
             )
             for c in configs
         ]
-        backward = (attention._attention_bwd_kernel, attention.bwd_config(head_dim, ITEMSIZE[dtype], small))
+        backward = (
+            attention._attention_bwd_kernel,
+            attention.bwd_config(head_dim, ITEMSIZE[dtype], capability),
+        )
         for kernel, config in (*forwards, backward):
             settings = f"{config.block_m}x{config.block_n}, {config.warps} warps, {config.stages} stages"
             if config.block_m < 64:
@@ -255,7 +260,7 @@ def _attention_cases(part: int, dtype: str) -> Iterator[Case]:
                  "BLOCK_N": config.block_n, "PRECISION": "ieee"},
                 {"lse_ptr": "fp32"}, ("scale", "scale_log2"), ("first_token", "length", "heads"),
                 config.warps, config.stages, matrix=True,
-                blocks=2 if config.resident and config.block_n == 64 else 1,
+                blocks=1 if dtype == "fp32" else 2,
             )  # fmt: skip
 
 

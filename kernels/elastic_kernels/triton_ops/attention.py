@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import is_small_part, precision
+from elastic_kernels.triton_ops.device import SMALL_PARTS, capability, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
 from elastic_kernels.triton_ops.registration import first_order, register
@@ -206,37 +206,41 @@ class AttentionConfig:
     resident: bool = False
 
 
-# The largest tiles that compile without spilling; not timed on a GPU yet. Parts with 99 KB of shared memory a
-# block (`device.SMALL_PARTS`) also spill earlier, and get smaller ones.
+# The largest tiles that compile without spilling on 4 warps: more would compute the rows of a tile twice, and
+# leave room for one block only. Not timed on a GPU yet. Parts with 99 KB of shared memory a block
+# (`device.SMALL_PARTS`) also spill earlier, and get smaller ones.
 _RESIDENT = (  # (longest length, settings), half precision and head_dim up to 64
     (64, AttentionConfig(64, 64, warps=4, resident=True)),
     (128, AttentionConfig(64, 128, warps=4, resident=True)),
-    (256, AttentionConfig(64, 256, warps=8, resident=True)),
+    (256, AttentionConfig(64, 256, warps=4, resident=True)),
 )
 _STREAMING = AttentionConfig(64, 64, warps=4, stages=2)
 _FWD_FP32 = AttentionConfig(32, 32, warps=8)  # exact products run on the plain units, from registers
-_BWD = AttentionConfig(64, 64, warps=8)  # 4 warps spill on sm_80
+_BWD = AttentionConfig(64, 64, warps=4)
+_BWD_WIDE = AttentionConfig(32, 64, warps=4)  # where 64x64 spills: wide heads, and all on sm_80
 _BWD_SMALL_PART = AttentionConfig(32, 32, warps=4)
 _BWD_FP32 = AttentionConfig(32, 32, warps=8)
 _BWD_FP32_WIDE = AttentionConfig(16, 16, warps=8)
 
 
-def fwd_config(length: int, head_dim: int, itemsize: int, small_part: bool) -> AttentionConfig:
-    """Settings of the forward for sequences of a length; `small_part`: 99 KB of shared memory."""
+def fwd_config(length: int, head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
+    """Settings of the forward for sequences of a length; `part`: compute capability."""
     if itemsize == 4:
         return _FWD_FP32
     if head_dim <= 64:
-        for longest, config in _RESIDENT[: 2 if small_part else None]:
+        for longest, config in _RESIDENT[: 2 if part in SMALL_PARTS else None]:
             if length <= longest:
                 return config
     return _STREAMING
 
 
-def bwd_config(head_dim: int, itemsize: int, small_part: bool) -> AttentionConfig:
-    """Settings of the backward; `small_part` as in `fwd_config`."""
+def bwd_config(head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
+    """Settings of the backward; `part` as in `fwd_config`."""
     if itemsize == 4:
         return _BWD_FP32_WIDE if head_dim > 64 else _BWD_FP32
-    return _BWD_SMALL_PART if small_part else _BWD
+    if part in SMALL_PARTS:
+        return _BWD_SMALL_PART
+    return _BWD_WIDE if head_dim > 64 or part < (9, 0) else _BWD
 
 
 def _fwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
@@ -259,9 +263,9 @@ def _fwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
 
 _BWD_CANDIDATES = (
     _BWD,
+    _BWD_WIDE,
     _BWD_SMALL_PART,
-    AttentionConfig(64, 64, warps=4),
-    AttentionConfig(32, 64, warps=4),
+    AttentionConfig(64, 64, warps=8),
     AttentionConfig(64, 32, warps=4),
     AttentionConfig(128, 64, warps=8),
 )
@@ -282,7 +286,7 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
     for first, count, length in _spans(groups):
-        fallback = fwd_config(length, dim, qkv.dtype.itemsize, is_small_part(qkv.device))
+        fallback = fwd_config(length, dim, qkv.dtype.itemsize, capability(qkv.device))
         config = _config(_FWD_TUNABLE, fallback, qkv, length)
         kernel = _attention_resident_fwd_kernel if config.resident else _attention_streaming_fwd_kernel
         tiles = 1 if config.resident else triton.cdiv(length, config.block_m)
@@ -301,7 +305,7 @@ def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: S
     """The gradient `[tokens, 3, heads, d]` of qkv; `out`, `lse` and `dout` are contiguous."""
     heads, dim = qkv.shape[2:]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    fallback = bwd_config(dim, qkv.dtype.itemsize, is_small_part(qkv.device))
+    fallback = bwd_config(dim, qkv.dtype.itemsize, capability(qkv.device))
     for first, count, length in _spans(groups):
         config = _config(_BWD_TUNABLE, fallback, qkv, length)
         _attention_bwd_kernel[(count * heads,)](

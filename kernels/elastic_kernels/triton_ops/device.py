@@ -33,11 +33,6 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _gpu(device).capability
 
 
-def is_small_part(device: torch.device) -> bool:
-    """Whether a block may use only 99 KB of shared memory there."""
-    return capability(device) in SMALL_PARTS
-
-
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors."""
     return _gpu(device).processors
