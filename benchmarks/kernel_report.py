@@ -34,6 +34,7 @@ from elastic_kernels.triton_ops import (
     sinkhorn,
     window_attention,
 )
+from poa.files import write_text
 
 TABLE = Path(__file__).parent / "results" / "kernel_report.tsv"
 COLUMNS = (
@@ -428,7 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for key, complaints in wrong.items():
         print("WRONG", key.replace("\t", " "), "; ".join(complaints))
     if write:
-        TABLE.write_text("\n".join(lines) + "\n")
+        write_text(TABLE, "\n".join(lines) + "\n")
     return 1 if wrong else 0
 
 

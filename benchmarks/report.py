@@ -8,6 +8,8 @@ from typing import Any
 
 from benchmarks import goals, results
 from benchmarks.results import Row
+from poa.drawing import write_figure
+from poa.files import write_text
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -64,7 +66,7 @@ def write(paths: Sequence[Path], readme: Path = README, plots: Path = PLOTS) -> 
     plotted = (f"![{p.stem}]({p.relative_to(readme.parent)})" for p in pictures)
     body = "\n\n".join([goal_table(rows), *(sections(rows) or [NOTHING]), *plotted])
     head, rest = text.split(BEGIN)
-    readme.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}")
+    write_text(readme, f"{head}{BEGIN}\n\n{body}\n\n{END}{rest.split(END)[1]}")
     print(f"{readme}: {len(rows)} rows, {len(pictures)} plots")
 
 
@@ -204,7 +206,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
             function(axes, mine)
             folder.mkdir(parents=True, exist_ok=True)
             paths.append(folder / f"{name}.png")
-            figure.savefig(paths[-1], dpi=110)
+            write_figure(figure, paths[-1], 110)
             pyplot.close(figure)
     return paths
 

@@ -267,8 +267,11 @@ class RunFolder:
 
     def forget_metrics_after(self, step: int) -> None:
         """Drop lines of steps that are about to be repeated."""
-        kept = [json.dumps(sealed(row)) + "\n" for row in self.rows() if row["step"] <= step]
-        write_text(self.metrics, "".join(kept))
+        kept = [row for row in self.rows() if row["step"] <= step]
+        last = max((row["step"] for row in kept), default=0)
+        if last < step:  # as the line of a step is written before its checkpoint
+            log.warning("%s: expected lines up to step %d, got them up to step %d", self.metrics, step, last)
+        write_text(self.metrics, "".join(json.dumps(sealed(row)) + "\n" for row in kept))
 
 
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from poa.checkpoint import RunFolder
+from poa.checkpoint import Checkpoint, RunFolder
 from poa.config import Config, with_data, with_run
 from poa.device import use_threads
-from poa.distributed import world
+from poa.distributed import World, world
 from poa.drawing import require_drawable
 from poa.errors import InputError
 from poa.evaluate import Origin, evaluate_subnets, evaluation_file
@@ -24,6 +24,7 @@ from poa.export import extract
 from poa.files import make_folder, read_json, require_writable
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
+from poa.network import Network
 from poa.options import differences, from_dict, override
 from poa.presets import preset
 from poa.quickstart import quickstart
@@ -109,7 +110,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     with world(options.device, config.run.timeout, config.performance.threads) as here:
         here.from_main(partial(_require_outputs, out, options.plot))
         data = config.data.open(config.method.seed)
-        network, checkpoint = folder.network(options.branch, options.step)
+        network, checkpoint = _common_network(folder, options, here)
         origin = Origin.of(folder, checkpoint, options.branch)
         backbone = network.backbone.to(here.device)
         initial = None
@@ -125,6 +126,16 @@ def run_evaluate(options: argparse.Namespace) -> None:
         report.plot(Path(options.plot))
     print(report.table())
     print(*filter(None, (out, options.plot)), sep="\n")
+
+
+def _common_network(
+    folder: RunFolder, options: argparse.Namespace, here: World
+) -> tuple[Network, Checkpoint]:
+    """The same network in all processes, also where a run is saving newer ones meanwhile."""
+    while True:
+        network, checkpoint = folder.network(options.branch, options.step)
+        if len(set(here.gather(checkpoint.step))) == 1:
+            return network, checkpoint
 
 
 def _require_outputs(out: Path, plot: str | None) -> None:

@@ -283,7 +283,8 @@ def _told_failures(here: World) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).strip() or type(error).__name__
-        if isinstance(error, PeerError) or not (isinstance(error, dist.DistError) or LOST.search(text)):
+        lost = isinstance(error, dist.DistError) or (LOST.search(text) and not text.startswith("Caught "))
+        if isinstance(error, PeerError) or not lost:  # `Caught`: in a decoding process of this rank
             _tell(here, error)
             raise
         raise PeerError(_told(here, _answers(here), text.splitlines()[0])) from None
@@ -296,9 +297,8 @@ def _told_failures(here: World) -> Iterator[None]:
 
 def _tell(here: World, error: Exception) -> None:
     assert here.store is not None
-    line = (str(error).strip() or "no message").splitlines()[-1]
     with suppress(RuntimeError):  # the store went with the process that kept it
-        here.store.set(f"failed {here.rank}", f"{type(error).__name__}: {line}")
+        here.store.set(f"failed {here.rank}", f"{type(error).__name__}: {errors.one_line(error)}")
 
 
 def _answers(here: World) -> dict[int, str | None]:

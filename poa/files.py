@@ -160,9 +160,9 @@ def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The object without its checksum; None where it is another's."""
+    """The object without its checksum; None where that is missing or another's."""
     content = {key: value for key, value in row.items() if key != CHECKSUM}
-    return content if row.get(CHECKSUM) in (None, sealed(content)[CHECKSUM]) else None
+    return content if row.get(CHECKSUM) == sealed(content)[CHECKSUM] else None
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -208,7 +208,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return unsealed(row) if isinstance(row, dict) else None
+    if not isinstance(row, dict):
+        return None
+    return unsealed(row) if CHECKSUM in row else row  # as of a former version
 
 
 def sync(path: Path) -> None:

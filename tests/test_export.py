@@ -22,7 +22,7 @@ from poa.data.crops import CropsConfig
 from poa.data.loader import place_on_canvases
 from poa.data.resample import eval_crop
 from poa.errors import InputError
-from poa.files import CHECKSUM
+from poa.files import CHECKSUM, sealed
 from poa.presets import preset
 from poa.subnets import Subnet
 
@@ -185,7 +185,7 @@ def test_files_that_are_no_extracted_subnets(backbone: ElasticViT, tmp_path: Pat
         info = json.loads(path.with_suffix(".json").read_text())
         del info[CHECKSUM]
         info["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        path.with_suffix(".json").write_text(json.dumps(info))
+        path.with_suffix(".json").write_text(json.dumps(sealed(info)))
         with pytest.raises(InputError, match=message):
             poa.load(path)
         export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)

@@ -25,10 +25,9 @@ from tiny import OVERRIDES, tiny_config
 
 from poa.__main__ import main
 from poa.checkpoint import Checkpoint, RunFolder
-from poa.config import with_run
 from poa.errors import InputError, Preempted, SaveError
 from poa.optim import Schedules
-from poa.options import to_dict
+from poa.options import override, to_dict
 from poa.step import TrainingState
 from poa.train import Run, pretrain
 
@@ -201,7 +200,7 @@ def test_other_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     out = tmp_path / "run"
     pretrain(tiny_config("method.optim.epochs=1.5"), out)
     config = RunFolder(out).config()
-    pretrain(with_run(config, holdout=0.5), out, resume=True)
+    pretrain(override(config, ["data.holdout=0.5"]), out, resume=True)
     assert "step 3: expected 1,347 images as before, got 89" in caplog.text
 
 

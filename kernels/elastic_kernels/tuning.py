@@ -129,8 +129,11 @@ def write(path: Path, head: dict[str, str], entries: Sequence[Entry]) -> None:
     body = json.dumps(head)[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(body)
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(body)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read(path: Path, head: dict[str, str]) -> list[Entry]:

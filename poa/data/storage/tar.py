@@ -25,6 +25,7 @@ from poa.data.storage.base import (
 )
 from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import InputError
+from poa.files import write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_LABEL = 256  # bytes of a `.cls` member
@@ -137,10 +138,9 @@ def _cached_table(path: Path) -> ShardTable:
     text = np.frombuffer(about.encode(), dtype=np.uint8)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as handle:
-            np.savez(handle, text=text, offsets=table.offsets, sizes=table.sizes, labels=table.labels)
-        partial.replace(file)
+        content = io.BytesIO()
+        np.savez(content, text=text, offsets=table.offsets, sizes=table.sizes, labels=table.labels)
+        write_bytes(file, content.getvalue())
     except OSError:
         pass  # a cache is a convenience
     return table
