@@ -1,6 +1,7 @@
 """The folder of a run: its configuration, its metrics and its checkpoints.
 
     config.json                               the configuration
+    beginning.json                            what the run said it found and would do
     metrics.jsonl                             a line per logged step, evaluation and alarm, with its checksum
     unreadable.jsonl                          likewise per image that could not be read, if there are any
     lock                                      the process that trains, while it does
@@ -18,13 +19,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+import poa
 from poa.config import Config
 from poa.errors import InputError, SaveError, one_line
 from poa.files import (
@@ -139,6 +141,11 @@ class RunFolder:
             kept = self.config()
             kept = dataclasses.replace(kept, method=dataclasses.replace(kept.method, optim=optim))
             write_json(self.path / "config.json", to_dict(kept))
+
+    def keep_beginning(self, said: Sequence[str], phases: Mapping[str, int]) -> None:
+        """Keep what the run says at its beginning, and the steps of its phases, for reports."""
+        about = {"version": poa.__version__, "said": said, "phases": phases}
+        write_json(self.path / "beginning.json", about)
 
     def config(self) -> Config:
         """The configuration the run was started with."""

@@ -194,9 +194,12 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_evaluate)
 
-    command = group.add_parser("report", help="draw the curves of a run into one page")
+    command = group.add_parser("report", help="one page about a run, or several compared")
     command.add_argument("run", nargs="+", help=RUN_HELP)
-    command.add_argument("--out", help="page (.html) or picture (.png, .svg, ...); default RUN/report.html")
+    command.add_argument(
+        "--out",
+        help="page (.html) or picture (.png, ...); default RUN/report.html, of several RUN/comparison.html",
+    )
     command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
     command.set_defaults(command=commands.run_report)
 

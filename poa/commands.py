@@ -150,11 +150,10 @@ def run_report(options: argparse.Namespace) -> None:
         out = Path(options.record)
         require_writable(out, "--record")
         record_band(folders, out)
-    elif len(folders) > 1:
-        raise InputError(f"report: expected one run, or --record FILE with several, got {len(folders)} runs")
     else:
-        out = Path(options.out or folders[0].path / "report.html")
-        write_report(folders[0], out)
+        name = "report.html" if len(folders) == 1 else "comparison.html"
+        out = Path(options.out or folders[0].path / name)
+        write_report(folders, out)
     print(out)
 
 

@@ -118,14 +118,9 @@ class Plan:
 
 
 def first_lines(
-    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World, done: int = 0
+    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World
 ) -> Iterator[str]:
-    """What was found and what will be done, a line for each subject; then what is unusual.
-
-    Args:
-        config, plan, schedules, data, here: of the run.
-        done: steps, of a run that goes on.
-    """
+    """What was found and what will be done, a line for each subject; then what is unusual."""
     method, space = config.method, config.method.backbone.space
     intact = method.backbone.parameters(space.intact)
     yield f"device: {_device(here)}, {method.precision} products"
@@ -142,11 +137,10 @@ def first_lines(
         f"steps: {schedules.total_steps:,} of {counted(images, 'image')}{parts}, "
         f"{method.optim.epochs:g} epochs of {counted(plan.epoch_steps, 'step')}"
     )
-    if done:
-        yield f"resume: {done:,} of {schedules.total_steps:,} steps are done"
-    elif config.run.init_from:
+    if config.run.init_from:
         yield f"weights: the newest of {config.run.init_from}"
-    yield f"phases: {', '.join(_phases(config, plan, schedules))}"
+    marks = phases(config, plan, schedules)
+    yield f"phases: {', '.join(f'{what} step {step:,}' for what, step in marks)}"
     for line in _unusual(config, plan, schedules, data, here):
         yield f"note: {line}"
 
@@ -173,15 +167,15 @@ def _data(config: Config, data: DataSplit) -> str:
     return f"{counted(len(train), 'image')} of {config.data.source} to train on{classes}; {held}"
 
 
-def _phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[str]:
-    """When what begins and ends, in steps."""
+def phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[tuple[str, int]]:
+    """What begins or ends at which step."""
     optim, steps = config.method.optim, plan.epoch_steps
-    yield f"learning rate rises until step {round(optim.warmup_epochs * steps):,}"
-    yield f"prototypes train from step {round(optim.freeze_last_layer_epochs * steps):,}"
+    yield "learning rate rises until", round(optim.warmup_epochs * steps)
+    yield "prototypes train from", round(optim.freeze_last_layer_epochs * steps)
     if optim.teacher_temperature_epochs:
-        yield f"teacher temperature rises until step {round(optim.teacher_temperature_epochs * steps):,}"
+        yield "teacher temperature rises until", round(optim.teacher_temperature_epochs * steps)
     if config.method.loss.ibot and config.method.masks.probability:
-        yield f"masked patches (iBOT) from step {schedules.ibot_start:,}"
+        yield "masked patches (iBOT) from", schedules.ibot_start
 
 
 def _unusual(config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World) -> Iterator[str]:

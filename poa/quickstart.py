@@ -50,13 +50,13 @@ def quickstart(config: Config, out: Path) -> None:
     pixels = knn_of_pixels(data, config)[REPORTED_K]
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))
-    write_report(folder, out / "report.html")
+    write_report([folder], out / "report.html")
     write_json(out / "summary.json", _summary(report, pixels, time.perf_counter() - started))
     print(report.table())
     print(f"raw pixels, k={REPORTED_K}: {pixels:.1%}   (init: k={REPORTED_K} before training)")
-    pages = [out / name for name in ("evaluation.json", "accuracy.png", "report.html")]
-    files = [checkpoint.path, folder.metrics, *models, *pages]
-    print("\n".join(str(path) for path in [*files, out / "summary.json"]))
+    pages = [out / name for name in ("evaluation.json", "accuracy.png", "summary.json")]
+    print("\n".join(str(path) for path in [checkpoint.path, folder.metrics, *models, *pages]))
+    print(f"open {out / 'report.html'}")
 
 
 def _summary(report: Report, pixels: float, seconds: float) -> dict[str, object]:

@@ -1,60 +1,83 @@
-"""One page about a run: its curves, its figures, its alarms."""
+"""One page about a run, or about several beside each other: curves, figures, alarms, crops, options."""
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from poa.checkpoint import RunFolder
 from poa.config import Config
+from poa.contact_sheet import contact_sheet
+from poa.curves import Band, Row, draw_curves, figures_of
 from poa.drawing import require_drawable, write_figure
 from poa.errors import InputError
-from poa.files import write_text
-from poa.metrics import flat
+from poa.evaluate import REPORTED_K
+from poa.files import read_json, write_text
+from poa.options import describe
 from poa.presets import PRESETS, preset
 from poa.subnets import Subnet
 
-Row = Mapping[str, Any]
-Band = dict[str, list[tuple[int, float, float]]]  # (step, lowest, highest) of figures by name
-
 EXPECTED = Path(__file__).parent / "expected"
 BANDED = ("loss", "knn.", "target_entropy.", "feature_std.")
+STYLE = (
+    "body{font:14px sans-serif;margin:2em}td,th{padding:2px 1em 2px 0;text-align:left}"
+    "svg{max-width:100%;height:auto}img{width:100%;max-width:1200px;image-rendering:pixelated}"
+)
 
 
-def write_report(folder: RunFolder, out: Path) -> None:
-    """Draw the curves of a run into one HTML page, or one picture.
+def write_report(folders: Sequence[RunFolder], out: Path) -> None:
+    """Draw the curves of runs into one HTML page, or one picture.
 
     Args:
-        folder: of the run.
+        folders: of the runs; several are compared.
         out: `.html`, or any ending that matplotlib writes.
 
     Raises:
         InputError: no metrics yet, no matplotlib, an unknown ending, or a place where nothing can be written.
     """
     require_drawable(out, "report", also=".html")
-    rows = folder.rows()
-    if not any("loss" in row for row in rows):
-        raise InputError(f"report: expected metrics in {folder.metrics}, got none yet")
-    config = folder.config()
-    figure = _draw(rows, expected_band(config))
-    if out.suffix == ".html":
-        image = io.StringIO()
-        figure.savefig(image, format="svg")
-        svg = image.getvalue()
-        write_text(out, _page(folder, config, rows, svg[svg.index("<svg") :]))
-    else:
+    rows = {name: folder.rows() for name, folder in zip(_names(folders), folders, strict=True)}
+    for folder, logged in zip(folders, rows.values(), strict=True):
+        if not any("loss" in row for row in logged):
+            raise InputError(f"report: expected metrics in {folder.metrics}, got none yet")
+    alone = len(folders) == 1
+    beginning = _beginning(folders[0]) if alone else {}
+    band = expected_band(folders[0].config()) if alone else {}
+    figure = draw_curves(rows, band, beginning.get("phases", {}))
+    if out.suffix != ".html":
         write_figure(figure, out, 110)
+        return
+    image = io.StringIO()
+    figure.savefig(image, format="svg")
+    svg = image.getvalue()
+    write_text(out, _page(folders, rows, beginning, svg[svg.index("<svg") :]))
+
+
+def _names(folders: Sequence[RunFolder]) -> list[str]:
+    """The names of the folders, or their paths where those are the same."""
+    names = [folder.path.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder.path) for folder in folders]
+
+
+def _beginning(folder: RunFolder) -> dict[str, Any]:
+    """What the run said at its beginning; nothing where that is not there, or damaged."""
+    with suppress(InputError, AttributeError, KeyError, TypeError, ValueError):
+        found = read_json(folder.path / "beginning.json", "report: expected what the run said")
+        phases = {str(what): int(step) for what, step in found["phases"].items()}
+        return {"said": list(map(str, found["said"])), "phases": phases}
+    return {}
 
 
 def record_band(folders: Sequence[RunFolder], out: Path) -> None:
     """Write the range of every figure at every step of several runs, which differ by their seed."""
-    runs = [_figures(folder.rows()) for folder in folders]
+    runs = [figures_of(folder.rows()) for folder in folders]
     band = {
         name: [
             (step, *(float(f"{pick(run[name][step] for run in runs):.4g}") for pick in (min, max)))
@@ -74,72 +97,6 @@ def expected_band(config: Config) -> Band:
         if file.exists() and replace(config.method, seed=0) == replace(preset(name).method, seed=0):
             return json.loads(file.read_text())["band"]
     return {}
-
-
-def _figures(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Figures by name, then by step."""
-    found: dict[str, dict[int, float]] = {}
-    for row in rows:
-        for name, value in flat(row).items():
-            found.setdefault(name, {})[row["step"]] = value
-    return found
-
-
-def _draw(rows: Sequence[Row], band: Band) -> Any:
-    from matplotlib.figure import Figure  # optional, and slow to import
-
-    figures = _figures(rows)
-    figure = Figure(figsize=(13.5, 12.0), layout="constrained")
-    axes = figure.subplots(4, 3).ravel()
-
-    def named(*prefixes: str) -> list[str]:
-        return [name for name in figures if name.startswith(prefixes)]
-
-    panels: list[tuple[str, list[str], Callable[[str], str]]] = [
-        ("loss", ["loss"], str),
-        ("DINO loss by student and head", named("intact.dino", "elastic.dino"), str),
-        ("iBOT loss by student and head", named("intact.ibot", "elastic.ibot"), str),
-        ("distillation by head, KoLeo", named("elastic.distill", "koleo"), str),
-        ("20-NN accuracy", [n for n in named("knn.") if n != "knn.k"], lambda n: n.removeprefix("knn.")),
-        ("target entropy / ln K by head", named("target_entropy."), lambda n: "head " + n[-1]),
-        ("prototypes used by head", named("prototypes_used."), lambda n: "head " + n[-1]),
-        ("standard deviation of features", named("feature_std."), lambda n: n.partition(".")[2]),
-        ("gradient norms before clipping", named("grad_norm."), lambda n: n.partition(".")[2]),
-        ("learning rate", ["lr"], str),
-        ("images per second", ["images_per_s"], str),
-    ]
-    for place, (title, names, label) in zip(axes, panels, strict=False):
-        for name in names:
-            steps, values = zip(*sorted(figures[name].items()), strict=True)
-            (line,) = place.plot(
-                steps, values, label=label(name), linewidth=1, marker="." * (len(steps) < 20)
-            )
-            if name in band and band[name]:
-                at, low, high = zip(*band[name], strict=True)
-                place.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-        for row in rows:
-            if "alarm" in row:
-                place.axvline(row["step"], color="red", linewidth=1)
-        place.set_title(title + (" (shaded: usual)" if any(n in band for n in names) else ""), fontsize=10)
-        place.grid(alpha=0.3)
-        if len(names) > 1:
-            place.legend(fontsize=6, ncols=1 + (len(names) > 4))
-    for place in (axes[8], axes[9]):
-        place.set_yscale("log")
-    _draw_subnets(axes[-1], rows)
-    for place in axes[-3:-1]:
-        place.set_xlabel("step")
-    return figure
-
-
-def _draw_subnets(place: Any, rows: Sequence[Row]) -> None:
-    """How often each subnet was the elastic student."""
-    counts: Counter[str] = sum((Counter(row["subnets"]) for row in rows if "subnets" in row), Counter())
-    names = sorted(counts, key=Subnet.parse)
-    place.bar(range(len(names)), [counts[name] for name in names])
-    shown = range(0, len(names), max(len(names) // 12, 1))
-    place.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=6)
-    place.set_title("elastic students drawn", fontsize=10)
 
 
 def summary(rows: Sequence[Row]) -> dict[str, str]:
@@ -164,22 +121,84 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     return shown
 
 
-def _page(folder: RunFolder, config: Config, rows: Sequence[Row], svg: str) -> str:
-    table = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
-        for name, value in summary(rows).items()
-    )
-    alarms = "".join(
-        f"<li>step {row['step']}: <b>{html.escape(row['alarm'])}</b> "
-        f"({html.escape(row['figures'])}): {html.escape(row['advice'])}</li>"
-        for row in rows
+def _page(
+    folders: Sequence[RunFolder], rows: Mapping[str, Sequence[Row]], beginning: Mapping[str, Any], svg: str
+) -> str:
+    alone = len(folders) == 1
+    figures = [summary(logged) for logged in rows.values()]
+    shown = list(dict.fromkeys(name for run in figures for name in run))
+    alarms = [
+        f"<li>{'' if alone else _text(run) + ', '}step {row['step']}: <b>{_text(row['alarm'])}</b> "
+        f"({_text(row['figures'])}): {_text(row['advice'])}</li>"
+        for run, logged in rows.items()
+        for row in logged
         if "alarm" in row
-    )
-    name = html.escape(folder.path.resolve().name)
-    style = "body{font:14px sans-serif;margin:2em}td{padding:2px 1em 2px 0}svg{max-width:100%;height:auto}"
-    return (
-        f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{name}</title><style>{style}</style>"
-        f"<h1>{name}</h1><p>Images: {html.escape(config.data.source)}; seed {config.method.seed}.</p>"
-        f"<table>{table}</table><h2>Alarms</h2>{f'<ul>{alarms}</ul>' if alarms else '<p>None.</p>'}"
-        f"<h2>Curves</h2>{svg}</html>\n"
-    )
+    ]
+    title = _text(", ".join(rows))
+    marks = ", ".join(f"{what} {step:,}" for what, step in beginning.get("phases", {}).items())
+    configs = [folder.config() for folder in folders]
+    parts = [
+        f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
+        f"<h1>{title}</h1>",
+        _table([] if alone else ["", *rows], ([n, *(run.get(n, "") for run in figures)] for n in shown)),
+        f"<pre>{_text(chr(10).join(beginning.get('said', [])))}</pre>",
+        f"<h2>Alarms</h2>{'<ul>' + ''.join(alarms) + '</ul>' if alarms else '<p>None.</p>'}",
+        f"<h2>Curves</h2>{f'<p>Dotted: {_text(marks)}.</p>' if marks else ''}{svg}",
+        f"<h2>Evaluations</h2>{_evaluations(folders, list(rows))}",
+        *([f"<h2>Augmented crops</h2>{_crops(configs[0])}"] if alone else []),
+        _options(configs, list(rows)),
+    ]
+    return "\n".join(parts) + "</html>\n"
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    def line(tag: str, cells: Sequence[object]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line('th', head) if head else ''}{''.join(line('td', row) for row in rows)}</table>"
+
+
+def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
+    """k-NN and linear accuracies by subnet, of all evaluations in the folders."""
+    columns: dict[str, dict[str, float]] = {}
+    for name, folder in zip(names, folders, strict=True):
+        for file in sorted(folder.path.glob("evaluation*.json")):
+            with suppress(InputError, LookupError, AttributeError, TypeError):  # or damaged
+                found = read_json(file, "evaluation")
+                about = "{branch} of step {step}, {data}".format(**found["settings"])
+                about = f"{name}: {about}" if len(names) > 1 else about
+                for row in found["subnets"]:
+                    accuracies = {f"k={REPORTED_K}": row["knn"][str(REPORTED_K)]}
+                    if "linear" in row:
+                        accuracies["linear"] = row["linear"][0]["accuracy"]
+                    for kind, accuracy in accuracies.items():
+                        columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
+    if not columns:
+        return "<p>None yet: poa evaluate RUN makes one.</p>"
+    subnets = sorted({subnet for scores in columns.values() for subnet in scores}, key=Subnet.parse)
+    cells = ([s, *(f"{c[s]:.1%}" if s in c else "" for c in columns.values())] for s in subnets)
+    return _table(["subnet", *columns], cells)
+
+
+def _crops(config: Config) -> str:
+    try:
+        picture = base64.b64encode(contact_sheet(config)).decode()
+    except InputError as error:
+        return f"<p>Not shown: {_text(error)}</p>"
+    about = "An image in each row, its two global crops and its local crops, as a step would see them."
+    return f"<p>{about}</p><img src='data:image/png;base64,{picture}'>"
+
+
+def _options(configs: Sequence[Config], names: Sequence[str]) -> str:
+    """All options of a run, or those in which several differ."""
+    values = [{key: str(value) for key, _, value, _ in describe(config)} for config in configs]
+    keys = list(dict.fromkeys(key for run in values for key in run))
+    rows = [[key, *(run.get(key, "") for run in values)] for key in keys]
+    if len(names) == 1:
+        return f"<h2>Options</h2><details><summary>All {len(rows)}</summary>{_table([], rows)}</details>"
+    different = [row for row in rows if len(set(row[1:])) > 1]
+    return f"<h2>Options that differ</h2>{_table(['', *names], different) if different else '<p>None.</p>'}"

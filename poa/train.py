@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from poa.lock import RunLock
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe, from_dict, to_dict
-from poa.plan import Plan, first_lines, last_lines
+from poa.plan import Plan, first_lines, last_lines, phases
 from poa.progress import Progress, say
 from poa.signals import StopSignals
 from poa.step import StepReport, TrainingState, train_step
@@ -85,8 +86,10 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     method, workers = config.method, config.performance.workers
     require_shared_memory(method.canvas, method.batch_size, workers, evaluates)
     plan = Plan.of(config, len(data.train), here.size, content)
-    done = content["step"] if content else 0
-    for line in first_lines(config, plan, plan.schedules(config), data, here, done) if here.is_main else ():
+    schedules = plan.schedules(config)
+    beginning = list(first_lines(config, plan, schedules, data, here))
+    going_on = [f"resume: {content['step']:,} of {schedules.total_steps:,} steps are done"] if content else []
+    for line in [*beginning, *going_on] if here.is_main else ():
         say(line)
     if check:
         return
@@ -95,6 +98,7 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     if not resume:
         here.from_main(folder.lock.acquire)
     run.begin()
+    here.from_main(partial(folder.keep_beginning, beginning, dict(phases(config, plan, schedules))))
     run.train()
     for line in last_lines(folder.path, time.monotonic() - started, data) if here.is_main else ():
         say(line)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.machinery
 import importlib.util
+import io
 import json
+import shutil
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from collections_of_images import write_folder
+from PIL import Image
 from run_folders import rows
 from tiny import ONE_STEP, tiny_config
 
@@ -140,17 +145,53 @@ def test_the_page(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(trained), "--out", str(trained / "report.png")]) == 0
     assert (trained / "report.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="expected .html or a picture such as .png, got .*x.nothing"):
-        write_report(RunFolder(trained), trained / "x.nothing")
+        write_report([RunFolder(trained)], trained / "x.nothing")
     with pytest.raises(InputError, match="report: expected metrics in .* got none yet"):
-        write_report(RunFolder(trained / "models"), trained / "x.html")
-    assert main(["report", str(trained), str(trained)]) == 2
+        write_report([RunFolder(trained / "models")], trained / "x.html")
+
+
+def test_the_page_tells_what_was_said_evaluated_and_seen(trained: Path) -> None:
+    assert main(["evaluate", str(trained), "--subnets", "16x1", "32x2"]) == 0
+    (trained / "evaluation-2.json").write_text('{"settings": []}')
+    assert main(["report", str(trained)]) == 0
+    page = (trained / "report.html").read_text()
+    assert "data: 1,347 images of digits to train on in 10 classes" in page
+    assert "<p>Dotted: learning rate rises until 2, prototypes train from 1, " in page
+    score = json.loads((trained / "evaluation.json").read_text())["subnets"][0]["knn"]["20"]
+    assert "<th>teacher of step 6, digits: k=20</th>" in page and f"<td>16x1</td><td>{score:.1%}</td>" in page
+    assert "<td>method.batch_size</td><td>8</td>" in page
+    picture = Image.open(io.BytesIO(base64.b64decode(page.split("base64,")[1].split("'")[0])))
+    assert picture.size == (5 * 26, 6 * 26)  # 6 images; themselves, 2 global crops and 2 local ones
+    assert len(picture.crop((26, 0, 50, 24)).getcolors() or "") > 20
+
+
+def test_runs_are_compared(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    pretrain(tiny_config(*RUN, "method.seed=1", "data.source=digits"), other)
+    capsys.readouterr()
+    assert main(["report", str(trained), str(other)]) == 0
+    assert capsys.readouterr().out == f"{trained}/comparison.html\n"
+    page = (trained / "comparison.html").read_text()
+    assert "<h1>run, other</h1>" in page and "<th>run</th><th>other</th>" in page
+    assert "<td>method.seed</td><td>0</td><td>1</td>" in page and "method.batch_size" not in page
+    for folder in (trained, other):
+        loss = [row["loss"] for row in rows(folder) if "loss" in row][-1]
+        assert f"<td>{loss:.4f}</td>" in page
+
+
+def test_images_that_are_gone_are_no_obstacle(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", 12)
+    pretrain(tiny_config(*ONE_STEP, f"data.source={images}"), tmp_path / "run")
+    shutil.rmtree(images)
+    write_report([RunFolder(tmp_path / "run")], tmp_path / "page.html")
+    assert "<p>Not shown: data: expected &#x27;digits&#x27;, a folder" in (tmp_path / "page.html").read_text()
 
 
 def test_alarms_are_on_the_page(tmp_path: Path) -> None:
     out = tmp_path / "run"
     pretrain(tiny_config(*RUN), out)
     RunFolder(out).log({"step": 6, "alarm": "one-hot targets", "figures": "x <1>", "advice": "raise it"})
-    write_report(RunFolder(out), out / "report.html")
+    write_report([RunFolder(out)], out / "report.html")
     assert (
         "<li>step 6: <b>one-hot targets</b> (x &lt;1&gt;): raise it</li>" in (out / "report.html").read_text()
     )
@@ -171,7 +212,7 @@ def test_expected_curves(trained: Path, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(report, "preset", lambda name: tiny_config("method.seed=7"))
     assert expected_band(tiny_config()) == recorded["band"]
     assert expected_band(tiny_config("method.batch_size=4")) == {}
-    write_report(RunFolder(trained), tmp_path / "report.html")
+    write_report([RunFolder(trained)], tmp_path / "report.html")
     assert "fill-opacity: 0.15" in (tmp_path / "report.html").read_text()
 
 

@@ -1,0 +1,97 @@
+"""Curves of runs, drawn by matplotlib."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from poa.metrics import flat
+from poa.subnets import Subnet
+
+Row = Mapping[str, Any]
+Band = dict[str, list[tuple[int, float, float]]]  # (step, lowest, highest) of figures by name
+
+
+def figures_of(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Figures by name, then by step."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        for name, value in flat(row).items():
+            found.setdefault(name, {})[row["step"]] = value
+    return found
+
+
+def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[str, int]) -> Any:
+    """A figure of a panel each for what the metrics tell.
+
+    Args:
+        runs: rows by name; of several, a panel shows the first figure of each.
+        band: the usual range of figures, shaded.
+        phases: steps at which what begins or ends, dotted.
+    """
+    from matplotlib.figure import Figure  # optional, and slow to import
+
+    found = {run: figures_of(rows) for run, rows in runs.items()}
+    known = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    figure = Figure(figsize=(13.5, 12.0), layout="constrained")
+    axes = figure.subplots(4, 3).ravel()
+
+    def named(*prefixes: str) -> list[str]:
+        return [name for name in known if name.startswith(prefixes)]
+
+    panels: list[tuple[str, list[str], Callable[[str], str]]] = [
+        ("loss", ["loss"], str),
+        ("DINO loss by student and head", named("intact.dino", "elastic.dino"), str),
+        ("iBOT loss by student and head", named("intact.ibot", "elastic.ibot"), str),
+        ("distillation by head, KoLeo", named("elastic.distill", "koleo"), str),
+        ("20-NN accuracy", named("knn.teacher", "knn.student"), lambda n: n.removeprefix("knn.")),
+        ("target entropy / ln K by head", named("target_entropy."), lambda n: "head " + n[-1]),
+        ("prototypes used by head", named("prototypes_used."), lambda n: "head " + n[-1]),
+        ("standard deviation of features", named("feature_std."), lambda n: n.partition(".")[2]),
+        ("gradient norms before clipping", named("grad_norm."), lambda n: n.partition(".")[2]),
+        ("learning rate", ["lr"], str),
+        ("images per second", ["images_per_s"], str),
+    ]
+    for place, (title, names, label) in zip(axes, panels, strict=False):
+        shown = [(run, name) for run in runs for name in (names if len(runs) == 1 else names[:1])]
+        for run, name in shown:
+            if name not in found[run]:
+                continue
+            steps, values = zip(*sorted(found[run][name].items()), strict=True)
+            (line,) = place.plot(
+                steps,
+                values,
+                label=label(name) if len(runs) == 1 else run,
+                linewidth=1,
+                marker="." * (len(steps) < 20),
+            )
+            if band.get(name):
+                at, low, high = zip(*band[name], strict=True)
+                place.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        for step in (row["step"] for rows in runs.values() for row in rows if "alarm" in row):
+            place.axvline(step, color="red", linewidth=1)
+        for step in phases.values():
+            place.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+        which = f": {label(names[0])}" if len(runs) > 1 and len(names) > 1 else ""
+        usual = " (shaded: usual)" if any(name in band for name in names) else ""
+        place.set_title(title + which + usual, fontsize=10)
+        place.grid(alpha=0.3)
+        if len(shown) > 1:
+            place.legend(fontsize=6, ncols=1 + (len(shown) > 4))
+    for place in (axes[8], axes[9]):
+        place.set_yscale("log")
+    _draw_subnets(axes[-1], [row for rows in runs.values() for row in rows])
+    for place in axes[-3:-1]:
+        place.set_xlabel("step")
+    return figure
+
+
+def _draw_subnets(place: Any, rows: Sequence[Row]) -> None:
+    """How often each subnet was the elastic student."""
+    counts: Counter[str] = sum((Counter(row["subnets"]) for row in rows if "subnets" in row), Counter())
+    names = sorted(counts, key=Subnet.parse)
+    place.bar(range(len(names)), [counts[name] for name in names])
+    shown = range(0, len(names), max(len(names) // 12, 1))
+    place.set_xticks(shown, [names[i] for i in shown], rotation=90, fontsize=6)
+    place.set_title("elastic students drawn", fontsize=10)
