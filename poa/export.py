@@ -46,6 +46,13 @@ class ExportedModel(nn.Module):
     Attributes:
         backbone: the network, which also gives patch tokens: `model.backbone([images])[0].patches`.
         info: what the JSON file says.
+
+    Example:
+        >>> import poa
+        >>> model = poa.load("runs/first")
+        >>> images = model.preprocess(["photo.jpg", "photo.jpg"])
+        >>> model.backbone([images])[0].patches.shape
+        torch.Size([2, 9, 32])
     """
 
     def __init__(self, backbone: Backbone, info: dict[str, Any]):
@@ -121,9 +128,6 @@ def load(
 ) -> ExportedModel:
     """Read a subnet as a model of its own, on the CPU, in evaluation mode.
 
-        model = poa.load("runs/first", "384x12")
-        features = model("photo.jpg")  # [1, 384]
-
     Args:
         path: a run folder, a `.safetensors` file that `poa extract` or `save` wrote (its `.json` lies beside
             it), or a folder of such files.
@@ -133,6 +137,12 @@ def load(
 
     Raises:
         InputError: nothing of these is there, a file was changed, or a subnet is not among them.
+
+    Example:
+        >>> import poa
+        >>> model = poa.load("runs/first", "16x1")
+        >>> model("photo.jpg").shape
+        torch.Size([1, 16])
     """
     path, wanted = Path(path), Subnet.parse(subnet) if isinstance(subnet, str) else subnet
     if (path / "config.json").exists():

@@ -78,6 +78,14 @@ def load_backbone(
 
     Raises:
         InputError: not readable as weights, or keys missing or unknown.
+
+    Example:
+        >>> import torch
+        >>> from poa import ViTConfig, official
+        >>> weights = ViTConfig(image_size=32, min_width=64, max_width=128, max_depth=12).build().state_dict()
+        >>> torch.save({"teacher": {f"backbone.{name}": w for name, w in weights.items()}}, "official.pth")
+        >>> str(official.load_backbone("official.pth").space.intact)
+        '128x12'
     """
     with as_input(f"{path}: expected official weights"):
         state = _of_branch(_read(Path(path)), branch, str(path))

@@ -33,6 +33,11 @@ class Subnet:
     Attributes:
         width: active channels, of the first stage where there are several.
         depth: active blocks, or those of each stage.
+
+    Example:
+        >>> from poa import Subnet
+        >>> Subnet.parse("384x12")
+        Subnet(width=384, depth=12)
     """
 
     width: int
@@ -82,6 +87,12 @@ class SearchSpace:
     Attributes:
         widths, depths: what may be chosen, ascending; the last of each is the intact network.
         width_scale, depth_scale: how much more often the smallest is drawn than the largest.
+
+    Example:
+        >>> from poa import SearchSpace
+        >>> space = SearchSpace(widths=(192, 256, 384), depths=(6, 12))
+        >>> len(space), str(space.smallest), str(space.intact)
+        (6, '192x6', '384x12')
     """
 
     widths: tuple[int, ...]

@@ -38,8 +38,10 @@ def absent_gpu(
         ValueError: an architecture that is not known, or Triton does not compile here.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import absent_gpu, elastic_layer_norm
         >>> with absent_gpu("sm_90") as launches:
-        ...     elastic_layer_norm(torch.empty(8, 64, device="meta"), None, None, 1e-6)
+        ...     y = elastic_layer_norm(torch.empty(8, 64, device="meta"), None, None, 1e-6)
         >>> [launch.binary.name for launch in launches.made]
         ['_layer_norm_fwd_kernel']
     """

@@ -41,6 +41,8 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
     Numerics: in the Triton kernels the softmax and all sums are fp32, and results repeat bitwise.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import packed_attention
         >>> packed_attention(torch.randn(2 * 5 + 3 * 2, 3, 4, 16), [(2, 5), (3, 2)]).shape
         torch.Size([16, 64])
     """

@@ -47,6 +47,13 @@ class ElasticBlock(nn.Module):
         eps: of both norms.
         layer_scale: initial LayerScale; None means none.
         qkv_bias: whether the q, k and v projections have a bias.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticBlock
+        >>> block = ElasticBlock(64, 256, 16, layer_scale=1e-5)
+        >>> block(torch.randn(16, 32), [(2, 5), (3, 2)]).shape
+        torch.Size([16, 32])
     """
 
     def __init__(
@@ -142,6 +149,13 @@ class ElasticSwinBlock(nn.Module):
         width, hidden: of the largest network.
         head_dim, window, shift: as of `ElasticWindowAttention`.
         eps: of both norms.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticSwinBlock
+        >>> block = ElasticSwinBlock(64, 256, 16, window=3, shift=1)
+        >>> block(torch.randn(50, 32), [(2, 5, 5)]).shape
+        torch.Size([50, 32])
     """
 
     def __init__(self, width: int, hidden: int, head_dim: int, window: int, shift: int, *, eps: float = 1e-5):
@@ -196,6 +210,13 @@ class ElasticBottleneck(nn.Module):
         stride: of the 3x3 convolution.
         shortcut: the input is projected before it is added, as where its shape differs from the output's.
         eps: of the norms.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticBottleneck
+        >>> block = ElasticBottleneck(64, 16, 64, groups=4)
+        >>> block(torch.randn(2, 8, 8, 64), middle=12).shape
+        torch.Size([2, 8, 8, 64])
     """
 
     def __init__(
@@ -265,7 +286,7 @@ class ElasticBottleneck(nn.Module):
 
 
 def elastic_block_from_vit(block: Any) -> ElasticBlock:
-    """An elastic block that shares the parameters of a timm-style ViT block.
+    """Make an elastic block that shares the parameters of a timm-style ViT block.
 
     Args:
         block: a module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
@@ -278,6 +299,13 @@ def elastic_block_from_vit(block: Any) -> ElasticBlock:
 
     Raises:
         ValueError: the block has parts that an elastic block lacks, such as norms of q and k.
+
+    Example:
+        >>> import timm, torch
+        >>> from elastic_kernels import elastic_block_from_vit
+        >>> block = elastic_block_from_vit(timm.models.vision_transformer.Block(64, num_heads=4))
+        >>> block(torch.randn(10, 32), [(2, 5)]).shape
+        torch.Size([10, 32])
     """
     attn, mlp = block.attn, block.mlp
     for owner, name in ((attn, "q_norm"), (attn, "k_norm"), (attn, "norm"), (mlp, "norm")):

@@ -24,8 +24,10 @@ def compilations() -> Iterator[Compilations]:
     A kernel that comes out of Triton's cache on disk does not count.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import compilations, elastic_linear
         >>> with compilations() as compiled:
-        ...     y = block(x, groups)
+        ...     y = elastic_linear(torch.randn(5, 32), torch.randn(64, 48))
         >>> compiled.count
         0
     """

@@ -42,6 +42,14 @@ class CropParameters:
         grayscale: bool `[N]`.
         sigma: float32 `[N]`, of the Gaussian blur in pixels; 0: no blur.
         solarize: bool `[N]`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import NEUTRAL_CROP, CropParameters
+        >>> boxes, no = torch.tensor([[0, 0, 32, 32]] * 4), torch.zeros(4, dtype=torch.bool)
+        >>> factors, order = torch.tensor([NEUTRAL_CROP] * 4), torch.arange(4).repeat(4, 1)
+        >>> CropParameters(boxes, no, no, factors, order, no, torch.zeros(4), no).boxes.shape
+        torch.Size([4, 4])
     """
 
     boxes: Tensor
@@ -95,9 +103,15 @@ def render_crops(
     go there in one transfer.
 
     Example:
-        >>> crops = render_crops(images, parameters, 224, blur_kernel=9, mean=mean, std=std)
-        >>> crops.shape
-        torch.Size([16, 3, 224, 224])
+        >>> import torch
+        >>> from elastic_kernels import NEUTRAL_CROP, CropParameters, absent_gpu, render_crops
+        >>> boxes, no = torch.tensor([[0, 0, 32, 32]] * 4), torch.zeros(4, dtype=torch.bool)
+        >>> factors, order = torch.tensor([NEUTRAL_CROP] * 4), torch.arange(4).repeat(4, 1)
+        >>> parameters = CropParameters(boxes, no, no, factors, order, no, torch.zeros(4), no)
+        >>> images = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="meta")
+        >>> with absent_gpu("sm_90"):  # leave it out where there is a GPU
+        ...     render_crops(images, parameters, 16, blur_kernel=9, mean=[0.5] * 3, std=[0.2] * 3).shape
+        torch.Size([4, 3, 16, 16])
     """
     if intermediate is None:
         intermediate = torch.float32 if images.device.type == "cpu" else torch.float16

@@ -69,6 +69,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: another name.
 
     Example:
+        >>> import torch
         >>> from elastic_kernels import backend, packed_attention
         >>> with backend("reference"):
         ...     packed_attention(torch.randn(4, 3, 2, 16), [(1, 4)]).shape
@@ -86,6 +87,17 @@ def planning(products: torch.dtype) -> Iterator[None]:
     """Take meta tensors for those of a GPU, with products in a dtype, as under its autocast.
 
     Operators then give shapes and dtypes and compute nothing: for the planning of memory and launches.
+
+    Args:
+        products: float32, float16 or bfloat16.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import elastic_linear, planning
+        >>> x, W = torch.empty(5, 32, device="meta"), torch.empty(64, 48, device="meta")
+        >>> with planning(torch.bfloat16):
+        ...     elastic_linear(x, W).dtype
+        torch.bfloat16
     """
     token = _planned.set(products)
     try:

@@ -52,6 +52,8 @@ def elastic_group_norm(
     Numerics: fp32 for half-precision inputs, whatever autocast says; rounded once. Results repeat bitwise.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import elastic_group_norm
         >>> x, weight, bias = torch.randn(2, 4, 4, 6), torch.ones(8), torch.zeros(8)
         >>> elastic_group_norm(x, weight, bias, 2, 1e-5, activation="relu").shape
         torch.Size([2, 4, 4, 6])

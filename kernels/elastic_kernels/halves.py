@@ -43,6 +43,14 @@ class KeptRows:
         groups: `(kept sequences, length)` of each length class.
         rows: int64 `[kept tokens]`, their distinct positions in the packed tensor.
         scale: float32 `[kept tokens]`, the inverse of the keep rate of each row.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticBlock, KeptRows
+        >>> block, x = ElasticBlock(32, 128, 16), torch.randn(6, 32)  # two sequences of 3 tokens
+        >>> second = KeptRows(((1, 3),), torch.tensor([3, 4, 5]), torch.full((3,), 2.0))
+        >>> block(x, [(2, 3)], kept=(second, second))[:3].equal(x[:3])
+        True
     """
 
     groups: tuple[tuple[int, int], ...]
@@ -62,8 +70,21 @@ class KeptRows:
 
 
 class AttentionWeights(NamedTuple):
-    """Parameters of an attention half, of the largest network, as `elastic_layer_norm`, `elastic_qkv` and
-    `elastic_linear_residual` take them; `gamma` is LayerScale's."""
+    """Parameters of an attention half, of the largest network, C wide.
+
+    Attributes:
+        norm_weight, norm_bias: `[C]`, as of `elastic_layer_norm`.
+        qkv_weight, qkv_bias: `[3 * C, C]` and `[3 * C]`, as of `elastic_qkv`.
+        proj_weight, proj_bias: `[C, C]` and `[C]`, as of `elastic_linear_residual`.
+        gamma: `[C]`, LayerScale, or None.
+
+    Example:
+        >>> from elastic_kernels import AttentionWeights, ElasticAttention
+        >>> attn = ElasticAttention(64, 16)
+        >>> layers = attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias
+        >>> AttentionWeights(None, None, *layers).qkv_weight.shape
+        torch.Size([192, 64])
+    """
 
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -75,8 +96,19 @@ class AttentionWeights(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """Parameters of an MLP half, of the largest network, as `elastic_layer_norm` and `elastic_mlp` take them;
-    `gamma` is LayerScale's."""
+    """Parameters of an MLP half, of the largest network, C wide with H hidden units.
+
+    Attributes:
+        norm_weight, norm_bias, gamma: as of `AttentionWeights`.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[H, C]`, `[H]`, `[C, H]`, `[C]`, as of `elastic_mlp`.
+
+    Example:
+        >>> from elastic_kernels import ElasticMLP, MlpWeights
+        >>> mlp = ElasticMLP(64, 256)
+        >>> layers = mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias
+        >>> MlpWeights(None, None, *layers).fc1_weight.shape
+        torch.Size([256, 64])
+    """
 
     norm_weight: Tensor | None
     norm_bias: Tensor | None
@@ -112,6 +144,11 @@ class Sequences:
 
     Attributes:
         groups: `(count, length)` of each length class in packing order.
+
+    Example:
+        >>> from elastic_kernels import Sequences
+        >>> Sequences([(2, 197), (8, 37)]).sizes()
+        [394, 296]
     """
 
     groups: Sequence[tuple[int, int]]
@@ -140,6 +177,12 @@ class Windows:
         maps: `(count, height, width)` of each group in packing order.
         size, shift: of the windows, in tokens, as of `window_attention`.
         bias: `[heads_max, n, n]`, n = size**2, as of `window_attention`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import Windows
+        >>> Windows([(2, 14, 14)], size=7, shift=3, bias=torch.zeros(4, 49, 49)).sizes()
+        [392]
     """
 
     maps: Sequence[tuple[int, int, int]]
@@ -203,6 +246,8 @@ def elastic_attention_half(
         TypeError, RuntimeError: as those.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import AttentionWeights, Sequences, elastic_attention_half
         >>> C, x = 32, torch.randn(10, 16)
         >>> weights = AttentionWeights(None, None, torch.randn(3 * C, C), None, torch.randn(C, C), None)
         >>> elastic_attention_half(x, weights, Sequences([(2, 5)]), head_dim=16, eps=1e-6).shape
@@ -291,6 +336,8 @@ def elastic_mlp_half(
         ValueError, TypeError, RuntimeError: as the operators it is made of.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import MlpWeights, elastic_mlp_half
         >>> weights = MlpWeights(None, None, torch.randn(64, 32), None, torch.randn(32, 64), None)
         >>> elastic_mlp_half(torch.randn(10, 16), weights, eps=1e-6).shape
         torch.Size([10, 16])

@@ -47,6 +47,7 @@ def elastic_layer_norm(
 
     Example:
         >>> import torch
+        >>> from elastic_kernels import elastic_layer_norm
         >>> elastic_layer_norm(torch.randn(5, 32), torch.ones(64), torch.zeros(64), 1e-6).shape
         torch.Size([5, 32])
     """

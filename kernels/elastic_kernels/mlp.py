@@ -14,9 +14,14 @@ from elastic_kernels.linear import elastic_linear, elastic_linear_residual, laye
 
 
 def elastic_hidden_features(width: int, max_width: int, max_hidden: int) -> int:
-    """Hidden units of a subnet's MLP, `int(width / max_width * max_hidden)` in floating point.
+    """Count the hidden units of a subnet's MLP, `int(width / max_width * max_hidden)` in floating point.
 
     The truncation is the official one; it loses a unit for a few odd maxima (784 wide, subnet 64: 255).
+
+    Example:
+        >>> from elastic_kernels import elastic_hidden_features
+        >>> elastic_hidden_features(256, 384, 1536)
+        1024
     """
     return int(width / max_width * max_hidden)
 
@@ -33,7 +38,9 @@ def elastic_mlp(
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> Tensor:
-    """Both linears and the GELU, and with `residual` also LayerScale and the residual addition of a block.
+    """Apply both linears and the GELU, and with `residual` also LayerScale and the residual addition.
+
+    `out = residual; out[rows] += row_scale * gamma[:w] * fc2(gelu(fc1(x)))`, each `fc` an `elastic_linear`
 
     Args:
         x: `[kept, w]`, normalised rows.
@@ -46,6 +53,15 @@ def elastic_mlp(
 
     Raises:
         ValueError, TypeError, RuntimeError: as `elastic_linear_residual`.
+
+    Numerics: as of `elastic_linear`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import elastic_mlp
+        >>> fc1, fc2 = torch.randn(256, 64), torch.randn(64, 256)
+        >>> elastic_mlp(torch.randn(5, 32), fc1, torch.zeros(256), fc2, torch.zeros(64)).shape
+        torch.Size([5, 32])
     """
     if residual is not None:
         validate.branch_rows("elastic_mlp", x, residual, rows, row_scale)

@@ -24,7 +24,14 @@ Maps = Sequence[tuple[int, int, int]]
 
 
 class ElasticLinear(nn.Linear):
-    """`nn.Linear` that takes inputs of any width up to `in_features`; see `elastic_linear`."""
+    """`nn.Linear` that takes inputs of any width up to `in_features`; see `elastic_linear`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticLinear
+        >>> ElasticLinear(48, 64)(torch.randn(5, 32), out_features=40).shape
+        torch.Size([5, 40])
+    """
 
     def forward(self, x: Tensor, out_features: int | None = None) -> Tensor:
         """`[..., in]` -> `[..., out_features]`, by default all."""
@@ -32,7 +39,14 @@ class ElasticLinear(nn.Linear):
 
 
 class ElasticLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` over inputs of any width up to its own; see `elastic_layer_norm`."""
+    """`nn.LayerNorm` over inputs of any width up to its own; see `elastic_layer_norm`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticLayerNorm
+        >>> ElasticLayerNorm(64)(torch.randn(5, 32)).shape
+        torch.Size([5, 32])
+    """
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """`[..., w]` -> the same shape; with `rows` `[tokens, w]` -> `[kept, w]`."""
@@ -46,6 +60,12 @@ class ElasticAttention(nn.Module):
         width: of the largest network, a multiple of `head_dim`.
         head_dim: channels of a head.
         qkv_bias: whether the q, k and v projections have a bias.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticAttention
+        >>> ElasticAttention(64, 16)(torch.randn(10, 32), [(2, 5)]).shape
+        torch.Size([10, 32])
     """
 
     def __init__(self, width: int, head_dim: int, qkv_bias: bool = True):
@@ -67,6 +87,12 @@ class ElasticMLP(nn.Module):
 
     Args:
         width, hidden: of the largest network.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticMLP
+        >>> ElasticMLP(64, 256)(torch.randn(10, 32)).shape
+        torch.Size([10, 32])
     """
 
     def __init__(self, width: int, hidden: int):
@@ -81,7 +107,17 @@ class ElasticMLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A trained factor of each channel of a branch."""
+    """A trained factor of each channel of a branch.
+
+    Args:
+        width: of the largest network.
+        initial: value of all factors.
+
+    Example:
+        >>> from elastic_kernels import LayerScale
+        >>> LayerScale(64, 1e-5).gamma.shape
+        torch.Size([64])
+    """
 
     def __init__(self, width: int, initial: float):
         super().__init__()
@@ -118,6 +154,13 @@ class ElasticWindowAttention(nn.Module):
         head_dim: channels of a head.
         window: side of a window, in tokens.
         shift: of the windows, in tokens, towards the bottom right.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticWindowAttention
+        >>> attn = ElasticWindowAttention(64, 16, window=3, shift=1)
+        >>> attn(torch.randn(50, 32), [(2, 5, 5)]).shape
+        torch.Size([50, 32])
     """
 
     def __init__(self, width: int, head_dim: int, window: int, shift: int):
@@ -144,7 +187,14 @@ class ElasticWindowAttention(nn.Module):
 
 
 class ElasticGroupNorm(nn.GroupNorm):
-    """`nn.GroupNorm` over channels-last inputs of any width up to its own; see `elastic_group_norm`."""
+    """`nn.GroupNorm` over channels-last inputs of any width up to its own; see `elastic_group_norm`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticGroupNorm
+        >>> ElasticGroupNorm(2, 8)(torch.randn(2, 4, 4, 6), activation="relu").shape
+        torch.Size([2, 4, 4, 6])
+    """
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, scale: float = 1.0

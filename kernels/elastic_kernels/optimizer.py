@@ -51,6 +51,8 @@ class FusedAdamW(torch.optim.AdamW):
     Gradients are undefined after a step. With Triton nothing waits for the device.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import FusedAdamW
         >>> layer, average = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).requires_grad_(False)
         >>> pairs = dict(zip(layer.parameters(), average.parameters()))
         >>> optimizer = FusedAdamW(layer.parameters(), averages=pairs)

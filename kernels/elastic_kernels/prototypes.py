@@ -32,10 +32,10 @@ def sinkhorn_scaling(
     iterations: int = 3,
     reduce: Reduce | None = None,
 ) -> list[Tensor]:
-    """Scaling vectors of Sinkhorn-Knopp: `softmax(t / temperature + log_u)` uses every prototype equally.
+    """Find vectors with which `softmax(t / temperature + log_u)` uses every prototype equally.
 
-    The iterations alternate `log u_k = -lse_rows(S + log v)` and `log v_b = -lse_k(S + log u)`, `S = t /
-    temperature`, in the log domain, where nothing overflows.
+    The iterations of Sinkhorn-Knopp alternate `log u_k = -lse_rows(S + log v)` and
+    `log v_b = -lse_k(S + log u)`, `S = t / temperature`, in the log domain, where nothing overflows.
 
     Args:
         logits: teacher logits `[rows_i, prototypes_i]` of each problem, floating point; rows may be none.
@@ -57,6 +57,8 @@ def sinkhorn_scaling(
     below every row's others moves by 700 an iteration. Results repeat bitwise.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import sinkhorn_scaling
         >>> t = torch.randn(6, 10)
         >>> (log_u,) = sinkhorn_scaling([t], 0.1)
         >>> log_u.shape
@@ -150,7 +152,7 @@ def prototype_cross_entropy(
     teacher_temperature: float,
     operands: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Cross-entropies of one or two students' rows with targets made of teacher logits, in one pass.
+    """Compute cross-entropies of one or two students' rows with targets made of teacher logits, in one pass.
 
     Args:
         students: one or two `[rows, d]`, usually normalised, of the dtype of `weight`; with two, row i of
@@ -182,6 +184,8 @@ def prototype_cross_entropy(
     Results repeat bitwise.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import prototype_cross_entropy
         >>> x, W, t = torch.randn(4, 8), torch.randn(10, 8), torch.randn(3, 10)
         >>> index = torch.tensor([[0, -1], [1, -1], [2, -1], [0, 1]])
         >>> (loss,) = prototype_cross_entropy([x], W, t, torch.zeros(10), index, teacher_temperature=0.05)

@@ -72,9 +72,14 @@ def shared_gradients() -> Iterator[None]:
     narrow ones wait, ends in a RuntimeError.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticBlock, shared_gradients
+        >>> block, x = ElasticBlock(64, 256, 16), torch.randn(10, 64)
         >>> with shared_gradients():
-        ...     wide, narrow = block(x, groups), block(x[:, :32], groups)
+        ...     wide, narrow = block(x, [(2, 5)]), block(x[:, :32], [(2, 5)])
         >>> (wide.sum() + narrow.sum()).backward()
+        >>> block.mlp.fc1.weight.grad.shape
+        torch.Size([256, 64])
     """
     token = _ledger.set(GradientLedger())
     try:

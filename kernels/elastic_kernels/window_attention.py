@@ -59,6 +59,8 @@ def window_attention(
     Numerics: in the Triton kernels the softmax and all sums are fp32, and results repeat bitwise.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import window_attention
         >>> qkv, bias = torch.randn(2 * 5 * 5, 3, 4, 16), torch.zeros(4, 9, 9)
         >>> window_attention(qkv, bias, None, [(2, 5, 5)], window=3, shift=1).shape
         torch.Size([50, 64])
@@ -131,14 +133,23 @@ def _apart(rows: int, columns: int, window: int, shift: int, device: torch.devic
 
 
 def relative_position_bias(table: Tensor, window: int) -> Tensor:
-    """The bias `[heads, n, n]` of window attention from a table of offsets.
+    """Look up the bias of window attention in a table of offsets.
 
     Args:
         table: `[(2 * window - 1)**2, heads]`; entry `(dy + window - 1) * (2 * window - 1) + dx + window - 1`
             belongs to a query that lies `(dy, dx)` below and right of its key.
         window: side of a window.
 
-    A product with a matrix of zeros and ones, whose gradient has the same bits every time.
+    Returns:
+        `[heads, n, n]`, n = window**2, the dtype of `table`.
+
+    Numerics: a product with a matrix of zeros and ones, whose gradient has the same bits every time.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import relative_position_bias
+        >>> relative_position_bias(torch.randn(169, 4), 7).shape
+        torch.Size([4, 49, 49])
     """
     n = window**2
     with without_autocast(table.device):

@@ -29,6 +29,8 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
         TypeError: another dtype.
 
     Example:
+        >>> import torch
+        >>> from elastic_kernels import elastic_linear, working_weights
         >>> layer, x = torch.nn.Linear(32, 32), torch.randn(4, 32)
         >>> rounded = working_weights([layer.weight], torch.bfloat16)
         >>> with rounded, torch.autocast("cpu", torch.bfloat16):

@@ -33,7 +33,14 @@ STEM_STRIDE = 4
 
 @dataclass(frozen=True)
 class ResNetConfig(PyramidConfig):
-    """Shape of an elastic ResNet, and its search space."""
+    """Shape of an elastic ResNet, and its search space.
+
+    Example:
+        >>> from poa import ResNetConfig
+        >>> space = ResNetConfig(max_depths=(3, 8, 36, 3)).space
+        >>> len(space), str(space.smallest), str(space.intact)
+        (465, '64x3-4-6-3', '128x3-8-36-3')
+    """
 
     kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
     min_depths: tuple[int, ...] = option(
@@ -120,6 +127,14 @@ class ElasticResNet(Pyramid):
     Args:
         config: shape and search space.
         generator: CPU generator of the initial weights; default torch's own.
+
+    Example:
+        >>> import torch
+        >>> from poa import ElasticResNet, ResNetConfig, Subnet
+        >>> resnet = ElasticResNet(ResNetConfig(min_depths=(1, 1), max_depths=(1, 2)))
+        >>> (features,) = resnet([torch.randn(2, 3, 64, 64)], Subnet(64, (1, 1)))
+        >>> features.cls.shape
+        torch.Size([2, 512])
     """
 
     config: ResNetConfig

@@ -43,7 +43,14 @@ Maps = list[tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class SwinConfig(PyramidConfig):
-    """Shape of an elastic Swin transformer, and its search space."""
+    """Shape of an elastic Swin transformer, and its search space.
+
+    Example:
+        >>> from poa import SwinConfig
+        >>> space = SwinConfig(max_width=128, max_depths=(2, 2, 18, 2)).space
+        >>> len(space), str(space.smallest), str(space.intact)
+        (39, '96x2-2-6-2', '128x2-2-18-2')
+    """
 
     kind: Literal["swin"] = option("swin", "Swin transformer")
     patch_size: int = option(4, "pixels of a side of a patch", "[1, 1024]")
@@ -219,6 +226,14 @@ class ElasticSwin(Pyramid):
     Args:
         config: shape and search space.
         generator: CPU generator of the initial weights; default torch's own.
+
+    Example:
+        >>> import torch
+        >>> from poa import ElasticSwin, Subnet, SwinConfig
+        >>> swin = ElasticSwin(SwinConfig(image_size=64, min_depths=(1, 1), max_depths=(1, 2)))
+        >>> (features,) = swin([torch.randn(2, 3, 64, 64)], Subnet(96, (1, 1)))
+        >>> features.cls.shape
+        torch.Size([2, 192])
     """
 
     config: SwinConfig

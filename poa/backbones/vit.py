@@ -37,7 +37,14 @@ LAYER_NORM_EPS = 1e-6  # official; elastic LayerNorm's own default differs
 
 @dataclass(frozen=True)
 class ViTConfig(BackboneConfig):
-    """Shape and initialisation of an elastic ViT, and its search space."""
+    """Shape and initialisation of an elastic ViT, and its search space.
+
+    Example:
+        >>> from poa import ViTConfig
+        >>> space = ViTConfig(max_width=1024, max_depth=24).space
+        >>> len(space), str(space.smallest), str(space.intact)
+        (143, '384x12', '1024x24')
+    """
 
     kind: Literal["vit"] = option("vit", "vision transformer")
     image_size: int = option(224, "pixels of a side of the global crops; sets the position grid", "[1, 4096]")
@@ -204,6 +211,14 @@ class ElasticViT(Backbone):
     Args:
         config: shape, initialisation and search space.
         generator: CPU generator of the initial weights; default torch's own.
+
+    Example:
+        >>> import torch
+        >>> from poa import ElasticViT, Subnet, ViTConfig
+        >>> vit = ElasticViT(ViTConfig(image_size=32, min_width=64, max_width=128, min_depth=2, max_depth=4))
+        >>> (features,) = vit([torch.randn(2, 3, 32, 32)], Subnet(64, 3))
+        >>> features.cls.shape, features.patches.shape
+        (torch.Size([2, 64]), torch.Size([2, 4, 64]))
     """
 
     config: ViTConfig
