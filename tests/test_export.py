@@ -86,7 +86,7 @@ def test_golden_extract(name: str, backbone: ElasticViT) -> None:
     assert set(ours) - set(recorded) == set(tool["missing_in_static_vit"])
     assert set(recorded) - set(ours) == set(tool["unexpected"])
     for key in set(ours) & set(recorded):
-        golden.assert_close(ours[key], recorded[key], atol=1e-6)
+        golden.assert_close(ours[key], recorded[key], relative=1e-6)
 
 
 @pytest.mark.parametrize("subnet", eight_subnets(), ids=str)
@@ -99,7 +99,7 @@ def test_strict_keys_and_equal_features_in_timm(subnet: Subnet, backbone: Elasti
     size = backbone.config.image_size
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        torch.testing.assert_close(model(images), poa.load(path)(images), atol=1e-5, rtol=0)
+        golden.assert_close(model(images), poa.load(path)(images))
 
 
 @pytest.mark.parametrize(("width", "depths"), [(64, (1, 2, 1, 1)), (96, (1, 1, 2, 1)), (128, (1, 2, 2, 1))])
@@ -117,7 +117,7 @@ def test_resnets_in_timm(width: int, depths: tuple[int, ...], tmp_path: Path) ->
     for size in (64, 96):
         images = torch.randn(2, 3, size, size)
         with torch.no_grad():
-            torch.testing.assert_close(model(images), poa.load(path)(images), atol=1e-5, rtol=1e-5)
+            golden.assert_close(model(images), poa.load(path)(images))
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart-swin", "quickstart-resnet"])
@@ -130,7 +130,7 @@ def test_torch_export_with_any_number_of_images(name: str, tmp_path: Path) -> No
         program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=(batches,))
         for count in (1, 5, 64):
             images = torch.randn(count, 3, size, size)
-            torch.testing.assert_close(program.module()(images), model(images), atol=1e-5, rtol=0)
+            golden.assert_close(program.module()(images), model(images))
 
 
 def test_a_wrong_fold_is_refused(

@@ -44,7 +44,7 @@ def expected(name: str, key: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("name", "subnet", "key"), CASES, ids=[f"{c[0][:4]}-{c[1]}" for c in CASES])
 def test_golden_forward(name: str, subnet: Subnet, key: str) -> None:
     model, inputs = golden.pyramid(name), golden.tensors(name, "inputs")
-    tolerance, recorded = golden.case(name)["tolerance"], expected(name, key)
+    recorded = expected(name, key)
     for case in {field.split(".")[0] for field in recorded}:
         crops = case.removesuffix("_masked")
         mask = inputs["masks"] if crops != case else None
@@ -54,7 +54,7 @@ def test_golden_forward(name: str, subnet: Subnet, key: str) -> None:
         compared = 0
         for field, value in got.items():
             if f"{case}.{field}" in recorded:
-                golden.assert_close(value, recorded[f"{case}.{field}"], **tolerance)
+                golden.assert_close(value, recorded[f"{case}.{field}"])
                 compared += 1
         assert compared
 
@@ -67,8 +67,8 @@ def test_crops_of_several_sizes_are_one_forward(name: str) -> None:
     together = model(crops, subnet, masks=[None, mask])
     for features, group, its_mask in zip(together, crops, [None, mask], strict=True):
         (alone,) = model([group], subnet, masks=[its_mask])
-        torch.testing.assert_close(features.cls, alone.cls, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(features.patches, alone.patches, rtol=1e-5, atol=1e-5)
+        golden.assert_close(features.cls, alone.cls)
+        golden.assert_close(features.patches, alone.patches)
 
 
 @pytest.mark.parametrize("name", ["swin_forward", "resnet_forward"])
@@ -93,8 +93,8 @@ def test_a_static_subnet_equals_the_elastic_one(name: str, subnet: Subnet, key: 
     assert model.config.parameters(subnet) == sum(p.numel() for p in static.parameters())
     for crops in (inputs["global_crops"], inputs["local_crops"]):
         (wanted,), (got,) = model([crops], subnet), copy([crops])
-        torch.testing.assert_close(got.cls, wanted.cls, rtol=0, atol=1e-5)
-        torch.testing.assert_close(got.patches, wanted.patches, rtol=0, atol=1e-5)
+        golden.assert_close(got.cls, wanted.cls)
+        golden.assert_close(got.patches, wanted.patches)
 
 
 def test_golden_extract_of_swin() -> None:
@@ -108,13 +108,13 @@ def test_golden_extract_of_swin() -> None:
         if UNUSED.match(name) or name == "mask_token":
             continue
         mine = ours[backbone_name(name)]
-        golden.assert_close(mine[: len(recorded)], recorded, atol=1e-6)
+        golden.assert_close(mine[: len(recorded)], recorded, relative=1e-6)
         compared += 1
         assert mine.shape == recorded.shape or name.startswith("patch_embed.")
     assert compared == len(ours)
     (features,) = static([golden.tensors("swin_forward", "inputs")["global_crops"]])
     expected = golden.tensors("extract", "swin_tiny_expected")["elastic_in_place.x_norm_clstoken"]
-    golden.assert_close(features.cls, expected, atol=1e-5)
+    golden.assert_close(features.cls, expected)
 
 
 @pytest.mark.parametrize("kind", ["swin", "resnet"])
@@ -191,7 +191,7 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["swin_forward", "resnet_forward"])
 def test_gradients_are_finite_differences(name: str) -> None:
-    """Along a random direction of all parameters, in float64."""
+    """Along a random direction of all parameters, in float64; the gradient has the size of slopes."""
     model, inputs = golden.pyramid(name).double(), golden.tensors(name, "inputs")
     crops, subnet = [inputs["global_crops"].double()[:1]], list(model.space)[1]
     parameters, draw = list(model.parameters()), torch.Generator().manual_seed(0)
@@ -211,5 +211,5 @@ def test_gradients_are_finite_differences(name: str) -> None:
 
     grads = torch.autograd.grad(value(), parameters, allow_unused=True)
     slope = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True) if g is not None)
-    step = 1e-6
-    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(slope, rel=1e-6)
+    size, step = torch.cat([g.flatten() for g in grads if g is not None]).norm(), 1e-7
+    assert (moved(step) - moved(-step)) / (2 * step) == pytest.approx(slope, rel=0, abs=1e-6 * float(size))
