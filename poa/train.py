@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
-from poa.data.loader import Canvases, SampleStream, require_shared_memory, training_batches
+from poa.data.loader import Canvases, SampleStream, training_batches
+from poa.data.ranks import open_on_ranks
 from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
@@ -78,13 +79,7 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
         checkpoint = here.from_main(folder.newest)
         content = folder.load(checkpoint, config)
     here.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
-    data = _open_data(config, here)
-    if here.size > 1:
-        counts = {"images": len(data.train), "held-out images": len(data.test or ())}
-        here.require_same("data", {**counts, "checksum of names and labels": data.digest()})
-    evaluates = bool(config.run.evaluate_every and data.test)
-    method, workers = config.method, config.performance.workers
-    require_shared_memory(method.canvas, method.batch_size, workers, evaluates)
+    data = open_on_ranks(config, here)
     plan = Plan.of(config, len(data.train), here.size, content)
     schedules = plan.schedules(config)
     beginning = list(first_lines(config, plan, schedules, data, here))
@@ -102,22 +97,6 @@ def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: 
     run.train()
     for line in last_lines(folder.path, time.monotonic() - started, data) if here.is_main else ():
         say(line)
-
-
-def _open_data(config: Config, here: World) -> DataSplit:
-    """The images of a run; the main process opens them first, so that shards are listed once."""
-    found: list[DataSplit] = []
-
-    def opened() -> None:
-        found.append(config.data.open(config.method.seed))
-
-    here.from_main(opened)
-    if not here.is_main:
-        opened()
-        return found[0]
-    for line in found[0].lost:
-        log.warning("data: %s; going on without it", line)
-    return found[0]
 
 
 class Run:
@@ -163,6 +142,7 @@ class Run:
         self.stopwatch = Stopwatch(here.device)
         self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
         self.unreadable = Unreadable(folder.unreadable, here, config.data.unreadable_share)
+        self.images = data.digest()
         self.first_step = 0
         self.host_seconds = 0.0  # since the last log
         self.differences: list[str] = []
@@ -176,6 +156,8 @@ class Run:
         self.first_step = content["step"]
         processes = self.here.size, content["processes"]
         self.differences += self.plan.differences(Plan(**content["plan"]), processes)
+        if content.get("images", self.images) != self.images:
+            self.differences.append("names or labels of the images are others than before")
         before = from_dict(Config, content["config"])
         self.differences += self.plan.new_schedules(before, self.config, self.first_step)
         self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
@@ -412,6 +394,7 @@ class Run:
             state = {
                 "step": done,
                 "processes": self.here.size,
+                "images": self.images,
                 "plan": vars(self.plan),
                 "skipped": self.guard.state_dict(),
                 "watch": self.watch.state_dict(),

@@ -19,6 +19,7 @@ from typing import Any
 import processes
 import pytest
 import torch
+from collections_of_images import write_folder
 from kill_repeatedly import OPTIONS
 from run_folders import assert_same_run, newest, rows
 from tiny import OVERRIDES, tiny_config
@@ -202,6 +203,15 @@ def test_other_images_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     config = RunFolder(out).config()
     pretrain(override(config, ["data.holdout=0.5"]), out, resume=True)
     assert "step 3: expected 1,347 images as before, got 89" in caplog.text
+
+
+def test_images_of_other_names_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_folder(tmp_path / "images", 24)
+    config = tiny_config("method.optim.epochs=1.5", f"data.source={tmp_path}/images")
+    pretrain(config, tmp_path / "run")
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "ant")
+    pretrain(config, tmp_path / "run", resume=True)
+    assert "step 3: names or labels of the images are others than before" in caplog.text
 
 
 def test_a_run_is_extended_by_planning_its_schedules_again(
