@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tarfile
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved and can go on, 130 where Ctrl-C did (a second one leaves at once).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding does
     options = parse(arguments)
     try:
         options.command(options)

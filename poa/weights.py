@@ -28,7 +28,8 @@ def read_weights(path: Path, *, mapped: bool = False) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            named = not any("\ud800" <= letter <= "\udfff" for letter in str(path))  # what torch can map
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and named)
     except Exception as error:
         reason = (str(error) or one_line(error)).splitlines()[0].split(". ")[0]
         raise InputError(

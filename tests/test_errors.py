@@ -172,6 +172,18 @@ def test_a_run_outlives_its_standard_output(command: str, tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr and RunFolder(tmp_path / "run").newest().step == 6
 
 
+def test_a_run_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    """Which Linux allows: bytes that are not UTF-8."""
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/r\xff")
+    for command in (
+        ["pretrain", "--out", out, *OVERRIDES],
+        ["report", out],
+        ["extract", out, "--subnets", "16x1"],
+    ):
+        done = subprocess.run([sys.executable, "-m", "poa", *command], capture_output=True, text=True)
+        assert done.returncode == 0 and "r\\udcff" in done.stdout, done.stderr
+
+
 def test_a_resume_with_torn_metrics(trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     out = Path(shutil.copytree(trained, tmp_path / "run"))
     folder = RunFolder(out)
