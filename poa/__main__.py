@@ -32,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding does
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         options.command(options)
         if sys.stdout:  # it may have been closed
             sys.stdout.flush()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -15,6 +14,7 @@ import poa
 from poa import commands
 from poa.backbones import CONFIGS
 from poa.config import Config
+from poa.errors import InputError
 from poa.options import Interval, describe, nearest, shown
 from poa.presets import PRESETS, preset
 
@@ -46,11 +46,10 @@ def _meant(word: str, after: str, options: argparse.Namespace) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line without the usage text."""
+    """Errors are raised, one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"{message} (see {self.prog} --help)")
 
 
 class _Command(_Parser):

@@ -94,7 +94,7 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["--lr", "1e-3"], "did you mean method.optim.base_lr=1e-3?"),
         (["--presets", "vit-s16"], "unrecognized argument --presets; did you mean --preset?"),
         (["method.batchsize=4"], "unknown option 'method.batchsize'; did you mean 'method.batch_size'?"),
-        (["--data", ""], "poa pretrain: error: argument --data: expected a value, got ''"),
+        (["--data", ""], "poa: error: argument --data: expected a value, got ''"),
         (["data.source="], "data.source: expected digits, or where the images are, got ''"),
         (
             ["--resume", "somewhere"],
@@ -398,7 +398,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_absurd_numbers(arguments: list[str], value: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = fails(capsys, *arguments, value)
-    assert line.startswith(f"poa {arguments[0]}: error: argument {arguments[-1]}: expected a ")
+    assert line.startswith(f"poa: error: argument {arguments[-1]}: expected a ")
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
