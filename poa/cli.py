@@ -221,6 +221,12 @@ def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
     command.add_argument("--arch", metavar="sm_90", help="compile for a GPU that is not here, into --cache")
     command.add_argument("--cache", metavar="DIR", default="triton-cache", help="default %(default)s")
+    command.add_argument(
+        "--triton-key",
+        metavar="KEY",
+        help="where Python is another version there: what "
+        "python -c 'from triton.runtime.cache import triton_key as k; print(k())' prints there",
+    )
     command.set_defaults(command=commands.run_warmup, config=None, data=None)
 
     command = group.add_parser(

@@ -172,7 +172,8 @@ def run_memory(options: argparse.Namespace) -> None:
 
 def run_warmup(options: argparse.Namespace) -> None:
     config, cache = _new_config(options), Path(options.cache)
-    for row in warm_up_absent(config, options.arch, cache) if options.arch else warm_up(config):
+    absent = (config, options.arch, cache, options.triton_key)
+    for row in warm_up_absent(*absent) if options.arch else warm_up(config):
         print(row, flush=True)
 
 

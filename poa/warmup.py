@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -46,13 +47,15 @@ def warm_up(config: Config) -> Iterator[str]:
     for width in space.widths:
         started = time.perf_counter()
         with compilations() as compiled:
-            _run(Subnet(width, space.smallest.depth), config, state)
+            warm_up_steps(Subnet(width, space.smallest.depth), config, state)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         yield f"{width:>5} wide: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
 
 
-def warm_up_absent(config: Config, architecture: str, cache: Path) -> Iterator[str]:
+def warm_up_absent(
+    config: Config, architecture: str, cache: Path, triton_key: str | None = None
+) -> Iterator[str]:
     """The same for a GPU that is not here: no kernel runs, and a folder takes what was compiled.
 
     Kernels get the settings that they have without a table of timed ones.
@@ -61,6 +64,7 @@ def warm_up_absent(config: Config, architecture: str, cache: Path) -> Iterator[s
         config: of the run.
         architecture: of the GPU, such as sm_90.
         cache: folder, which may hold kernels already.
+        triton_key: of the Triton that shall read it, if not this one.
 
     Yields:
         A line for each kernel, and how to use the folder.
@@ -76,16 +80,18 @@ def warm_up_absent(config: Config, architecture: str, cache: Path) -> Iterator[s
     with gpu as launches:
         state = planned_state(config)
         for width in space.widths:
-            _run(Subnet(width, space.smallest.depth), config, state)
-    for number, name in enumerate(launches.compile_into(cache), 1):
+            warm_up_steps(Subnet(width, space.smallest.depth), config, state)
+    for number, name in enumerate(launches.compile_into(cache, triton_key), 1):
         yield f"{number:>5} of {len(launches.binaries)}: {name}"
+    python = f"for Python {'.'.join(platform.python_version_tuple()[:2])}"
     yield (
-        f"{cache} holds the kernels for {architecture}; on a machine with Triton {version('triton')}, which "
-        f"alone reads them: TRITON_CACHE_DIR={cache.name} poa pretrain ..."
+        f"{cache} holds the kernels for {architecture}; Triton {version('triton')} "
+        f"{'of the given key' if triton_key else python} alone reads them: "
+        f"TRITON_CACHE_DIR={cache.name} poa pretrain ..."
     )
 
 
-def _run(subnet: Subnet, config: Config, state: TrainingState) -> None:
+def warm_up_steps(subnet: Subnet, config: Config, state: TrainingState) -> None:
     """Steps with and without masks, and the forward of an evaluation."""
     schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
     for masked in (True, False):

@@ -58,8 +58,8 @@ def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
     from elastic_kernels import absent_gpu
 
     config, compiles = tiny_config("method.backbone.min_width=32"), JITFunction._do_compile
-    *kernels, last = warm_up_absent(config, "sm_90", tmp_path)
-    assert f"with Triton {triton.__version__}" in last
+    *kernels, last = warm_up_absent(config, "sm_90", tmp_path, triton_key="another Python's")
+    assert f"Triton {triton.__version__} of the given key" in last
     hits: list[bool] = []
 
     def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., object]:
@@ -67,6 +67,7 @@ def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
 
     with absent_gpu("sm_90"), monkeypatch.context() as patch:
         patch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+        patch.setattr(triton.runtime.cache, "triton_key", lambda: "another Python's")
         patch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **event: hits.append(cache_hit))
         patch.setattr(JITFunction, "_do_compile", compiles)
         patch.setattr(JITFunction, "__getitem__", compile_only)

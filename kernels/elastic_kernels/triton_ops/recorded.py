@@ -85,15 +85,27 @@ class Launches:
     made: list[Launch] = field(default_factory=list)
     binaries: list[Binary] = field(default_factory=list)
 
-    def compile_into(self, folder: Path) -> Iterator[str]:
-        """Compile the binaries on all CPUs into a folder that is Triton's cache; yields names when ready."""
-        context, compile_one = multiprocessing.get_context("spawn"), partial(_compile, folder.resolve())
+    def compile_into(self, folder: Path, triton_key: str | None = None) -> Iterator[str]:
+        """Compile the binaries on all CPUs into a folder that is Triton's cache.
+
+        Args:
+            folder: new, or such a cache already.
+            triton_key: `triton.runtime.cache.triton_key()` of the Triton that shall read it, if another one:
+                the same version has other keys for other versions of Python.
+
+        Yields:
+            The name of a binary when it is ready.
+        """
+        context = multiprocessing.get_context("spawn")
+        compile_one = partial(_compile, folder.resolve(), triton_key)
         with context.Pool(min(os.cpu_count() or 1, len(self.binaries))) as pool:
             yield from pool.imap_unordered(compile_one, self.binaries)
 
 
-def _compile(folder: Path, binary: Binary) -> str:
+def _compile(folder: Path, triton_key: str | None, binary: Binary) -> str:
     triton.knobs.cache.dir = str(folder)
+    if triton_key is not None:
+        triton.runtime.cache.triton_key = lambda: triton_key
     binary.compile()
     return binary.name
 
