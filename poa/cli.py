@@ -29,6 +29,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         options.parser.error(f"unrecognized argument {unknown[0]}{_meant(unknown[0], after, options)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    if named := next((word for word in getattr(options, "overrides", ()) if word in PRESETS), None):
+        options.parser.error(f"unrecognized argument {named}; did you mean --preset {named}?")
     return options
 
 
@@ -93,10 +95,72 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     version = f"poa {poa.__version__}, PyTorch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
     group = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    _add_first(group)
+    _add_planning(group)
     _add_pretrain(group, arguments)
     _add_queries(group)
-    _add_planning(group)
     return parser
+
+
+RUN_HELP = "run folder that pretrain wrote"
+
+
+def _add_preset(command: _Command) -> None:
+    command.add_argument("--preset", help="what to start from; default quickstart")
+
+
+def _add_first(group: argparse._SubParsersAction[_Command]) -> None:
+    """The demonstration, and what there is to train."""
+    command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
+    command.add_argument(
+        "--backbone", choices=tuple(commands.QUICKSTARTS), default="vit", help="of what kind"
+    )
+    command.add_argument("--out", help="run folder, new; default runs/PRESET, or -2, -3, ...")
+    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
+    command.set_defaults(command=commands.run_quickstart)
+
+    command = group.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
+    command.add_argument("run", nargs="?", help=RUN_HELP)
+    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
+    command.add_argument("--json", action="store_true", help="one JSON list")
+    command.set_defaults(command=commands.list_subnets, config=None, overrides=[])
+
+
+def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
+    """The commands that prepare a run."""
+    command = group.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
+    _add_preset(command)
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.set_defaults(command=commands.run_memory, config=None, data=None)
+
+    command = group.add_parser("warmup", help="compile every kernel that a run can need, and keep them")
+    _add_preset(command)
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.add_argument("--arch", metavar="sm_90", help="compile for a GPU that is not here, into --cache")
+    command.add_argument("--cache", metavar="DIR", default="triton-cache", help="default %(default)s")
+    command.add_argument(
+        "--triton-key",
+        metavar="KEY",
+        help="where Python is another version there: what "
+        "python -c 'from triton.runtime.cache import triton_key as k; print(k())' prints there",
+    )
+    command.set_defaults(command=commands.run_warmup, config=None, data=None)
+
+    command = group.add_parser(
+        "loader", help="measure how fast images are read and decoded, without training"
+    )
+    command.add_argument("--data", required=True, help="where the images are, as in pretrain")
+    _add_preset(command)
+    command.add_argument(
+        "--workers",
+        type=number(int, "[0, 1024]"),
+        nargs="+",
+        default=[1],
+        help="numbers of processes to try",
+    )
+    command.add_argument("--seconds", type=number(float, "(0, 3600]"), default=10.0, help="to measure each")
+    command.set_defaults(command=commands.run_loader, config=None, overrides=[])
 
 
 def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequence[str]) -> None:
@@ -109,7 +173,7 @@ def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequen
         description=f"Train a run on one device, or under torchrun on many.\n\npresets:\n{presets}",
         epilog=_options_help(arguments) if {"-h", "--help"} & set(arguments) else None,
     )
-    command.add_argument("--preset", help="what to start from; default quickstart")
+    _add_preset(command)
     command.add_argument("--config", help="instead of a preset: the config.json of another run")
     command.add_argument("--data", help="digits, or where the images are (data.source)")
     command.add_argument("--out", help="run folder, new")
@@ -150,11 +214,17 @@ def _described(options: Any, path: str = "") -> Iterator[str]:
         yield f"  {key}={shown}\n      {kind}: {text}"
 
 
-RUN_HELP = "run folder that pretrain wrote"
-
-
 def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     """The commands that read runs."""
+    command = group.add_parser("report", help="one page about a run, or several compared")
+    command.add_argument("run", nargs="+", help=RUN_HELP)
+    command.add_argument(
+        "--out",
+        help="page (.html) or picture (.png, ...); default RUN/report.html, of several RUN/comparison.html",
+    )
+    command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
+    command.set_defaults(command=commands.run_report)
+
     which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
     which["help"] = "subnets such as 384x12, or all"
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
@@ -164,17 +234,6 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
         "metavar": "N",
         "help": "checkpoint of this step; default the newest",
     }
-
-    command = group.add_parser("extract", help="write subnets as safetensors files in timm's naming")
-    command.add_argument("run", help=RUN_HELP)
-    command.add_argument("--subnets", required=True, **which)
-    command.add_argument("--out", help="folder; default RUN/models")
-    command.add_argument(
-        "--image-size", type=number(int, "[1, 4096]"), help="bake position embeddings for this size, pixels"
-    )
-    command.add_argument("--branch", **branch)
-    command.add_argument("--step", **step)
-    command.set_defaults(command=commands.run_extract)
 
     command = group.add_parser("evaluate", help="k-NN and linear accuracy of subnets on held-out images")
     command.add_argument("run", help=RUN_HELP)
@@ -193,62 +252,13 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_evaluate)
 
-    command = group.add_parser("report", help="one page about a run, or several compared")
-    command.add_argument("run", nargs="+", help=RUN_HELP)
+    command = group.add_parser("extract", help="write subnets as safetensors files in timm's naming")
+    command.add_argument("run", help=RUN_HELP)
+    command.add_argument("--subnets", required=True, **which)
+    command.add_argument("--out", help="folder; default RUN/models")
     command.add_argument(
-        "--out",
-        help="page (.html) or picture (.png, ...); default RUN/report.html, of several RUN/comparison.html",
+        "--image-size", type=number(int, "[1, 4096]"), help="bake position embeddings for this size, pixels"
     )
-    command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
-    command.set_defaults(command=commands.run_report)
-
-    command = group.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
-    command.add_argument("run", nargs="?", help=RUN_HELP)
-    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
-    command.add_argument("--json", action="store_true", help="one JSON list")
-    command.set_defaults(command=commands.list_subnets, config=None, overrides=[])
-
-
-def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
-    """The commands that prepare a run, and the demonstration."""
-    command = group.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
-    command.add_argument("preset", help="one of " + ", ".join(PRESETS))
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
-    command.set_defaults(command=commands.run_memory, config=None, data=None)
-
-    command = group.add_parser("warmup", help="compile every kernel that a run can need, and keep them")
-    command.add_argument("preset", help="one of " + ", ".join(PRESETS))
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
-    command.add_argument("--arch", metavar="sm_90", help="compile for a GPU that is not here, into --cache")
-    command.add_argument("--cache", metavar="DIR", default="triton-cache", help="default %(default)s")
-    command.add_argument(
-        "--triton-key",
-        metavar="KEY",
-        help="where Python is another version there: what "
-        "python -c 'from triton.runtime.cache import triton_key as k; print(k())' prints there",
-    )
-    command.set_defaults(command=commands.run_warmup, config=None, data=None)
-
-    command = group.add_parser(
-        "loader", help="measure how fast images are read and decoded, without training"
-    )
-    command.add_argument("--data", required=True, help="where the images are, as in pretrain")
-    command.add_argument("--preset", help="whose canvas and batches; default quickstart")
-    command.add_argument(
-        "--workers",
-        type=number(int, "[0, 1024]"),
-        nargs="+",
-        default=[1],
-        help="numbers of processes to try",
-    )
-    command.add_argument("--seconds", type=number(float, "(0, 3600]"), default=10.0, help="to measure each")
-    command.set_defaults(command=commands.run_loader, config=None, overrides=[])
-
-    command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
-    command.add_argument(
-        "--backbone", choices=tuple(commands.QUICKSTARTS), default="vit", help="of what kind"
-    )
-    command.add_argument("--out", help="run folder, new; default runs/PRESET, or -2, -3, ...")
-    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
-    command.set_defaults(command=commands.run_quickstart)
+    command.add_argument("--branch", **branch)
+    command.add_argument("--step", **step)
+    command.set_defaults(command=commands.run_extract)

@@ -22,6 +22,7 @@ from poa.options import Options, option, section
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Destination = Literal["tensorboard", "wandb"]
+MOST_IMAGES = 65536  # of a micro-batch
 MOST_PARAMETERS = 10_000_000_000  # fp32 weights, teacher, gradients and moments of which take 200 GB
 
 
@@ -30,7 +31,7 @@ class MethodConfig(Options, at="method"):
     """Everything that changes results."""
 
     seed: int = option(0, "seed of every random choice", "[0, 4294967295]")
-    batch_size: int = option(64, "images of a micro-batch, which a rank takes at once", "[1, 65536]")
+    batch_size: int = option(64, "images of a micro-batch, which a rank takes at once", f"[1, {MOST_IMAGES}]")
     micro_batches: int | None = option(
         None,
         "micro-batches of a step over all ranks; with fewer ranks each accumulates the gradients of several; "

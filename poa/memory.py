@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from elastic_kernels import planning
-from poa.config import Config
+from poa.config import MOST_IMAGES, Config
 from poa.errors import InputError
 from poa.flops import expected_masked
 from poa.masks import Masks
@@ -204,7 +204,7 @@ def largest_chunk(config: Config, gigabytes: float, step: int = 8) -> int:
     few, many = (predict_memory(config, images) for images in (step, 8 * step))
     slope = (many.peak - few.peak) / (7 * step)
     room = gigabytes * 1e9 - RESERVE - few.buckets - few.peak
-    images = max(round(room / slope / step + 1) * step, 0)
+    images = min(max(round(room / slope / step + 1) * step, 0), MOST_IMAGES)
     while images and not predict_memory(config, images).fits(gigabytes):
         images -= step
     return images

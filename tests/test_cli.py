@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ from tiny import OVERRIDES
 import poa
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
+from poa.cli import _parser
 from poa.options import describe
 from poa.presets import preset
 
@@ -91,6 +93,7 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         ),
         (["--method.batch_size", "4"], "without dashes: did you mean method.batch_size=4? (see poa pretrain"),
         (["--batch-size=4"], "did you mean method.batch_size=4?"),
+        (["vit-s16"], "unrecognized argument vit-s16; did you mean --preset vit-s16?"),
         (["--lr", "1e-3"], "did you mean method.optim.base_lr=1e-3?"),
         (["--presets", "vit-s16"], "unrecognized argument --presets; did you mean --preset?"),
         (["method.batchsize=4"], "unknown option 'method.batchsize'; did you mean 'method.batch_size'?"),
@@ -376,6 +379,19 @@ def test_subnets(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     assert main(["subnets", "--preset", "vit-l16"]) == 0
     assert capsys.readouterr().out.startswith("143 subnets")
+
+
+def test_one_grammar() -> None:
+    """Commands come in the order of work; a run comes first, its options last, all else has a name."""
+    (group,) = (a for a in _parser([])._actions if isinstance(a, argparse._SubParsersAction))
+    work = "quickstart subnets memory warmup loader pretrain report evaluate extract"
+    assert list(group.choices) == work.split()
+    for name, command in group.choices.items():
+        unnamed = [a.dest for a in command._actions if not a.option_strings]
+        assert unnamed in (["run"], ["overrides"], []), name
+        reads_a_run = name in ("subnets", "report", "evaluate", "extract")
+        assert ("run" in unnamed) == reads_a_run
+        assert ("--preset" in command.flags) == (name in work.split()[1:6])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ def test_errors_of_input_are_one_line(kind: str, monkeypatch: pytest.MonkeyPatch
         raise error
 
     monkeypatch.setattr(commands, "run_memory", fails)
-    assert main(["memory", "quickstart"]) == code
+    assert main(["memory", "--preset", "quickstart"]) == code
     assert capsys.readouterr().err == f"poa: error: {line}\n"  # type: ignore[attr-defined]
 
 
@@ -86,7 +86,7 @@ def test_bugs_keep_their_trace(error: Exception, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(commands, "run_memory", fails)
     with pytest.raises(type(error)):
-        main(["memory", "quickstart"])
+        main(["memory", "--preset", "quickstart"])
 
 
 def test_messages_of_errors_without_one() -> None:

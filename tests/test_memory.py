@@ -9,6 +9,7 @@ from tiny import tiny_config
 
 from elastic_kernels import backend
 from poa.__main__ import main
+from poa.config import MOST_IMAGES
 from poa.errors import InputError
 from poa.memory import (
     BLOCK,
@@ -67,8 +68,12 @@ def test_the_largest_chunk_fits_and_no_larger_one_does() -> None:
     assert largest_chunk(config, 3) == 0
 
 
+def test_no_chunk_is_larger_than_an_option_can_say() -> None:
+    assert largest_chunk(tiny_config(), 1000) == MOST_IMAGES
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["memory", "vit-s16", "method.batch_size=16"]) == 0
+    assert main(["memory", "--preset", "vit-s16", "method.batch_size=16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("16 images a GPU: ") and len(lines) == 7
 

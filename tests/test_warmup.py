@@ -46,7 +46,7 @@ def test_a_run_tells_what_it_compiled_and_its_host_time(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="where no kernel runs")
 def test_a_device_without_kernels_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["warmup", "quickstart", "run.device=cpu"]) == 2
+    assert main(["warmup", "--preset", "quickstart", "run.device=cpu"]) == 2
     assert "expected a device that runs Triton kernels, got cpu" in capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
 
 
 def test_an_unknown_absent_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["warmup", "quickstart", "--arch", "90"]) == 2
+    assert main(["warmup", "--preset", "quickstart", "--arch", "90"]) == 2
     assert "--arch: expected one of sm_80, sm_86, " in capsys.readouterr().err
 
 
