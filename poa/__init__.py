@@ -4,8 +4,9 @@ from poa import official
 from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.export import ExportedModel, load
 from poa.subnets import SearchSpace, Subnet
+from poa.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "ElasticResNet",
     "ElasticSwin",

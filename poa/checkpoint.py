@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import torch
 
-import poa
 from poa.config import Config
 from poa.errors import InputError, SaveError, one_line
 from poa.files import (
@@ -45,6 +44,7 @@ from poa.lock import RunLock
 from poa.network import Network
 from poa.optim import FIXED, OptimConfig
 from poa.options import first_difference, from_dict, to_dict
+from poa.version import VERSION
 from poa.weights import load_strictly, read_weights
 
 Branch = Literal["teacher", "student"]
@@ -144,7 +144,7 @@ class RunFolder:
 
     def keep_beginning(self, said: Sequence[str], phases: Mapping[str, int]) -> None:
         """Keep what the run says at its beginning, and the steps of its phases, for reports."""
-        about = {"version": poa.__version__, "said": said, "phases": phases}
+        about = {"version": VERSION, "said": said, "phases": phases}
         write_json(self.path / "beginning.json", about)
 
     def config(self) -> Config:

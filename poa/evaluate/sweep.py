@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import poa
 from poa.backbones import Backbone, BackboneConfig
 from poa.checkpoint import Checkpoint, RunFolder, log
 from poa.config import Config
@@ -36,6 +35,7 @@ from poa.evaluate.linear import LinearScore, linear_accuracy
 from poa.evaluate.linear import protocol as linear_protocol
 from poa.files import read_json, write_json
 from poa.subnets import Subnet
+from poa.version import VERSION
 
 REPORTED_K = 20
 """The k that tables and plots show."""
@@ -52,7 +52,7 @@ class Origin:
 
     @classmethod
     def of(cls, folder: RunFolder, checkpoint: Checkpoint, branch: str) -> Origin:
-        return cls(str(folder.path.absolute()), branch, checkpoint.step, poa.__version__)
+        return cls(str(folder.path.absolute()), branch, checkpoint.step, VERSION)
 
 
 def data_place(name: str) -> str:
