@@ -19,7 +19,6 @@ from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.loader import Canvases, SampleStream, training_batches
-from poa.data.ranks import open_on_ranks
 from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
@@ -28,6 +27,7 @@ from poa.errors import DivergenceError, InputError, Preempted, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
 from poa.health import Watch
+from poa.images import open_on_ranks
 from poa.lock import RunLock
 from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch

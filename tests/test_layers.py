@@ -20,7 +20,7 @@ FLOORS = (
     "data masks multicrop",
     "backbones heads losses network official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
-    "step plan evaluate memory warmup metrics report contact_sheet curves export",
+    "step plan evaluate memory warmup metrics report contact_sheet curves export images",
     "train",
     "quickstart commands cli __init__ __main__",
 )
