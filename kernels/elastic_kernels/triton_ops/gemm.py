@@ -46,11 +46,6 @@ def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return slices
 
 
-def count_slices(block_n: int) -> int:
-    """How many `slices_of` makes of a tile."""
-    return 2 if block_n <= 128 else 4
-
-
 @dataclass(frozen=True)
 class GemmConfig:
     """Launch settings of a product: a tile of `block_m` x `block_n`, reduced in steps of `block_k`."""

@@ -3,8 +3,9 @@
     P[g] = s dy[g]^T x,  dW = gamma * P,  db = gamma * sum dy,  dgamma = rowsum(P * W) + b * sum dy
 
 dW is written into a corner of the largest network's gradient, or alone; dgamma needs no saved activation. The
-long reduction over rows is split so that small corners fill the device; the shares are summed in a fixed
-order, so that results repeat bitwise. One more column of programs sums dy for the bias, from L2.
+long reduction over rows is split so that small corners fill the device; the partial sums are added in a fixed
+order, so that results repeat bitwise. Columns of dy are summed for the bias by a kernel of its own: among
+programs of the product, which hold as much shared memory, such sums took whole processors and a second wave.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from elastic_kernels.triton_ops.device import precision, processors
 from elastic_kernels.triton_ops.gemm import (
     GemmConfig,
     config_for,
-    count_slices,
     dot,
     launch_options,
     slices_of,
@@ -29,81 +29,69 @@ from elastic_kernels.triton_ops.gemm import (
 from elastic_kernels.triton_ops.registration import register
 
 
-@triton.jit
-def _finish_weight_tile(
-    p, dweight_ptr, weight_ptr, gamma_ptr, shares_ptr,
-    group, tile, offs_n, offs_k, out_features, mask_n, mask_k,
-    stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-    HAS_GAMMA: tl.constexpr,
-):  # fmt: skip
-    """Write `p`, a whole sum, as the weight's gradient, and its share of LayerScale's."""
-    mask = mask_n[:, None] & mask_k[None, :]
-    if HAS_GAMMA:
-        w_ptrs = weight_ptr + group * stride_wg + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
-        w = tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32)
-        tl.store(shares_ptr + tile * out_features + offs_n, tl.sum(p * w, 1), mask=mask_n)
-        p *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
-    ends = dweight_ptr + group * stride_dg + offs_n[:, None] * stride_dn + offs_k[None, :]
-    tl.store(ends, p.to(dweight_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["rows", "split_rows"])
 def _linear_wgrad_kernel(
-    dy_ptr, x_ptr, weight_ptr, gamma_ptr, dweight_ptr, bias_shares_ptr, gamma_shares_ptr, partial_ptr,
+    dy_ptr, x_ptr, dweight_ptr, partial_ptr,
     rows, split_rows, out_features, in_features,
-    stride_y, stride_yg, stride_x, stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
+    stride_y, stride_yg, stride_x, stride_dg, stride_dn,
     scale,
-    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    APART: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """P of BLOCK_M output and BLOCK_N input features, reducing over a split's rows by BLOCK_K."""
     tiles_n, tiles_k = tl.cdiv(out_features, BLOCK_M), tl.cdiv(in_features, BLOCK_N)
-    columns = tiles_k + 1 if HAS_BIAS else tiles_k
-    pid_n, pid_k = tile_of(tl.program_id(0), tiles_n, columns, GROUP_M)
+    pid_n, pid_k = tile_of(tl.program_id(0), tiles_n, tiles_k, GROUP_M)
     group, split = tl.program_id(1), tl.program_id(2)
     offs_n = pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_n = offs_n < out_features
+    offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n, mask_k = offs_n < out_features, offs_k < in_features
     first, last = split * split_rows, tl.minimum((split + 1) * split_rows, rows)
     dy_columns = dy_ptr + group * stride_yg + offs_n[:, None]
-    if pid_k == tiles_k:
-        total = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        for start in range(first, last, BLOCK_K):
-            offs_r = start + tl.arange(0, BLOCK_K)
-            mask = mask_n[:, None] & (offs_r < last)[None, :]
-            total += tl.load(dy_columns + offs_r.to(tl.int64)[None, :] * stride_y, mask=mask, other=0.0).to(
-                tl.float32
-            )
-        shares = bias_shares_ptr + (split * tl.num_programs(1) + group) * out_features + offs_n
-        tl.store(shares, tl.sum(total, 1), mask=mask_n)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(first, last, BLOCK_K):
+        offs_r = start + tl.arange(0, BLOCK_K)
+        mask_r, places = offs_r < last, offs_r.to(tl.int64)
+        dy = tl.load(
+            dy_columns + places[None, :] * stride_y, mask=mask_n[:, None] & mask_r[None, :], other=0.0
+        )
+        x_ptrs = x_ptr + places[:, None] * stride_x + offs_k[None, :]
+        x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        acc = dot(dy, x, acc, PRECISION)
+    if APART:
+        place = (split * tl.num_programs(1) + group).to(tl.int64) * out_features
+        ends = partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :]
+        tl.store(ends, acc * scale, mask=mask_n[:, None] & mask_k[None, :])
     else:
-        offs_k = pid_k * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_k = offs_k < in_features
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(first, last, BLOCK_K):
-            offs_r = start + tl.arange(0, BLOCK_K)
-            mask_r, places = offs_r < last, offs_r.to(tl.int64)
-            dy = tl.load(
-                dy_columns + places[None, :] * stride_y, mask=mask_n[:, None] & mask_r[None, :], other=0.0
-            )
-            x_ptrs = x_ptr + places[:, None] * stride_x + offs_k[None, :]
-            x = tl.load(x_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-            acc = dot(dy, x, acc, PRECISION)
-        if SPLIT:
-            place = (split * tl.num_programs(1) + group).to(tl.int64) * out_features
-            ends = partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :]
-            tl.store(ends, acc * scale, mask=mask_n[:, None] & mask_k[None, :])
-        else:
-            slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
-            SLICES: tl.constexpr = len(slices)
-            for part in tl.static_range(SLICES):
-                offs_h = pid_k * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
-                _finish_weight_tile(
-                    slices[part], dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
-                    group, SLICES * pid_k + part, offs_n, offs_h, out_features, mask_n, offs_h < in_features,
-                    stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-                    HAS_GAMMA,
-                )  # fmt: skip
+        slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
+        SLICES: tl.constexpr = len(slices)
+        ends = dweight_ptr + group * stride_dg + offs_n[:, None] * stride_dn
+        for part in tl.static_range(SLICES):
+            offs_h = pid_k * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
+            dweight = slices[part].to(dweight_ptr.dtype.element_ty)
+            tl.store(ends + offs_h[None, :], dweight, mask=mask_n[:, None] & (offs_h < in_features)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "share_rows"])
+def _linear_bias_shares_kernel(
+    dy_ptr, shares_ptr,
+    rows, share_rows, out_features,
+    stride_y, stride_yg,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of BLOCK columns of dy of a group over a share of the rows."""
+    share, group = tl.program_id(1), tl.program_id(2)
+    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_n = offs_n < out_features
+    first, last = share * share_rows, tl.minimum((share + 1) * share_rows, rows)
+    columns = dy_ptr + group * stride_yg + offs_n[None, :]
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(first, last, ROWS):
+        offs_r = start + tl.arange(0, ROWS)
+        mask = (offs_r < last)[:, None] & mask_n[None, :]
+        dy = tl.load(columns + offs_r.to(tl.int64)[:, None] * stride_y, mask=mask, other=0.0)
+        total += dy.to(tl.float32)
+    place = (share * tl.num_programs(2) + group) * out_features
+    tl.store(shares_ptr + place + offs_n, tl.sum(total, 0), mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -113,7 +101,7 @@ def _linear_wgrad_finish_kernel(
     stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
     HAS_GAMMA: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sum the splits' shares of a tile of the weight's gradient."""
+    """Add the partial sums of a tile of P; the weight's gradient, and the tile's share of LayerScale's."""
     pid_k, pid_n, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n, offs_k = pid_n * BLOCK_N + tl.arange(0, BLOCK_N), pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n, mask_k = offs_n < out_features, offs_k < in_features
@@ -124,18 +112,19 @@ def _linear_wgrad_finish_kernel(
         p += tl.load(
             partial_ptr + (place + offs_n)[:, None] * in_features + offs_k[None, :], mask=mask, other=0.0
         )
-    _finish_weight_tile(
-        p, dweight_ptr, weight_ptr, gamma_ptr, gamma_shares_ptr,
-        group, pid_k, offs_n, offs_k, out_features, mask_n, mask_k,
-        stride_dg, stride_dn, stride_wg, stride_wn, stride_wk,
-        HAS_GAMMA,
-    )  # fmt: skip
+    if HAS_GAMMA:
+        w_ptrs = weight_ptr + group * stride_wg + offs_n[:, None] * stride_wn + offs_k[None, :] * stride_wk
+        w = tl.load(w_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(gamma_shares_ptr + pid_k * out_features + offs_n, tl.sum(p * w, 1), mask=mask_n)
+        p *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    ends = dweight_ptr + group * stride_dg + offs_n[:, None] * stride_dn + offs_k[None, :]
+    tl.store(ends, p.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["splits", "tiles"])
+@triton.jit(do_not_specialize=["shares", "tiles"])
 def _linear_vector_grads_kernel(
     bias_shares_ptr, gamma_shares_ptr, bias_ptr, gamma_ptr, dbias_ptr, dgamma_ptr,
-    splits, tiles, out_features, largest,
+    shares, tiles, out_features, largest,
     HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Full-shape gradients of bias and LayerScale of a group from their shares; zero outside the corner."""
@@ -144,9 +133,9 @@ def _linear_vector_grads_kernel(
     active, inside = offs < out_features, offs < largest
     dbias = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
-        for split in range(0, splits):
-            share = bias_shares_ptr + (split * tl.num_programs(1) + group) * out_features
-            dbias += tl.load(share + offs, mask=active, other=0.0)
+        for share in range(0, shares):
+            place = (share * tl.num_programs(1) + group) * out_features
+            dbias += tl.load(bias_shares_ptr + place + offs, mask=active, other=0.0)
     if HAS_GAMMA:
         dgamma = tl.zeros([BLOCK], tl.float32)
         for tile in range(0, tiles):
@@ -160,6 +149,8 @@ def _linear_vector_grads_kernel(
 
 
 FINISH_BLOCKS = (32, 128)  # output and input features of a tile of `_linear_wgrad_finish_kernel`
+SHARE_ROWS, SHARE_BLOCK = 32, 128  # rows and columns of dy that `_linear_bias_shares_kernel` loads at a time
+MIN_SHARE_ROWS, SHARE_PROGRAMS = 512, 16  # rows of a share at least, and programs for each processor
 VECTOR_BLOCK = 256
 MIN_SPLIT_ROWS = 1024  # of a wgrad: below, writing the shares costs more than idle processors
 
@@ -181,6 +172,21 @@ def _wgrad_plan(dy: Tensor, weight: Tensor) -> _Wgrad:
     return _Wgrad(config, max(min(processors(dy.device) // tiles, most), 1), tiles_k)
 
 
+def _bias_shares(dy: Tensor, groups: int, out: int) -> Tensor:
+    """Sums of the columns of dy over shares of its rows, fp32 `[shares, groups, n]`."""
+    rows, blocks = dy.shape[0], triton.cdiv(out, SHARE_BLOCK)
+    most = triton.cdiv(rows, SHARE_ROWS if dy.device.type == "cpu" else MIN_SHARE_ROWS)
+    count = max(min(SHARE_PROGRAMS * processors(dy.device) // (groups * blocks), most), 1)
+    shares = torch.empty(count, groups, out, dtype=torch.float32, device=dy.device)
+    _linear_bias_shares_kernel[(blocks, count, groups)](
+        dy, shares,
+        rows, triton.cdiv(rows, count), out,
+        dy.stride(0), dy.stride(1) if groups > 1 else 0,
+        ROWS=SHARE_ROWS, BLOCK=SHARE_BLOCK,
+    )  # fmt: skip
+    return shares
+
+
 def _wgrad(
     dy: Tensor,
     x: Tensor,
@@ -198,27 +204,24 @@ def _wgrad(
     rows, (groups, out, width) = dy.shape[0], weight.shape
     config, splits, tiles_k = _wgrad_plan(dy, weight)
     fp32, device = torch.float32, dy.device
-    bias_shares = torch.empty(splits, groups, out if bias_grad else 0, dtype=fp32, device=device)
-    partial = torch.empty(splits, groups, out, width, dtype=fp32, device=device) if splits > 1 else None
-    shares = triton.cdiv(width, FINISH_BLOCKS[1]) if splits > 1 else count_slices(config.block_n) * tiles_k
-    shares = 0 if gamma is None else shares
-    gamma_shares = torch.empty(shares, out, dtype=fp32, device=device)
-    targets = (into.stride(0), into.stride(1), *weight.stride())
-    columns = triton.cdiv(out, config.block_m) * (tiles_k + bias_grad)
-    _linear_wgrad_kernel[(columns, groups, splits)](
-        dy, x, weight, gamma, into, bias_shares, gamma_shares, partial,
+    bias_shares = _bias_shares(dy, groups, out) if bias_grad else None
+    apart = splits > 1 or gamma is not None  # LayerScale's gradient reads P with the weight: one small pass
+    partial = torch.empty(splits, groups, out, width, dtype=fp32, device=device) if apart else None
+    _linear_wgrad_kernel[(triton.cdiv(out, config.block_m) * tiles_k, groups, splits)](
+        dy, x, into, partial,
         rows, triton.cdiv(rows, splits), out, width,
-        dy.stride(0), dy.stride(1) if groups > 1 else 0, x.stride(0), *targets,
+        dy.stride(0), dy.stride(1) if groups > 1 else 0, x.stride(0), into.stride(0), into.stride(1),
         scale,
-        HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, SPLIT=splits > 1,
-        PRECISION=precision(dy), **launch_options(config),
+        APART=apart, PRECISION=precision(dy), **launch_options(config),
     )  # fmt: skip
-    if splits > 1:
+    shares = 0 if gamma is None else triton.cdiv(width, FINISH_BLOCKS[1])
+    gamma_shares = torch.empty(shares, out, dtype=fp32, device=device)
+    if apart:
         grid = (triton.cdiv(width, FINISH_BLOCKS[1]), triton.cdiv(out, FINISH_BLOCKS[0]), groups)
         _linear_wgrad_finish_kernel[grid](
             partial, weight, gamma, into, gamma_shares,
             splits, out, width,
-            *targets,
+            into.stride(0), into.stride(1), *weight.stride(),
             HAS_GAMMA=gamma is not None,
             BLOCK_N=FINISH_BLOCKS[0], BLOCK_K=FINISH_BLOCKS[1],
         )  # fmt: skip
@@ -227,7 +230,7 @@ def _wgrad(
     if bias_grad or gamma is not None:
         _linear_vector_grads_kernel[(triton.cdiv(out_max, VECTOR_BLOCK), groups)](
             bias_shares, gamma_shares, bias, gamma, dbias, dgamma,
-            splits, shares, out, out_max,
+            1 if bias_shares is None else len(bias_shares), shares, out, out_max,
             HAS_BIAS=bias_grad, HAS_GAMMA=gamma is not None, BLOCK=VECTOR_BLOCK,
         )  # fmt: skip
     return dbias, dgamma
