@@ -1,10 +1,16 @@
-"""FLOPs of a step as the method specifies it, and what devices promise: model FLOPs utilisation (MFU).
+"""FLOPs of a step as the method specifies it, and the peaks of datasheets: model FLOPs utilisation (MFU).
 
 2 per multiply-add of every matrix product, backward twice the forward, all rows of all blocks; what is
 recomputed or padded does not count. `benchmarks.roofline` is the model by kernels and bytes.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from poa.config import MethodConfig
 from poa.network import VIEWS
@@ -19,6 +25,11 @@ DATASHEET_PEAKS = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA B200": 2250e12,
 }
+
+
+def datasheet_peak(device: torch.device) -> float | None:
+    """Peak FLOP/s of the datasheet, where it is known."""
+    return DATASHEET_PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def expected_masked(method: MethodConfig) -> float:
@@ -41,6 +52,42 @@ def chunk_flops(method: MethodConfig, elastic: Subnet, masked: float) -> float:
         + _branch(method, intact, masked, student=True)
         + _branch(method, elastic, masked, student=True)
     )
+
+
+def workload(
+    method: MethodConfig,
+    drawn: Sequence[Sequence[Subnet]],
+    masked: Sequence[float],
+    shares: Sequence[Sequence[int]],
+    images_per_s: float,
+    peak: float | None,
+) -> dict[str, Any]:
+    """What the elastic students of some steps were, and what that means for speed.
+
+    Args:
+        method: network, heads, crops.
+        drawn: subnet of every chunk of every step.
+        masked: patches under masks in a chunk of every step.
+        shares: chunks of a step of every process.
+        images_per_s: of all processes.
+        peak: FLOP/s of a device, or None.
+
+    Returns:
+        `subnets` with their counts; `balance`, the mean FLOPs of processes over the largest, for which a step
+        waits; `tflop_per_s` of a process and `mfu`, its share of the peak.
+    """
+    costs = [  # FLOPs of every process in every step
+        [sum(chunk_flops(method, subnets[chunk], count) for chunk in share) for share in shares]
+        for subnets, count in zip(drawn, masked, strict=True)
+    ]
+    images = sum(map(len, drawn)) * method.batch_size
+    speed = images_per_s * sum(map(sum, costs)) / images / len(shares)
+    return {
+        "subnets": dict(Counter(str(subnet) for subnets in drawn for subnet in subnets)),
+        "balance": sum(sum(cost) / len(shares) / max(cost) for cost in costs) / len(costs),
+        "tflop_per_s": speed / 1e12,
+        "mfu": speed / peak if peak else None,
+    }
 
 
 def _branch(method: MethodConfig, subnet: Subnet, masked: float, student: bool) -> float:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from types import FrameType
+
+from poa.errors import Preempted
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 INTERRUPTED = 130  # exit code of Ctrl-C
+HINT = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: launchers pass the first on once more
 
 
@@ -21,12 +26,12 @@ class StopSignals:
     Signals belong to the main thread; elsewhere nothing is changed.
 
     Args:
-        hint: what a first Ctrl-C shows; empty: nothing.
+        said: whether a first Ctrl-C says what it does.
     """
 
-    def __init__(self, hint: str = "") -> None:
+    def __init__(self, said: bool) -> None:
         self.received: str | None = None
-        self.hint = hint
+        self.said = said
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -46,8 +51,8 @@ class StopSignals:
             self._theirs.close()  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is None and number == signal.SIGINT and self.hint:
-            os.write(2, f"\n{self.hint}\n".encode())  # printing may have been interrupted
+        if self.received is None and number == signal.SIGINT and self.said:
+            os.write(2, f"\n{HINT}\n".encode())  # printing may have been interrupted
         self.received = self.received or signal.Signals(number).name
 
     def _watch(self) -> None:
@@ -61,3 +66,12 @@ class StopSignals:
                 if now - first > AGAIN:
                     os.write(2, b"poa: left at once, without saving\n")
                     os._exit(INTERRUPTED)
+
+
+def preempted(run: Path, done: int, signal: str | None) -> Preempted:
+    """The end of a run that was stopped after `done` steps and saved."""
+    return Preempted(
+        f"step {done}: stopped by {signal or 'a signal to another rank'}, checkpoint saved; "
+        f"resume with: poa pretrain --resume {shlex.quote(str(run))}",
+        interrupted=signal == "SIGINT",
+    )

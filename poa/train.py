@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -23,9 +21,9 @@ from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
 from poa.device import prepared_ahead, repeating
 from poa.distributed import Poll, World, mean_in_bf16, world
-from poa.errors import DivergenceError, InputError, Preempted, as_input
+from poa.errors import DivergenceError, InputError, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
-from poa.flops import DATASHEET_PEAKS, chunk_flops, expected_masked
+from poa.flops import datasheet_peak, expected_masked, workload
 from poa.health import Watch
 from poa.images import open_on_ranks
 from poa.lock import RunLock
@@ -34,13 +32,12 @@ from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe, from_dict, to_dict
 from poa.plan import Plan, first_lines, last_lines, phases
 from poa.progress import Progress, say
-from poa.signals import StopSignals
+from poa.signals import StopSignals, preempted
 from poa.step import StepReport, TrainingState, train_step
 from poa.subnets import Subnet, SubnetSampler
 
 # Options that may differ between ranks.
 LOCAL = {"data.source", "run.device", "performance.workers", "performance.threads"}
-STOP_HINT = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
 
 
 def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = False) -> None:
@@ -201,7 +198,7 @@ class Run:
         total, options = self.schedules.total_steps, self.config.run
         meter, poll = Meter(self.here, self.step_images), Poll(self.here)
         with Progress(total, self.first_step, self.here.is_main) as progress, ExitStack() as stack:
-            signals = stack.enter_context(StopSignals(STOP_HINT if self.here.is_main else ""))
+            signals = stack.enter_context(StopSignals(said=self.here.is_main))
             self.compiled = stack.enter_context(compilations())
             self._open_writers(stack)
             if self.here.from_main(self._misses_evaluation):
@@ -226,18 +223,9 @@ class Run:
                 if saves or stops:
                     self.save(done)  # last, as what comes before would not be repeated
                 if stops:
-                    raise self._preempted(done, signals.received)
+                    raise preempted(self.folder.path, done, signals.received)
                 if saves or evaluates:
                     meter.reset()  # neither counts as training time
-
-    def _preempted(self, done: int, signal: str | None) -> Preempted:
-        """The end of a run that was stopped and saved."""
-        resume = f"poa pretrain --resume {shlex.quote(str(self.folder.path))}"
-        return Preempted(
-            f"step {done}: stopped by {signal or 'a signal to another rank'}, checkpoint saved; "
-            f"resume with: {resume}",
-            interrupted=signal == "SIGINT",
-        )
 
     def _misses_evaluation(self) -> bool:
         """Whether the state the run begins with should have been evaluated and was not."""
@@ -310,7 +298,7 @@ class Run:
         """Write the means since the last log, and alarms; stop a run that lost its numbers."""
         steps = range(done - meter.steps, done)
         row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1]}
-        row |= self._workload(steps, row["images_per_s"])
+        row |= self._speed(steps, row["images_per_s"])
         row["skipped_steps"] = self.guard.check(done)
         row["unreadable"] = self.unreadable.settle(done, self.plan.start + done * self.step_images)
         loss = row["loss"]
@@ -334,39 +322,28 @@ class Run:
             self.write({"step": done, "alarm": alarm.name, "figures": figures, "advice": alarm.advice})
             progress.say(f"step {done}: ALARM: {alarm.name} ({figures}): {alarm.advice}")
 
-    def _workload(self, steps: range, images_per_s: float) -> dict[str, Any]:
-        """What the elastic students of these steps were, and what that means for speed.
+    def _speed(self, steps: range, images_per_s: float) -> dict[str, Any]:
+        """What these steps were, how balanced and how fast.
 
-        `balance` is the mean FLOPs of processes over the largest, for which a step waits; `rank_seconds` the
-        time of the students' forward passes in a step, of each process. `host_ms` is the time in which this
-        process starts a step, and on a GPU should be less than the step's.
+        `rank_seconds` is the time of the students' forward passes in a step, of each process; `host_ms` that
+        in which this process starts a step, which on a GPU should be less than the step's.
         """
-        method, size = self.config.method, self.here.size
-        drawn = [[self.sampler.draw(step, chunk) for chunk in range(self.plan.chunks)] for step in steps]
-        shares = [self.here.share(self.plan.chunks, rank) for rank in range(size)]
-        costs = []  # FLOPs of every process in every step
-        for step, subnets in zip(steps, drawn, strict=True):
-            masked = expected_masked(method) if step >= self.schedules.ibot_start else 0.0
-            costs.append([sum(chunk_flops(method, subnets[c], masked) for c in share) for share in shares])
+        method, chunks = self.config.method, self.plan.chunks
         host, self.host_seconds = self.host_seconds, 0.0
-        speed = images_per_s * sum(map(sum, costs)) / (len(steps) * self.step_images)
         return {
-            "subnets": dict(Counter(str(subnet) for subnets in drawn for subnet in subnets)),
-            "balance": sum(sum(cost) / size / max(cost) for cost in costs) / len(costs),
+            **workload(
+                method,
+                [[self.sampler.draw(step, chunk) for chunk in range(chunks)] for step in steps],
+                [expected_masked(method) * (step >= self.schedules.ibot_start) for step in steps],
+                [self.here.share(chunks, rank) for rank in range(self.here.size)],
+                images_per_s,
+                datasheet_peak(self.here.device),
+            ),
             "rank_seconds": self.here.gather(self.stopwatch.collect() / len(steps)),
-            "tflop_per_s": speed / size / 1e12,
-            "mfu": speed / size / self.peak if self.peak else None,
             "host_ms": host / len(steps) * 1e3,
             "compilations": self.compiled.count,
             "peak_gib": max(self.here.gather(peak_gib(self.here.device))),
         }
-
-    @property
-    def peak(self) -> float | None:
-        """FLOP/s that the device promises, where it is known."""
-        if self.here.device.type != "cuda":
-            return None
-        return DATASHEET_PEAKS.get(torch.cuda.get_device_name(self.here.device))
 
     def write(self, row: dict[str, Any]) -> None:
         """Put a row into the metrics and wherever else they go."""
