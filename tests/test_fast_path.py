@@ -203,6 +203,6 @@ def test_launches_and_waits_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixt
                 f"{blocks[name][0]}, one of the elastic student {blocks[name][1]}"
             )
     assert not [wait for wait in WAITS if deeper.counts[wait]]
-    assert blocks["triton"][0] <= 43 and blocks["triton"][1] <= 55
+    assert blocks["triton"][0] <= 48 and blocks["triton"][1] <= 55
     assert blocks["reference"][0] > 4 * blocks["triton"][0]
     assert blocks["reference"][1] > 2 * blocks["triton"][1]

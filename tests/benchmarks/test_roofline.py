@@ -111,7 +111,7 @@ def test_bound_of_each_gpu(gpu: str, images_per_s: float, capsys: pytest.Capture
     """ViT-L/16, 64 images, an fp32 stream: the most that the design can reach."""
     assert main(["roofline", "--gpu", gpu]) == 0
     printed = capsys.readouterr().out
-    assert gpu.upper() in printed.splitlines()[0]
+    assert gpu.upper() in printed.splitlines()[1]
     (line,) = (line for line in printed.splitlines() if line.startswith("floor "))
     assert float(line.partition("a step,")[2].split()[0]) == pytest.approx(images_per_s, abs=1)
 
