@@ -15,6 +15,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 CONSTRAINTS ?= -c constraints.txt
 BIN := $(VENV)/bin
+PROCESSES ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")  # of tests: some wait for others
 SANITIZE_VENV := .venv-sanitize
 SANITIZER := triton==3.8.0 ttsem==0.1.0  # ttsem executes what this Triton makes; Python 3.11 or newer
 
@@ -24,7 +25,7 @@ quickstart: $(VENV)/.poa-quickstart
 	$(BIN)/python -m poa quickstart $(if $(BACKBONE),--backbone $(BACKBONE)) $(if $(RUN),--out $(RUN))
 
 test: $(VENV)/.poa-test
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal
 
 test-gpu: $(VENV)/.poa-test
 	$(BIN)/python -m pytest -rs -m cuda

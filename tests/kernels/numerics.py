@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 from benchmarks.accuracy import excess_error
 from elastic_kernels import dispatch
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = [torch.float32, torch.float16]
+if os.environ.get("TRITON_INTERPRET") != "1":  # whose bf16 is wrong; the sanitiser executes it as compiled
+    DTYPES.append(torch.bfloat16)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
