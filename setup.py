@@ -13,7 +13,7 @@ setup(
     packages=[*find_packages(include=["poa", "poa.*"]), "elastic_kernels", "elastic_kernels.triton_ops"],
     package_dir={"poa": "poa", "elastic_kernels": "kernels/elastic_kernels"},
     package_data={"poa": ["py.typed", "expected/*.json"], "elastic_kernels": ["py.typed", "tuned/*.json"]},
-    install_requires=["torch>=2.11", "numpy", "pillow", "safetensors", "tqdm"],
+    install_requires=["torch>=2.11", "numpy>=2.1", "pillow>=10.4", "safetensors>=0.4.5", "tqdm>=4.66"],
     extras_require={
         "quickstart": ["scikit-learn", "matplotlib"],
         "plot": ["matplotlib"],
