@@ -21,9 +21,17 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quick_interpreter.install()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The lanes start first: they take longest."""
-    items.sort(key=lambda item: item.path.name != "test_lanes.py")
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Lanes take longest, so each process of pytest-xdist begins with its share of them."""
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    lanes = [item for item in items if item.path.name == "test_lanes.py"]
+    rest = [item for item in items if item.path.name != "test_lanes.py"]
+    size, items[:] = -(-len(items) // count), []  # of the part that a process is given first
+    for process in range(count):
+        own = lanes[process::count]
+        items += own + rest[: size - len(own)]
+        del rest[: size - len(own)]
+    items += rest
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -73,7 +73,7 @@ def test_figures(trained: Path) -> None:
 
 
 def test_mfu_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("poa.train.Run.peak", 1e12)
+    monkeypatch.setattr("poa.train.datasheet_peak", lambda device: 1e12)
     pretrain(tiny_config(*ONE_STEP), tmp_path / "run")
     (row,) = RunFolder(tmp_path / "run").rows()
     assert row["mfu"] == pytest.approx(row["tflop_per_s"], rel=1e-9)
