@@ -32,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from triton.runtime.jit import JITFunction
@@ -161,6 +162,8 @@ def device(patch: pytest.MonkeyPatch) -> Iterator[tuple[sanitize.Session, Launch
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
 
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        # Where PyTorch is built for CUDA, it asks a driver whether the step of an optimiser is captured.
+        patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
         patch.setattr(torch, "mm", product)
         patch.setattr(torch, "autocast", Autocast)
         for ask in (torch.is_autocast_enabled, torch.get_autocast_dtype):
