@@ -32,8 +32,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from triton.runtime.jit import JITFunction
 from ttsem import harness, sanitize
