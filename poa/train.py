@@ -394,5 +394,5 @@ class Run:
             for subnet, score in zip(subnets, found, strict=True):
                 scores[f"{branch} {subnet}"] = score[REPORTED_K]
         self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
-        shown = "  ".join(f"{name} {score:.1%}" for name, score in scores.items())
+        shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
