@@ -1,7 +1,8 @@
 """`python sweep_options.py [EVERY]`: tiny runs with absurd options, one at a time; see test_options.py.
 
 Each option of each kind of backbone takes each value (or each EVERY-th of all these pairs). A run may refuse
-the value in one line (exit code 2), end in one line (1), or train to its end (0); nothing else may happen.
+the value in one line (exit code 2), end in one line (1), or train to its end (0); nothing else may happen. It
+is a program of its own, since runs are forks, which autograd allows only of a process that has not used it.
 """
 
 from __future__ import annotations
@@ -86,3 +87,4 @@ if __name__ == "__main__":
         if result != "refused":
             print(repr(assignment[:80]), result, said[-300:], flush=True)
     print(dict(counts))
+    raise SystemExit(bool(counts.keys() - {"ran", "ended", "refused"}))
