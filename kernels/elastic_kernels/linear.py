@@ -41,7 +41,8 @@ def elastic_linear(
         bias: `[out_max]` or None; only `bias[:out_features]` is read, and it is not scaled.
         out_features: rows of `weight` in use; default all.
         scale: the offset scale `s`; default `in_max / in`, which is 1 for the largest network.
-        activation: None or "gelu" (the exact one, with erf).
+        activation: None or "gelu", the exact one, with erf; on Triton in half precision its normal
+            distribution function is off by up to 1.1e-5, and 1.1e-3 of itself in the lower tail.
 
     Returns:
         `[..., out_features]`, the dtype of the matrix product (autocast applies as to `torch.addmm`).

@@ -1,4 +1,4 @@
-"""Elastic transformer MLP: two elastic linears around an exact GELU.
+"""Elastic transformer MLP: two elastic linears around a GELU.
 
     y = fc2(gelu(fc1(x)))          hidden = int(w / w_max * hidden_max)
 

@@ -83,7 +83,7 @@ class ElasticAttention(nn.Module):
 
 
 class ElasticMLP(nn.Module):
-    """Two linears around an exact GELU; see `elastic_mlp`.
+    """Two linears around a GELU; see `elastic_mlp`.
 
     Args:
         width, hidden: of the largest network.

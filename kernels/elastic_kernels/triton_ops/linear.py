@@ -9,7 +9,7 @@ Weights are read in place: a pointer, strides, and run-time sizes. The row choic
 index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward.
 
 Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
-y where a GELU follows. In fp32 the GELU is that of erf; in lower precision its error is below the rounding.
+y where a GELU follows. In fp32 the GELU is that of erf; in half precision see `_normal_cdf`.
 The weight's gradient is in `linear_wgrad.py`.
 """
 
@@ -39,10 +39,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _normal_cdf(u, EXACT: tl.constexpr):
-    """Phi(u): by erf, or as the sigmoid of u p(u^2), which takes a third of the instructions.
+    """Phi(u): by erf, or as the sigmoid of u p(u^2): 7,410 instead of 12,690 instructions of fc1 on sm_90.
 
     p is the polynomial of degree 5 nearest to log(Phi / (1 - Phi)) / u in |u| <= 5, beyond which it stays
-    constant. Largest error of Phi: 1.1e-5, and for u < 0 1.1e-3 of it, half of bf16's rounding.
+    constant. Largest error of Phi: 1.1e-5, and for -5 <= u < 0 1.1e-3 of it: half of bf16's
+    rounding, but up to four times that of fp16, where the GELU is small.
     """
     if EXACT:
         return 0.5 * (1 + tl.math.erf(u * SQRT_HALF))
