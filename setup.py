@@ -27,6 +27,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
+            "setuptools>=77",
             "scikit-learn",
             "matplotlib",
             "triton>=3.6",

@@ -39,7 +39,7 @@ TRAINED = {"small-images": SHORT, "vit-s16": [*SHORT, *SMALL]}
 
 def pieces() -> Iterator[tuple[str, str]]:
     """`(file, text)` of the commands and programs."""
-    for file in ("README.md", "poa/README.md", "kernels/README.md"):
+    for file in ("README.md", "poa/README.md"):
         text = (ROOT / file).read_text().replace("\\\n", " ")
         for match in re.finditer(r"^```python\n(.*?)^```|^    ((?:poa|torchrun) [^\n]*)$", text, re.M | re.S):
             yield file, match[1] or match[2]
@@ -82,6 +82,6 @@ def test_commands_and_programs_run_in_their_order(
         else:
             exec(compile(text, file, "exec"), {})
             seen["programs"] += 1
-    assert seen["trained"] >= 4 and seen["checked"] >= 4 and seen["asked"] >= 8 and seen["programs"] >= 4, (
+    assert seen["trained"] >= 4 and seen["checked"] >= 4 and seen["asked"] >= 8 and seen["programs"] >= 2, (
         seen
     )

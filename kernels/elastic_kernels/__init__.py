@@ -43,6 +43,7 @@ from elastic_kernels.transfer import upload
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 from elastic_kernels.working_weights import working_weights
 
+__version__ = "0.1.0"
 __all__ = [
     "AttentionWeights",
     "CropParameters",

@@ -1,0 +1,60 @@
+"""`elastic_kernels` as a distribution of its own: its wheel, alone, runs the programs of its README."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from zipfile import ZipFile
+
+import torch
+
+import elastic_kernels
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+BUILD = "import setuptools.build_meta as build, sys; print(build.build_wheel(sys.argv[1]))"
+# Appended folders are searched, but their .pth files, which editable installations need, are not read.
+ALONE = """
+import sys
+wheel, packages, *programs = sys.argv[1:]
+sys.path[:0], sys.path[len(sys.path):] = [wheel], [packages]
+sys.modules |= {"poa": None, "numpy": None}
+import elastic_kernels
+assert elastic_kernels.__file__.startswith(wheel)
+print(elastic_kernels.__version__)
+for program in programs:
+    exec(compile(program, "README.md", "exec"), {})
+print("ran", len(programs))
+"""
+
+
+def run(program: str, *arguments: str, cwd: Path, options: tuple[str, ...] = ()) -> str:
+    command = [sys.executable, *options, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_the_wheel_alone_runs_the_programs_of_its_readme(tmp_path: Path) -> None:
+    source = shutil.copytree(
+        KERNELS, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    )
+    name = run(BUILD, str(tmp_path), cwd=source).splitlines()[-1]
+    version = elastic_kernels.__version__
+    assert name == f"elastic_kernels-{version}-py3-none-any.whl"
+    with ZipFile(tmp_path / name) as wheel:
+        wheel.extractall(tmp_path / "wheel")
+    files = {str(p.relative_to(tmp_path / "wheel")) for p in (tmp_path / "wheel").rglob("*.py")}
+    assert files == {str(p.relative_to(KERNELS)) for p in KERNELS.rglob("*.py") if "build" not in p.parts}
+    assert (tmp_path / "wheel" / "elastic_kernels" / "py.typed").exists()
+    (info,) = (tmp_path / "wheel").glob("*.dist-info")
+    metadata = importlib.metadata.Distribution.at(info)
+    needed = [line for line in metadata.requires or [] if "extra ==" not in line]
+    assert [re.split(r"[<>=]", line)[0] for line in needed] == ["torch"]
+    programs = re.findall(r"^```python\n(.*?)^```", (KERNELS / "README.md").read_text(), re.M | re.S)
+    packages = str(Path(torch.__file__).parent.parent)
+    said = run(ALONE, str(tmp_path / "wheel"), packages, *programs, cwd=tmp_path, options=("-I", "-S"))
+    assert said.splitlines()[0] == version and said.splitlines()[-1] == f"ran {len(programs)}"
