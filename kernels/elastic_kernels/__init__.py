@@ -15,14 +15,12 @@ from elastic_kernels.dispatch import autocast_operands, backend, cached_constant
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.halves import (
     AttentionWeights,
-    KeptRows,
     MlpWeights,
-    Sequences,
-    Windows,
     elastic_attention_half,
     elastic_mlp_half,
 )
 from elastic_kernels.layer_norm import elastic_layer_norm
+from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.modules import (

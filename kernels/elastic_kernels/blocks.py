@@ -13,13 +13,11 @@ from torch import Tensor, nn
 
 from elastic_kernels.halves import (
     AttentionWeights,
-    KeptRows,
     MlpWeights,
-    Sequences,
-    Windows,
     elastic_attention_half,
     elastic_mlp_half,
 )
+from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear
 from elastic_kernels.mlp import elastic_hidden_features
 from elastic_kernels.modules import (

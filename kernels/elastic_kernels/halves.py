@@ -11,62 +11,16 @@ On Triton a half is one `autograd.Function` (`triton_ops/halves.py`); elsewhere 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import dispatch, validate
-from elastic_kernels.attention import attention_backend, packed_attention
+from elastic_kernels import validate
 from elastic_kernels.layer_norm import elastic_layer_norm, layer_norm_backend
+from elastic_kernels.layouts import KeptRows, Layout
 from elastic_kernels.linear import elastic_linear_residual, elastic_qkv, layer_spec, linear_backend
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
-from elastic_kernels.window_attention import (
-    MASK_VALUE,
-    validate_windows,
-    window_attention,
-    window_attention_backend,
-)
-
-if TYPE_CHECKING:
-    from elastic_kernels.triton_ops.halves import WindowSpec
-
-
-@dataclass(frozen=True)
-class KeptRows:
-    """The sequences that take part in a half-block; the others pass it by unchanged (stochastic depth).
-
-    Attributes:
-        groups: `(kept sequences, length)` of each length class.
-        rows: int64 `[kept tokens]`, their distinct positions in the packed tensor.
-        scale: float32 `[kept tokens]`, the inverse of the keep rate of each row.
-
-    Example:
-        >>> import torch
-        >>> from elastic_kernels import ElasticBlock, KeptRows
-        >>> block, x = ElasticBlock(32, 128, 16), torch.randn(6, 32)  # two sequences of 3 tokens
-        >>> second = KeptRows(((1, 3),), torch.tensor([3, 4, 5]), torch.full((3,), 2.0))
-        >>> block(x, [(2, 3)], kept=(second, second))[:3].equal(x[:3])
-        True
-    """
-
-    groups: tuple[tuple[int, int], ...]
-    rows: Tensor
-    scale: Tensor
-
-    def among(self, only: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-        """Where the tokens `only` (int64 `[live]`) stand among the kept ones, and their factors.
-
-        A token that is not kept stands anywhere, with the factor 0. Nothing waits for the device.
-        """
-        place = only.new_full((tokens,), -1)
-        place[self.rows] = torch.arange(len(self.rows), device=place.device)
-        place = place.index_select(0, only)
-        scale = self.scale if len(self.scale) else self.scale.new_zeros(1)
-        return place.clamp(min=0), scale.index_select(0, place.clamp(min=0)) * (place >= 0)
 
 
 class AttentionWeights(NamedTuple):
@@ -117,100 +71,6 @@ class MlpWeights(NamedTuple):
     fc2_weight: Tensor
     fc2_bias: Tensor | None
     gamma: Tensor | None = None
-
-
-class Layout(Protocol):
-    """How packed tokens attend: `Sequences` or `Windows`."""
-
-    def kept(self, kept: KeptRows) -> Layout:
-        """The layout of the rows that take part."""
-
-    def sizes(self) -> list[int]:
-        """Tokens of each group."""
-
-    def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
-        """The backend of attention for products of `x`, and why."""
-
-    def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
-        """`[tokens, 3, heads, head_dim]` -> `[tokens, heads * head_dim]`."""
-
-    def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
-        """Flat sizes of the groups, and of windows what the kernel takes and their bias."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Sequences of a few known lengths, each attending within itself.
-
-    Attributes:
-        groups: `(count, length)` of each length class in packing order.
-
-    Example:
-        >>> from elastic_kernels import Sequences
-        >>> Sequences([(2, 197), (8, 37)]).sizes()
-        [394, 296]
-    """
-
-    groups: Sequence[tuple[int, int]]
-
-    def kept(self, kept: KeptRows) -> Sequences:
-        return Sequences(kept.groups)
-
-    def sizes(self) -> list[int]:
-        return [count * length for count, length in self.groups]
-
-    def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
-        return attention_backend(x, self.groups, head_dim, dispatch.product_dtype(x))
-
-    def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
-        return packed_attention(qkv, self.groups)
-
-    def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
-        return [number for group in self.groups for number in group], None, None
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Maps whose tokens attend within windows, which are padded with zeros before qkv (Swin).
-
-    Attributes:
-        maps: `(count, height, width)` of each group in packing order.
-        size, shift: of the windows, in tokens, as of `window_attention`.
-        bias: `[heads_max, n, n]`, n = size**2, as of `window_attention`.
-
-    Example:
-        >>> import torch
-        >>> from elastic_kernels import Windows
-        >>> Windows([(2, 14, 14)], size=7, shift=3, bias=torch.zeros(4, 49, 49)).sizes()
-        [392]
-    """
-
-    maps: Sequence[tuple[int, int, int]]
-    size: int
-    shift: int
-    bias: Tensor
-
-    def kept(self, kept: KeptRows) -> Windows:
-        counts = zip(kept.groups, self.maps, strict=True)
-        maps = [(count, height, width) for (count, _), (_, height, width) in counts]
-        return Windows(maps, self.size, self.shift, self.bias)
-
-    def sizes(self) -> list[int]:
-        return [count * height * width for count, height, width in self.maps]
-
-    def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
-        return window_attention_backend(x, self.size, head_dim, dispatch.product_dtype(x))
-
-    def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
-        pad = None if qkv_bias is None else qkv_bias.view(3, -1, qkv.shape[-1])
-        return window_attention(qkv, self.bias, pad, self.maps, window=self.size, shift=self.shift)
-
-    def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
-        from elastic_kernels.triton_ops.halves import WindowSpec
-
-        validate_windows("elastic_attention_half", heads, self.bias, self.size, self.shift)
-        flat = [number for group in self.maps for number in group]
-        return flat, WindowSpec(self.size, self.shift, MASK_VALUE), self.bias
 
 
 def elastic_attention_half(
