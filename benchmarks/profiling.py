@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks import harness, roofline, timing
 from benchmarks.results import Row, place
-from benchmarks.step import STEP, Ours, config_of, middle, row_of, setting
+from benchmarks.step import STEP, Ours, config_of, make_setting, middle, row_of
 from poa.data.augment import augment
-from poa.device import join
+from poa.device import wait_stream
 from poa.network import StudentOutput, StudentPass
 from poa.optim import update_weights
 from poa.random import torch_stream
@@ -24,39 +24,41 @@ from poa.tribranch import Targets, teacher_targets, tribranch_loss
 
 def parts(name: str, images: int, device: torch.device, seconds: float) -> Iterator[Row]:
     """Time by part of our step, for the middle subnet; launches are hidden as far as a queue holds them."""
-    here = setting(config_of(name, device), images if device.type == "cuda" else min(images, 4), device)
-    ours, subnet, ceilings = Ours(here), middle(here.space), harness.ceilings_of(device)
+    setting = make_setting(
+        config_of(name, device), images if device.type == "cuda" else min(images, 4), device
+    )
+    ours, subnet, ceilings = Ours(setting), middle(setting.space), harness.ceilings_of(device)
     for part, samples in timing.interleaved(_parts(ours, subnet), device, seconds).items():
-        row = row_of("ours", f"{subnet} {part}", here, (subnet,), samples.seconds, ceilings)
+        row = row_of("ours", f"{subnet} {part}", setting, (subnet,), samples.seconds, ceilings)
         yield row | {"op": "step part", "unhidden": samples.unhidden / len(samples.seconds)}
 
 
 def _parts(ours: Ours, subnet: Subnet) -> dict[str, timing.Timed]:
     """Augmentation, teacher with targets, each student's forward, losses, backward, update."""
-    here, state, method = ours.here, ours.state, ours.here.config.method
+    setting, state, method = ours.setting, ours.state, ours.setting.config.method
     intact, elastic = ours.passes[subnet]
-    shape = (here.images, 3, method.canvas, method.canvas)
-    canvases = torch.randint(256, shape, dtype=torch.uint8, device=here.device)
-    sizes = torch.full((here.images, 2), method.canvas)
+    shape = (setting.images, 3, method.canvas, method.canvas)
+    canvases = torch.randint(256, shape, dtype=torch.uint8, device=setting.device)
+    sizes = torch.full((setting.images, 2), method.canvas)
 
     def data() -> object:
         return augment(canvases, sizes, method.crops, torch_stream(0, "benchmark"))
 
     def teacher() -> Targets:
-        with autocast(here.device, method.precision):
+        with autocast(setting.device, method.precision):
             (targets,) = teacher_targets(
-                state.teacher, [here.batch], ours.temperature, method.loss, state.centers
+                state.teacher, [setting.batch], ours.temperature, method.loss, state.centers
             )
-        join(targets.stream)  # timed to their end
+        wait_stream(targets.stream)  # timed to their end
         return targets
 
     def student(passes: list[StudentPass]) -> list[StudentOutput]:
-        with autocast(here.device, method.precision):
-            return state.student(here.batch, passes)
+        with autocast(setting.device, method.precision):
+            return state.student(setting.batch, passes)
 
     def losses() -> Callable[[], Tensor]:
         targets, (large, small) = teacher(), student([intact, elastic])
-        return lambda: tribranch_loss(large, small, targets, here.batch, method.loss)[0]
+        return lambda: tribranch_loss(large, small, targets, setting.batch, method.loss)[0]
 
     def backward() -> Callable[[], object]:
         loss = losses()()
@@ -105,8 +107,8 @@ FAMILIES = (
 def profile(name: str, images: int, device: torch.device) -> Row:
     """A row whose `lines` are the twenty largest kernels of one of our steps, with its launches."""
     config = config_of(name, device)
-    here = setting(config, images if device.type == "cuda" else min(images, 4), device)
-    ours, subnet = Ours(here), middle(here.space)
+    setting = make_setting(config, images if device.type == "cuda" else min(images, 4), device)
+    ours, subnet = Ours(setting), middle(setting.space)
     for _ in range(3):
         ours.step(subnet)
     cuda = device.type == "cuda"
@@ -124,8 +126,8 @@ def profile(name: str, images: int, device: torch.device) -> Row:
         kernels = {e.key: (getattr(e, field), e.count) for e in profiler.key_averages() if _on_device(e)}
     total = sum(t for t, _ in kernels.values())
     launches = sum(count for _, count in kernels.values())
-    lines = [f"{subnet}, {here.images} images: {total / 1e3:.2f} ms in {launches} launches"]
-    work = roofline.Workload(config.method, here.images, len(here.batch.masks.indices))
+    lines = [f"{subnet}, {setting.images} images: {total / 1e3:.2f} ms in {launches} launches"]
+    work = roofline.Workload(config.method, setting.images, len(setting.batch.masks.indices))
     shares = _family_shares(kernels, roofline.step(work, subnet), harness.ceilings_of(device))
     for key, (spent, count) in sorted(kernels.items(), key=lambda item: -item[1][0])[:20]:
         family = next((name for name, pattern, _ in FAMILIES if re.search(pattern, key, re.IGNORECASE)), "")
@@ -135,7 +137,7 @@ def profile(name: str, images: int, device: torch.device) -> Row:
         "op": "profile",
         "provider": "ours",
         "mode": str(subnet),
-        "shape": f"{here.space.intact} {here.images} images",
+        "shape": f"{setting.space.intact} {setting.images} images",
     }
     return row | {"dtype": config.method.precision, "launches": launches, "lines": lines} | place(device.type)
 

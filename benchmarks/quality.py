@@ -50,11 +50,11 @@ class Official:
 
     def __init__(self, run: Run, checkout: Path):
         self.run, method = run, run.config.method
-        self.official = OfficialStep(checkout, method, run.here.device)
+        self.official = OfficialStep(checkout, method, run.world.device)
         self.official.load_from(run.state.student)
         self.official.start_optimizer(method.optim)
         print("    official code, patched:", *self.official.patches, sep="\n        ")
-        self.network = Network(method.backbone, method.head).to(run.here.device)
+        self.network = Network(method.backbone, method.head).to(run.world.device)
 
     def step(self, number: int, chunk: MicroBatch) -> None:
         schedules, official = self.run.schedules, self.official
@@ -137,7 +137,7 @@ def _train(
 def _evaluate(which: str, trainer: Ours | Official, whole: Run, seconds: float, images: int) -> list[Row]:
     subnets = [whole.space.intact, whole.space.smallest]
     limit = whole.config.run.knn_images
-    scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, whole.here, limit)
+    scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, whole.world, limit)
     assert scores is not None
     shown = ", ".join(f"{s} {score[REPORTED_K]:.1%}" for s, score in zip(subnets, scores, strict=True))
     print(f"    {which:10}{seconds:8.1f} s {images:8} images  {shown}", flush=True)
@@ -152,7 +152,7 @@ def _evaluate(which: str, trainer: Ours | Official, whole: Run, seconds: float, 
             "images": images,
             "accuracy": score[REPORTED_K],
             "k": REPORTED_K,
-            **place(whole.here.device.type),
+            **place(whole.world.device.type),
         }
         for subnet, score in zip(subnets, scores, strict=True)
     ]

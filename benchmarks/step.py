@@ -93,7 +93,7 @@ def config_of(name: str, device: torch.device) -> Config:
 
 
 @functools.lru_cache(maxsize=1)
-def setting(config: Config, images: int, device: torch.device) -> Setting:
+def make_setting(config: Config, images: int, device: torch.device) -> Setting:
     """Synthetic images, and masks and subnets as the method draws them."""
     method = config.method
     generator = torch.Generator(device).manual_seed(0)
@@ -117,72 +117,77 @@ def _initial(config: Config) -> Network:
     return initial_network(config)  # on the CPU, which takes it seconds
 
 
-def initial_state(here: Setting) -> TrainingState:
+def initial_state(setting: Setting) -> TrainingState:
     """The same for every provider."""
-    return TrainingState.start(here.config, here.device, copy.deepcopy(_initial(here.config)))
+    return TrainingState.start(setting.config, setting.device, copy.deepcopy(_initial(setting.config)))
 
 
 class Ours:
     """The trainer's own step."""
 
-    def __init__(self, here: Setting):
-        self.here = here
-        self.state = initial_state(here)
-        self.schedules = Schedules.build(here.config.method.optim, 1250, here.images)
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.state = initial_state(setting)
+        self.schedules = Schedules.build(setting.config.method.optim, 1250, setting.images)
         self.temperature = self.schedules.teacher_temperature[STEP]
-        self.passes = {subnet: self.drawn_passes(subnet) for subnet in {*here.mix, *chosen(here.space)}}
+        self.passes = {subnet: self.drawn_passes(subnet) for subnet in {*setting.mix, *chosen(setting.space)}}
 
     def drawn_passes(self, elastic: Subnet) -> list[StudentPass]:
         """Both students, with stochastic depth as a step draws it."""
-        subnets, draws = (self.here.space.intact, elastic), [torch_stream(0, "benchmark") for _ in range(2)]
-        return student_passes(self.state.student, self.here.batch, subnets, draws)
+        subnets, draws = (
+            (self.setting.space.intact, elastic),
+            [torch_stream(0, "benchmark") for _ in range(2)],
+        )
+        return student_passes(self.state.student, self.setting.batch, subnets, draws)
 
     def loss(self, elastic: Subnet) -> float:
         """Of one chunk, without stochastic depth."""
-        here, method = self.here, self.here.config.method
-        with autocast(here.device, method.precision), torch.no_grad():
+        setting, method = self.setting, self.setting.config.method
+        with autocast(setting.device, method.precision), torch.no_grad():
             centers = self.state.centers
             (targets,) = teacher_targets(
-                self.state.teacher, [here.batch], self.temperature, method.loss, centers
+                self.state.teacher, [setting.batch], self.temperature, method.loss, centers
             )
             outputs = self.state.student(
-                here.batch, [StudentPass(self.here.space.intact), StudentPass(elastic)]
+                setting.batch, [StudentPass(self.setting.space.intact), StudentPass(elastic)]
             )
         intact, small = outputs
-        return float(tribranch_loss(intact, small, targets, here.batch, method.loss)[0])
+        return float(tribranch_loss(intact, small, targets, setting.batch, method.loss)[0])
 
     def step(self, elastic: Subnet) -> None:
         """A whole step."""
         state, passes = self.state, self.passes[elastic]
-        chunk = MicroBatch(self.here.batch, passes)
-        train_step(state.student, state, self.here.config, self.schedules, STEP, [chunk])
+        chunk = MicroBatch(self.setting.batch, passes)
+        train_step(state.student, state, self.setting.config, self.schedules, STEP, [chunk])
 
 
 class Official:
     """The official step, with weights of ours."""
 
-    def __init__(self, here: Setting, checkout: Path):
-        self.here, method = here, here.config.method
-        self.official = OfficialStep(checkout, method, here.device)
-        self.official.load_from(initial_state(here).student)
+    def __init__(self, setting: Setting, checkout: Path):
+        self.setting, method = setting, setting.config.method
+        self.official = OfficialStep(checkout, method, setting.device)
+        self.official.load_from(initial_state(setting).student)
         self.official.start_optimizer(method.optim)
-        schedules = Schedules.build(method.optim, 1250, here.images)
+        schedules = Schedules.build(method.optim, 1250, setting.images)
         self.temperature, self.momentum = schedules.teacher_temperature[STEP], schedules.momentum[STEP]
 
     def loss(self, elastic: Subnet) -> float:
         with self.official.without_stochastic_depth():
-            return self.official.total(self.official.losses(self.here.batch, elastic, self.temperature))
+            return self.official.total(self.official.losses(self.setting.batch, elastic, self.temperature))
 
     def step(self, elastic: Subnet) -> None:
-        clip = self.here.config.method.optim.clip
-        self.official.step(self.here.batch, elastic, self.temperature, self.momentum, clip)
+        clip = self.setting.config.method.optim.clip
+        self.official.step(self.setting.batch, elastic, self.temperature, self.momentum, clip)
 
 
 Provider = Ours | Official
 
 
 @contextlib.contextmanager
-def provider(name: str, here: Setting, official: Path | None) -> Iterator[tuple[Provider, Callable[[], int]]]:
+def open_provider(
+    name: str, setting: Setting, official: Path | None
+) -> Iterator[tuple[Provider, Callable[[], int]]]:
     """A provider, and how many graphs it compiled so far; what it holds is freed in the end."""
 
     def none() -> int:
@@ -192,16 +197,16 @@ def provider(name: str, here: Setting, official: Path | None) -> Iterator[tuple[
         if name == "official":
             if official is None:
                 raise Unavailable("no checkout was named with --official")
-            found = Official(here, official)
-            stack.callback(found.official.close)
-            print("    official code, patched:", *found.official.patches, sep="\n        ")
-            yield found, none
+            provider = Official(setting, official)
+            stack.callback(provider.official.close)
+            print("    official code, patched:", *provider.official.patches, sep="\n        ")
+            yield provider, none
         elif name in ("naive", "compiled"):
-            yield Ours(here), stack.enter_context(naive.installed(compiled=name == "compiled"))
+            yield Ours(setting), stack.enter_context(naive.installed(compiled=name == "compiled"))
         else:
             if name == "reference":
                 stack.enter_context(backend("reference"))
-            yield Ours(here), none
+            yield Ours(setting), none
     free_memory()
 
 
@@ -248,19 +253,20 @@ def run(
     config = config_of(name, device)
     images = images if device.type == "cuda" else min(images, 4)
     ceilings, failures = ceilings_of(device, min(seconds, timing.MEASURE)), Failures()
-    here = setting(config, images, device)
+    setting = make_setting(config, images, device)
     for which in PROVIDERS:
         if which not in only or which in without:
             continue
         yield Trying(which)
         with failures.of(which):
             expected = expected_loss(config, images, device)
-            with provider(which, here, official) as (found, compiled):
-                loss, tolerance = found.loss(here.space.smallest), LOSS_TOLERANCE[config.method.precision]
+            with open_provider(which, setting, official) as (provider, compiled):
+                loss = provider.loss(setting.space.smallest)
+                tolerance = LOSS_TOLERANCE[config.method.precision]
                 if not abs(loss - expected) <= tolerance * abs(expected):
                     raise Unavailable(f"its loss is {loss:.5f}, expected {expected:.5f}")
                 few = which == "compiled" and not all_widths
-                yield from measure(which, found, modes(here, few), compiled, ceilings, seconds)
+                yield from measure(which, provider, modes(setting, few), compiled, ceilings, seconds)
         if which in failures:
             yield Refused(which, failures[which])
 
@@ -268,49 +274,51 @@ def run(
 @functools.lru_cache(maxsize=1)
 def expected_loss(config: Config, images: int, device: torch.device) -> float:
     """Of our step with the smallest subnet."""
-    here = setting(config, images, device)
-    loss = Ours(here).loss(here.space.smallest)
+    setting = make_setting(config, images, device)
+    loss = Ours(setting).loss(setting.space.smallest)
     free_memory()
     return loss
 
 
-def modes(here: Setting, few: bool) -> dict[str, tuple[Subnet, ...]]:
+def modes(setting: Setting, few: bool) -> dict[str, tuple[Subnet, ...]]:
     """Subnets that are measured together: each chosen one, and the mix; of two widths where they are few."""
     if few:
-        return {str(subnet): (subnet,) for subnet in dict.fromkeys((middle(here.space), here.space.intact))}
-    return {**{str(subnet): (subnet,) for subnet in chosen(here.space)}, "mix": here.mix}
+        return {
+            str(subnet): (subnet,) for subnet in dict.fromkeys((middle(setting.space), setting.space.intact))
+        }
+    return {**{str(subnet): (subnet,) for subnet in chosen(setting.space)}, "mix": setting.mix}
 
 
 def measure(
     which: str,
-    found: Provider,
+    provider: Provider,
     modes: dict[str, tuple[Subnet, ...]],
     compiled: Callable[[], int],
     ceilings: roofline.Ceilings,
     seconds: float,
 ) -> Iterator[Row]:
     """Rows of a provider, with its launches: what a run would take."""
-    here = found.here
-    timer = timing.timer_of(here.device, hide=False)
+    setting = provider.setting
+    timer = timing.timer_of(setting.device, hide=False)
     for mode, subnets in modes.items():
         started, graphs = time.perf_counter(), compiled()
         for subnet in dict.fromkeys(subnets):
-            found.step(subnet)  # compiles, allocates
-        _synchronize(here.device)
+            provider.step(subnet)  # compiles, allocates
+        _synchronize(setting.device)
         warm_up, graphs = time.perf_counter() - started, compiled() - graphs
-        if here.device.type == "cuda":
+        if setting.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        call = timing.timed(partial(_steps, found, subnets))
+        call = timing.timed(partial(_steps, provider, subnets))
         times, end = [timer(call)[0]], time.perf_counter() + seconds
         while time.perf_counter() < end:
             times.append(timer(call)[0])
-        row = row_of(which, mode, here, subnets, [t / len(subnets) for t in times], ceilings)
+        row = row_of(which, mode, setting, subnets, [t / len(subnets) for t in times], ceilings)
         yield row | {"graphs": graphs, "warm_up_s": warm_up}
 
 
-def _steps(found: Provider, subnets: Sequence[Subnet]) -> None:
+def _steps(provider: Provider, subnets: Sequence[Subnet]) -> None:
     for subnet in subnets:
-        found.step(subnet)
+        provider.step(subnet)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -321,13 +329,13 @@ def _synchronize(device: torch.device) -> None:
 def row_of(
     which: str,
     mode: str,
-    here: Setting,
+    setting: Setting,
     subnets: Sequence[Subnet],
     times: Sequence[float],
     ceilings: roofline.Ceilings,
 ) -> Row:
-    method, cuda = here.config.method, here.device.type == "cuda"
-    work = roofline.Workload(method, here.images, len(here.batch.masks.indices))
+    method, cuda = setting.config.method, setting.device.type == "cuda"
+    work = roofline.Workload(method, setting.images, len(setting.batch.masks.indices))
     totals = [roofline.Summary.of(roofline.step(work, subnet), ceilings) for subnet in subnets]
     specified = [
         roofline.Summary.of(roofline.step(_whole(work), subnet), ceilings).flops for subnet in subnets
@@ -338,15 +346,15 @@ def row_of(
         "op": "step",
         "provider": which,
         "mode": mode,
-        "shape": f"{method.backbone.space.intact} {here.images} images",
+        "shape": f"{method.backbone.space.intact} {setting.images} images",
         "dtype": method.precision,
-        "batch": here.images,
+        "batch": setting.images,
         **spread,
-        "images_per_s": here.images / seconds,
+        "images_per_s": setting.images / seconds,
         "mfu": sum(specified) / len(specified) / seconds / ceilings.peak if ceilings.peak else None,
         "share_of_floor": sum(t.floor for t in totals) / len(totals) / seconds,
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
-        **place(here.device.type),
+        **place(setting.device.type),
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from poa.checkpoint import Checkpoint, RunFolder
 from poa.config import Config, with_data, with_run
 from poa.device import use_threads
-from poa.distributed import World, world
+from poa.distributed import World, init_distributed
 from poa.drawing import require_drawable
 from poa.errors import InputError
 from poa.evaluate import Origin, evaluate_subnets, evaluation_file
@@ -107,19 +107,19 @@ def run_evaluate(options: argparse.Namespace) -> None:
         config = with_data(config, options.data)
     subnets = _subnets(options.subnets, config.method.backbone.space)
     out = Path(options.out or evaluation_file(folder, config.data.source, options.branch))
-    with world(options.device, config.run.timeout, config.performance.threads) as here:
-        here.from_main(partial(_require_outputs, out, options.plot))
+    with init_distributed(options.device, config.run.timeout, config.performance.threads) as world:
+        world.from_main(partial(_require_outputs, out, options.plot))
         data = config.data.open(config.method.seed)
-        network, checkpoint = _common_network(folder, options, here)
+        network, checkpoint = _common_network(folder, options, world)
         origin = Origin.of(folder, checkpoint, options.branch)
-        backbone = network.backbone.to(here.device)
+        backbone = network.backbone.to(world.device)
         initial = None
         if options.initial:
-            initial = initial_network(config, options.branch).backbone.to(here.device)
+            initial = initial_network(config, options.branch).backbone.to(world.device)
         report = evaluate_subnets(
-            backbone, subnets, data, config, here, origin, initial=initial, linear=options.linear
+            backbone, subnets, data, config, world, origin, initial=initial, linear=options.linear
         )
-    if not here.is_main:
+    if not world.is_main:
         return
     report.write(out)
     if options.plot:
@@ -129,12 +129,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def _common_network(
-    folder: RunFolder, options: argparse.Namespace, here: World
+    folder: RunFolder, options: argparse.Namespace, world: World
 ) -> tuple[Network, Checkpoint]:
     """The same network in all processes, also where a run is saving newer ones meanwhile."""
     while True:
         network, checkpoint = folder.network(options.branch, options.step)
-        if len(set(here.gather(checkpoint.step))) == 1:
+        if len(set(world.gather(checkpoint.step))) == 1:
             return network, checkpoint
 
 

@@ -53,7 +53,7 @@ def use_threads(threads: int | None, device: torch.device) -> None:
 
 
 @contextmanager
-def repeating(on: bool) -> Iterator[None]:
+def deterministic_algorithms(on: bool) -> Iterator[None]:
     """Let PyTorch take only algorithms whose results repeat bitwise, if `on`; ours all do."""
     if not on or torch.are_deterministic_algorithms_enabled():
         yield  # switching it, even off, imports PyTorch's compiler, which takes a second
@@ -72,10 +72,10 @@ def side_stream(device: torch.device, work: str) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
-def beside(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    """Work in a side stream, after everything started so far; `join` before its results are used.
+def on_side_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Work in a side stream, after everything started so far; `wait_stream` before its results are used.
 
-    What is allocated there must be used up before the next `beside`, which waits for all readers.
+    What is allocated there must be used up before the next `on_side_stream`, which waits for all readers.
     """
     if stream is None:
         return nullcontext()
@@ -83,7 +83,7 @@ def beside(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     return torch.cuda.stream(stream)
 
 
-def join(stream: torch.cuda.Stream | None) -> None:
+def wait_stream(stream: torch.cuda.Stream | None) -> None:
     """What is started from here on comes after the work of a side stream."""
     if stream is not None:
         torch.cuda.current_stream(stream.device).wait_stream(stream)
@@ -104,7 +104,7 @@ def prepared_ahead(device: torch.device, prepare: Callable[[], T]) -> T:
         return prepare()
     with torch.cuda.stream(stream):
         prepared = prepare()
-    join(stream)
+    wait_stream(stream)
     for tensor in tensors_in(prepared):
         if tensor.is_cuda:  # the allocator may give its memory away only after the main stream has read it
             tensor.record_stream(torch.cuda.current_stream(device))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401, see `world`
+import torch.distributed.nn.functional  # noqa: F401, see `init_distributed`
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -39,7 +39,7 @@ class World:
     Attributes:
         rank, size: of this process, and of all.
         device: that this process trains on.
-        hosts: process group for what lies in CPU memory; None for a single process.
+        cpu_group: process group for what lies in CPU memory; None for a single process.
         store: that all processes share; None for a single process.
         timeout: seconds without a sign of life after which a process is given up.
     """
@@ -47,7 +47,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    hosts: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
     store: dist.Store | None = None
     timeout: float = 600.0
     _alone: Iterator[int] = field(default_factory=itertools.count, compare=False)
@@ -90,7 +90,7 @@ class World:
                     made[1:] = type(error).__name__, str(error)
         else:
             self._await_main(self.store, name)
-        dist.broadcast_object_list(made, group=self.hosts)
+        dist.broadcast_object_list(made, group=self.cpu_group)
         if made[1]:
             raise getattr(errors, made[1])(made[2])
         return made[0]
@@ -130,7 +130,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.hosts)
+        dist.all_gather_object(values, value, group=self.cpu_group)
         return values
 
     def gather_rows(self, rows: Tensor) -> Tensor | None:
@@ -144,7 +144,7 @@ class World:
         shapes = self.gather(tuple(rows.shape))
         if not self.is_main:
             if len(rows):
-                dist.send(rows.contiguous(), 0, group=self.hosts)
+                dist.send(rows.contiguous(), 0, group=self.cpu_group)
             return None
         rest = next((shape[1:] for shape in shapes if shape[0]), rows.shape[1:])
         whole = rows.new_empty(sum(shape[0] for shape in shapes), *rest)
@@ -152,7 +152,7 @@ class World:
         start = len(rows)
         for rank, shape in enumerate(shapes[1:], start=1):
             if shape[0]:
-                dist.recv(whole[start : start + shape[0]], rank, group=self.hosts)
+                dist.recv(whole[start : start + shape[0]], rank, group=self.cpu_group)
             start += shape[0]
         return whole
 
@@ -163,18 +163,18 @@ class Poll:
     It goes between the CPUs while the step runs, so that nobody waits for a device.
     """
 
-    def __init__(self, here: World):
-        self.here = here
+    def __init__(self, world: World):
+        self.world = world
         self.asked: tuple[dist.Work | None, Tensor] | None = None
 
     def ask(self, answer: bool) -> bool:
-        """Give this process's answer; return whether any gave a yes in the call before (here: in this one,
+        """Give this process's answer; return whether any gave a yes in the call before (in this one,
         for a process alone)."""
-        if self.here.size == 1:
+        if self.world.size == 1:
             return answer
         before = self.asked
         vote = torch.tensor([int(answer)])
-        work = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.here.hosts, async_op=True)
+        work = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.world.cpu_group, async_op=True)
         self.asked = (work, vote)
         if before is None:
             return False
@@ -184,7 +184,7 @@ class Poll:
 
 
 @contextmanager
-def world(device_name: str, timeout: float = 600.0, threads: int | None = None) -> Iterator[World]:
+def init_distributed(device_name: str, timeout: float = 600.0, threads: int | None = None) -> Iterator[World]:
     """Join the processes that a launcher started, or be the only one.
 
     Uses NCCL on GPUs and gloo on CPUs, and leaves the process group in the end.
@@ -220,10 +220,10 @@ def world(device_name: str, timeout: float = 600.0, threads: int | None = None) 
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     ours, failed = dist.PrefixStore("poa", store), True
     try:
-        hosts = dist.new_group(backend="gloo", timeout=patience)
-        with _told_failures(here := World(rank, size, device, hosts, ours, timeout)):
-            yield here
-        del here, hosts
+        cpu_group = dist.new_group(backend="gloo", timeout=patience)
+        with _told_failures(world := World(rank, size, device, cpu_group, ours, timeout)):
+            yield world
+        del world, cpu_group
         failed = False
     finally:
         gc.collect()  # DDP modules lie in reference cycles
@@ -277,7 +277,7 @@ def _signs_of_life(store: dist.Store, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _told_failures(here: World) -> Iterator[None]:
+def _told_failures(world: World) -> Iterator[None]:
     """Tell the others what fails here; say of a connection that breaks which rank failed, and why."""
     try:
         yield
@@ -285,46 +285,46 @@ def _told_failures(here: World) -> Iterator[None]:
         text = str(error).strip() or type(error).__name__
         lost = isinstance(error, dist.DistError) or (LOST.search(text) and not text.startswith("Caught "))
         if isinstance(error, PeerError) or not lost:  # `Caught`: in a decoding process of this rank
-            _tell(here, error)
+            _tell(world, error)
             raise
-        raise PeerError(_told(here, _answers(here), text.splitlines()[0])) from None
+        raise PeerError(_told(world, _answers(world), text.splitlines()[0])) from None
     except errors.Preempted:
         raise
     except Exception as error:
-        _tell(here, error)
+        _tell(world, error)
         raise
 
 
-def _tell(here: World, error: Exception) -> None:
-    assert here.store is not None
+def _tell(world: World, error: Exception) -> None:
+    assert world.store is not None
     with suppress(RuntimeError):  # the store went with the process that kept it
-        here.store.set(f"failed {here.rank}", f"{type(error).__name__}: {errors.one_line(error)}")
+        world.store.set(f"failed {world.rank}", f"{type(error).__name__}: {errors.one_line(error)}")
 
 
-def _answers(here: World) -> dict[int, str | None]:
+def _answers(world: World) -> dict[int, str | None]:
     """What each other rank says within `ANSWER_SECONDS`: how it failed, or "" if it lost contact, too."""
-    assert here.store is not None
+    assert world.store is not None
     answers: dict[int, str | None] = {}
-    missing = set(range(here.size)) - {here.rank}
+    missing = set(range(world.size)) - {world.rank}
     with suppress(RuntimeError):
-        here.store.set(f"alive {here.rank}", "")
+        world.store.set(f"alive {world.rank}", "")
         deadline = time.monotonic() + ANSWER_SECONDS
         while missing and time.monotonic() < deadline:
             for rank in sorted(missing):
                 for name in (f"failed {rank}", f"alive {rank}"):
-                    if rank not in answers and here.store.check([name]):
-                        answers[rank] = here.store.get(name).decode()
+                    if rank not in answers and world.store.check([name]):
+                        answers[rank] = world.store.get(name).decode()
             missing -= answers.keys()
             time.sleep(0.05)
     return answers | dict.fromkeys(missing)
 
 
-def _told(here: World, answers: Mapping[int, str | None], reason: str = "") -> str:
+def _told(world: World, answers: Mapping[int, str | None], reason: str = "") -> str:
     """The message of a rank whose connection broke."""
     failed = [f"rank {rank} failed ({line})" for rank, line in answers.items() if line]
     silent = [f"lost contact with rank {rank}" for rank, line in answers.items() if line is None]
     what = "; ".join(failed or silent or [f"a connection broke, though all ranks respond ({reason})"])
-    return f"rank {here.rank} of {here.size}: {what}"
+    return f"rank {world.rank} of {world.size}: {what}"
 
 
 def _linger(store: dist.Store, size: int) -> None:

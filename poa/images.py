@@ -9,7 +9,7 @@ from poa.data.sources import DataSplit
 from poa.distributed import World
 
 
-def open_on_ranks(config: Config, here: World) -> DataSplit:
+def open_on_ranks(config: Config, world: World) -> DataSplit:
     """Open the images; the main process does so first, so that shards are listed once.
 
     Raises:
@@ -20,15 +20,15 @@ def open_on_ranks(config: Config, here: World) -> DataSplit:
     def opened() -> None:
         found.append(config.data.open(config.method.seed))
 
-    here.from_main(opened)
-    if not here.is_main:
+    world.from_main(opened)
+    if not world.is_main:
         opened()
     (data,) = found
-    for line in data.lost if here.is_main else ():
+    for line in data.lost if world.is_main else ():
         log.warning("data: %s; going on without it", line)
-    if here.size > 1:
+    if world.size > 1:
         counts = {"images": len(data.train), "held-out images": len(data.test or ())}
-        here.require_same("data", {**counts, "checksum of names and labels": data.digest()})
+        world.require_same("data", {**counts, "checksum of names and labels": data.digest()})
     evaluates = bool(config.run.evaluate_every and data.test)
     method = config.method
     require_shared_memory(method.canvas, method.batch_size, config.performance.workers, evaluates)

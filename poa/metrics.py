@@ -30,8 +30,8 @@ class Meter:
     means.
     """
 
-    def __init__(self, here: World, step_images: int):
-        self.here = here
+    def __init__(self, world: World, step_images: int):
+        self.world = world
         self.step_images = step_images
         self.started = time.perf_counter()
         self.reset()
@@ -74,7 +74,7 @@ class Meter:
         scalars = torch.stack([self.skipped / self.steps, *(v.float() for v in self.health.values())])
         sums, counts, (skipped, *health) = (
             part.tolist()
-            for part in self.here.mean(torch.cat([self.sums.flatten(), scalars])).split(
+            for part in self.world.mean(torch.cat([self.sums.flatten(), scalars])).split(
                 [len(self.names), len(self.names), len(scalars)]
             )
         )
@@ -139,19 +139,19 @@ class Guard:
     counted on the device; `check` alone waits for it.
     """
 
-    def __init__(self, here: World, limit: int):
-        self.here = here
+    def __init__(self, world: World, limit: int):
+        self.world = world
         self.limit = limit
         self.names: list[str] = []
         # Skipped steps, those in a row, and the first of these.
-        self.counts = torch.zeros(3, dtype=torch.int64, device=here.device)
-        self.bad = torch.zeros(0, dtype=torch.bool, device=here.device)
+        self.counts = torch.zeros(3, dtype=torch.int64, device=world.device)
+        self.bad = torch.zeros(0, dtype=torch.bool, device=world.device)
 
     def add(self, step: int, report: StepReport) -> None:
         """Count a step; `step` is its number from 1."""
         if not self.names:
             self.names = list(report.values)
-            self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=self.here.device)
+            self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=self.world.device)
         skipped = ~report.finite
         total, row, first = self.counts
         begins = skipped & (row == 0)
@@ -173,7 +173,7 @@ class Guard:
         mine = [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
         lost = [name for name in mine if not name.startswith("grad_norm.")]
         found = [
-            f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.here.gather(lost)) if names
+            f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.world.gather(lost)) if names
         ]
         raise DivergenceError(
             f"step {step}: the last {row} steps were skipped, because gradients are NaN or inf since step "

@@ -118,12 +118,12 @@ class Plan:
 
 
 def first_lines(
-    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World
+    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, world: World
 ) -> Iterator[str]:
     """What was found and what will be done, a line for each subject; then what is unusual."""
     method, space = config.method, config.method.backbone.space
     intact = method.backbone.parameters(space.intact)
-    yield f"device: {_device(here)}, {method.precision} products"
+    yield f"device: {_device(world)}, {method.precision} products"
     yield f"data: {_data(config, data)}"
     if data.left_out:
         yield f"left out: {data.left_out}"
@@ -132,7 +132,7 @@ def first_lines(
         f"{method.backbone.parameters(space.smallest):,} to {intact:,} parameters"
     )
     images = plan.chunks * method.batch_size
-    parts = f" ({plan.chunks} micro-batches over {counted(here.size, 'rank')})" if plan.chunks > 1 else ""
+    parts = f" ({plan.chunks} micro-batches over {counted(world.size, 'rank')})" if plan.chunks > 1 else ""
     yield (
         f"steps: {schedules.total_steps:,} of {counted(images, 'image')}{parts}, "
         f"{method.optim.epochs:g} epochs of {counted(plan.epoch_steps, 'step')}"
@@ -141,16 +141,16 @@ def first_lines(
         yield f"weights: the newest of {config.run.init_from}"
     marks = phases(config, plan, schedules)
     yield f"phases: {', '.join(f'{what} step {step:,}' for what, step in marks)}"
-    for line in _unusual(config, plan, schedules, data, here):
+    for line in _unusual(config, plan, schedules, data, world):
         yield f"note: {line}"
 
 
-def _device(here: World) -> str:
-    if here.device.type != "cuda":
-        processes = f" in each of {here.size} processes" if here.size > 1 else ""
+def _device(world: World) -> str:
+    if world.device.type != "cuda":
+        processes = f" in each of {world.size} processes" if world.size > 1 else ""
         return f"CPU, {counted(torch.get_num_threads(), 'thread')}{processes}"
-    memory = torch.cuda.get_device_properties(here.device).total_memory / 1e9
-    return f"{here.size} x {torch.cuda.get_device_name(here.device)}, {memory:.0f} GB"
+    memory = torch.cuda.get_device_properties(world.device).total_memory / 1e9
+    return f"{world.size} x {torch.cuda.get_device_name(world.device)}, {memory:.0f} GB"
 
 
 def _data(config: Config, data: DataSplit) -> str:
@@ -178,11 +178,13 @@ def phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[tuple[s
         yield "masked patches (iBOT) from", schedules.ibot_start
 
 
-def _unusual(config: Config, plan: Plan, schedules: Schedules, data: DataSplit, here: World) -> Iterator[str]:
+def _unusual(
+    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, world: World
+) -> Iterator[str]:
     """What a user may not have meant."""
     method, total = config.method, schedules.total_steps
     images, batch = len(data.train), plan.chunks * method.batch_size
-    if here.device.type != "cuda" and method.precision != "fp32":
+    if world.device.type != "cuda" and method.precision != "fp32":
         yield (
             f"a GPU is expected for {method.precision} products; for a CPU there are the presets quickstart "
             "and small-images"

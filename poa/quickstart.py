@@ -44,9 +44,9 @@ def quickstart(config: Config, out: Path) -> None:
     ]
     data = config.data.open(config.method.seed)
     initial = initial_network(config).backbone
-    here = World(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     origin = Origin.of(folder, checkpoint, "teacher")
-    report = evaluate_subnets(backbone, subnets, data, config, here, origin, initial=initial)
+    report = evaluate_subnets(backbone, subnets, data, config, world, origin, initial=initial)
     pixels = knn_of_pixels(data, config)[REPORTED_K]
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))

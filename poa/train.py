@@ -19,8 +19,8 @@ from poa.config import Config
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
-from poa.device import prepared_ahead, repeating
-from poa.distributed import Poll, World, mean_in_bf16, world
+from poa.device import deterministic_algorithms, prepared_ahead
+from poa.distributed import Poll, World, init_distributed, mean_in_bf16
 from poa.errors import DivergenceError, InputError, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.flops import datasheet_peak, expected_masked, workload
@@ -56,43 +56,46 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
         Preempted: SIGTERM or SIGUSR1 came, and the run was saved.
     """
     require_writers(config.run.log_to)
-    repeats = repeating(config.performance.deterministic)
-    with repeats, world(config.run.device, config.run.timeout, config.performance.threads) as here:
+    repeats = deterministic_algorithms(config.performance.deterministic)
+    with (
+        repeats,
+        init_distributed(config.run.device, config.run.timeout, config.performance.threads) as world,
+    ):
         lock = RunLock(out)
         try:
-            _train(config, RunFolder(out, lock), here, resume, check)
+            _train(config, RunFolder(out, lock), world, resume, check)
         finally:
-            if here.is_main:
+            if world.is_main:
                 lock.release()
 
 
-def _train(config: Config, folder: RunFolder, here: World, resume: bool, check: bool) -> None:
+def _train(config: Config, folder: RunFolder, world: World, resume: bool, check: bool) -> None:
     """Everything that may hold the process group, gone when this returns."""
     content = None
     assert folder.lock
     if resume and not check:
-        here.from_main(folder.lock.acquire)
+        world.from_main(folder.lock.acquire)
     if resume:
-        checkpoint = here.from_main(folder.newest)
+        checkpoint = world.from_main(folder.newest)
         content = folder.load(checkpoint, config)
-    here.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
-    data = open_on_ranks(config, here)
-    plan = Plan.of(config, len(data.train), here.size, content)
+    world.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
+    data = open_on_ranks(config, world)
+    plan = Plan.of(config, len(data.train), world.size, content)
     schedules = plan.schedules(config)
-    beginning = list(first_lines(config, plan, schedules, data, here))
+    beginning = list(first_lines(config, plan, schedules, data, world))
     going_on = [f"resume: {content['step']:,} of {schedules.total_steps:,} steps are done"] if content else []
-    for line in [*beginning, *going_on] if here.is_main else ():
+    for line in [*beginning, *going_on] if world.is_main else ():
         say(line)
     if check:
         return
     started = time.monotonic()
-    run = Run(config, folder, data, here, content)
+    run = Run(config, folder, data, world, content)
     if not resume:
-        here.from_main(folder.lock.acquire)
+        world.from_main(folder.lock.acquire)
     run.begin()
-    here.from_main(partial(folder.keep_beginning, beginning, dict(phases(config, plan, schedules))))
+    world.from_main(partial(folder.keep_beginning, beginning, dict(phases(config, plan, schedules))))
     run.train()
-    for line in last_lines(folder.path, time.monotonic() - started, data) if here.is_main else ():
+    for line in last_lines(folder.path, time.monotonic() - started, data) if world.is_main else ():
         say(line)
 
 
@@ -103,7 +106,7 @@ class Run:
         config: of the run.
         folder: of the run; nothing is written before `begin`.
         data: images to train on, and to test on.
-        here: this process.
+        world: this process.
         content: of the checkpoint to go on from; None for a new run.
 
     Raises:
@@ -115,30 +118,30 @@ class Run:
         config: Config,
         folder: RunFolder,
         data: DataSplit,
-        here: World,
+        world: World,
         content: dict[str, Any] | None = None,
     ):
         method = config.method
-        self.config, self.folder, self.data, self.here = config, folder, data, here
-        self.plan = Plan.of(config, len(data.train), here.size, content)
-        if config.performance.backward == "apart" and here.size > 1:
+        self.config, self.folder, self.data, self.world = config, folder, data, world
+        self.plan = Plan.of(config, len(data.train), world.size, content)
+        if config.performance.backward == "apart" and world.size > 1:
             raise InputError(
-                f"performance.backward: expected together for several processes, got apart for {here.size}; "
+                f"performance.backward: expected together for several processes, got apart for {world.size}; "
                 "DDP reduces the gradients of one backward"
             )
         self.space = method.backbone.space
-        self.chunks = here.share(self.plan.chunks)
+        self.chunks = world.share(self.plan.chunks)
         chosen = [self.space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
         self.evaluated = chosen or [self.space.intact, self.space.smallest]
         self.schedules = self.plan.schedules(config)
         self.sampler = SubnetSampler(
             self.space, method.sampling, method.seed, self.plan.chunks, method.backbone.flops
         )
-        self.state = TrainingState.start(config, here.device)
-        self.guard = Guard(here, config.run.skip_limit)
-        self.stopwatch = Stopwatch(here.device)
+        self.state = TrainingState.start(config, world.device)
+        self.guard = Guard(world, config.run.skip_limit)
+        self.stopwatch = Stopwatch(world.device)
         self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
-        self.unreadable = Unreadable(folder.unreadable, here, config.data.unreadable_share)
+        self.unreadable = Unreadable(folder.unreadable, world, config.data.unreadable_share)
         self.images = data.digest()
         self.first_step = 0
         self.host_seconds = 0.0  # since the last log
@@ -151,7 +154,7 @@ class Run:
     def _take_up(self, content: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.first_step = content["step"]
-        processes = self.here.size, content["processes"]
+        processes = self.world.size, content["processes"]
         self.differences += self.plan.differences(Plan(**content["plan"]), processes)
         if content.get("images", self.images) != self.images:
             self.differences.append("names or labels of the images are others than before")
@@ -169,18 +172,18 @@ class Run:
 
     def begin(self) -> None:
         """Write the folder of a new run, or take up that of an old one."""
-        self.here.from_main(self._begin_folder)
+        self.world.from_main(self._begin_folder)
         self.wrap()
 
     def wrap(self) -> None:
         """Let DDP reduce the gradients of several processes."""
-        if self.here.size > 1:
-            devices = [self.here.device] if self.here.device.type == "cuda" else None
+        if self.world.size > 1:
+            devices = [self.world.device] if self.world.device.type == "cuda" else None
             self.model = wrapped = DistributedDataParallel(
                 self.state.student, device_ids=devices, gradient_as_bucket_view=True
             )
             if self.config.method.reduce_dtype == "bf16":
-                wrapped.register_comm_hook(self.here.size, mean_in_bf16)
+                wrapped.register_comm_hook(self.world.size, mean_in_bf16)
 
     def _begin_folder(self) -> None:
         if self.first_step == 0:
@@ -196,12 +199,12 @@ class Run:
     def train(self) -> None:
         """All remaining steps, with logging, evaluation and checkpoints."""
         total, options = self.schedules.total_steps, self.config.run
-        meter, poll = Meter(self.here, self.step_images), Poll(self.here)
-        with Progress(total, self.first_step, self.here.is_main) as progress, ExitStack() as stack:
-            signals = stack.enter_context(StopSignals(said=self.here.is_main))
+        meter, poll = Meter(self.world, self.step_images), Poll(self.world)
+        with Progress(total, self.first_step, self.world.is_main) as progress, ExitStack() as stack:
+            signals = stack.enter_context(StopSignals(said=self.world.is_main))
             self.compiled = stack.enter_context(compilations())
             self._open_writers(stack)
-            if self.here.from_main(self._misses_evaluation):
+            if self.world.from_main(self._misses_evaluation):
                 self.evaluate(self.first_step, progress)
             steps = range(self.first_step, total)
             for step, canvases in zip(steps, meter.timed(self.batches(steps)), strict=True):
@@ -236,7 +239,7 @@ class Run:
 
     def _open_writers(self, stack: ExitStack) -> None:
         options = self.config.run
-        names = options.log_to if self.here.is_main else ()
+        names = options.log_to if self.world.is_main else ()
         self.writers = open_writers(names, self.folder.path, to_dict(self.config), self.first_step)
         for writer in self.writers:
             stack.callback(writer.close)
@@ -255,17 +258,17 @@ class Run:
             method.shuffle_block,
         )
         workers = self.config.performance.workers
-        loaded = training_batches(source, stream, method.canvas, workers, self.here.timeout)
+        loaded = training_batches(source, stream, method.canvas, workers, self.world.timeout)
         return iter(lambda: list(itertools.islice(loaded, len(self.chunks))), [])
 
     def step(self, step: int, canvases: Sequence[Canvases], observed: bool = False) -> StepReport:
         """One optimisation step on this process's chunks."""
         started = time.perf_counter()
         chunks = prepared_ahead(
-            self.here.device,
+            self.world.device,
             lambda: [self.prepare(step, *pair) for pair in zip(self.chunks, canvases, strict=True)],
         )
-        weight = self.here.size / self.plan.chunks  # DDP takes the mean over processes
+        weight = self.world.size / self.plan.chunks  # DDP takes the mean over processes
         report = train_step(
             self.model,
             self.state,
@@ -287,7 +290,7 @@ class Run:
         return make_micro_batch(
             method,
             self.state.student,
-            canvases.images.to(self.here.device, non_blocking=True),
+            canvases.images.to(self.world.device, non_blocking=True),
             canvases.sizes,
             self.sampler.draw(step, chunk),
             Draws.of(method.seed, step, chunk),
@@ -335,19 +338,19 @@ class Run:
                 method,
                 [[self.sampler.draw(step, chunk) for chunk in range(chunks)] for step in steps],
                 [expected_masked(method) * (step >= self.schedules.ibot_start) for step in steps],
-                [self.here.share(chunks, rank) for rank in range(self.here.size)],
+                [self.world.share(chunks, rank) for rank in range(self.world.size)],
                 images_per_s,
-                datasheet_peak(self.here.device),
+                datasheet_peak(self.world.device),
             ),
-            "rank_seconds": self.here.gather(self.stopwatch.collect() / len(steps)),
+            "rank_seconds": self.world.gather(self.stopwatch.collect() / len(steps)),
             "host_ms": host / len(steps) * 1e3,
             "compilations": self.compiled.count,
-            "peak_gib": max(self.here.gather(peak_gib(self.here.device))),
+            "peak_gib": max(self.world.gather(peak_gib(self.world.device))),
         }
 
     def write(self, row: dict[str, Any]) -> None:
         """Put a row into the metrics and wherever else they go."""
-        if not self.here.is_main:
+        if not self.world.is_main:
             return
         self.folder.log(row)
         for writer in self.writers:
@@ -370,7 +373,7 @@ class Run:
         def write() -> None:
             state = {
                 "step": done,
-                "processes": self.here.size,
+                "processes": self.world.size,
                 "images": self.images,
                 "plan": vars(self.plan),
                 "skipped": self.guard.state_dict(),
@@ -380,7 +383,7 @@ class Run:
             }
             self.folder.save(state, self.config)
 
-        self.here.from_main(write)
+        self.world.from_main(write)
 
     def evaluate(self, done: int, progress: Progress) -> None:
         """k-NN of the teacher's chosen subnets and of the intact student."""
@@ -390,7 +393,7 @@ class Run:
         branches = {"teacher": (state.teacher, self.evaluated), "student": (state.student, [intact])}
         scores = {}
         for branch, (network, subnets) in branches.items():
-            found = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.here, limit)
+            found = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
             for subnet, score in zip(subnets, found, strict=True):
                 scores[f"{branch} {subnet}"] = score[REPORTED_K]
         self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from elastic_kernels import prototype_cross_entropy, without_autocast
 from poa import losses
-from poa.device import beside, join, side_stream
+from poa.device import on_side_stream, side_stream, wait_stream
 from poa.losses import LossConfig, SoftTargets
 from poa.masks import Masks
 from poa.network import VIEWS, Batch, Network, StudentOutput
@@ -68,7 +68,7 @@ def teacher_targets(
     stream = None
     if config.targets == "sinkhorn":
         stream = side_stream(batches[0].global_crops.device, "targets")
-        with beside(stream):
+        with on_side_stream(stream):
             both = losses.sinkhorn([*cls, *patches], temperature)
     else:
         both = losses.centered([*cls, *patches], [*centers.cls, *centers.patches], temperature)
@@ -178,7 +178,7 @@ def _cross_entropies(
     students: Sequence[StudentOutput], targets: Targets, batch: Batch, config: LossConfig
 ) -> list[RowLosses]:
     """Of one or two students with the teacher's targets; of two, also of the second with the first."""
-    join(targets.stream)
+    wait_stream(targets.stream)
     rows = _TargetRows.of(batch)
     count = len(rows.classes)
 

@@ -12,7 +12,7 @@ from poa import step as step_module
 from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.data.sources import open_data
-from poa.distributed import World, world
+from poa.distributed import World, init_distributed
 from poa.train import Run
 from poa.tribranch import Targets
 
@@ -32,10 +32,10 @@ VARIANTS = {
 }
 
 
-def record(here: World, config: Config) -> dict[str, object]:
+def record(world: World, config: Config) -> dict[str, object]:
     """Losses, targets, gradients and centers of the first step."""
     data = open_data("digits", config.data.holdout, config.method.seed)
-    run = Run(config, RunFolder(Path(sys.argv[1])), data, here)
+    run = Run(config, RunFolder(Path(sys.argv[1])), data, world)
     run.wrap()
     seen: list[Targets] = []
     compute = step_module.teacher_targets
@@ -54,7 +54,7 @@ def record(here: World, config: Config) -> dict[str, object]:
     return {
         "subnets": [str(run.sampler.draw(0, chunk)) for chunk in run.chunks],
         "masked": [len(t.patches[0].logits) for t in seen],
-        "values": dict(zip(figures, here.mean(values).tolist(), strict=True)),
+        "values": dict(zip(figures, world.mean(values).tolist(), strict=True)),
         "targets": [[head.dense() for head in [*t.cls, *t.patches]] for t in seen],
         "gradients": {name: p.grad for name, p in run.state.student.named_parameters()},
         "centers": [*run.state.centers.cls, *run.state.centers.patches],
@@ -63,9 +63,9 @@ def record(here: World, config: Config) -> dict[str, object]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with world("cpu") as here:
-        found = {name: record(here, config) for name, config in VARIANTS.items()}
-        torch.save(found, Path(sys.argv[1]) / f"{here.size}-{here.rank}.pt")
+    with init_distributed("cpu") as world:
+        found = {name: record(world, config) for name, config in VARIANTS.items()}
+        torch.save(found, Path(sys.argv[1]) / f"{world.size}-{world.rank}.pt")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ step = Run.step
 
 def stopped(self: Run, number: int, *rest: object, **options: object) -> object:
     # Several processes agree on a stop one step later.
-    if number + 1 == int(sys.argv[2]) - (self.here.size > 1):
+    if number + 1 == int(sys.argv[2]) - (self.world.size > 1):
         os.kill(os.getpid(), signal.SIGTERM)
     return step(self, number, *rest, **options)
 

@@ -188,7 +188,7 @@ from poa.train import Run
 step = Run.step
 
 def lost(self, number, *rest, **options):
-    if number == 4 and self.here.rank == 1:
+    if number == 4 and self.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "killed" else time.sleep(1000)
     return step(self, number, *rest, **options)
 
@@ -222,7 +222,7 @@ from poa.train import Run
 step = Run.step
 
 def failing(self, number, *rest, **options):
-    if number == 2 and self.here.rank == int(sys.argv[2]):
+    if number == 2 and self.world.rank == int(sys.argv[2]):
         raise KeyError("a connection of its own")
     return step(self, number, *rest, **options)
 

@@ -17,13 +17,13 @@ class Unreadable:
 
     Args:
         file: JSON lines, of which the main process writes one for each image.
-        here: this process.
+        world: this process.
         share: of the images asked for that may be unreadable.
     """
 
-    def __init__(self, file: Path, here: World, share: float):
+    def __init__(self, file: Path, world: World, share: float):
         self.file = file
-        self.here = here
+        self.world = world
         self.share = share
         self.count = 0
         self.new: list[str] = []
@@ -43,10 +43,10 @@ class Unreadable:
         Raises:
             InputError: too many; in all processes.
         """
-        found = [message for messages in self.here.gather(self.new) for message in messages]
+        found = [message for messages in self.world.gather(self.new) for message in messages]
         self.new = []
         self.count += len(found)
-        if found and self.here.is_main:
+        if found and self.world.is_main:
             self._write(step, found)
         if found and self.count > self.share * max(images, LEAST):
             raise InputError(

@@ -66,7 +66,7 @@ def extract_features(
     functions: Sequence[Function],
     source: ImageSource,
     crops: CropsConfig,
-    here: World,
+    world: World,
     *,
     canvas: int,
     workers: int = 0,
@@ -74,31 +74,31 @@ def extract_features(
     """Results of each function on the normalised centre crops of all readable images.
 
     Args:
-        functions: of normalised images `[B, 3, S, S]` on the device of `here`.
+        functions: of normalised images `[B, 3, S, S]` on the device of `world`.
         source: the images; every process takes a part of them.
         crops: gives the size of the centre crop and the normalisation.
-        here: this process.
+        world: this process.
         canvas: largest side of a decoded image, pixels.
         workers: decoding processes.
 
     Returns:
         On the main process; None on the others.
     """
-    positions = torch.as_tensor(here.share(len(source)))
+    positions = torch.as_tensor(world.share(len(source)))
     mine = source.subset(positions.numpy())
     banks = [_Bank(len(mine)) for _ in functions]
     kept, unreadable = [positions[:0]], 0
     bar = tqdm(
-        total=len(mine), desc="features", unit="image", leave=False, disable=None if here.is_main else True
+        total=len(mine), desc="features", unit="image", leave=False, disable=None if world.is_main else True
     )
-    for batch in evaluation_batches(mine, canvas, workers, patience=here.timeout):
+    for batch in evaluation_batches(mine, canvas, workers, patience=world.timeout):
         bar.update(len(batch.positions) + len(batch.unreadable))
         kept.append(batch.positions.clone())  # not the loader's memory, which is an open file a batch
         unreadable += len(batch.unreadable)
         if not len(batch.images):
             continue
         images = eval_crop(
-            batch.images.to(here.device, non_blocking=True),
+            batch.images.to(world.device, non_blocking=True),
             batch.sizes,
             crops.global_size,
             crops.mean,
@@ -110,9 +110,9 @@ def extract_features(
     bar.close()
     read = torch.cat(kept)
     labels = torch.zeros(0, dtype=torch.int64) if mine.labels is None else torch.from_numpy(mine.labels)[read]
-    gathered = [here.gather_rows(rows) for rows in [labels, *(bank.rows() for bank in banks)]]
-    lost = sum(here.gather(unreadable))
-    if not here.is_main:
+    gathered = [world.gather_rows(rows) for rows in [labels, *(bank.rows() for bank in banks)]]
+    lost = sum(world.gather(unreadable))
+    if not world.is_main:
         return None
     whole = [rows for rows in gathered if rows is not None]
     return FeatureSet(whole[1:], whole[0], lost)

@@ -159,7 +159,7 @@ def evaluate_subnets(
     subnets: Sequence[Subnet],
     data: DataSplit,
     config: Config,
-    here: World,
+    world: World,
     origin: Origin,
     *,
     initial: Backbone | None = None,
@@ -168,18 +168,18 @@ def evaluate_subnets(
     """Score subnets on the held-out images with the training images as bank.
 
     Args:
-        backbone: trained weights, on the device of `here`.
+        backbone: trained weights, on the device of `world`.
         subnets: which networks.
         data: needs labelled test images.
         config: of the run.
-        here: this process; all of them extract features.
+        world: this process; all of them extract features.
         origin: of the weights.
         initial: the weights before training, scored too.
         linear: train linear classifiers too.
     """
-    after = knn_of_subnets(backbone, subnets, data, config, here)
-    before = knn_of_subnets(initial, subnets, data, config, here) if initial else None
-    probes = [linear_of_subnet(backbone, s, data, config, here) for s in subnets] if linear else None
+    after = knn_of_subnets(backbone, subnets, data, config, world)
+    before = knn_of_subnets(initial, subnets, data, config, world) if initial else None
+    probes = [linear_of_subnet(backbone, s, data, config, world) for s in subnets] if linear else None
     network = config.method.backbone
     scores = [
         SubnetScore(
@@ -217,7 +217,7 @@ def knn_of_subnets(
     subnets: Sequence[Subnet],
     data: DataSplit,
     config: Config,
-    here: World,
+    world: World,
     limit: int | None = None,
 ) -> list[dict[int, float]]:
     """k-NN accuracy of each subnet by k.
@@ -225,16 +225,16 @@ def knn_of_subnets(
     Images are decoded once for as many subnets as have room for their features at a time.
 
     Args:
-        backbone, subnets, data, config, here: as in `evaluate_subnets`.
+        backbone, subnets, data, config, world: as in `evaluate_subnets`.
         limit: use at most this many bank images and as many queries, spread over the data.
     """
     sources = [_limited(source, limit) for source in _labelled(data)]
     scores: list[dict[int, float]] = []
     for group in _groups(config.method.backbone, subnets, max(len(source) for source in sources)):
         bank, queries = (
-            _extract([class_token(backbone, s) for s in group], source, config, here) for source in sources
+            _extract([class_token(backbone, s) for s in group], source, config, world) for source in sources
         )
-        scores += here.from_main(partial(_knn_of_group, bank, queries, len(group), here.device))
+        scores += world.from_main(partial(_knn_of_group, bank, queries, len(group), world.device))
     return scores
 
 
@@ -263,39 +263,39 @@ def _groups(backbone: BackboneConfig, subnets: Sequence[Subnet], images: int) ->
 
 
 def linear_of_subnet(
-    backbone: Backbone, subnet: Subnet, data: DataSplit, config: Config, here: World
+    backbone: Backbone, subnet: Subnet, data: DataSplit, config: Config, world: World
 ) -> list[LinearScore]:
     """The linear classifiers of a subnet, best first."""
     train, queries = (
-        _extract([probe_input(backbone, subnet)], source, config, here) for source in _labelled(data)
+        _extract([probe_input(backbone, subnet)], source, config, world) for source in _labelled(data)
     )
 
     def scored() -> list[LinearScore]:
         assert train is not None and queries is not None  # the main process has them
         return linear_accuracy(
             train.features[0], train.labels, queries.features[0], queries.labels,
-            config.method.backbone.feature_width(subnet), here.device,
+            config.method.backbone.feature_width(subnet), world.device,
             seed=config.method.seed,
         )  # fmt: skip
 
-    return here.from_main(scored)
+    return world.from_main(scored)
 
 
 def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
     """k-NN accuracy of the raw pixels."""
-    here = World(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     bank, queries = (
-        _extract([pixels(config.method.crops)], source, config, here) for source in _labelled(data)
+        _extract([pixels(config.method.crops)], source, config, world) for source in _labelled(data)
     )
     assert bank is not None and queries is not None
-    return _knn(bank, queries, 0, here.device)
+    return _knn(bank, queries, 0, world.device)
 
 
 def _extract(
-    functions: Sequence[Function], source: ImageSource, config: Config, here: World
+    functions: Sequence[Function], source: ImageSource, config: Config, world: World
 ) -> FeatureSet | None:
     method, workers = config.method, config.performance.workers
-    return extract_features(functions, source, method.crops, here, canvas=method.canvas, workers=workers)
+    return extract_features(functions, source, method.crops, world, canvas=method.canvas, workers=workers)
 
 
 def plot_scores(

@@ -108,7 +108,7 @@ def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
 def test_official_step_has_our_losses() -> None:
     assert OFFICIAL is not None
     method = tiny_config("method.backbone.drop_path=0.0").method
-    here = step.setting(step.config_of("vit-l16", CPU), 4, CPU)
+    setting = step.make_setting(step.config_of("vit-l16", CPU), 4, CPU)
     torch.manual_seed(0)
     official = OfficialStep(Path(OFFICIAL), method, CPU)
     try:
@@ -116,13 +116,13 @@ def test_official_step_has_our_losses() -> None:
         official.load_into(student)
         official.load_into(teacher, "teacher")
         subnet = Subnet(16, 1)
-        theirs = official.total(official.losses(here.batch, subnet, 0.05))
+        theirs = official.total(official.losses(setting.batch, subnet, 0.05))
         centers = Centers.zeros(method.head.prototypes, CPU)
-        (targets,) = teacher_targets(teacher, [here.batch], 0.05, method.loss, centers)
+        (targets,) = teacher_targets(teacher, [setting.batch], 0.05, method.loss, centers)
         intact, elastic = student(
-            here.batch, [StudentPass(method.backbone.space.intact), StudentPass(subnet)]
+            setting.batch, [StudentPass(method.backbone.space.intact), StudentPass(subnet)]
         )
-        ours = tribranch_loss(intact, elastic, targets, here.batch, method.loss)[0].detach()
+        ours = tribranch_loss(intact, elastic, targets, setting.batch, method.loss)[0].detach()
         assert float(ours) == pytest.approx(theirs, rel=1e-5)
     finally:
         official.close()

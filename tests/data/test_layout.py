@@ -150,15 +150,15 @@ WRITERS: dict[str, Callable[[Path, int], Path]] = collections.WRITERS
 @pytest.mark.parametrize("kind", list(WRITERS))
 def test_ranks_compare_what_they_see(kind: str, tmp_path: Path) -> None:
     """The same images in another folder are the same; one image less, renamed or relabelled is not."""
-    here, there = (open_data(str(WRITERS[kind](tmp_path / name, 30)), 0.25, 0) for name in "ab")
+    mine, theirs = (open_data(str(WRITERS[kind](tmp_path / name, 30)), 0.25, 0) for name in "ab")
     fewer = open_data(str(WRITERS[kind](tmp_path / "c", 27)), 0.25, 0)
     other_seed = open_data(str(WRITERS[kind](tmp_path / "b", 30)), 0.25, 1)
-    assert here.digest() == there.digest()
-    assert len({here.digest(), fewer.digest(), other_seed.digest()}) == 3
+    assert mine.digest() == theirs.digest()
+    assert len({mine.digest(), fewer.digest(), other_seed.digest()}) == 3
     if kind == "folder":
         path = tmp_path / "b" / "cat" / "0000.png"
         path.rename(path.with_name("00000.png"))
-        assert open_data(str(tmp_path / "b"), 0.25, 0).digest() != here.digest()
+        assert open_data(str(tmp_path / "b"), 0.25, 0).digest() != mine.digest()
 
 
 RANK = """

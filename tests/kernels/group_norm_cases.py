@@ -48,11 +48,11 @@ def assert_accurate(
     residual = draw(*shape, seed=5).to(dtype) if added else None
     parameters = tuple(p.float() for p in affine(shape[-1], largest))
     exact = tuple(p.double() for p in parameters)
-    beside = None if residual is None else residual.double()
+    residual64 = None if residual is None else residual.double()
     if activation:  # values near the kink may fall on either side of it
-        probe = run(x.double(), exact, groups, beside, None, dy.double(), "reference")[0]
+        probe = run(x.double(), exact, groups, residual64, None, dy.double(), "reference")[0]
         dy = torch.where(probe.abs() < 0.05, 0.0, dy.double()).to(dtype)
-    truth = run(x.double(), exact, groups, beside, activation, dy.double(), "reference")
+    truth = run(x.double(), exact, groups, residual64, activation, dy.double(), "reference")
     moved = None if residual is None else residual.to(device)
     on = tuple(p.to(device) for p in parameters)
     ours, torchs = (

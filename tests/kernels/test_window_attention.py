@@ -54,9 +54,9 @@ def one_map(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
             values = torch.stack([at(*key)[2] for key in keys])
             scores = torch.stack([(query * at(*key)[1]).sum(-1) for key in keys], -1) / math.sqrt(dim)
             scores = scores + bias[:heads, place]
-            here = region(y, rows), region(x, columns)
-            apart = torch.tensor([(region(a, rows), region(b, columns)) != here for a, b in keys])
-            p = (scores - 100.0 * apart).softmax(-1)
+            own_region = region(y, rows), region(x, columns)
+            masked = torch.tensor([(region(a, rows), region(b, columns)) != own_region for a, b in keys])
+            p = (scores - 100.0 * masked).softmax(-1)
             out[source] = torch.einsum("hk,khd->hd", p, values)
     return out
 

@@ -68,9 +68,9 @@ def _group_norm_fwd_kernel(
         place, mask = _tile(start, rows, channels, first, mask_c, ROWS)
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         count = tl.minimum(rows - start, ROWS) * 1.0
-        here = tl.sum(x, 0) / count
-        centred = tl.where(mask, x - here[None, :], 0.0)
-        delta, seen = here - mean, start + count
+        tile_mean = tl.sum(x, 0) / count
+        centred = tl.where(mask, x - tile_mean[None, :], 0.0)
+        delta, seen = tile_mean - mean, start + count
         mean += delta * (count / seen)
         squares += tl.sum(centred * centred, 0) + delta * delta * (start * (count / seen))
     size = rows * per_group * 1.0
@@ -213,16 +213,16 @@ def group_norm_bwd(
     groups = mean.shape[1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = torch.empty(x.shape if keep_residual else (0,), dtype=x.dtype, device=x.device)
-    shares = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
+    partials = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     if x.numel():
         config = _config(_BWD, x, groups)
         _group_norm_bwd_kernel[(samples, triton.cdiv(groups, config.groups))](
-            dy, x, y, weight, mean, rstd, dx, dresidual, shares,
+            dy, x, y, weight, mean, rstd, dx, dresidual, partials,
             rows, groups, channels // groups,
             RELU=y is not None, KEEP_RESIDUAL=keep_residual,
             ROWS=config.rows, GROUPS=config.groups, PER_GROUP=config.per_group, num_warps=config.warps,
         )  # fmt: skip
-    return dx, dresidual, *affine_gradients(shares, samples if x.numel() else 0, weight)
+    return dx, dresidual, *affine_gradients(partials, samples if x.numel() else 0, weight)
 
 
 register(
@@ -277,5 +277,5 @@ class GroupNormFunction(torch.autograd.Function):
         dx, dresidual, dweight, dbias = torch.ops.elastic_kernels.group_norm_bwd(
             dy, x, y, weight, mean, rstd, gated
         )
-        beside = (dresidual if gated else dy) if ctx.has_residual else None
-        return dx, dweight, dbias, beside, None, None, None
+        residual_grad = (dresidual if gated else dy) if ctx.has_residual else None
+        return dx, dweight, dbias, residual_grad, None, None, None

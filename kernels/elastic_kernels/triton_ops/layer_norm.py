@@ -109,8 +109,8 @@ def _layer_norm_bwd_kernel(
         along = tl.sum(g * xhat, 1) / width
         dx = (g - (tl.sum(g, 1) / width)[:, None] - xhat * along[:, None]) * rstd[:, None]
         if IN_STREAM:
-            beside = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
-            dx += tl.load(beside, mask=every, other=0.0).to(tl.float32)
+            dsum_ptrs = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
+            dx += tl.load(dsum_ptrs, mask=every, other=0.0).to(tl.float32)
         out = dx_ptr + token[:, None] * width + offs_k[None, :]
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=every)
     if HAS_AFFINE:
@@ -241,18 +241,18 @@ def layer_norm_bwd(
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     programs = PROGRAMS_PER_SM * processors(like.device)
     affine = 0 if weight is None else width
-    shares = torch.empty(programs, 2, affine, dtype=torch.float32, device=like.device)
+    partials = torch.empty(programs, 2, affine, dtype=torch.float32, device=like.device)
     if tokens:
         config = _config(_BWD, like)
         _layer_norm_bwd_kernel[(programs,)](
             dy, x, xhat, weight, None if index is None else _positions(index, tokens), mean, rstd, dsum,
-            dx, shares,
+            dx, partials,
             tokens, width,
             0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
             HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, IN_STREAM=xhat is not None,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return dx, *affine_gradients(shares, programs if tokens else 0, weight)
+    return dx, *affine_gradients(partials, programs if tokens else 0, weight)
 
 
 def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
@@ -269,14 +269,14 @@ def _positions(index: Tensor, tokens: int) -> Tensor:
     return positions
 
 
-def affine_gradients(shares: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def affine_gradients(partials: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Sum the shares of so many programs into full-shape gradients."""
     if weight is None:
-        return shares.new_empty(0), shares.new_empty(0)
+        return partials.new_empty(0), partials.new_empty(0)
     dweight, dbias = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
     _layer_norm_affine_kernel[(triton.cdiv(len(weight), AFFINE_BLOCK),)](
-        shares, dweight, dbias,
-        programs, shares.shape[2], len(weight),
+        partials, dweight, dbias,
+        programs, partials.shape[2], len(weight),
         ROWS=AFFINE_ROWS, BLOCK=AFFINE_BLOCK, num_warps=4,
     )  # fmt: skip
     return dweight, dbias

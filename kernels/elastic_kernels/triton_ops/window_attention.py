@@ -273,9 +273,9 @@ def window_attention_bwd(
     heads, dim = qkv.shape[2:]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     spans = _spans(maps, side, heads)
-    shares = sum(span.slices for span in spans)
-    dbias = torch.empty(shares, heads, side**2, side**2, dtype=torch.float32, device=qkv.device)
-    dpad = torch.empty(shares, heads, 2, head_block(dim), dtype=torch.float32, device=qkv.device)
+    partials = sum(span.slices for span in spans)
+    dbias = torch.empty(partials, heads, side**2, side**2, dtype=torch.float32, device=qkv.device)
+    dpad = torch.empty(partials, heads, 2, head_block(dim), dtype=torch.float32, device=qkv.device)
     first_share = 0
     for span in spans:
         _window_attention_bwd_kernel[(heads, span.slices)](
