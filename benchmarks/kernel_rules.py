@@ -79,7 +79,7 @@ BANDWIDTH_BOUND = (
     "adamw", "adamw_norms", "branch_grad", "column_merge", "column_pass", "crops_blur", "crops_colour",
     "crops_finish", "crops_horizontal", "crops_vertical", "group_norm_bwd", "group_norm_fwd",
     "layer_norm_affine", "layer_norm_bwd", "layer_norm_fwd", "linear_bias_shares", "linear_vector_grads",
-    "linear_wgrad_finish", "losses_bwd", "losses_fwd", "row_pass", "window_attention_bwd",
+    "linear_wgrad_finish", "losses_bwd", "losses_fwd", "losses_merge", "row_pass", "window_attention_bwd",
     "window_attention_fwd",
 )  # fmt: skip
 

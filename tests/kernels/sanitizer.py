@@ -133,9 +133,12 @@ class Autocast(torch.autocast):
         super().__init__("cpu", *args, **options)
 
 
-def product(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
-    """`torch.mm`, whose result in another dtype only CUDA has."""
-    return a @ b if out_dtype is None else a.to(out_dtype) @ b.to(out_dtype)
+def product(
+    c: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    """`torch.addmm`, whose result in another dtype only CUDA has."""
+    dtype = out_dtype or a.dtype
+    return torch.ops.aten.addmm(c, a.to(dtype), b.to(dtype), **options)
 
 
 def within(mode: TorchFunctionMode, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +167,7 @@ def device(patch: pytest.MonkeyPatch) -> Iterator[tuple[sanitize.Session, Launch
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         # Where PyTorch is built for CUDA, it asks a driver whether the step of an optimiser is captured.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
-        patch.setattr(torch, "mm", product)
+        patch.setattr(torch, "addmm", product)
         patch.setattr(torch, "autocast", Autocast)
         for ask in (torch.is_autocast_enabled, torch.get_autocast_dtype):
             patch.setattr(torch, ask.__name__, lambda device_type, ask=ask: ask("cpu"))

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from elastic_kernels.triton_ops.device import capability, is_interpreted, precision, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
+from elastic_kernels.triton_ops.losses_merge import STATS, merge
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.triton_ops.sinkhorn import grow
 from elastic_kernels.tuning import Tunable, power_of_2
 
-STATS = 13  # of a row in a range: m1 z1 m2 z2, and of each target m z a1 a2, and the distillation's sum
 DZ_BYTES = 256 << 20  # of the gradient of both students' logits that exists at once
 DZ_SCALE = 1024.0  # dz is stored relative to the largest upstream gradient, times this: fp16 keeps its digits
 
@@ -158,7 +158,7 @@ def _losses_bwd_kernel(
     row_a = tl.load(index_ptr + 2 * offs_m, mask=mask_m, other=-1)
     row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
     count = (row_a >= 0).to(tl.float32) + (row_b >= 0).to(tl.float32)
-    factor = inv_tau_s * dz_scale / tl.load(largest_ptr)
+    factor = inv_tau_s * dz_scale / tl.maximum(tl.load(largest_ptr), 1e-30)
     ya = _target(t_ptr, log_u, row_a, offs_k, mask_k, stride_t, inv_tau_t)
     yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
     q = _probabilities(ya, lse_ptr + 2 * rows, offs_m, (row_a >= 0) & mask_m, rows)
@@ -235,8 +235,7 @@ def _launch_options(config: LossConfig) -> dict[str, int]:
 
 
 def prototype_losses_fwd(
-    x1: Tensor,
-    x2: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     t: Tensor,
     log_u: Tensor,
@@ -244,59 +243,31 @@ def prototype_losses_fwd(
     tau_s: float,
     tau_t: float,
 ) -> tuple[Tensor, Tensor]:
-    """Losses `[3, rows]` (of x1, x2, distillation; 0 without x2), log-sum-exps `[8, rows]` in two parts."""
-    rows, (prototypes, dim) = x1.shape[0], weight.shape
-    config = _config(_FWD, x1, weight)
+    """Losses and log-sum-exps, as of `merge`, of `x` `[students, rows, dim]`."""
+    (students, rows, _), (prototypes, dim) = x.shape, weight.shape
+    config = _config(_FWD, x[0], weight)
     blocks = triton.cdiv(rows, config.block_m)
     ranges = max(
-        min(2 * processors(x1.device) // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1
+        min(2 * processors(x.device) // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1
     )
     span = triton.cdiv(triton.cdiv(prototypes, ranges), config.block_n) * config.block_n
     ranges = triton.cdiv(prototypes, span)
-    stats = torch.empty(ranges, STATS, rows, dtype=torch.float32, device=x1.device)
+    stats = torch.empty(ranges, STATS, rows, dtype=torch.float32, device=x.device)
     if rows:
         _losses_fwd_kernel[(blocks, ranges)](
-            x1, x2, weight, t, log_u, index, stats,
+            x[0], x[-1], weight, t, log_u, index, stats,
             rows, prototypes, span, dim,
             t.stride(0),
             1 / tau_s, 1 / tau_t,
-            TWO=x2 is not None, PRECISION=precision(x1),
+            TWO=students == 2, PRECISION=precision(x),
             **_launch_options(config),
         )  # fmt: skip
-    return _merge(stats, index, x2 is not None)
-
-
-def _merge(stats: Tensor, index: Tensor, two: bool) -> tuple[Tensor, Tensor]:
-    """One result out of the ranges' maxima and sums."""
-    m1, z1, m2, z2, ma, za, a1, a2, mb, zb, b1, b2, across = stats.unbind(1)
-
-    def merged(m: Tensor, z: Tensor, *sums: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        largest = m.amax(0)
-        factor = (m - largest.nan_to_num(neginf=0.0)).exp()
-        total = (z * factor).sum(0)
-        return largest, total.log(), [(s * factor).sum(0) / total for s in sums]
-
-    def cross_entropy(lse: Tensor, qa: Tensor, qb: Tensor) -> Tensor:
-        return torch.where(has_a, lse - qa, 0.0) + torch.where(has_b, lse - qb, 0.0)
-
-    has_a, has_b = (index >= 0).unbind(1)
-    top1, rest1, means = merged(m1, z1, *((across,) if two else ()))
-    top_a, rest_a, (qa1, qa2) = merged(ma, za, a1, a2)
-    top_b, rest_b, (qb1, qb2) = merged(mb, zb, b1, b2)
-    losses = torch.zeros(3, stats.shape[2], dtype=torch.float32, device=stats.device)
-    losses[0] = cross_entropy(top1 + rest1, qa1, qb1)
-    top2, rest2 = torch.zeros_like(top1), torch.zeros_like(top1)
-    if two:
-        top2, rest2, _ = merged(m2, z2)
-        losses[1] = cross_entropy(top2 + rest2, qa2, qb2)
-        losses[2] = top2 + rest2 - means[0]
-    return losses, torch.stack([top1, top2, top_a, top_b, rest1, rest2, rest_a, rest_b])
+    return merge(stats, index, students)
 
 
 def prototype_losses_bwd(
     grad: Tensor,
-    x1: Tensor,
-    x2: Tensor | None,
+    x: Tensor,
     weight: Tensor,
     t: Tensor,
     log_u: Tensor,
@@ -304,35 +275,33 @@ def prototype_losses_bwd(
     lse: Tensor,
     tau_s: float,
     tau_t: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 gradients of x1, x2 (empty without it) and weight, for `grad` `[3, rows]` of the losses."""
-    rows, (prototypes, dim) = x1.shape[0], weight.shape
-    config = _config(_BWD, x1, weight)
-    fp32, device = torch.float32, x1.device
-    students = [x for x in (x1, x2) if x is not None]
-    width = min(dz_prototypes(rows, len(students), x1.dtype.itemsize), prototypes)
-    largest = grad.abs().max().clamp(min=1e-30) if grad.numel() else grad.new_ones(())
-    dz = [torch.empty(rows, width, dtype=x1.dtype, device=device) for _ in students]
-    dx = [torch.zeros(rows, dim, dtype=fp32, device=device) for _ in students]
-    dweight = torch.zeros(prototypes, dim, dtype=fp32, device=device)
-    for start in range(0, prototypes if rows else 0, width):
+) -> tuple[Tensor, Tensor]:
+    """fp32 gradients of x and weight, for `grad` of the losses."""
+    (students, rows, _), (prototypes, dim) = x.shape, weight.shape
+    fp32, device = torch.float32, x.device
+    if not rows:
+        return x.new_empty(x.shape, dtype=fp32), weight.new_zeros(weight.shape, dtype=fp32)
+    config = _config(_BWD, x[0], weight)
+    width = min(dz_prototypes(rows, students, x.dtype.itemsize), prototypes)
+    largest = torch.linalg.vector_norm(grad, float("inf"))
+    dz = torch.empty(students * rows * width, dtype=x.dtype, device=device)
+    dx = torch.empty(students * rows, dim, dtype=fp32, device=device)
+    dweight = torch.empty(prototypes, dim, dtype=fp32, device=device)
+    for start in range(0, prototypes, width):
         count = min(width, prototypes - start)
-        parts = [d.flatten()[: rows * count].view(rows, count) for d in dz]
+        part = dz[: students * rows * count].view(students, rows, count)
         _losses_bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
-            x1, x2, weight, t, log_u, index, lse, grad, largest, parts[0], parts[-1],
+            x[0], x[-1], weight, t, log_u, index, lse, grad, largest, part[0], part[-1],
             rows, prototypes, start, count, dim,
             t.stride(0),
             1 / tau_s, 1 / tau_t, DZ_SCALE,
-            TWO=x2 is not None, PRECISION=precision(x1),
+            TWO=students == 2, PRECISION=precision(x),
             **_launch_options(config),
         )  # fmt: skip
-        corner = weight[start : start + count]
-        for part, x, gradient in zip(parts, students, dx, strict=True):
-            gradient += _product(part, corner)
-            dweight[start : start + count] += _product(part.t(), x)
+        _product(part.flatten(0, 1), weight[start : start + count], dx, add=start > 0)
+        _product(part.flatten(0, 1).t(), x.flatten(0, 1), dweight[start : start + count])
     scale = largest / DZ_SCALE
-    dx = [gradient * scale for gradient in dx]
-    return dx[0], dx[1] if x2 is not None else grad.new_empty(0), dweight * scale
+    return dx.mul_(scale).view(x.shape), dweight.mul_(scale)
 
 
 def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
@@ -340,33 +309,30 @@ def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
     return max(DZ_BYTES // (max(rows, 1) * students * itemsize) // 128 * 128, 128)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` in fp32, however narrow the operands."""
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write or add `a @ b` to fp32 `out`, however narrow the operands."""
     if a.dtype == torch.float32 or is_interpreted(a):
-        return a.float() @ b.float()
-    return torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=int(add), out=out)
 
 
 register(
-    "prototype_losses_fwd(Tensor x1, Tensor? x2, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
+    "prototype_losses_fwd(Tensor x, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
     " float tau_s, float tau_t) -> (Tensor, Tensor)",
     prototype_losses_fwd,
-    lambda x1, *rest: tuple(x1.new_empty(n, x1.shape[0], dtype=torch.float32) for n in (3, 8)),
+    lambda x, *rest: tuple(x.new_empty(n, x.shape[1], dtype=torch.float32) for n in (2 * len(x) - 1, 8)),
 )
 register(
-    "prototype_losses_bwd(Tensor grad, Tensor x1, Tensor? x2, Tensor weight, Tensor t, Tensor log_u,"
-    " Tensor index, Tensor lse, float tau_s, float tau_t) -> (Tensor, Tensor, Tensor)",
+    "prototype_losses_bwd(Tensor grad, Tensor x, Tensor weight, Tensor t, Tensor log_u,"
+    " Tensor index, Tensor lse, float tau_s, float tau_t) -> (Tensor, Tensor)",
     prototype_losses_bwd,
-    lambda grad, x1, x2, weight, *rest: (
-        grad.new_empty(x1.shape),
-        grad.new_empty(0 if x2 is None else x1.shape),
-        grad.new_empty(weight.shape),
-    ),
+    lambda grad, x, weight, *rest: (grad.new_empty(x.shape), grad.new_empty(weight.shape)),
 )
 
 
 class PrototypeLosses(torch.autograd.Function):
-    """The three losses of each row, `[3, rows]`; outside of the registered operators: less host time."""
+    """The losses of each row, `[1 or 3, rows]`; outside of the registered operators: less host time."""
 
     @staticmethod
     def forward(
@@ -382,21 +348,21 @@ class PrototypeLosses(torch.autograd.Function):
         operands: torch.dtype,
     ) -> Tensor:
         # Rounded in here, as autograd would round the gradients of tensors that were rounded outside.
-        x1, weight, index = x1.to(operands).contiguous(), weight.to(operands).contiguous(), index.contiguous()
-        x2 = None if x2 is None else x2.to(operands).contiguous()
+        students = [x for x in (x1, x2) if x is not None]
+        x = torch.empty(len(students), *x1.shape, dtype=operands, device=x1.device)
+        for rounded, student in zip(x, students, strict=True):
+            rounded.copy_(student)
+        weight, index = weight.to(operands).contiguous(), index.contiguous()
         t, log_u = unit_stride(t), log_u.float().contiguous()
-        losses, lse = torch.ops.elastic_kernels.prototype_losses_fwd(
-            x1, x2, weight, t, log_u, index, tau_s, tau_t
-        )
-        ctx.save_for_backward(x1, x2, weight, t, log_u, index, lse)
+        losses, lse = torch.ops.elastic_kernels.prototype_losses_fwd(x, weight, t, log_u, index, tau_s, tau_t)
+        ctx.save_for_backward(x, weight, t, log_u, index, lse)
         ctx.temperatures = (tau_s, tau_t)
         return losses
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x1, x2, weight, *rest = ctx.saved_tensors
-        dx1, dx2, dweight = torch.ops.elastic_kernels.prototype_losses_bwd(
-            grad.float().contiguous(), x1, x2, weight, *rest, *ctx.temperatures
+        dx, dweight = torch.ops.elastic_kernels.prototype_losses_bwd(
+            grad.float().contiguous(), *ctx.saved_tensors, *ctx.temperatures
         )
-        return dx1, dx2 if x2 is not None else None, dweight, *[None] * 6
+        return dx[0], dx[1] if len(dx) == 2 else None, dweight, *[None] * 6

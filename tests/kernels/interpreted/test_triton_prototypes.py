@@ -170,11 +170,12 @@ def test_registered_operators() -> None:
     inputs = CASES["prime"].inputs(torch.float32, torch.float32)
     shared = [inputs[n] for n in ("weight", "teacher", "log_scale", "targets")]
     ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
-    for second in (None, inputs["x1"]):
-        arguments = (inputs["x0"], second, *shared, TAU_S, TAU_T)
+    for students in (1, 2):
+        x = torch.stack([inputs["x0"], inputs["x1"]][:students])
+        arguments = (x, *shared, TAU_S, TAU_T)
         torch.library.opcheck(ops.prototype_losses_fwd, arguments, test_utils=checks)
-        _, lse = ops.prototype_losses_fwd(*arguments)
-        arguments = (torch.ones(3, 17), inputs["x0"], second, *shared, lse.nan_to_num(), TAU_S, TAU_T)
+        losses, lse = ops.prototype_losses_fwd(*arguments)
+        arguments = (torch.ones_like(losses), x, *shared, lse.nan_to_num(), TAU_S, TAU_T)
         torch.library.opcheck(ops.prototype_losses_bwd, arguments, test_utils=checks)
     t, log_u = inputs["teacher"], inputs["log_scale"]
     table = ops.sinkhorn_table([t])
