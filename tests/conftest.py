@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / path) for path in ("", "kernels", "tests"))
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    import quick_interpreter
+    from helpers import quick_interpreter
 
     quick_interpreter.install()
 

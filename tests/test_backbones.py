@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import assert_close
-from run_folders import assert_same, newest, rows, run_of
-from tiny import tiny_pyramid
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import poa
+from helpers.golden_cases import assert_close
+from helpers.run_folders import assert_same, newest, rows, run_of
+from helpers.tiny import tiny_pyramid
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.config import Config

@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import OVERRIDES
 
 import poa
+from helpers.tiny import OVERRIDES
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.cli import _parser

@@ -1,4 +1,4 @@
-"""Files of a run that were damaged: named, or read as they were; see damage.py for hundreds."""
+"""Files of a run that were damaged: named, or read as they were; see helpers/damage.py for hundreds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 
-import damage
 import pytest
+
+from helpers import damage
 
 KINDS = {
     "checkpoint": {"fell back"},

@@ -10,10 +10,10 @@ from types import ModuleType
 import pytest
 import torch
 from PIL import Image
-from tiny import ONE_STEP, OVERRIDES
 
 import elastic_kernels
 import poa
+from helpers.tiny import ONE_STEP, OVERRIDES
 from poa.__main__ import main
 
 README = Path(__file__).parent.parent / "kernels" / "README.md"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_config
 
+from helpers.tiny import tiny_config
 from poa.checkpoint import RunFolder
 from poa.train import Run, pretrain
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import safetensors
-from full_disk import full_at
-from tiny import OVERRIDES
 
+from helpers.full_disk import full_at
+from helpers.tiny import OVERRIDES
 from poa import commands
 from poa.__main__ import main
 from poa.checkpoint import RunFolder

@@ -6,15 +6,15 @@ import hashlib
 import json
 from pathlib import Path
 
-import golden_cases as golden
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import OVERRIDES
 
 import poa
+from helpers import golden_cases as golden
+from helpers.tiny import OVERRIDES
 from poa import export
 from poa.__main__ import main
 from poa.backbones import ElasticViT, ResNetConfig

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import WAITS, Launches, launches
-from run_folders import TIMINGS, assert_same, newest, run_of
-from tiny import tiny_config, tiny_pyramid
 from torch import Tensor
 
 from elastic_kernels import backend
 from elastic_kernels.dispatch import INTERPRETED
+from helpers.launches import WAITS, Launches, launches
+from helpers.run_folders import TIMINGS, assert_same, newest, run_of
+from helpers.tiny import tiny_config, tiny_pyramid
 from poa import device
 from poa.checkpoint import RunFolder
 from poa.config import Config

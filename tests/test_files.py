@@ -9,8 +9,8 @@ import stat
 from pathlib import Path
 
 import pytest
-from full_disk import full_at
 
+from helpers.full_disk import full_at
 from poa import files
 from poa.errors import InputError, SaveError
 

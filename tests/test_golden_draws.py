@@ -8,11 +8,11 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-import golden_cases as golden
 import numpy as np
 import pytest
 import torch
 
+from helpers import golden_cases as golden
 from poa.backbones import ViTConfig
 from poa.masks import draw_masks
 from poa.optim import OptimConfig, Schedules, cosine_schedule

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import golden_cases as golden
 import pytest
 import torch
 from torch import Tensor
 
 from elastic_kernels import prototype_cross_entropy
+from helpers import golden_cases as golden
 from poa import losses
 from poa.heads import HeadConfig, ProjectionHeads
 from poa.losses import LossConfig

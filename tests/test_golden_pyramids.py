@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import golden_cases as golden
 import pytest
 import torch
 from torch import Tensor
 
 from elastic_kernels.dispatch import INTERPRETED
+from helpers import golden_cases as golden
 from poa.backbones import Backbone, ResNetConfig, SwinConfig
 from poa.heads import HeadConfig
 from poa.network import Network

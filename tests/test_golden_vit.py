@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import golden_cases as golden
 import pytest
 import torch
 
+from helpers import golden_cases as golden
 from poa.heads import HeadConfig
 from poa.multicrop import StochasticDepth, kept_rows
 from poa.network import Network

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_config
 
+from helpers.tiny import tiny_config
 from poa.checkpoint import RunFolder
 from poa.health import ALARMS, LOOKS, STEPS, Watch, observe
 from poa.losses import SoftTargets

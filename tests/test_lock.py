@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from full_disk import full_at
-from tiny import OVERRIDES, tiny_config
 
+from helpers.full_disk import full_at
+from helpers.tiny import OVERRIDES, tiny_config
 from poa import lock
 from poa.__main__ import main
 from poa.checkpoint import RunFolder

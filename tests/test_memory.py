@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from launches import Launches
-from tiny import tiny_config
 
 from elastic_kernels import backend
+from helpers.launches import Launches
+from helpers.tiny import tiny_config
 from poa.__main__ import main
 from poa.config import MOST_IMAGES
 from poa.errors import InputError

@@ -6,11 +6,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import golden_cases as golden
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers import golden_cases as golden
 from poa.errors import InputError
 from poa.official import load_backbone
 

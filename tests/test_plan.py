@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config
 
+from helpers.tiny import tiny_config
 from poa.__main__ import main
 from poa.config import Config
 from poa.data.sources import open_data

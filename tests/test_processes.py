@@ -11,20 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import torch
-from record_chunks import CHUNKS, VARIANTS
-from run_folders import assert_same, newest, rows
-from tiny import OVERRIDES, tiny_config
 
+from helpers import processes
+from helpers.record_chunks import CHUNKS, VARIANTS
+from helpers.run_folders import assert_same, newest, rows
+from helpers.tiny import OVERRIDES, tiny_config
 from poa.checkpoint import RunFolder
 from poa.data.loader import SampleStream
 from poa.errors import InputError
 from poa.plan import Plan
 
 PRETRAIN = ("-m", "poa", "pretrain", *OVERRIDES)
-TESTS = Path(__file__).parent
 
 
 def recorded(folder: Path, size: int) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def recorded(folder: Path, size: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("alone")
-    processes.run(1, str(TESTS / "record_chunks.py"), str(folder))
+    processes.run(1, str(processes.HELPERS / "record_chunks.py"), str(folder))
     return recorded(folder, 1)
 
 
@@ -53,7 +52,7 @@ def test_processes_equal_one_with_all_chunks(size: int, alone: dict[str, Any], t
     Three processes have 1, 1 and 2 chunks. Their weights are no powers of two, which brings some rounding;
     KoLeo's gradient enlarges it, as the class tokens are still very near to each other.
     """
-    processes.run(size, str(TESTS / "record_chunks.py"), str(tmp_path))
+    processes.run(size, str(processes.HELPERS / "record_chunks.py"), str(tmp_path))
     many = recorded(tmp_path, size)
     assert len(set(alone["per-rank"]["masked"])) > 1
     assert len(set(alone["per-rank"]["subnets"])) > 1
@@ -80,7 +79,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
     does not enlarge what another order of sums changes."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     processes.run(2, *PRETRAIN, "--out", str(whole))
-    processes.run(2, str(TESTS / "stop_after.py"), str(parts), "3")
+    processes.run(2, str(processes.HELPERS / "stop_after.py"), str(parts), "3")
     (done,) = processes.run(1, "-m", "poa", "pretrain", "--resume", str(parts))
     assert "step 3: going on with 2 chunks a step on 1 processes instead of 2 on 2: the same steps" in done[2]
     logged, expected = rows(parts), rows(whole)
@@ -116,7 +115,7 @@ def test_more_chunks_repeat_no_image() -> None:
 THREADS_AFTER_A_RUN = """
 import sys
 from pathlib import Path
-from tiny import ONE_STEP, tiny_config
+from helpers.tiny import ONE_STEP, tiny_config
 from poa.train import pretrain
 pretrain(tiny_config(*ONE_STEP), Path(sys.argv[1]))
 names = [Path(task, "comm").read_text() for task in Path("/proc/self/task").iterdir()]
@@ -142,7 +141,7 @@ LOST_NUMBERS = """
 import sys
 from pathlib import Path
 import torch
-from tiny import tiny_config
+from helpers.tiny import tiny_config
 from poa import step
 from poa.__main__ import main
 whole, steps = step.tribranch_loss, iter(range(100))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from collections_of_images import encoded, write_folder
 
+from helpers.collections_of_images import encoded, write_folder
 from poa.__main__ import main
 
 ROOT = Path(__file__).parent.parent

@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
 import torch
-from collections_of_images import write_folder
-from kill_repeatedly import OPTIONS
-from run_folders import assert_same_run, newest, rows
-from tiny import OVERRIDES, tiny_config
 
+from helpers import processes
+from helpers.collections_of_images import write_folder
+from helpers.kill_repeatedly import OPTIONS
+from helpers.run_folders import assert_same_run, newest, rows
+from helpers.tiny import OVERRIDES, tiny_config
 from poa.__main__ import main
 from poa.checkpoint import Checkpoint, RunFolder
 from poa.errors import InputError, Preempted, SaveError
@@ -31,8 +31,6 @@ from poa.optim import Schedules
 from poa.options import override, to_dict
 from poa.step import TrainingState
 from poa.train import Run, pretrain
-
-TESTS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_killed_ten_times(uninterrupted: Path, tmp_path: Path) -> None:
     """At random steps, within a save, between a save and what follows, within a line of metrics."""
     out = tmp_path / "run"
-    ((_, printed, _),) = processes.run(1, str(TESTS / "kill_repeatedly.py"), str(out), "0")
+    ((_, printed, _),) = processes.run(1, str(processes.HELPERS / "kill_repeatedly.py"), str(out), "0")
     assert printed.count("killed: ") == 10, printed
     assert {"killed: write", "killed: step"} <= {line.rpartition(" ")[0] for line in printed.splitlines()}
     assert_same_run(out, uninterrupted)

@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from collections_of_images import write_folder
 from PIL import Image
-from run_folders import rows
-from tiny import ONE_STEP, tiny_config
 
 from benchmarks import roofline
+from helpers.collections_of_images import write_folder
+from helpers.run_folders import rows
+from helpers.tiny import ONE_STEP, tiny_config
 from poa import report
 from poa.__main__ import main
 from poa.checkpoint import RunFolder

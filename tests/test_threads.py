@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ONE_STEP, OVERRIDES
 
+from helpers.tiny import ONE_STEP, OVERRIDES
 from poa.__main__ import main
 from poa.device import use_threads
 

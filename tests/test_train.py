@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from run_folders import assert_same, assert_same_run, newest, rows, run_of
-from tiny import ONE_STEP, tiny_config
 
+from helpers.run_folders import assert_same, assert_same_run, newest, rows, run_of
+from helpers.tiny import ONE_STEP, tiny_config
 from poa import step as step_module
 from poa.checkpoint import RunFolder
 from poa.errors import DivergenceError, InputError

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launches import WAITS, Launches
-from run_folders import assert_same, newest, run_of
-from tiny import tiny_config
 from torch import Tensor
 
+from helpers.launches import WAITS, Launches
+from helpers.run_folders import assert_same, newest, run_of
+from helpers.tiny import tiny_config
 from poa import step as step_module
 from poa import tribranch
 from poa.checkpoint import RunFolder

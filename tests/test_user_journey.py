@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import OVERRIDES
 
 import poa
+from helpers.tiny import OVERRIDES
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_config, tiny_pyramid
 
 from benchmarks.launches import step_of
 from elastic_kernels import compilations
 from elastic_kernels.dispatch import INTERPRETED
+from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.train import pretrain

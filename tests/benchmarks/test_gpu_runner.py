@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import fake_parts
 import pytest
 import torch
-from fake_parts import FINE, part
 
 from benchmarks import gpu
 from benchmarks.cases import CASES
 from benchmarks.journal import Journal
 from benchmarks.runner import Part, Runner
+from helpers import fake_parts
+from helpers.fake_parts import FINE, part
 
 
 def run(folder: Path, *parts: Part, **how: bool) -> Journal:
@@ -236,7 +236,7 @@ import signal, sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-import fake_parts
+from helpers import fake_parts
 from benchmarks.journal import Journal
 from benchmarks.runner import Runner
 if __name__ == "__main__":
@@ -250,7 +250,7 @@ def test_the_runner_is_ended(tmp_path: Path) -> None:
     """What was measured is on disk, and no process is left behind."""
     program, out = tmp_path / "program.py", tmp_path / "out"
     program.write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, program, out], env=environment) as process:
         end = time.monotonic() + 60
         while not (rows := out / "rows.jsonl").exists() or len(rows.read_text().splitlines()) < 2:

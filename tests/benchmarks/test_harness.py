@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiler import HAS_COMPILER
 from torch import Tensor
 
 from benchmarks import __main__ as command
@@ -23,6 +22,7 @@ from benchmarks.harness import Problem
 from benchmarks.peers import naive
 from benchmarks.roofline import Ceilings
 from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows
+from helpers.compiler import HAS_COMPILER
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(1e12, 1e11, None, "made up for a test")

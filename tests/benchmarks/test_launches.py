@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
-from tiny import VIT, tiny_config
 
 from benchmarks import launches
 from benchmarks.__main__ import main
 from elastic_kernels import dispatch, elastic_linear
 from elastic_kernels.dispatch import planning
+from helpers.tiny import VIT, tiny_config
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter has no launches to record")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiler import HAS_COMPILER
-from tiny import tiny_config
 
 from benchmarks import profiling, quality, roofline, step
 from benchmarks.failures import Refused
 from benchmarks.peers.official import OfficialStep
 from benchmarks.results import Row
+from helpers.compiler import HAS_COMPILER
+from helpers.tiny import tiny_config
 from poa.network import Network, StudentPass
 from poa.presets import preset
 from poa.subnets import Subnet

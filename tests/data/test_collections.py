@@ -11,15 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-import collections_of_images as collections
 import numpy as np
 import pytest
 import torch
-from collections_of_images import CLASSES, WRITERS, write_odd
 from PIL import Image
-from run_folders import newest, rows
-from tiny import tiny_config
 
+from helpers import collections_of_images as collections
+from helpers.collections_of_images import CLASSES, WRITERS, write_odd
+from helpers.run_folders import newest, rows
+from helpers.tiny import tiny_config
 from poa.data.decode import ImageError
 from poa.data.loader import SampleStream, evaluation_batches, training_batches
 from poa.data.sources import ImageSource, open_data

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
-from tiny import tiny_config
 
 import poa
+from helpers.tiny import tiny_config
 from poa import export
 from poa.data.crops import CropsConfig
 from poa.data.decode import decode, to_pixels

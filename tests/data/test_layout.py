@@ -7,14 +7,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import collections_of_images as collections
 import numpy as np
-import processes
 import pytest
-from run_folders import rows
 from test_collections import cache
-from tiny import tiny_config
 
+from helpers import collections_of_images as collections
+from helpers import processes
+from helpers.run_folders import rows
+from helpers.tiny import tiny_config
 from poa.data.decode import FORMATS
 from poa.data.sources import DataSplit, open_data
 from poa.data.storage import EXTENSIONS

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
 
+from helpers.tiny import tiny_config
 from poa.data.loader import (
     SampleStream,
     evaluation_batches,

@@ -10,13 +10,13 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import collections_of_images as collections
 import numpy as np
 import pytest
-from collections_of_images import add, encoded
 from PIL import Image
 from test_collections import cache
 
+from helpers import collections_of_images as collections
+from helpers.collections_of_images import add, encoded
 from poa.data.decode import ImageError
 from poa.data.sources import DataSplit, open_data
 from poa.data.storage import list_shard

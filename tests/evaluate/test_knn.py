@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_config
 from torch import Tensor
 
+from helpers.tiny import tiny_config
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError

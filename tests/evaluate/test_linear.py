@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import processes
 import pytest
 import torch
-from tiny import OVERRIDES, tiny_config
 from torch import Tensor, nn
 
+from helpers import processes
+from helpers.tiny import OVERRIDES, tiny_config
 from poa.__main__ import main
 from poa.data.sources import open_data
 from poa.distributed import World
@@ -113,7 +113,7 @@ def test_many_features_go_to_a_file_and_in_groups(monkeypatch: pytest.MonkeyPatc
 
 
 def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
-    import collections_of_images as collections
+    from helpers import collections_of_images as collections
 
     root = collections.write_folder(tmp_path, 30)
     for path in sorted(root.glob("*/*.png"))[::5]:

@@ -26,6 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if LANE == "sanitized":
-        from sanitizer import Plugin
+        from helpers.kernels.sanitizer import Plugin
 
         config.pluginmanager.register(Plugin(config.getoption("every_kernel", False)))

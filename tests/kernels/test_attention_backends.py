@@ -6,11 +6,11 @@ import importlib.util
 
 import pytest
 import torch
-from attention_cases import Groups, assert_accurate
-from numerics import DTYPES
 
 from elastic_kernels import backend, dispatch, elastic_linear, packed_attention
 from elastic_kernels.attention import attention_backend
+from helpers.kernels.attention_cases import Groups, assert_accurate
+from helpers.kernels.numerics import DTYPES
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="about the process without an interpreter")
 

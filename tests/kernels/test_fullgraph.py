@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fullgraph_cases import CASES, NO_OPERATORS, assert_compiles
 
 import elastic_kernels
 from elastic_kernels import backend
+from helpers.kernels.fullgraph_cases import CASES, NO_OPERATORS, assert_compiles
 
 
 def test_every_public_name_is_tried_or_is_no_operator() -> None:

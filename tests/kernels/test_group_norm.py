@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import draw
 
 from elastic_kernels import elastic_group_norm
+from helpers.kernels.numerics import draw
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

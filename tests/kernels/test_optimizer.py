@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_cases import STEPS, Setting, run
 from torch import nn
 
 from elastic_kernels import FusedAdamW
+from helpers.kernels.optimizer_cases import STEPS, Setting, run
 
 
 def test_equals_pytorchs_steps() -> None:

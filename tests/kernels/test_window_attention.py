@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from numerics import draw
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic_kernels import relative_position_bias, window_attention
 from elastic_kernels.window_attention import _apart, _chosen
+from helpers.kernels.numerics import draw
 
 Maps = list[tuple[int, int, int]]
 MAPS: list[Maps] = [[(2, 4, 4)], [(1, 5, 3), (2, 2, 2)], [(1, 1, 1)], [(2, 3, 7)]]

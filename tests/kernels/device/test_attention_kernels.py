@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import PARTIAL_DIMS, Groups, active_heads, run
-from numerics import DTYPES, assert_as_good_as_torch, draw
-from sizes import RUNS, sized
+
+from helpers.kernels.attention_cases import PARTIAL_DIMS, Groups, active_heads, run
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.sizes import RUNS, sized
 
 pytestmark = pytest.mark.cuda
 

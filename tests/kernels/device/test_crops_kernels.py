@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from sizes import RUNS, gpu_only, on_host, sized
 from torch import Tensor
 
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
+from helpers.kernels.sizes import RUNS, gpu_only, on_host, sized
 from poa.data.augment import Views, draw_views, render
 from poa.data.crops import CropsConfig
 

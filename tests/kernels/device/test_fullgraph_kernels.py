@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from fullgraph_cases import CASES, assert_compiles
-from sizes import gpu_only
 
 from elastic_kernels import backend
+from helpers.kernels.fullgraph_cases import CASES, assert_compiles
+from helpers.kernels.sizes import gpu_only
 
 pytestmark = [pytest.mark.cuda, gpu_only]
 

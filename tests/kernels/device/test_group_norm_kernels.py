@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from group_norm_cases import FUSION_NAMES, FUSIONS, assert_accurate, run
-from layer_norm_cases import affine
-from numerics import DTYPES, draw
-from sizes import gpu_only, sized
+
+from helpers.kernels.group_norm_cases import FUSION_NAMES, FUSIONS, assert_accurate, run
+from helpers.kernels.layer_norm_cases import affine
+from helpers.kernels.numerics import DTYPES, draw
+from helpers.kernels.sizes import gpu_only, sized
 
 pytestmark = pytest.mark.cuda
 

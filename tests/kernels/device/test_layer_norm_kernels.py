@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_norm_cases import EPS, affine, run
-from numerics import DTYPES, assert_as_good_as_torch, draw
-from sizes import RUNS, sized
+
+from helpers.kernels.layer_norm_cases import EPS, affine, run
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.sizes import RUNS, sized
 
 pytestmark = pytest.mark.cuda
 

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from linear_cases import HALVES, Case, assert_same_in_place, assert_zero_outside, forms, run
-from numerics import DTYPES, assert_as_good_as_torch, draw
-from sizes import RUNS, gpu_only, sized
 from torch import Tensor
 
 import elastic_kernels as ek
 from elastic_kernels import backend
 from elastic_kernels.triton_ops import linear_wgrad
+from helpers.kernels.linear_cases import HALVES, Case, assert_same_in_place, assert_zero_outside, forms, run
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.sizes import RUNS, gpu_only, sized
 
 pytestmark = pytest.mark.cuda
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_cases import Setting, assert_accurate, assert_same_at_odd_addresses, run
-from sizes import gpu_only
 
 from elastic_kernels import FusedAdamW, backend
 from elastic_kernels.triton_ops.optimizer import TENSORS
+from helpers.kernels.optimizer_cases import Setting, assert_accurate, assert_same_at_odd_addresses, run
+from helpers.kernels.sizes import gpu_only
 
 pytestmark = pytest.mark.cuda
 

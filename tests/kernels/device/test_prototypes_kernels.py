@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import DTYPES, draw
-from prototype_cases import Case, assert_accurate, assert_gradients_are_not_rounded, assert_sinkhorn, run
-from sizes import RUNS, gpu_only, sized
 
 from elastic_kernels import sinkhorn_scaling
+from helpers.kernels.numerics import DTYPES, draw
+from helpers.kernels.prototype_cases import (
+    Case,
+    assert_accurate,
+    assert_gradients_are_not_rounded,
+    assert_sinkhorn,
+    run,
+)
+from helpers.kernels.sizes import RUNS, gpu_only, sized
 
 pytestmark = pytest.mark.cuda
 

@@ -6,17 +6,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-import group_norm_cases
-import prototype_cases
 import pytest
 import torch
-import window_attention_cases
-from numerics import draw
-from sizes import SANITIZED, sized
 
 import elastic_kernels as ek
 from elastic_kernels import tune as search
 from elastic_kernels import tuning
+from helpers.kernels import group_norm_cases, prototype_cases, window_attention_cases
+from helpers.kernels.numerics import draw
+from helpers.kernels.sizes import SANITIZED, sized
 
 pytestmark = pytest.mark.cuda
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import PARTIAL_DIMS
-from numerics import DTYPES, draw
-from sizes import gpu_only, sized
-from window_attention_cases import Maps, assert_accurate, inputs, run
 
 import elastic_kernels.triton_ops.window_attention as kernels
+from helpers.kernels.attention_cases import PARTIAL_DIMS
+from helpers.kernels.numerics import DTYPES, draw
+from helpers.kernels.sizes import gpu_only, sized
+from helpers.kernels.window_attention_cases import Maps, assert_accurate, inputs, run
 
 pytestmark = pytest.mark.cuda
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import poison_outputs
 from triton.runtime.interpreter import GridExecutor
 
 from elastic_kernels import backend
+from helpers.kernels.numerics import poison_outputs
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from numerics import draw
 from torch import Tensor
 
 import elastic_kernels as ek
 from elastic_kernels import backend
 from elastic_kernels.recompute import recomputed
+from helpers.kernels.numerics import draw
 
 WIDTH, HEAD = 32, 16
 GROUPS = [(2, 5)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import PARTIAL_DIMS, Groups, assert_accurate, run
-from numerics import DTYPES, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels.triton_ops.attention  # noqa: F401, registers the operators
 from elastic_kernels import packed_attention
+from helpers.kernels.attention_cases import PARTIAL_DIMS, Groups, assert_accurate, run
+from helpers.kernels.numerics import DTYPES, draw
 
 # By code path: one row, both sides of every class edge and tile edge, primes, several groups, empty ones.
 CASES: dict[str, Groups] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fullgraph_cases import CASES, assert_compiles
+
+from helpers.kernels.fullgraph_cases import CASES, assert_compiles
 
 
 @pytest.mark.parametrize("case", CASES)

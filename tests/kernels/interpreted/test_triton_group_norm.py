@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from group_norm_cases import EPS, FUSION_NAMES, FUSIONS, assert_accurate, run
-from layer_norm_cases import affine
-from numerics import draw
 
 import elastic_kernels.triton_ops.group_norm  # noqa: F401, registers the operators
 from elastic_kernels import elastic_group_norm
+from helpers.kernels.group_norm_cases import EPS, FUSION_NAMES, FUSIONS, assert_accurate, run
+from helpers.kernels.layer_norm_cases import affine
+from helpers.kernels.numerics import draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

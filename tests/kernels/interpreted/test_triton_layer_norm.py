@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_norm_cases import EPS, affine, run
-from numerics import DTYPES, assert_as_good_as_torch, draw
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels.triton_ops.layer_norm  # noqa: F401, registers the operators
 from elastic_kernels import elastic_layer_norm
+from helpers.kernels.layer_norm_cases import EPS, affine, run
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 
 LARGEST = 600
 

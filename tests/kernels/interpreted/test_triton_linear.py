@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from linear_cases import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import elastic_kernels as ek
+import elastic_kernels.triton_ops.halves  # noqa: F401, registers the operators
+from elastic_kernels import backend
+from elastic_kernels.triton_ops import gemm
+from helpers.kernels.linear_cases import (
     HALVES,
     Case,
     assert_same_in_place,
@@ -19,15 +27,7 @@ from linear_cases import (
     mlp_half,
     run,
 )
-from numerics import DTYPES, assert_as_good_as_torch, draw
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
-
-import elastic_kernels as ek
-import elastic_kernels.triton_ops.halves  # noqa: F401, registers the operators
-from elastic_kernels import backend
-from elastic_kernels.triton_ops import gemm
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 
 # By code path: one row, none, primes, both sides of the edges of fp32 tiles (64 x 32, steps of 32) and of
 # half-precision ones (128 x 128, steps of 64), several splits of the wgrad, chosen rows.

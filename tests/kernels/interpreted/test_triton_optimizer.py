@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_cases import Setting, assert_accurate, assert_same_at_odd_addresses, run
 
 from elastic_kernels import FusedAdamW, backend
+from helpers.kernels.optimizer_cases import Setting, assert_accurate, assert_same_at_odd_addresses, run
 
 
 def test_steps() -> None:

@@ -6,8 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DTYPES, draw
-from prototype_cases import (
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import elastic_kernels.triton_ops.prototypes as kernels
+from elastic_kernels import sinkhorn_scaling
+from helpers.kernels.numerics import DTYPES, draw
+from helpers.kernels.prototype_cases import (
     TAU_S,
     TAU_T,
     Case,
@@ -16,11 +21,6 @@ from prototype_cases import (
     assert_sinkhorn,
     run,
 )
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import elastic_kernels.triton_ops.prototypes as kernels
-from elastic_kernels import sinkhorn_scaling
 
 # By code path: one row, none, primes, more rows and prototypes than a tile, several ranges, wide bottlenecks.
 CASES = {

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import PARTIAL_DIMS
-from numerics import draw
-from window_attention_cases import Maps, assert_accurate, inputs, run
 
 import elastic_kernels.triton_ops.window_attention as kernels
 from elastic_kernels import window_attention
+from helpers.kernels.attention_cases import PARTIAL_DIMS
+from helpers.kernels.numerics import draw
+from helpers.kernels.window_attention_cases import Maps, assert_accurate, inputs, run
 
 CASES: list[tuple[Maps, int]] = [
     ([(2, 4, 4)], 2),

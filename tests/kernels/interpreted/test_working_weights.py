@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
-from numerics import draw
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_kernels as ek
+from helpers.kernels.numerics import draw
 
 
 def parts() -> tuple[ek.ElasticBlock, list[Tensor]]:

@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import layer_norm_cases
-import optimizer_cases
-import prototype_cases
 import pytest
 import torch
-from numerics import assert_as_good_as_torch, draw
-from sanitizer import complaints, entry_kernels
 from triton.runtime.jit import JITFunction
 from ttsem.sanitize import KernelFault
 
 from elastic_kernels.triton_ops import layer_norm, optimizer, sinkhorn
+from helpers.kernels import layer_norm_cases, optimizer_cases, prototype_cases
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
+from helpers.kernels.sanitizer import complaints, entry_kernels
 
 
 def norm() -> None:

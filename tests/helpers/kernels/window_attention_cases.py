@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from numerics import assert_as_good_as_torch, draw
 from torch import Tensor
 
 from elastic_kernels import backend, window_attention
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 Maps = list[tuple[int, int, int]]
 

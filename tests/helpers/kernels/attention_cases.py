@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from numerics import assert_as_good_as_torch, draw
 from torch import Tensor
 
 from elastic_kernels import backend, packed_attention
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 Groups = list[tuple[int, int]]
 PARTIAL_DIMS = (1, 5, 8, 24, 72, 80)  # of heads that do not fill their tile

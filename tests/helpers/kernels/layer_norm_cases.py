@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from numerics import draw
 from torch import Tensor
 
 from elastic_kernels import backend, elastic_layer_norm
+from helpers.kernels.numerics import draw
 
 EPS = 1e-6
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from numerics import assert_as_good_as_torch, draw
 from torch import Tensor, nn
 
 from elastic_kernels import FusedAdamW, backend
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 # Of a step: clip norm, and momentum of the averages.
 STEPS: tuple[tuple[float | None, float | None], ...] = ((0.5, 0.9), (None, 0.99), (2.0, 0.0), (0.5, None))

@@ -20,7 +20,7 @@ from poa.network import Network
 from poa.official import backbone_name, backbone_state, network_name
 from poa.subnets import Subnet
 
-ROOT = Path(os.environ.get("POA_GOLDEN") or Path(__file__).parent / "golden")
+ROOT = Path(os.environ.get("POA_GOLDEN") or Path(__file__).parent.parent / "golden")
 
 
 def case(name: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+HELPERS = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["processes", "record_chunks", "poa.evaluate.linear"])
+FORKS.set_forkserver_preload(["helpers.processes", "helpers.record_chunks", "poa.evaluate.linear"])
 
 
 class Program:

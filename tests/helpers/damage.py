@@ -1,4 +1,4 @@
-"""`python damage.py COUNT [SEED]`: so many damages to each kind of file of a run; see test_damage.py.
+"""`PYTHONPATH=tests python -m helpers.damage COUNT [SEED]`: so many damages to each kind of file of a run.
 
 Each must be named or change nothing that is read; none may end in anything but an `InputError`.
 """
@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tiny import OVERRIDES
 
 import poa
+from helpers.tiny import OVERRIDES
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.data.sources import open_data

@@ -1,12 +1,11 @@
-"""`python stop_after.py FOLDER STEPS`: a tiny run that gets SIGTERM in that step; see test_processes.py."""
+"""A tiny run that gets SIGTERM in a step; arguments: its folder, and the number of that step."""
 
 import os
 import signal
 import sys
 from pathlib import Path
 
-from tiny import tiny_config
-
+from helpers.tiny import tiny_config
 from poa.errors import Preempted
 from poa.train import Run, pretrain
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from numerics import draw
 from torch import Tensor
 
 import elastic_kernels as ek
 from elastic_kernels import backend
+from helpers.kernels.numerics import draw
 
 EPS = 1e-6
 HALVES = ("attention-half", "window-half", "mlp-half")

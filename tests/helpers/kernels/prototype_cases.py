@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from numerics import assert_as_good_as_torch, draw
 from torch import Tensor
 
 from elastic_kernels import backend, prototype_cross_entropy, sinkhorn_scaling
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 TAU_S, TAU_T = 0.1, 0.04
 

@@ -1,4 +1,4 @@
-"""`python sweep_options.py [EVERY]`: tiny runs with absurd options, one at a time; see test_options.py.
+"""`PYTHONPATH=tests python -m helpers.sweep_options [EVERY]`: tiny runs with absurd options, one at a time.
 
 Each option of each kind of backbone takes each value (or each EVERY-th of all these pairs). A run may refuse
 the value in one line (exit code 2), end in one line (1), or train to its end (0); nothing else may happen. It
@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tiny import tiny_config, tiny_pyramid
 
+from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.options import describe
 

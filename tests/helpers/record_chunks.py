@@ -1,4 +1,4 @@
-"""Record what a step computes in this process: `python record_chunks.py FOLDER`; see test_processes.py."""
+"""`PYTHONPATH=tests python -m helpers.record_chunks FOLDER`: what a step computes in this process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_config, tiny_pyramid
 
+from helpers.tiny import tiny_config, tiny_pyramid
 from poa import step as step_module
 from poa.checkpoint import RunFolder
 from poa.config import Config

@@ -1,4 +1,4 @@
-"""`python kill_repeatedly.py FOLDER SEED`: a tiny run, killed ten times; see test_resume.py.
+"""`PYTHONPATH=tests python -m helpers.kill_repeatedly FOLDER SEED`: a tiny run, killed ten times.
 
 Every life of the run is a fork of this process, which has imported everything and computed nothing.
 """
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tiny import tiny_config
 
+from helpers.tiny import tiny_config
 from poa import files
 from poa.checkpoint import RunFolder
 from poa.train import Run, pretrain

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from layer_norm_cases import affine
-from numerics import assert_as_good_as_torch, draw
 from torch import Tensor
 
 from elastic_kernels import backend, elastic_group_norm
+from helpers.kernels.layer_norm_cases import affine
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 EPS = 1e-5
 FUSIONS = [(None, False), ("relu", False), ("relu", True), (None, True)]
