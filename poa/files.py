@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -124,9 +125,7 @@ def require_writable(path: Path, option: str) -> None:
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
             raise InputError(f"{option}: expected a file, got {path}: a folder or device")
-        probe = _beside(target)
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
         raise InputError(
             f"{option}: expected a file that can be written, got {path}: {error.strerror}"
