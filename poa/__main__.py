@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_output()  # nobody reads on, as in `| head`
         return 141
     except (DataError, DivergenceError, PeerError, SaveError) as error:
-        print(f"poa: error: {error}", file=sys.stderr)
+        print(f"poa: error: {one_line(error)}", file=sys.stderr)
         return 1
     except Preempted as stop:
         print(f"poa: {stop}", file=sys.stderr)

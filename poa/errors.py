@@ -41,15 +41,20 @@ class Preempted(Exception):
         self.interrupted = interrupted
 
 
+OURS = (InputError, PeerError, DivergenceError, SaveError, DataError)
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error, or its kind where it has none.
 
-    An error of another process arrives with its trace; the last line is the message.
+    Of one of others, or of another process, which arrives with its trace, the last line is the message.
     """
+    text = str(error).strip()
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    else:
-        text = next(reversed(str(error).strip().splitlines()), type(error).__name__)
+    elif text.startswith("Caught ") or not isinstance(error, OURS):
+        text = text.splitlines()[-1] if text else type(error).__name__
+    text = "\\n".join(text.splitlines())  # of names of files
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
+
+import numpy as np
+
 from poa.checkpoint import log
 from poa.config import Config
+from poa.data.decode import ImageError
 from poa.data.loader import require_shared_memory
-from poa.data.sources import DataSplit
+from poa.data.sources import DataSplit, ImageSource
+from poa.data.summary import printable
 from poa.distributed import World
+from poa.errors import InputError
+from poa.progress import say
+
+SAMPLE = 16  # images that are tried at the beginning
+PATIENCE = 5.0  # seconds after which a search for images is said
 
 
 def open_on_ranks(config: Config, world: World) -> DataSplit:
@@ -20,10 +32,18 @@ def open_on_ranks(config: Config, world: World) -> DataSplit:
     def opened() -> None:
         found.append(config.data.open(config.method.seed))
 
-    world.from_main(opened)
+    line = f"data: looking for the images of {printable(config.data.source)}"
+    patience = threading.Timer(PATIENCE, say, [line])
+    if world.is_main:
+        patience.start()
+    try:
+        world.from_main(opened)
+    finally:
+        patience.cancel()
     if not world.is_main:
         opened()
     (data,) = found
+    world.from_main(partial(require_readable, data.train, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; going on without it", line)
     if world.size > 1:
@@ -33,3 +53,26 @@ def open_on_ranks(config: Config, world: World) -> DataSplit:
     method = config.method
     require_shared_memory(method.canvas, method.batch_size, config.performance.workers, evaluates)
     return data
+
+
+def require_readable(source: ImageSource, canvas: int) -> None:
+    """Try some images, spread over all; warn of those that cannot be read.
+
+    Raises:
+        InputError: that is none of them.
+    """
+    tried = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(np.int64)).tolist()
+    wrong = []
+    for index in tried:
+        try:
+            source.read(index, canvas)
+        except ImageError as error:
+            wrong.append(str(error))
+    if len(wrong) == len(tried):
+        raise InputError(
+            f"data: expected readable images, got none among {len(tried)} that were tried: {wrong[0]}"
+        )
+    if wrong:
+        log.warning(
+            "data: %d of %d images that were tried cannot be read: %s", len(wrong), len(tried), wrong[0]
+        )

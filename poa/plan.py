@@ -164,7 +164,7 @@ def _data(config: Config, data: DataSplit) -> str:
         if nameless := len(train) - len(train.labelled()):
             classes += f", {nameless:,} images without one"
     held = f"{len(data.test):,} held out for k-NN" if data.test else f"none held out ({data.untested})"
-    return f"{counted(len(train), 'image')} of {config.data.source} to train on{classes}; {held}"
+    return f"{counted(len(train), 'image')} of {printable(config.data.source)} to train on{classes}; {held}"
 
 
 def phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[tuple[str, int]]:

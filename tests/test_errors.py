@@ -91,6 +91,7 @@ def test_bugs_keep_their_trace(error: Exception, monkeypatch: pytest.MonkeyPatch
 
 def test_messages_of_errors_without_one() -> None:
     assert one_line(EOFError()) == "EOFError" and one_line(OSError(5, "x")) == "x"
+    assert one_line(InputError("in a\nb: no")) == "in a\\nb: no" and one_line(ValueError("a\nb")) == "b"
     with (
         pytest.raises(
             InputError, match="a: expected b, got a damaged or foreign one: KeyError: 'c'"

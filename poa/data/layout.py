@@ -45,27 +45,37 @@ def find(name: str) -> Found:
         OSError: it cannot be looked at.
     """
     root = Path(name)
+    kind = root.suffix.lower()
     if name == "digits":
         return Found(load_digits)
     if name.strip() and root.is_dir():
         return _find_in_folder(root)
-    if root.suffix.lower() == ".txt" and root.is_file():
+    if kind == ".txt" and root.is_file():
         return Found(lambda: read_list(root))
-    if root.suffix in PACKED:
+    if kind in PACKED:
         paths = _expand(name)
-        return Found(lambda: PACKED[root.suffix](paths))
+        return Found(lambda: PACKED[kind](paths))
+    why = "a file of another kind; unpack archives" if root.exists() else "no such folder or file"
     raise InputError(
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
-        f"got {name!r}: no such folder or file"
+        f"got {name!r}: {why}"
     )
 
 
 def _find_in_folder(root: Path) -> Found:
-    """A folder called train is a split unless it looks like a class; one called val or test always is."""
+    """A folder called train is a split unless it looks like a class; one called val or test always is.
+
+    So are two with the same after these words, such as train2017 and val2017.
+    """
     entries = _visible(root)
     folders = [entry.name for entry in entries if entry.is_dir()]
-    tests = [name for wanted in TEST_NAMES for name in folders if name.lower() == wanted]
-    trains = [name for wanted in TRAIN_NAMES for name in folders if name.lower() == wanted]
+    trains, tests = _called(TRAIN_NAMES, folders), _called(TEST_NAMES, folders)
+    if not trains and not tests:
+        for ending in (folder[len(word) :] for word in TRAIN_NAMES for folder in folders):
+            both = [
+                _called([word + ending for word in names], folders) for names in (TRAIN_NAMES, TEST_NAMES)
+            ]
+            trains, tests = both if all(both) else (trains, tests)
     others = [name for name in folders if name not in (*tests, *trains[:1])]
     left_out = LeftOut()
     for name in tests[1:]:
@@ -82,6 +92,11 @@ def _find_in_folder(root: Path) -> Found:
         if not entry.is_dir() and entry.name.lower().endswith((*EXTENSIONS, *PACKED)):
             left_out.add(f"files beside {trains[0]}/", entry.name)
     return Found(lambda: _open_folder(root / trains[0]), test, left_out)
+
+
+def _called(names: Sequence[str], folders: Sequence[str]) -> list[str]:
+    """Folders of these names in upper or lower case, in the order of the names."""
+    return [folder for name in names for folder in folders if folder.lower() == name.lower()]
 
 
 def _is_flat(folder: Path) -> bool:
@@ -103,7 +118,7 @@ def _split_by_name(root: Path, packed: list[Path], left_out: LeftOut) -> Found:
     for path in packed:
         if path not in (*trains[0], *tests[0]):
             left_out.add("shards or tables of other names", path.name)
-    open_packed = PACKED[packed[0].suffix]
+    open_packed = PACKED[packed[0].suffix.lower()]
     return Found(lambda: open_packed(trains[0]), lambda: open_packed(tests[0]), left_out)
 
 
@@ -118,7 +133,7 @@ def _open_folder(folder: Path, skipped: Collection[str] = ()) -> Opened:
         images = None
     if images and packed[0].parent == folder and len(images.images) > 2 * len(packed):
         return images
-    opened = PACKED[packed[0].suffix](packed)
+    opened = PACKED[packed[0].suffix.lower()](packed)
     if images:
         opened.left_out.add("images beside shards or tables", images.images.name(0), len(images.images))
     for entry in _visible(packed[0].parent):
@@ -138,7 +153,8 @@ def _packed_files(folder: Path) -> list[Path]:
     for place in (folder, folder / "data"):
         files = _visible(place) if place.is_dir() else []
         for suffix in PACKED:
-            found = [place / file.name for file in files if file.name.endswith(suffix) and not file.is_dir()]
+            names = [f.name for f in files if f.name.lower().endswith(suffix) and not f.is_dir()]
+            found = [place / name for name in names]
             if found:
                 return found
     return []

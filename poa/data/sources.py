@@ -80,7 +80,8 @@ class ImageSource:
             with found:
                 return decode(found, canvas, self.bits)
         except Exception as error:  # decoders raise whatever they like
-            reason = " ".join(str(error).split()) or type(error).__name__
+            text = isinstance(error, OSError) and error.strerror or str(error)
+            reason = " ".join(text.split()) or type(error).__name__
             raise ImageError(f"{self.storage.name(position)}: {reason}") from None
 
     def subset(self, indices: np.ndarray) -> ImageSource:
@@ -177,7 +178,7 @@ def _split(
     source = ImageSource.whole(images)
     used = [] if images.labels is None else np.unique(images.labels[images.labels >= 0]).tolist()
     if len(used) < 2:
-        why = f"all labels are {images.classes[used[0]]}" if used else "no labels"
+        why = f"one class alone: {printable(images.classes[used[0]])}" if used else "no labels"
         source = replace(source, labels=None, classes=())
     elif len(opened) == 1:
         return _hold_out(source, holdout, seed)

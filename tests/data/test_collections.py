@@ -25,6 +25,7 @@ from poa.data.loader import SampleStream, evaluation_batches, training_batches
 from poa.data.sources import ImageSource, open_data
 from poa.data.storage import read_folder, tar
 from poa.errors import InputError
+from poa.images import require_readable
 from poa.train import pretrain
 
 COUNT = 30
@@ -209,8 +210,18 @@ def test_training_goes_on_without_unreadable_images(workers: int, tmp_path: Path
 def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"no")
+    config = tiny_config(f"data.source={tmp_path}")
+    with pytest.raises(InputError, match="expected readable images, got none among 3 that were tried: .*0.p"):
+        pretrain(config, tmp_path / "run")
+    source = config.data.open(0).train
     with pytest.raises(InputError, match="expected readable images, got 20 in a row that are not"):
-        pretrain(tiny_config(f"data.source={tmp_path}"), tmp_path / "run")
+        next(training_batches(source, SampleStream(3, 4, range(1), 1, range(1), 0), 32, 0))
+
+
+def test_some_unreadable_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (collections.write_folder(tmp_path, 15) / "cat" / "0000.png").write_bytes(b"")
+    require_readable(open_data(str(tmp_path), 0.0, 0).train, 32)
+    assert "1 of 15 images that were tried cannot be read: " in caplog.text and "file is empty" in caplog.text
 
 
 def test_a_lost_shard_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -221,15 +232,23 @@ def test_a_lost_shard_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "part-0004.tar is missing; going on without it" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [("", "got an empty list"), ("a.png\tcat\nb.png\n", "got a mixture")],
-    ids=["empty", "mixture"],
-)
-def test_wrong_lists(content: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "images.txt").write_text(content)
+LISTS = {
+    "empty": ("", "got an empty list"),
+    "mixture": ("a.png\tcat\nb.png\n", "got a mixture"),
+    "spaces": ("cat/0000.png 0\ncat/0001.png 0\n", r"none among 2 .*cat/0000.png 0: No such file"),
+    "table": ("path,label\ncat/0000.png,0\n", r"none among 2 .*path,label: No such file"),
+    "URLs": ("https://host/0.png\n", r"none among 1 .*https://host/0.png: No such file"),
+    "UTF-16": ("cat/0000.png\ncat/0001.png".encode("utf-16").decode("latin1"), "none among 2 .*: embedded"),
+}
+
+
+@pytest.mark.parametrize("kind", LISTS)
+def test_wrong_lists(kind: str, tmp_path: Path) -> None:
+    content, message = LISTS[kind]
+    collections.write_folder(tmp_path, 6)
+    (tmp_path / "images.txt").write_text(content, "latin1")
     with pytest.raises(InputError, match=message):
-        open_data(str(tmp_path / "images.txt"), 0.25, 0)
+        require_readable(open_data(str(tmp_path / "images.txt"), 0.25, 0).train, 32)
 
 
 def test_a_list_without_labels(tmp_path: Path) -> None:

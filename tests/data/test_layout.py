@@ -59,6 +59,12 @@ def opened(root: Path, holdout: float = 0.25) -> tuple[int, int | None, tuple[st
             [],
             (8, 3, ("a", "b"), "1 further folders to test on beside val/ (test)"),
         ),
+        (
+            {"train2017/a": 4, "train2017/b": 4, "val2017/a": 2, "val2017/b": 1, "notes": 1},
+            [],
+            (8, 3, ("a", "b"), "1 folders beside train2017/ (notes)"),
+        ),
+        ({"train_cat": 4, "val_dog": 4}, [], (6, 2, ("train_cat", "val_dog"), "")),
         ({"a": 4, "b": 4, "test/a": 2}, [], (8, 2, ("a", "b"), "")),
         ({".": 30, "extra": 3}, [], (33, None, (), "")),
         ({".": 3, "a": 4, "b": 4}, [], (9, 2, ("a", "b"), "")),
@@ -83,6 +89,20 @@ def test_layouts(
     found = opened(lay_out(tmp_path / "data", folders, *files))
     expected = expected or (12, 4, ("a", "b"), "2 without an ending of images (old.tar, b/old.parquet)")
     assert (*found[:3], set(found[3].split("; "))) == (*expected[:3], set(str(expected[3]).split("; ")))
+
+
+@pytest.mark.parametrize("name", ["images.tar.gz", "images.zip", "0.png", "list.csv"])
+def test_files_of_another_kind(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError, match=f"got '.*{name}': a file of another kind; unpack archives"):
+        open_data(str(tmp_path / name), 0.0, 0)
+
+
+def test_endings_in_capitals(tmp_path: Path) -> None:
+    shard = collections.write_shards(tmp_path, 6) / "part-0000.tar"
+    shard.rename(tmp_path / "PART.TAR")
+    for name in (tmp_path, tmp_path / "PART.TAR"):
+        assert len(open_data(str(name), 0.0, 0).train) == 6
 
 
 def test_a_flat_folder_to_test_on(tmp_path: Path) -> None:

@@ -193,7 +193,9 @@ NAMES = {"names": ["ox", "ant"], "_type": "ClassLabel"}
         ("label", [0.0, 2.0, float("nan"), None], None, [0, 1, -1, -1], ("0", "2")),
         ("label", ["b", "a", None, ""], None, [1, 0, -1, -1], ("a", "b")),
         ("label", [None, -1, -1, None], NAMES, None, ()),
+        ("label", [True, False, None, True], None, [1, 0, -1, 1], ("False", "True")),
         ("other", [1, 2, 3, 4], None, None, ()),
+        ("label", [[1], [2], [1, 2], []], None, None, ()),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -210,6 +212,8 @@ def test_labels_of_tables(
     data = open_data(str(path), 0.0, 0)
     assert data.train.classes == classes and data.labels_from == (f"column {column!r}" if classes else "")
     assert (None if data.train.labels is None else data.train.labels.tolist()) == labels
+    several = "1 columns of labels that are no single values (x.parquet: label)"
+    assert str(data.left_out) == several * isinstance(values[0], list)
 
 
 def test_labels_without_a_name(tmp_path: Path) -> None:

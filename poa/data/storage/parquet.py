@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from poa.data.storage.base import NO_PHOTO, Opened, join_labels
-from poa.data.summary import printable
+from poa.data.summary import LeftOut, printable
 from poa.errors import InputError
 
 KEPT_GROUPS = 16  # row groups of Parquet tables that a process keeps
@@ -82,7 +82,7 @@ class ParquetTable:
         labels: int64 `[rows]`, which of `names`; -1 for none.
         names: of the labels.
         classes: all of them in order, where Hugging Face's metadata have them.
-        left_out: columns of encoded files that are not taken.
+        left_out: columns that were not taken, though they hold encoded files or are called labels.
     """
 
     path: Path
@@ -92,7 +92,7 @@ class ParquetTable:
     labels: np.ndarray
     names: list[str]
     classes: list[str] | None
-    left_out: list[str]
+    left_out: LeftOut
 
 
 def open_parquet(paths: Sequence[Path]) -> Opened:
@@ -118,8 +118,7 @@ def open_parquet(paths: Sequence[Path]) -> Opened:
     columns = sorted({f"column {table.label!r}" for table in tables if table.label})
     opened = Opened(Parquet(tables), labels, names, " and ".join(columns), lost=tuple(lost), parts=len(paths))
     for table in tables:
-        for column in table.left_out:
-            opened.left_out.add("columns of other files", f"{table.path.name}: {column}")
+        opened.left_out.update_from(table.left_out)
     return opened
 
 
@@ -142,10 +141,15 @@ def _read_table(path: Path) -> ParquetTable:
         schema, metadata = table.schema_arrow, table.metadata
         features = _features(schema)
         column, others = _image_column(schema, features, path)
+        left_out = LeftOut()
+        for other in others:
+            left_out.add("further columns of images or files", f"{path.name}: {other}")
         groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if sum(groups) != metadata.num_rows or min(groups, default=0) < 0:
             raise ValueError(f"{sum(groups)} rows in groups of {metadata.num_rows} rows")
         label = _label_column(schema, features)
+        for name in set(LABELS) & set(schema.names) if not label else ():
+            left_out.add("columns of labels that are no single values", f"{path.name}: {name}")
         labels = np.full(sum(groups), -1)
         names: list[str] = []
         if label:
@@ -162,7 +166,7 @@ def _read_table(path: Path) -> ParquetTable:
             )
         names = [str(classes[named[name]]) if name in named else "" for name in names]
     return ParquetTable(
-        path, column, groups, label, labels, names, [*map(str, classes)] if classes else None, others
+        path, column, groups, label, labels, names, [*map(str, classes)] if classes else None, left_out
     )
 
 
@@ -206,10 +210,8 @@ def _label_column(schema: Any, features: dict[str, dict[str, Any]]) -> str:
     import pyarrow as pa
 
     def usable(kind: Any) -> bool:
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_string, pa.types.is_large_string)
-        return any(test(kind) for test in tests)
+        none = (pa.types.is_nested, pa.types.is_null, pa.types.is_binary, pa.types.is_large_binary)
+        return not any(test(kind) for test in none)
 
     names = [field.name for field in schema if usable(field.type)]
     described = [name for name in names if features.get(name, {}).get("_type") == "ClassLabel"]
