@@ -15,6 +15,7 @@ from poa import commands
 from poa.backbones import CONFIGS
 from poa.config import Config
 from poa.errors import InputError
+from poa.evaluate import PROTOCOLS
 from poa.options import Interval, describe, nearest, shown
 from poa.presets import PRESETS, preset
 
@@ -235,12 +236,15 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
         "help": "checkpoint of this step; default the newest",
     }
 
-    command = group.add_parser("evaluate", help="k-NN and linear accuracy of subnets on held-out images")
+    names = ", ".join(protocol.name for protocol in PROTOCOLS)
+    command = group.add_parser("evaluate", help=f"accuracy of subnets on held-out images: {names}")
     command.add_argument("run", help=RUN_HELP)
     command.add_argument("--subnets", default=["all"], **which)
     command.add_argument("--data", help="digits or a folder; default: the run's own")
     command.add_argument("--initial", action="store_true", help="also score the weights before training")
-    command.add_argument("--linear", action="store_true", help="train linear classifiers too")
+    for protocol in PROTOCOLS:
+        if protocol.help:
+            command.add_argument(f"--{protocol.name}", action="store_true", help=protocol.help)
     command.add_argument(
         "--out", help="JSON file; default RUN/evaluation.json, of other data evaluation-2.json"
     )

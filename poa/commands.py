@@ -19,7 +19,7 @@ from poa.device import use_threads
 from poa.distributed import World, init_distributed
 from poa.drawing import require_drawable
 from poa.errors import InputError
-from poa.evaluate import Origin, evaluate_subnets, evaluation_file
+from poa.evaluate import PROTOCOLS, Origin, evaluate_subnets, evaluation_file
 from poa.export import extract
 from poa.files import make_folder, read_json, require_writable
 from poa.loader_speed import loader_speed
@@ -116,8 +116,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
         initial = None
         if options.initial:
             initial = initial_network(config, options.branch).backbone.to(world.device)
+        protocols = [p for p in PROTOCOLS if p.help is None or getattr(options, p.name)]
         report = evaluate_subnets(
-            backbone, subnets, data, config, world, origin, initial=initial, linear=options.linear
+            backbone, subnets, data, config, world, origin, initial=initial, protocols=protocols
         )
     if not world.is_main:
         return

@@ -53,7 +53,7 @@ def quickstart(config: Config, out: Path) -> None:
     write_report([folder], out / "report.html")
     write_json(out / "summary.json", _summary(report, pixels, time.perf_counter() - started))
     print(report.table())
-    print(f"raw pixels, k={REPORTED_K}: {pixels:.1%}   (init: k={REPORTED_K} before training)")
+    print(f"raw pixels, k={REPORTED_K}: {pixels:.1%}")
     pages = [out / name for name in ("evaluation.json", "accuracy.png", "summary.json")]
     print("\n".join(str(path) for path in [checkpoint.path, folder.metrics, *models, *pages]))
     print(f"open {out / 'report.html'}")
@@ -65,8 +65,8 @@ def _summary(report: Report, pixels: float, seconds: float) -> dict[str, object]
             "width": s.subnet.width,
             "depth": s.subnet.depth,
             "params": s.parameters,
-            "knn": s.knn[REPORTED_K],
-            "knn_init": s.initial[REPORTED_K] if s.initial else None,
+            "knn": s.values["knn"][REPORTED_K],
+            "knn_init": s.values["knn_init"][REPORTED_K],
         }
         for s in report.scores
     ]

@@ -18,7 +18,7 @@ from poa.contact_sheet import contact_sheet
 from poa.curves import Band, Row, draw_curves, figures_of
 from poa.drawing import require_drawable, write_figure
 from poa.errors import InputError
-from poa.evaluate import REPORTED_K
+from poa.evaluate import reported
 from poa.files import read_json, write_text
 from poa.options import describe
 from poa.presets import PRESETS, preset
@@ -163,7 +163,7 @@ def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
-    """k-NN and linear accuracies by subnet, of all evaluations in the folders."""
+    """Accuracies by subnet, of all evaluations in the folders."""
     columns: dict[str, dict[str, float]] = {}
     for name, folder in zip(names, folders, strict=True):
         for file in sorted(folder.path.glob("evaluation*.json")):
@@ -172,10 +172,7 @@ def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
                 about = "{branch} of step {step}, {data}".format(**found["settings"])
                 about = f"{name}: {about}" if len(names) > 1 else about
                 for row in found["subnets"]:
-                    accuracies = {f"k={REPORTED_K}": row["knn"][str(REPORTED_K)]}
-                    if "linear" in row:
-                        accuracies["linear"] = row["linear"][0]["accuracy"]
-                    for kind, accuracy in accuracies.items():
+                    for kind, accuracy in reported(row).items():
                         columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
     if not columns:
         return "<p>None yet: poa evaluate RUN makes one.</p>"

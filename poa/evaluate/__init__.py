@@ -1,17 +1,19 @@
-"""Accuracy of subnets: features once, then k-NN."""
+"""Accuracy of subnets: features once, then the protocols."""
 
-from poa.evaluate.knn import knn_accuracy
+from poa.evaluate.knn import REPORTED_K, knn_accuracy
 from poa.evaluate.sweep import (
-    REPORTED_K,
+    PROTOCOLS,
     Origin,
     Report,
     evaluate_subnets,
     evaluation_file,
     knn_of_pixels,
     knn_of_subnets,
+    reported,
 )
 
 __all__ = [
+    "PROTOCOLS",
     "REPORTED_K",
     "Origin",
     "Report",
@@ -20,4 +22,5 @@ __all__ = [
     "knn_accuracy",
     "knn_of_pixels",
     "knn_of_subnets",
+    "reported",
 ]

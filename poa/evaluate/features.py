@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from poa.backbones import Backbone
 from poa.data.crops import CropsConfig
 from poa.data.loader import evaluation_batches
 from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource
 from poa.distributed import World
-from poa.subnets import Subnet
+from poa.evaluate.protocol import Function
 
 MEMORY = 8 << 30  # bytes of features that may lie in memory at once; more go to a file
-LAST_BLOCKS = 4
-
-Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,21 +34,6 @@ class FeatureSet:
     features: list[Tensor]
     labels: Tensor
     unreadable: int
-
-
-def class_token(backbone: Backbone, subnet: Subnet) -> Function:
-    """Class-token features `[B, width]` of a subnet."""
-    return lambda images: backbone([images], subnet)[0].cls.float()
-
-
-def probe_input(backbone: Backbone, subnet: Subnet) -> Function:
-    """`[B, (blocks + 1) * width]` float16: class tokens of the last blocks, mean patch token of the last."""
-
-    def function(images: Tensor) -> Tensor:
-        outputs = backbone.last_blocks(images, subnet, LAST_BLOCKS)
-        return torch.cat([*(f.cls for f in outputs), outputs[-1].patches.mean(1)], dim=1).half()
-
-    return function
 
 
 def pixels(crops: CropsConfig) -> Function:

@@ -11,12 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poa.backbones import Backbone
 from poa.errors import InputError
+from poa.evaluate.protocol import Function, Protocol
+from poa.subnets import Subnet
 
 NEIGHBOURS = (10, 20, 100, 200)
+REPORTED_K = 20
+"""The k that curves, plots and pages show."""
+
 TEMPERATURE = 0.07
 CHUNK = 1024  # queries compared at a time
 BANK_CHUNK = 1 << 17  # with so many images of the bank
+
+
+def class_token(backbone: Backbone, subnet: Subnet) -> Function:
+    """Class-token features `[B, width]` of a subnet."""
+    return lambda images: backbone([images], subnet)[0].cls.float()
 
 
 @torch.no_grad()
@@ -80,3 +91,17 @@ def _nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]
         best, order = best.topk(min(count, best.shape[1]), dim=1)
         positions = positions.gather(1, order)
     return best, positions
+
+
+KNN = Protocol(
+    "knn",
+    None,
+    class_token,
+    lambda bank, queries, device, seed: knn_accuracy(*bank, *queries, device=device),
+    lambda score: {f"k={k}": accuracy for k, accuracy in score.items()},
+    f"k={REPORTED_K}",
+    {
+        "protocol": "weighted k-NN, cosine similarity, class token; a k above the bank counts all of it",
+        "temperature": TEMPERATURE,
+    },
+)

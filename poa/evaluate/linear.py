@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from poa.backbones import Backbone
 from poa.errors import InputError
+from poa.evaluate.protocol import Function, Protocol
+from poa.subnets import Subnet
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 BLOCKS = (1, 4)
@@ -37,12 +39,21 @@ class LinearScore:
     mean_patch: bool
 
 
+def probe_input(backbone: Backbone, subnet: Subnet) -> Function:
+    """`[B, blocks + 1, width]` float16: class tokens of the last blocks, mean patch token of the last."""
+
+    def function(images: Tensor) -> Tensor:
+        outputs = backbone.last_blocks(images, subnet, max(BLOCKS))
+        return torch.stack([*(f.cls for f in outputs), outputs[-1].patches.mean(1)], dim=1).half()
+
+    return function
+
+
 def linear_accuracy(
     train: Tensor,
     train_labels: Tensor,
     queries: Tensor,
     query_labels: Tensor,
-    width: int,
     device: torch.device,
     *,
     seed: int = 0,
@@ -51,10 +62,9 @@ def linear_accuracy(
     """Train and score all classifiers.
 
     Args:
-        train: `[N, (blocks + 1) * width]`, class tokens of the last blocks, then the mean patch token.
+        train: `[N, blocks + 1, width]`, class tokens of the last blocks, then the mean patch token.
         train_labels: int64 `[N]`.
-        queries, query_labels: likewise `[M, ...]`.
-        width: of the features.
+        queries, query_labels: the same of `M` images.
         device: to compute on; features go there in batches.
         seed: of batches and initial weights.
         steps: of SGD; default 10 epochs of batches of 1024, but 1,000 to 12,500.
@@ -63,7 +73,7 @@ def linear_accuracy(
         The scores, best first. Subnets with fewer than 4 blocks use all they have.
 
     Raises:
-        InputError: no features, or as many labels as features are not there.
+        InputError: no features, or different numbers of features and labels.
     """
     for rows, labels, what in ((train, train_labels, "train"), (queries, query_labels, "query")):
         if not len(rows) or len(rows) != len(labels):
@@ -72,6 +82,7 @@ def linear_accuracy(
             )
     classes = int(torch.maximum(train_labels.max(), query_labels.max())) + 1
     steps = steps or min(max(EPOCHS * len(train) // BATCH, FEWEST_STEPS), MOST_STEPS)
+    train, queries, width = train.flatten(1), queries.flatten(1), train.shape[2]
     probes = [_Probe(part, classes, device, seed) for part in _inputs(train.shape[1] // width - 1, width)]
     draw = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -141,13 +152,21 @@ class _Probe:
             parameter -= moved * (rates[:, None] if moved.dim() == 2 else rates)
 
 
-def protocol() -> dict[str, Any]:
-    """What the figures depend on, besides weights and data."""
-    return {
+LINEAR = Protocol(
+    "linear",
+    "train linear classifiers too",
+    probe_input,
+    lambda train, queries, device, seed: [
+        vars(s) for s in linear_accuracy(*train, *queries, device, seed=seed)
+    ],
+    lambda scores: {"linear": scores[0]["accuracy"]},
+    "linear",
+    {
         "protocol": "linear probe of frozen features, the best setting on the queries",
         "rates": list(RATES),
         "rate_scale": BATCH / 256,
         "blocks": list(BLOCKS),
         "batch": BATCH,
         "momentum": MOMENTUM,
-    }
+    },
+)

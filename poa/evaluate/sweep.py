@@ -1,10 +1,10 @@
-"""Accuracies of many subnets: scores, table, JSON and a plot of accuracy against size."""
+"""Scores of many subnets: all protocols on one pass over the images; table, JSON and plot."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,31 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from poa.backbones import Backbone, BackboneConfig
+from poa.backbones import Backbone
 from poa.checkpoint import Checkpoint, RunFolder, log
 from poa.config import Config
 from poa.data.sources import DataSplit, ImageSource
 from poa.distributed import World
 from poa.drawing import write_figure
 from poa.errors import InputError
-from poa.evaluate.features import (
-    MEMORY,
-    FeatureSet,
-    Function,
-    class_token,
-    extract_features,
-    pixels,
-    probe_input,
-)
-from poa.evaluate.knn import TEMPERATURE, knn_accuracy
-from poa.evaluate.linear import LinearScore, linear_accuracy
-from poa.evaluate.linear import protocol as linear_protocol
+from poa.evaluate.features import MEMORY, FeatureSet, extract_features, pixels
+from poa.evaluate.knn import KNN, class_token
+from poa.evaluate.linear import LINEAR
+from poa.evaluate.protocol import Function, Labelled, Protocol
 from poa.files import read_json, write_json
 from poa.subnets import Subnet
 from poa.version import VERSION
 
-REPORTED_K = 20
-"""The k that tables and plots show."""
+# All protocols, in the order of their columns; plots show the first.
+PROTOCOLS: tuple[Protocol, ...] = (KNN, LINEAR)
+
+Task = tuple[Protocol, Function]
 
 
 @dataclass(frozen=True)
@@ -76,21 +70,32 @@ def evaluation_file(folder: RunFolder, data: str, branch: str) -> Path:
 
 @dataclass(frozen=True)
 class SubnetScore:
-    """Size and accuracy of one subnet.
+    """Size and scores of one subnet.
 
     Attributes:
         subnet, parameters, flops: which, and its size.
-        knn: accuracy by k.
-        initial: the same before training, if it was asked for.
-        linear: linear classifiers, best first, if they were asked for.
+        values: the score of each protocol by its name, and of the weights before training by `before`.
     """
 
     subnet: Subnet
     parameters: int
     flops: int
-    knn: dict[int, float]
-    initial: dict[int, float] | None = None
-    linear: list[LinearScore] | None = None
+    values: Mapping[str, Any]
+
+    def columns(self) -> dict[str, float]:
+        """All accuracies by the title of their column."""
+        found: dict[str, float] = {}
+        for p in PROTOCOLS:
+            if p.name in self.values:
+                found |= p.accuracies(self.values[p.name])
+            if p.before in self.values:
+                found[f"{p.reported} init"] = p.headline(self.values[p.before])
+        return found
+
+
+def reported(values: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracy that stands for each protocol, out of scores as in `SubnetScore` or read from JSON."""
+    return {p.reported: p.headline(values[p.name]) for p in PROTOCOLS if p.name in values}
 
 
 @dataclass(frozen=True)
@@ -102,29 +107,18 @@ class Report:
 
     def table(self) -> str:
         """A text table: the settings, then one line per subnet."""
-        ks = list(self.scores[0].knn)
-        before = "    init" if self.scores[0].initial else ""
-        probe = "  linear" if self.scores[0].linear else ""
-        s = self.settings
+        s, rows = self.settings, [score.columns() for score in self.scores]
+        wide = {title: max(6, len(title)) for title in rows[0]}
         lines = [
             f"{s['run']}: {s['branch']} of step {s['step']}",
-            f"{s['protocol']}, T={s['temperature']}; {s['data']}: {s['bank_images']:,} bank and "
-            f"{s['query_images']:,} query images of {s['image_size']} px",
-            f"{'subnet':>9} {'params':>11} {'GFLOPs':>8}"
-            + "".join(f"  {f'k={k}':>6}" for k in ks)
-            + before
-            + probe,
+            f"{s['data']}: {s['bank_images']:,} bank and {s['query_images']:,} query images "
+            f"of {s['image_size']} px",
+            *(p.described() for p in PROTOCOLS if p.name in s),
+            f"{'subnet':>9} {'params':>11} {'GFLOPs':>8}" + "".join(f"  {t:>{w}}" for t, w in wide.items()),
         ]
-        if max(ks) > s["bank_images"]:
-            lines.insert(2, f"a k above {s['bank_images']} counts all images of the bank")
-        for score in self.scores:
+        for score, row in zip(self.scores, rows, strict=True):
             line = f"{score.subnet!s:>9} {score.parameters:>11,} {score.flops / 1e9:>8.3f}"
-            line += "".join(f"  {score.knn[k]:>6.1%}" for k in ks)
-            if score.initial:
-                line += f"  {score.initial[REPORTED_K]:>6.1%}"
-            if score.linear:
-                line += f"  {score.linear[0].accuracy:>6.1%}"
-            lines.append(line)
+            lines.append(line + "".join(f"  {row[t]:>{w}.1%}" for t, w in wide.items()))
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
@@ -136,22 +130,42 @@ class Report:
                 "depth": s.subnet.depth,
                 "params": s.parameters,
                 "flops": s.flops,
-                "knn": {str(k): v for k, v in s.knn.items()},
-                **({"knn_init": {str(k): v for k, v in s.initial.items()}} if s.initial else {}),
-                **({"linear": [vars(probe) for probe in s.linear]} if s.linear else {}),
+                **s.values,
             }
             for s in self.scores
         ]
         write_json(path, {"settings": self.settings, "subnets": rows})
 
     def plot(self, path: Path, baseline: tuple[str, float] | None = None) -> None:
-        """Draw accuracy against parameters, a line per width.
+        """Draw accuracy against parameters, a line per width; hollow marks are before training.
 
         Args:
             path: of the picture; its ending chooses the format.
             baseline: name and accuracy of a horizontal line.
         """
-        plot_scores(self.scores, path, Path(self.settings["data"]).name, baseline)
+        from matplotlib.figure import Figure  # optional, and slow to import
+
+        first, figure = PROTOCOLS[0], Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for width in sorted({s.subnet.width for s in self.scores}):
+            line = sorted((s for s in self.scores if s.subnet.width == width), key=lambda s: s.parameters)
+            sizes = [s.parameters for s in line]
+            after, before = (
+                [100 * first.headline(s.values[name]) for s in line if name in s.values]
+                for name in (first.name, first.before)
+            )
+            (drawn,) = axes.plot(sizes, after, "o-", label=f"width {width}")
+            if before:
+                axes.plot(sizes, before, "o:", color=drawn.get_color(), markerfacecolor="white", linewidth=1)
+        if baseline:
+            axes.axhline(100 * baseline[1], color="grey", linewidth=1, linestyle="--", label=baseline[0])
+        hollow = " (hollow: before training)" if first.before in self.scores[0].values else ""
+        axes.set(xlabel="parameters", ylabel=f"accuracy, {first.name} {first.reported}, %", xscale="log")
+        data = Path(self.settings["data"]).name
+        axes.set_title(f"One training run, {len(self.scores)} models: {data}{hollow}", fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        write_figure(figure, path, 150)
 
 
 def evaluate_subnets(
@@ -163,9 +177,9 @@ def evaluate_subnets(
     origin: Origin,
     *,
     initial: Backbone | None = None,
-    linear: bool = False,
+    protocols: Sequence[Protocol] = (KNN,),
 ) -> Report:
-    """Score subnets on the held-out images with the training images as bank.
+    """Score subnets on the held-out images by what the training images teach.
 
     Args:
         backbone: trained weights, on the device of `world`.
@@ -175,32 +189,28 @@ def evaluate_subnets(
         world: this process; all of them extract features.
         origin: of the weights.
         initial: the weights before training, scored too.
-        linear: train linear classifiers too.
+        protocols: how.
     """
-    after = knn_of_subnets(backbone, subnets, data, config, world)
-    before = knn_of_subnets(initial, subnets, data, config, world) if initial else None
-    probes = [linear_of_subnet(backbone, s, data, config, world) for s in subnets] if linear else None
+    asked = {
+        (subnet, name): (p, p.features(weights, subnet))
+        for p in protocols
+        for name, weights in ((p.name, backbone), (p.before, initial))
+        if weights is not None
+        for subnet in subnets
+    }
+    values = dict(zip(asked, score(list(asked.values()), data, config, world), strict=True))
     network = config.method.backbone
     scores = [
         SubnetScore(
             subnet,
             network.parameters(subnet),
             network.flops(subnet),
-            after[i],
-            before[i] if before else None,
-            probes[i] if probes else None,
+            {name: value for (of, name), value in values.items() if of == subnet},
         )
-        for i, subnet in enumerate(subnets)
+        for subnet in subnets
     ]
-    return Report(scores, vars(origin) | evaluation_settings(data, config, linear))
-
-
-def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[str, Any]:
-    """What the figures depend on, besides the weights."""
     crops = config.method.crops
     settings = {
-        "protocol": "weighted k-NN, cosine similarity, class token",
-        "temperature": TEMPERATURE,
         "data": data_place(config.data.source),
         "bank_images": len(data.train.labelled()),
         "query_images": len(data.test or ()),
@@ -208,8 +218,9 @@ def evaluation_settings(data: DataSplit, config: Config, linear: bool) -> dict[s
         "resize": crops.eval_resize(),
         "mean": list(crops.mean),
         "std": list(crops.std),
+        **{p.name: dict(p.settings) for p in protocols},
     }
-    return settings | ({"linear": linear_protocol()} if linear else {})
+    return Report(scores, vars(origin) | settings)
 
 
 def knn_of_subnets(
@@ -220,75 +231,75 @@ def knn_of_subnets(
     world: World,
     limit: int | None = None,
 ) -> list[dict[int, float]]:
-    """k-NN accuracy of each subnet by k.
-
-    Images are decoded once for as many subnets as have room for their features at a time.
-
-    Args:
-        backbone, subnets, data, config, world: as in `evaluate_subnets`.
-        limit: use at most this many bank images and as many queries, spread over the data.
-    """
-    sources = [_limited(source, limit) for source in _labelled(data)]
-    scores: list[dict[int, float]] = []
-    for group in _groups(config.method.backbone, subnets, max(len(source) for source in sources)):
-        bank, queries = (
-            _extract([class_token(backbone, s) for s in group], source, config, world) for source in sources
-        )
-        scores += world.from_main(partial(_knn_of_group, bank, queries, len(group), world.device))
-    return scores
-
-
-def _knn_of_group(
-    bank: FeatureSet | None, queries: FeatureSet | None, count: int, device: torch.device
-) -> list[dict[int, float]]:
-    """k-NN accuracies of the first `count` features; the main process has them."""
-    assert bank is not None and queries is not None
-    if unreadable := bank.unreadable + queries.unreadable:
-        log.warning("k-NN: %d images could not be read and are left out", unreadable)
-    return [_knn(bank, queries, number, device) for number in range(count)]
-
-
-def _groups(backbone: BackboneConfig, subnets: Sequence[Subnet], images: int) -> Iterator[list[Subnet]]:
-    """Neighbours whose float32 features fit into `MEMORY` together, or single ones."""
-    group: list[Subnet] = []
-    used = 0
-    for subnet in subnets:
-        size = 4 * images * backbone.feature_width(subnet)
-        if group and used + size > MEMORY:
-            yield group
-            group, used = [], 0
-        group.append(subnet)
-        used += size
-    yield group
-
-
-def linear_of_subnet(
-    backbone: Backbone, subnet: Subnet, data: DataSplit, config: Config, world: World
-) -> list[LinearScore]:
-    """The linear classifiers of a subnet, best first."""
-    train, queries = (
-        _extract([probe_input(backbone, subnet)], source, config, world) for source in _labelled(data)
-    )
-
-    def scored() -> list[LinearScore]:
-        assert train is not None and queries is not None  # the main process has them
-        return linear_accuracy(
-            train.features[0], train.labels, queries.features[0], queries.labels,
-            config.method.backbone.feature_width(subnet), world.device,
-            seed=config.method.seed,
-        )  # fmt: skip
-
-    return world.from_main(scored)
+    """k-NN accuracy of each subnet by k; the arguments are those of `score`."""
+    return score([(KNN, class_token(backbone, s)) for s in subnets], data, config, world, limit)
 
 
 def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
     """k-NN accuracy of the raw pixels."""
-    world = World(0, 1, torch.device("cpu"))
-    bank, queries = (
-        _extract([pixels(config.method.crops)], source, config, world) for source in _labelled(data)
-    )
-    assert bank is not None and queries is not None
-    return _knn(bank, queries, 0, world.device)
+    (accuracy,) = score([(KNN, pixels(config.method.crops))], data, config, World(0, 1, torch.device("cpu")))
+    return accuracy
+
+
+def score(
+    tasks: Sequence[Task], data: DataSplit, config: Config, world: World, limit: int | None = None
+) -> list[Any]:
+    """Scores of features by protocols.
+
+    Images are decoded once for as many features as have room at a time.
+
+    Args:
+        tasks: protocols and features.
+        data: training images are learned from, test images are asked.
+        config: of the run.
+        world: this process; all of them extract features.
+        limit: use at most this many images of either, spread over the data.
+    """
+    if data.test is None:
+        raise InputError(f"evaluation: expected held-out images with labels, got none ({data.untested})")
+    sources = [_limited(source, limit) for source in (data.train.labelled(), data.test)]
+    scores: list[Any] = []
+    for group in _groups(tasks, max(len(source) for source in sources), config, world.device):
+        train, queries = (_extract([f for _, f in group], source, config, world) for source in sources)
+        protocols = [protocol for protocol, _ in group]
+        scores += world.from_main(
+            partial(_scores, protocols, train, queries, world.device, config.method.seed)
+        )
+    return scores
+
+
+def _scores(
+    protocols: Sequence[Protocol],
+    train: FeatureSet | None,
+    queries: FeatureSet | None,
+    device: torch.device,
+    seed: int,
+) -> list[Any]:
+    """Those of each of the features; the main process has them."""
+    assert train is not None and queries is not None
+    if unreadable := train.unreadable + queries.unreadable:
+        log.warning("evaluation: %d images could not be read and are left out", unreadable)
+    pairs = zip(protocols, train.features, queries.features, strict=True)
+    return [
+        p.score(Labelled(mine, train.labels), Labelled(theirs, queries.labels), device, seed)
+        for p, mine, theirs in pairs
+    ]
+
+
+@torch.no_grad()
+def _groups(tasks: Sequence[Task], images: int, config: Config, device: torch.device) -> Iterator[list[Task]]:
+    """Neighbours whose features of so many images fit into `MEMORY` together, or single ones."""
+    size, group, used = config.method.crops.global_size, list[Task](), 0
+    blank = torch.zeros(1, 3, size, size, device=device)
+    for protocol, function in tasks:
+        row = function(blank)
+        needed = images * row.numel() * row.element_size()
+        if group and used + needed > MEMORY:
+            yield group
+            group, used = [], 0
+        group.append((protocol, function))
+        used += needed
+    yield group
 
 
 def _extract(
@@ -298,44 +309,7 @@ def _extract(
     return extract_features(functions, source, method.crops, world, canvas=method.canvas, workers=workers)
 
 
-def plot_scores(
-    scores: Sequence[SubnetScore], path: Path, data: str, baseline: tuple[str, float] | None = None
-) -> None:
-    """Draw accuracy against parameters, a line per width; hollow marks are before training."""
-    from matplotlib.figure import Figure  # optional, and slow to import
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.subplots()
-    for width in sorted({s.subnet.width for s in scores}):
-        line = sorted((s for s in scores if s.subnet.width == width), key=lambda s: s.parameters)
-        sizes = [s.parameters for s in line]
-        (drawn,) = axes.plot(sizes, [100 * s.knn[REPORTED_K] for s in line], "o-", label=f"width {width}")
-        first = [100 * s.initial[REPORTED_K] for s in line if s.initial]
-        if first:
-            axes.plot(sizes, first, "o:", color=drawn.get_color(), markerfacecolor="white", linewidth=1)
-    if baseline:
-        axes.axhline(100 * baseline[1], color="grey", linewidth=1, linestyle="--", label=baseline[0])
-    before = " (hollow: before training)" if scores[0].initial else ""
-    axes.set(xlabel="parameters", ylabel=f"{REPORTED_K}-NN accuracy, %", xscale="log")
-    axes.set_title(f"One training run, {len(scores)} models: {data}{before}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    write_figure(figure, path, 150)
-
-
-def _labelled(data: DataSplit) -> tuple[ImageSource, ImageSource]:
-    if data.test is None:
-        raise InputError(f"k-NN: expected held-out images with labels, got none ({data.untested})")
-    return data.train.labelled(), data.test
-
-
 def _limited(source: ImageSource, limit: int | None) -> ImageSource:
     if limit is None or limit >= len(source):
         return source
     return source.subset(np.linspace(0, len(source) - 1, limit).astype(np.int64))
-
-
-def _knn(bank: FeatureSet, queries: FeatureSet, number: int, device: torch.device) -> dict[int, float]:
-    return knn_accuracy(
-        bank.features[number], bank.labels, queries.features[number], queries.labels, device=device
-    )

@@ -70,15 +70,19 @@ def test_many_subnets_at_once_equal_one_at_a_time(tmp_path: Path) -> None:
     assert len({tuple(scores.values()) for scores in together}) > 1
     origin = Origin("runs/a", "teacher", 6, "0.1.0")
     report = evaluate_subnets(backbone, subnets[:2], data, config, ALONE, origin, initial=backbone)
-    assert report.scores[0].knn == report.scores[0].initial
+    values = report.scores[0].values
+    assert values["knn"] == values["knn_init"]
     assert report.settings["bank_images"] == len(data.train)
-    about, protocol, *_ = report.table().splitlines()
+    about, sizes, protocol, titles, *_ = report.table().splitlines()
     assert about == "runs/a: teacher of step 6"
-    assert protocol.startswith("weighted k-NN, cosine similarity, class token, T=0.07; digits: 1,3")
-    assert report.table().count("\n") == 4
+    assert sizes.startswith("digits: 1,3")
+    assert protocol.startswith("knn: weighted k-NN, cosine similarity, class token;")
+    assert protocol.endswith("; temperature 0.07")
+    assert titles.split()[3:] == ["k=10", "k=20", "k=100", "k=200", "k=20", "init"]
+    assert report.table().count("\n") == 5
     report.write(tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text())["subnets"]
-    assert rows[0]["knn"]["20"] == report.scores[0].knn[20]
+    assert rows[0]["knn"]["20"] == values["knn"][20]
 
 
 def test_raw_pixels_of_digits_are_a_strong_baseline() -> None:

@@ -18,8 +18,9 @@ from poa.errors import InputError
 from poa.evaluate import features as features_module
 from poa.evaluate import linear as linear_module
 from poa.evaluate import sweep as sweep_module
-from poa.evaluate.features import LAST_BLOCKS, class_token, extract_features, probe_input
-from poa.evaluate.linear import MOMENTUM, RATES, linear_accuracy
+from poa.evaluate.features import extract_features
+from poa.evaluate.knn import class_token
+from poa.evaluate.linear import BLOCKS, MOMENTUM, RATES, linear_accuracy, probe_input
 from poa.evaluate.sweep import knn_of_subnets
 from poa.step import initial_network
 from poa.subnets import Subnet
@@ -36,7 +37,7 @@ def clusters(count: int, seed: int, columns: slice, spread: float = 0.3) -> tupl
     x = 0.1 * torch.randn(count, 5 * WIDTH, generator=draw)
     centers = torch.randn(4, columns.stop - columns.start, generator=torch.Generator().manual_seed(9))
     x[:, columns] += centers[labels]
-    return x, labels
+    return x.unflatten(1, (5, WIDTH)), labels
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def clusters(count: int, seed: int, columns: slice, spread: float = 0.3) -> tupl
     ids=["earlier-blocks", "last-block", "mean-patch"],
 )
 def test_the_input_that_tells_the_classes_is_found(columns: slice, blocks: int, mean_patch: bool) -> None:
-    scores = linear_accuracy(*clusters(400, 0, columns), *clusters(200, 1, columns), WIDTH, CPU, steps=200)
+    scores = linear_accuracy(*clusters(400, 0, columns), *clusters(200, 1, columns), CPU, steps=200)
     assert len(scores) == len(RATES) * 4
     assert scores[0].accuracy > 0.95
     best = {(s.blocks, s.mean_patch): s.accuracy for s in reversed(scores)}
@@ -79,9 +80,9 @@ def test_a_step_is_that_of_sgd() -> None:
 def test_wrong_input() -> None:
     x, y = clusters(10, 0, slice(0, 3))
     with pytest.raises(InputError, match="a label per query feature, got 9 for 10"):
-        linear_accuracy(x, y, x, y[:9], WIDTH, CPU)
+        linear_accuracy(x, y, x, y[:9], CPU)
     with pytest.raises(InputError, match="a label per train feature, got 0 for 0"):
-        linear_accuracy(x[:0], y[:0], x, y, WIDTH, CPU)
+        linear_accuracy(x[:0], y[:0], x, y, CPU)
 
 
 def test_inputs_of_a_backbone() -> None:
@@ -91,15 +92,12 @@ def test_inputs_of_a_backbone() -> None:
     with torch.no_grad():
         for subnet in (Subnet(32, 6), Subnet(16, 2)):
             got = probe_input(backbone, subnet)(images).float()
-            blocks = min(LAST_BLOCKS, subnet.depth)
-            assert got.shape == (2, (blocks + 1) * subnet.width)
+            blocks = min(max(BLOCKS), subnet.depth)
+            assert got.shape == (2, blocks + 1, subnet.width)
             whole = backbone([images], subnet)[0]
-            expected = torch.cat([whole.cls, whole.patches.mean(1)], 1)
-            torch.testing.assert_close(got[:, (blocks - 1) * subnet.width :], expected, atol=4e-3, rtol=0)
             cut = backbone.last_blocks(images, subnet, 2)[0].cls
-            torch.testing.assert_close(
-                got[:, (blocks - 2) * subnet.width :][:, : subnet.width], cut, atol=4e-3, rtol=0
-            )
+            expected = torch.stack([cut, whole.cls, whole.patches.mean(1)], 1)
+            torch.testing.assert_close(got[:, -3:], expected, atol=4e-3, rtol=0)
 
 
 def test_many_features_go_to_a_file_and_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:

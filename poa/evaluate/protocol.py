@@ -1,0 +1,68 @@
+"""What an evaluation protocol is: features of a subnet, and their score.
+
+A protocol is a file of its own and a name in `PROTOCOLS` of `sweep.py`. Table, JSON, settings, the options of
+`poa evaluate` and the page of a run follow from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from poa.backbones import Backbone
+from poa.subnets import Subnet
+
+Function = Callable[[Tensor], Tensor]
+"""From normalised images `[B, 3, S, S]` to features `[B, ...]`."""
+
+
+class Labelled(NamedTuple):
+    """Features `[N, ...]` of images, on the CPU, and their labels, int64 `[N]`."""
+
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A way to score a subnet by its features.
+
+    Attributes:
+        name: of its scores in JSON, its settings and its option `--NAME`.
+        help: of the option; None for a protocol that always scores.
+        features: what is scored of a subnet.
+        score: from the features of training images and of queries, a device to compute on and a seed to a
+            JSON value.
+        accuracies: those in such a value, also one out of a file, by the title of their column; in 0..1.
+        reported: title of the one that curves, plots and pages show.
+        settings: what scores depend on, besides weights and data; "protocol" says in words what is done.
+    """
+
+    name: str
+    help: str | None
+    features: Callable[[Backbone, Subnet], Function]
+    score: Callable[[Labelled, Labelled, torch.device, int], Any]
+    accuracies: Callable[[Any], Mapping[str, float]]
+    reported: str
+    settings: Mapping[str, Any]
+
+    @property
+    def before(self) -> str:
+        """Name of its scores before training."""
+        return f"{self.name}_init"
+
+    def headline(self, score: Any) -> float:
+        """The accuracy that stands for a score."""
+        return self.accuracies(score)[self.reported]
+
+    def described(self) -> str:
+        """Its settings in a line."""
+        shown = [f"{self.name}: {self.settings['protocol']}"]
+        for key, value in self.settings.items():
+            numbers = ", ".join(f"{x:g}" for x in value) if isinstance(value, list) else value
+            shown += [f"{key} {numbers}"] if key != "protocol" else []
+        return "; ".join(shown)

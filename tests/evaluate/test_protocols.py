@@ -1,0 +1,64 @@
+"""A protocol is its file and its registration: everything else follows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.tiny import OVERRIDES, tiny_config
+from poa import evaluate
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+from poa.evaluate import sweep
+from poa.evaluate.knn import KNN
+from poa.evaluate.protocol import Protocol
+from poa.report import write_report
+
+NEAREST_MEAN = Protocol(
+    "centroid",
+    "score by the nearest mean of a class, too",
+    lambda backbone, subnet: lambda images: torch.stack([backbone([images], subnet)[0].cls.float()] * 2, 1),
+    lambda train, queries, device, seed: {"top": 0.5, "rows": len(train.labels), "seed": seed},
+    lambda score: {"centroid": score["top"]},
+    "centroid",
+    {"protocol": "nearest mean", "scales": [0.5, 1.0]},
+)
+
+
+def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registered = (KNN, NEAREST_MEAN)
+    for module in ("sweep", "cli", "commands"):
+        monkeypatch.setattr(f"poa.{'evaluate.' * (module == 'sweep')}{module}.PROTOCOLS", registered)
+    run = tmp_path / "run"
+    assert main(["pretrain", "--out", str(run), *OVERRIDES]) == 0
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert "--centroid" in (said := capsys.readouterr().out) and NEAREST_MEAN.help in said
+    assert main(["evaluate", str(run), "--centroid", "--initial", "--subnets", "16x1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "centroid: nearest mean; scales 0.5, 1" in lines
+    assert lines[4].split()[-5:] == ["k=20", "init", "centroid", "centroid", "init"]
+    assert lines[5].split()[-2:] == ["50.0%", "50.0%"]
+    found = json.loads((run / "evaluation.json").read_text())
+    (row,) = found["subnets"]
+    assert row["centroid"] == row["centroid_init"] == {
+        "top": 0.5, "rows": found["settings"]["bank_images"], "seed": tiny_config().method.seed,
+    }  # fmt: skip
+    assert found["settings"]["centroid"] == NEAREST_MEAN.settings
+    write_report([RunFolder(run)], tmp_path / "page.html")
+    assert ": centroid</th>" in (tmp_path / "page.html").read_text()
+
+
+def test_scores_of_earlier_versions_are_read() -> None:
+    """As in the JSON of version 0.1."""
+    linear = [{"accuracy": 0.75, "rate": 0.1, "blocks": 4, "mean_patch": True}, {"accuracy": 0.5}]
+    row = {"subnet": "16x1", "knn": {"10": 0.5, "20": 0.25}, "knn_init": {"20": 0.1}, "linear": linear}
+    assert evaluate.reported(row) == {"k=20": 0.25, "linear": 0.75}
+    assert sweep.SubnetScore.columns(sweep.SubnetScore(None, 0, 0, row)) == {  # type: ignore[arg-type]
+        "k=10": 0.5, "k=20": 0.25, "k=20 init": 0.1, "linear": 0.75,
+    }  # fmt: skip
