@@ -34,9 +34,9 @@ class Ours:
     def __init__(self, run: Run):
         self.run = run
 
-    def step(self, number: int, chunk: MicroBatch) -> None:
+    def step(self, number: int, micro_batch: MicroBatch) -> None:
         run = self.run
-        train_step(run.model, run.state, run.config, run.schedules, number, [chunk])
+        train_step(run.model, run.state, run.config, run.schedules, number, [micro_batch])
 
     def teacher(self) -> Backbone:
         return self.run.state.teacher.backbone
@@ -56,13 +56,13 @@ class Official:
         print("    official code, patched:", *self.official.patches, sep="\n        ")
         self.network = Network(method.backbone, method.head).to(run.world.device)
 
-    def step(self, number: int, chunk: MicroBatch) -> None:
+    def step(self, number: int, micro_batch: MicroBatch) -> None:
         schedules, official = self.run.schedules, self.official
         official.set_rates(
             schedules.lr[number], schedules.last_layer_lr[number], schedules.weight_decay[number]
         )
         official.step(
-            chunk.batch,
+            micro_batch.batch,
             self.run.sampler.draw(number, 0),
             schedules.teacher_temperature[number],
             schedules.momentum[number],

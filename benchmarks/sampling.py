@@ -2,8 +2,8 @@
 
     waiting = 1 - mean over processes / largest, of a step; averaged over steps
 
-by the FLOPs of the chunks, and measured by the time of the students' forward passes, which wait for nobody:
-on a GPU by its own clock, on a CPU by processor time, so that the sharing of cores does not count.
+by the FLOPs of the micro-batches, and measured by the time of the students' forward passes, which wait for
+nobody: on a GPU by its own clock, on a CPU by processor time, so that the sharing of cores does not count.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from benchmarks.results import Row, place
 from poa.checkpoint import RunFolder
-from poa.flops import chunk_flops
+from poa.flops import micro_batch_flops
 from poa.presets import preset
 from poa.subnets import POLICIES, SubnetSampler
 
@@ -29,13 +29,13 @@ STEPS_BY_FLOPS = 2000
 
 
 def waiting_by_flops(name: str, policy: str, processes: int) -> float:
-    """Of a preset, with one chunk a process."""
+    """Of a preset, with one micro-batch a process."""
     method = preset(name).method
     sampler = SubnetSampler(method.backbone.space, policy, method.seed, processes, method.backbone.flops)
-    cost = {subnet: chunk_flops(method, subnet, 0) for subnet in method.backbone.space}
+    cost = {subnet: micro_batch_flops(method, subnet, 0) for subnet in method.backbone.space}
     shares = []
     for step in range(STEPS_BY_FLOPS):
-        costs = [cost[sampler.draw(step, chunk)] for chunk in range(processes)]
+        costs = [cost[sampler.draw(step, micro_batch)] for micro_batch in range(processes)]
         shares.append(1 - sum(costs) / processes / max(costs))
     return sum(shares) / len(shares)
 
@@ -46,7 +46,7 @@ def run(name: str, data: str, processes: int, steps: int, device: str) -> list[R
     Args:
         name: of the preset.
         data: as `poa pretrain --data`.
-        processes: on this machine, each with one chunk.
+        processes: on this machine, each with one micro-batch.
         steps: of each policy.
         device: auto, cpu or cuda.
     """

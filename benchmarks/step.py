@@ -62,7 +62,7 @@ class Setting:
 
     Attributes:
         config: of the run; its seed gives the weights.
-        batch: the chunk.
+        batch: the micro-batch.
         mix: subnets of the mixed steps.
     """
 
@@ -141,7 +141,7 @@ class Ours:
         return student_passes(self.state.student, self.setting.batch, subnets, draws)
 
     def loss(self, elastic: Subnet) -> float:
-        """Of one chunk, without stochastic depth."""
+        """Of one micro-batch, without stochastic depth."""
         setting, method = self.setting, self.setting.config.method
         with autocast(setting.device, method.precision), torch.no_grad():
             centers = self.state.centers
@@ -157,8 +157,8 @@ class Ours:
     def step(self, elastic: Subnet) -> None:
         """A whole step."""
         state, passes = self.state, self.passes[elastic]
-        chunk = MicroBatch(self.setting.batch, passes)
-        train_step(state.student, state, self.setting.config, self.schedules, STEP, [chunk])
+        micro_batch = MicroBatch(self.setting.batch, passes)
+        train_step(state.student, state, self.setting.config, self.schedules, STEP, [micro_batch])
 
 
 class Official:
@@ -237,7 +237,7 @@ def run(
 
     Args:
         name: of the preset; without a GPU a tiny network stands for it.
-        images: of the measured chunk.
+        images: of the measured micro-batch.
         device: to run on.
         official: checkout of the official code, or None.
         seconds: of measuring each provider and subnet.

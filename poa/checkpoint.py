@@ -230,8 +230,8 @@ class RunFolder:
 
         Args:
             checkpoint: see `newest`.
-            config: its `method` must be the checkpoint's, apart from `chunks` and, as they may be planned
-                again, the schedules.
+            config: its `method` must be the checkpoint's, apart from `micro_batches` and, as they may be
+                planned again, the schedules.
             mapped: leave the tensors in the file until they are used.
 
         Raises:

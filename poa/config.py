@@ -43,7 +43,7 @@ class MethodConfig(Options, at="method"):
     )
     precision: Precision = option("bf16", "dtype of the matrix products; weights and loss are fp32")
     sampling: Literal["per-rank", "shared", "balanced"] = option(
-        "per-rank", "elastic subnet of each chunk: its own, one for all, or of about equal cost"
+        "per-rank", "elastic subnet of each micro-batch: its own, one for all, or of about equal cost"
     )
     shuffle_block: int = option(
         1,

@@ -33,13 +33,13 @@ def datasheet_peak(device: torch.device) -> float | None:
 
 
 def expected_masked(method: MethodConfig) -> float:
-    """Patches under masks in the global crops of a chunk, on average."""
+    """Patches under masks in the global crops of a micro-batch, on average."""
     crops, patches = VIEWS * method.batch_size, method.backbone.grid(method.crops.global_size) ** 2
     return int(crops * method.masks.probability) * patches * sum(method.masks.ratio) / 2
 
 
-def chunk_flops(method: MethodConfig, elastic: Subnet, masked: float) -> float:
-    """FLOPs of a chunk: the teacher's forward, both students forward and backward.
+def micro_batch_flops(method: MethodConfig, elastic: Subnet, masked: float) -> float:
+    """FLOPs of a micro-batch: the teacher's forward, both students forward and backward.
 
     Args:
         method: network, heads, crops.
@@ -66,9 +66,9 @@ def workload(
 
     Args:
         method: network, heads, crops.
-        drawn: subnet of every chunk of every step.
-        masked: patches under masks in a chunk of every step.
-        shares: chunks of a step of every process.
+        drawn: subnet of every micro-batch of every step.
+        masked: patches under masks in a micro-batch of every step.
+        shares: micro-batches of a step of every process.
         images_per_s: of all processes.
         peak: FLOP/s of a device, or None.
 
@@ -77,7 +77,10 @@ def workload(
         waits; `tflop_per_s` of a process and `mfu`, its share of the peak.
     """
     costs = [  # FLOPs of every process in every step
-        [sum(chunk_flops(method, subnets[chunk], count) for chunk in share) for share in shares]
+        [
+            sum(micro_batch_flops(method, subnets[micro_batch], count) for micro_batch in share)
+            for share in shares
+        ]
         for subnets, count in zip(drawn, masked, strict=True)
     ]
     images = sum(map(len, drawn)) * method.batch_size

@@ -7,8 +7,8 @@
     feature_std.STUDENT  standard deviation over images of the normalised class tokens,
                          times sqrt(channels); 0: all images alike
 
-Figures are means over the chunks of a step. DINO (Caron et al., 2021) describes the two ways to collapse,
-to a uniform output and to one dominant dimension.
+Figures are means over the micro-batches of a step. DINO (Caron et al., 2021) describes the two ways to
+collapse, to a uniform output and to one dominant dimension.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LOOKS, STEPS = 3, 40  # that must be bad before an alarm is raised
 
 @torch.no_grad()
 def observe(targets: Targets, students: Sequence[StudentOutput]) -> dict[str, Tensor]:
-    """The figures above as float32 scalars on the device. Call it after the losses of the chunk."""
+    """The figures above as float32 scalars on the device. Call it after the losses of the micro-batch."""
     seen = {}
     for head, target in enumerate(targets.cls):
         q = target.dense()
@@ -105,7 +105,7 @@ class Watch:
     until they are good again.
 
     Args:
-        batch: images of a chunk; of a single one there is no deviation.
+        batch: images of a micro-batch; of a single one there is no deviation.
         start: the first step it judges. Networks that begin near to the identity (LayerScale) see all images
             alike until the learning rate has warmed up.
     """

@@ -38,7 +38,7 @@ class LossConfig(Options, at="method.loss"):
         "fp32", "dtype of features and prototypes in their products, and of the teacher logits that are kept"
     )
     center_weighting: Literal["exact", "official"] = option(
-        "exact", "centers: from the mean over all rows of a step, or the mean of its chunks' means"
+        "exact", "centers: from the mean over all rows of a step, or the mean of its micro-batches' means"
     )
 
 
@@ -96,7 +96,7 @@ def update_centers(
     logits: Sequence[Tensor],
     momentum: float = 0.9,
     *,
-    chunks: Sequence[int] | None = None,
+    micro_batches: Sequence[int] | None = None,
 ) -> None:
     """Move each center in place towards the mean logit over all ranks.
 
@@ -106,15 +106,15 @@ def update_centers(
         centers: `[prototypes_i]` of each head.
         logits: `[rows, prototypes_i]` of each head; the rows of this rank, the same number for all heads.
         momentum: what a center keeps of itself.
-        chunks: rows of each chunk of this rank: average the chunks' means (official, where a rank is a
-            chunk); None: average all rows (exact; the two differ when chunks hold different numbers of rows).
-            A chunk without rows is left out either way.
+        micro_batches: rows of each micro-batch of this rank: average the micro-batches' means (official,
+            where a rank is a micro-batch); None: average all rows (exact; the two differ when micro-batches
+            hold different numbers of rows). A micro-batch without rows is left out either way.
     """
     wide = [t.float() for t in logits]
-    if chunks is None:
+    if micro_batches is None:
         count, sums = float(logits[0].shape[0]), [t.sum(0) for t in wide]
     else:
-        filled = [rows for rows in chunks if rows]
+        filled = [rows for rows in micro_batches if rows]
         count = float(len(filled))
         sums = [sum((part.mean(0) for part in t.split(filled)), t.new_zeros(t.shape[1])) for t in wide]
     total = torch.cat([wide[0].new_full((1,), count), *sums])

@@ -40,7 +40,7 @@ class MaskConfig(Options, at="method.masks"):
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks of the global crops of a chunk.
+    """Masks of the global crops of a micro-batch.
 
     Attributes:
         mask: bool `[crops, patches]`, True where the students see the mask token.
@@ -75,7 +75,7 @@ def draw_masks(
     ratio: tuple[float, float],
     generator: random.Random,
 ) -> Masks:
-    """Draw the masks of a chunk's global crops.
+    """Draw the masks of a micro-batch's global crops.
 
     Args:
         crops: how many, both views together.

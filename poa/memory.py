@@ -45,7 +45,7 @@ class Prediction:
     """Bytes of a step.
 
     Attributes:
-        images: of a chunk.
+        images: of a micro-batch.
         fixed: weights of both networks, their working copies and AdamW's moments.
         peak: the most that lives at the same time, all of it, without `RESERVE` and `buckets`.
         buckets: what DDP adds where there are several GPUs.
@@ -67,7 +67,7 @@ def predict_memory(config: Config, images: int | None = None, elastic: Subnet | 
 
     Args:
         config: of the run.
-        images: of a chunk; default the configuration's.
+        images: of a micro-batch; default the configuration's.
         elastic: subnet of the elastic student; default the intact network, which is the most.
 
     Raises:
@@ -140,12 +140,12 @@ def planned_state(config: Config) -> TrainingState:
 
 
 def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> None:
-    """A chunk's forward passes and backward without data, with masks as many as there are on average."""
+    """Forward passes and backward of a micro-batch without data, with the average number of masks."""
     method = config.method
-    chunk = _chunk(config, state, elastic)
+    micro_batch = _micro_batch(config, state, elastic)
     with planning(AUTOCAST.get(method.precision, torch.float32)), state.rounded:
-        (targets,) = teacher_targets(state.teacher, [chunk.batch], 0.07, method.loss, state.centers)
-        accumulate_gradients(state.student, state, config, chunk, targets, 1.0)
+        (targets,) = teacher_targets(state.teacher, [micro_batch.batch], 0.07, method.loss, state.centers)
+        accumulate_gradients(state.student, state, config, micro_batch, targets, 1.0)
 
 
 def plan_steps(config: Config) -> None:
@@ -163,7 +163,7 @@ def plan_preset(name: str, images: int | None = None) -> None:
     plan_steps(override(preset(name), [] if images is None else [f"method.batch_size={images}"]))
 
 
-def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> MicroBatch:
+def _micro_batch(config: Config, state: TrainingState, elastic: Subnet) -> MicroBatch:
     method, meta = config.method, torch.device("meta")
     crops, images = method.crops, method.batch_size
     shapes = [(VIEWS * images, crops.global_size), (crops.local_count * images, crops.local_size)]
@@ -182,7 +182,7 @@ def _chunk(config: Config, state: TrainingState, elastic: Subnet) -> MicroBatch:
 
 
 def memory_report(config: Config) -> Iterator[str]:
-    """Lines about the configuration's step, and the largest chunks that fit on GPUs."""
+    """Lines about the configuration's step, and the largest micro-batches that fit on GPUs."""
     space = config.method.backbone.space
     asked = predict_memory(config, config.method.batch_size)
     yield (
@@ -192,11 +192,11 @@ def memory_report(config: Config) -> Iterator[str]:
     )
     yield f"{_gb(RESERVE)} more are left to CUDA, {_gb(asked.buckets)} to DDP; all is predicted, not measured"
     for gigabytes, cards in GPUS.items():
-        images = largest_chunk(config, gigabytes)
+        images = largest_batch_size(config, gigabytes)
         yield f"{gigabytes:>5} GB ({cards}): " + (f"up to {images} images" if images else "too small")
 
 
-def largest_chunk(config: Config, gigabytes: float, step: int = 8) -> int:
+def largest_batch_size(config: Config, gigabytes: float, step: int = 8) -> int:
     """The most images, a multiple of `step`, whose step fits on a GPU; 0 for none.
 
     Memory grows linearly with images, but for rounding: two predictions give a line, another confirms it.

@@ -21,7 +21,8 @@ VIEWS = 2  # global crops of an image
 
 @dataclass(frozen=True)
 class Batch:
-    """One chunk on the training device, crops in view-major order (all images of view 0, then of view 1).
+    """One micro-batch on the training device, crops in view-major order (all images of view 0, then of view
+    1).
 
     Attributes:
         global_crops: `[2 B, 3, S, S]`.

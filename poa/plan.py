@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,17 +26,19 @@ class Plan:
     """What a run does in which step; kept by its checkpoints.
 
     Attributes:
-        chunks: of a step, over all processes.
+        micro_batches: of a step, over all processes.
         epoch_steps: steps of an epoch.
         images: that are trained on.
         start: position in the endless sequence of images of what would be step 0; not 0 where the number of
-            chunks changed on the way.
+            micro-batches changed on the way.
     """
 
-    chunks: int
+    micro_batches: int
     epoch_steps: int
     images: int
     start: int = 0
+
+    RENAMED: ClassVar[dict[str, str]] = {"chunks": "micro_batches"}  # in older checkpoints
 
     @classmethod
     def of(cls, config: Config, images: int, processes: int, content: dict[str, Any] | None = None) -> Plan:
@@ -45,16 +47,16 @@ class Plan:
         Args:
             config: of the run.
             images: to train on.
-            processes: that share the chunks.
+            processes: that share the micro-batches.
             content: of the checkpoint to go on from.
 
         Raises:
-            InputError: more processes than chunks.
+            InputError: more ranks than micro-batches.
         """
         plan = cls.resumed(config, content, images) if content else cls.new(config, images, processes)
-        if plan.chunks < processes:
+        if plan.micro_batches < processes:
             raise InputError(
-                f"method.micro_batches: expected one for each of {processes} ranks, got {plan.chunks}"
+                f"method.micro_batches: expected one for each of {processes} ranks, got {plan.micro_batches}"
             )
         return plan
 
@@ -62,24 +64,26 @@ class Plan:
     def new(cls, config: Config, images: int, processes: int) -> Plan:
         """That of a new run."""
         method = config.method
-        chunks = method.micro_batches or processes
-        epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * chunks), 1)
-        return cls(chunks, epoch_steps, images)
+        micro_batches = method.micro_batches or processes
+        epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * micro_batches), 1)
+        return cls(micro_batches, epoch_steps, images)
 
     @classmethod
     def resumed(cls, config: Config, content: dict[str, Any], images: int) -> Plan:
-        """As it was, unless the configuration asks for another number of chunks than it did."""
+        """As it was, unless the configuration asks for another number of micro-batches than it did."""
         with as_input("checkpoint: expected a plan"):
             before = replace(from_dict(cls, content["plan"]), images=images)
         wanted = config.method.micro_batches
-        if wanted in (None, before.chunks, from_dict(Config, content["config"]).method.micro_batches):
+        if wanted in (None, before.micro_batches, from_dict(Config, content["config"]).method.micro_batches):
             return before
-        moved = content["step"] * (before.chunks - wanted) * config.method.batch_size
-        return replace(before, chunks=wanted, start=before.start + moved)
+        moved = content["step"] * (before.micro_batches - wanted) * config.method.batch_size
+        return replace(before, micro_batches=wanted, start=before.start + moved)
 
     def schedules(self, config: Config) -> Schedules:
         """The schedules of a run with this plan."""
-        return Schedules.build(config.method.optim, self.epoch_steps, self.chunks * config.method.batch_size)
+        return Schedules.build(
+            config.method.optim, self.epoch_steps, self.micro_batches * config.method.batch_size
+        )
 
     def new_schedules(self, before: Config, now: Config, step: int) -> Iterator[str]:
         """What changed in the schedules of a run of which `step` steps are done.
@@ -107,11 +111,15 @@ class Plan:
     def differences(self, before: Plan, processes: tuple[int, int]) -> Iterator[str]:
         """What is no more as it was before, given the numbers of processes now and then."""
         now, then = processes
-        if (self.chunks, now) != (before.chunks, then):
-            same = "the same steps" if self.chunks == before.chunks else "the order of images goes on"
+        if (self.micro_batches, now) != (before.micro_batches, then):
+            same = (
+                "the same steps"
+                if self.micro_batches == before.micro_batches
+                else "the order of images goes on"
+            )
             yield (
-                f"going on with {self.chunks} chunks a step on {now} processes "
-                f"instead of {before.chunks} on {then}: {same}, no image is repeated"
+                f"resuming with {self.micro_batches} micro-batches per step on {counted(now, 'rank')} "
+                f"instead of {before.micro_batches} on {then}: {same}, no image is repeated"
             )
         if self.images != before.images:
             yield f"expected {before.images:,} images as before, got {self.images:,}: their order is another"
@@ -131,8 +139,12 @@ def first_lines(
         f"network: {len(space)} subnets from {space.smallest} to {space.intact} of a {method.backbone.kind}, "
         f"{method.backbone.parameters(space.smallest):,} to {intact:,} parameters"
     )
-    images = plan.chunks * method.batch_size
-    parts = f" ({plan.chunks} micro-batches over {counted(world.size, 'rank')})" if plan.chunks > 1 else ""
+    images = plan.micro_batches * method.batch_size
+    parts = (
+        f" ({plan.micro_batches} micro-batches over {counted(world.size, 'rank')})"
+        if plan.micro_batches > 1
+        else ""
+    )
     yield (
         f"steps: {schedules.total_steps:,} of {counted(images, 'image')}{parts}, "
         f"{method.optim.epochs:g} epochs of {counted(plan.epoch_steps, 'step')}"
@@ -183,7 +195,7 @@ def _unusual(
 ) -> Iterator[str]:
     """What a user may not have meant."""
     method, total = config.method, schedules.total_steps
-    images, batch = len(data.train), plan.chunks * method.batch_size
+    images, batch = len(data.train), plan.micro_batches * method.batch_size
     if world.device.type != "cuda" and method.precision != "fp32":
         yield (
             f"a GPU is expected for {method.precision} products; for a CPU there are the presets quickstart "

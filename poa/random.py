@@ -1,7 +1,7 @@
 """Random streams that depend on what is drawn, not on what was drawn before.
 
-Every random choice of a run is a function of (seed, purpose, step, chunk), so a resumed run needs no saved
-generator state and every rank can derive every other rank's choices.
+Every random choice of a run is a function of (seed, purpose, step, micro-batch), so a resumed run needs no
+saved generator state and every rank can derive every other rank's choices.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 def stream_seed(seed: int, purpose: str, *position: int) -> int:
-    """A 63-bit seed for one purpose at one position, such as `("augment", step, chunk)`."""
+    """A 63-bit seed for one purpose at one position, such as `("augment", step, micro_batch)`."""
     entropy = [seed, zlib.crc32(purpose.encode()), *position]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 

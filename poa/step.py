@@ -112,7 +112,7 @@ class StepReport:
     """What a step tells, on the device.
 
     Attributes:
-        values: the loss, its terms and the gradient norms before clipping; scalars, means over chunks.
+        values: the loss, its terms and the gradient norms before clipping; scalars, means over micro-batches.
         finite: bool scalar, the same in all processes: whether the gradients are finite. Where they are not,
             the step changed no weight.
         health: see `poa.health.observe`; empty in steps that were not observed.
@@ -134,13 +134,13 @@ def train_step(
     config: Config,
     schedules: Schedules,
     step: int,
-    chunks: Sequence[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     *,
     weight: float | None = None,
     observed: bool = False,
     timed: Timed = nullcontext,
 ) -> StepReport:
-    """One optimisation step, in place. The teacher's logits of all chunks come before the first loss.
+    """One optimisation step, in place. The teacher's logits of all micro-batches come before the first loss.
 
     Args:
         model: `state.student`, or what wraps it.
@@ -148,14 +148,14 @@ def train_step(
         config: of the run.
         schedules: of the run.
         step: number of the step.
-        chunks: of this process, one after the other.
-        weight: of a chunk in the mean over this process's chunks; other than 1 / chunks where processes have
-            different numbers of them.
+        micro_batches: of this process, one after the other.
+        weight: of a micro-batch in the mean over this process's micro-batches; other than 1 / micro_batches
+            where processes have different numbers of them.
         observed: look at the health of the run too.
         timed: makes a context for each forward of the students, which waits for no other process.
     """
-    method, first = config.method, chunks[0].batch
-    weight = 1 / len(chunks) if weight is None else weight
+    method, first = config.method, micro_batches[0].batch
+    weight = 1 / len(micro_batches) if weight is None else weight
     state.optimizer.zero_grad(set_to_none=True)
     values: dict[str, Tensor] = {}
     health: dict[str, Tensor] = {}
@@ -163,14 +163,16 @@ def train_step(
         with autocast(first.global_crops.device, method.precision):
             targets = teacher_targets(
                 state.teacher,
-                [chunk.batch for chunk in chunks],
+                [micro_batch.batch for micro_batch in micro_batches],
                 schedules.teacher_temperature[step],
                 method.loss,
                 state.centers,
             )
-        for number, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
-            with _reduced_later(model, later=number < len(chunks) - 1):
-                terms, outputs = accumulate_gradients(model, state, config, chunk, target, weight, timed)
+        for number, (micro_batch, target) in enumerate(zip(micro_batches, targets, strict=True)):
+            with _reduced_later(model, later=number < len(micro_batches) - 1):
+                terms, outputs = accumulate_gradients(
+                    model, state, config, micro_batch, target, weight, timed
+                )
             values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
             if observed:
                 seen = observe(target, outputs)
@@ -187,22 +189,22 @@ def accumulate_gradients(
     model: torch.nn.Module,
     state: TrainingState,
     config: Config,
-    chunk: MicroBatch,
+    micro_batch: MicroBatch,
     targets: Targets,
     weight: float,
     timed: Timed = nullcontext,
 ) -> tuple[dict[str, Tensor], list[StudentOutput]]:
-    """Run both students on one chunk and add the gradients of its weighted loss.
+    """Run both students on one micro-batch and add the gradients of its weighted loss.
 
     Args:
         model, state, config, weight, timed: as of `train_step`.
-        chunk: of this process.
-        targets: of the chunk.
+        micro_batch: of this process.
+        targets: of the micro-batch.
 
     Returns:
         The loss and its terms, detached, and what the students gave.
     """
-    batch, losses = chunk.batch, config.method.loss
+    batch, losses = micro_batch.batch, config.method.loss
 
     def run(*passes: StudentPass) -> list[StudentOutput]:
         with timed(), autocast(batch.global_crops.device, config.method.precision):
@@ -213,19 +215,19 @@ def accumulate_gradients(
         return {"loss": loss.detach(), **terms}
 
     if config.performance.backward == "together":
-        intact, elastic = run(*chunk.passes)
+        intact, elastic = run(*micro_batch.passes)
         return backward(*tribranch_loss(intact, elastic, targets, batch, losses)), [intact, elastic]
-    (intact,) = run(chunk.passes[0])
+    (intact,) = run(micro_batch.passes[0])
     values = backward(*intact_loss(intact, targets, batch, losses))
     intact = intact.detached()
-    (elastic,) = run(chunk.passes[1])
+    (elastic,) = run(micro_batch.passes[1])
     others = backward(*elastic_loss(intact, elastic, targets, batch, losses))
     sums = {name: values[name] + others[name] for name in values.keys() & others.keys()}
     return values | others | sums, [intact, elastic]
 
 
 def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManager[None]:
-    """Gradients of all but the last chunk stay in this process."""
+    """Gradients of all but the last micro-batch stay in this process."""
     if later and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()

@@ -2,7 +2,7 @@
 
 A subnet is a prefix of the shared weights: the first `width` channels of `depth` of the blocks, or of
 those of each stage. Small subnets are drawn more often than large ones, without replacement. A draw is a
-function of (seed, step, chunk).
+function of (seed, step, micro-batch).
 
 Source: POA (Zhang et al., ECCV 2024), section 3.3; official `create_dynamic_networks`, `get_network_id`.
 """
@@ -147,22 +147,24 @@ class SearchSpace:
 
 
 class SubnetSampler:
-    """Draws the elastic student's subnet of every chunk of every step.
+    """Draws the elastic student's subnet of every micro-batch of every step.
 
     Policies:
-        per-rank: every chunk goes through its own shuffled rounds (official); a step waits for the largest.
-        shared: one draw for all chunks of a step.
-        balanced: the chunks of a step get subnets of about equal cost. Each round is sorted by cost and cut
-            into groups of neighbours, one group a step, in random order; what is left over (chosen at random)
-            joins the next round. Over `chunks` rounds every subnet is drawn exactly as often as under
-            per-rank. For the ViT-L space the dearest of 8 chunks costs on average 1.5 % more than the mean of
-            its step (at worst 9 %), of 32 chunks 7.5 % (27 %); under per-rank that is 103 % and 158 %.
+        per-rank: every micro-batch goes through its own shuffled rounds (official); a step waits for the
+        largest.
+        shared: one draw for all micro-batches of a step.
+        balanced: the micro-batches of a step get subnets of about equal cost. Each round is sorted by cost
+            and cut into groups of neighbours, one group a step, in random order; what is left over (chosen at
+            random) joins the next round. Over `micro_batches` rounds every subnet is drawn exactly as often
+            as under per-rank. For the ViT-L space the dearest of 8 micro-batches costs on average 1.5 % more
+            than the mean of its step (at worst 9 %), of 32 micro-batches 7.5 % (27 %); under per-rank that is
+            103 % and 158 %.
 
     Args:
         space: the search space.
         policy: one of `POLICIES`.
         seed: of the run.
-        chunks: chunks a step, over all ranks.
+        micro_batches: micro-batches a step, over all ranks.
         cost: FLOPs of a subnet, needed by `balanced`.
     """
 
@@ -171,7 +173,7 @@ class SubnetSampler:
         space: SearchSpace,
         policy: str,
         seed: int,
-        chunks: int,
+        micro_batches: int,
         cost: Callable[[Subnet], float],
     ):
         if policy not in POLICIES:
@@ -179,31 +181,31 @@ class SubnetSampler:
         self.entries = space.round_of_draws()
         self.policy = policy
         self.seed = seed
-        self.chunks = chunks
+        self.micro_batches = micro_batches
         self.cost = cost
         # A few rounds suffice: draws advance by one step at a time.
-        self._round = lru_cache(maxsize=max(8, chunks))(self._shuffled_round)
+        self._round = lru_cache(maxsize=max(8, micro_batches))(self._shuffled_round)
         self._groups = lru_cache(maxsize=2)(self._balanced_cycle)
 
-    def draw(self, step: int, chunk: int) -> Subnet:
-        """The subnet of a chunk at a step; the same on every rank that asks."""
-        if not 0 <= chunk < self.chunks:
-            raise ValueError(f"chunk: expected 0..{self.chunks - 1}, got {chunk}")
+    def draw(self, step: int, micro_batch: int) -> Subnet:
+        """The subnet of a micro-batch at a step; the same on every rank that asks."""
+        if not 0 <= micro_batch < self.micro_batches:
+            raise ValueError(f"micro_batch: expected 0..{self.micro_batches - 1}, got {micro_batch}")
         if self.policy == "balanced":
             cycle, position = divmod(step, self._steps_a_cycle)
-            return self._groups(cycle)[position][chunk]
+            return self._groups(cycle)[position][micro_batch]
         turn, position = divmod(step, len(self.entries))
-        return self._round(turn, 0 if self.policy == "shared" else chunk)[position]
+        return self._round(turn, 0 if self.policy == "shared" else micro_batch)[position]
 
-    def _shuffled_round(self, turn: int, chunk: int) -> list[Subnet]:
+    def _shuffled_round(self, turn: int, micro_batch: int) -> list[Subnet]:
         entries = list(self.entries)
-        python_stream(self.seed, "subnets", turn, chunk).shuffle(entries)
+        python_stream(self.seed, "subnets", turn, micro_batch).shuffle(entries)
         return entries
 
     @property
     def _steps_a_cycle(self) -> int:
         """Steps after which a balanced sampler has no leftovers: a whole number of rounds."""
-        return len(self.entries) // math.gcd(len(self.entries), self.chunks)
+        return len(self.entries) // math.gcd(len(self.entries), self.micro_batches)
 
     def _balanced_cycle(self, cycle: int) -> list[list[Subnet]]:
         """The groups of one cycle, a group a step, in order of steps."""
@@ -213,9 +215,9 @@ class SubnetSampler:
         while len(steps) < self._steps_a_cycle:
             pool += self.entries
             draw.shuffle(pool)
-            spare = len(pool) % self.chunks
+            spare = len(pool) % self.micro_batches
             leftovers, pool = pool[:spare], sorted(pool[spare:], key=self.cost)
-            groups = [pool[i : i + self.chunks] for i in range(0, len(pool), self.chunks)]
+            groups = [pool[i : i + self.micro_batches] for i in range(0, len(pool), self.micro_batches)]
             for group in groups:
                 draw.shuffle(group)
             draw.shuffle(groups)

@@ -110,7 +110,7 @@ class Run:
         content: of the checkpoint to go on from; None for a new run.
 
     Raises:
-        InputError: more processes than chunks, or a checkpoint that does not fit.
+        InputError: more ranks than micro-batches, or a checkpoint that does not fit.
     """
 
     def __init__(
@@ -130,12 +130,12 @@ class Run:
                 "DDP reduces the gradients of one backward"
             )
         self.space = method.backbone.space
-        self.chunks = world.share(self.plan.chunks)
+        self.micro_batches = world.share(self.plan.micro_batches)
         chosen = [self.space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
         self.evaluated = chosen or [self.space.intact, self.space.smallest]
         self.schedules = self.plan.schedules(config)
         self.sampler = SubnetSampler(
-            self.space, method.sampling, method.seed, self.plan.chunks, method.backbone.flops
+            self.space, method.sampling, method.seed, self.plan.micro_batches, method.backbone.flops
         )
         self.state = TrainingState.start(config, world.device)
         self.guard = Guard(world, config.run.skip_limit)
@@ -155,7 +155,7 @@ class Run:
         """Go on from a checkpoint."""
         self.first_step = content["step"]
         processes = self.world.size, content["processes"]
-        self.differences += self.plan.differences(Plan(**content["plan"]), processes)
+        self.differences += self.plan.differences(from_dict(Plan, content["plan"]), processes)
         if content.get("images", self.images) != self.images:
             self.differences.append("names or labels of the images are others than before")
         before = from_dict(Config, content["config"])
@@ -168,7 +168,7 @@ class Run:
     @property
     def step_images(self) -> int:
         """Images of a step, over all processes."""
-        return self.plan.chunks * self.config.method.batch_size
+        return self.plan.micro_batches * self.config.method.batch_size
 
     def begin(self) -> None:
         """Write the folder of a new run, or take up that of an old one."""
@@ -245,13 +245,13 @@ class Run:
             stack.callback(writer.close)
 
     def batches(self, steps: range) -> Iterator[list[Canvases]]:
-        """Decoded images of this process's chunks, step by step."""
+        """Decoded images of this process's micro-batches, step by step."""
         method, source = self.config.method, self.data.train
         stream = SampleStream(
             len(source),
             method.batch_size,
-            self.chunks,
-            self.plan.chunks,
+            self.micro_batches,
+            self.plan.micro_batches,
             steps,
             method.seed,
             self.plan.start,
@@ -259,23 +259,23 @@ class Run:
         )
         workers = self.config.performance.workers
         loaded = training_batches(source, stream, method.canvas, workers, self.world.timeout)
-        return iter(lambda: list(itertools.islice(loaded, len(self.chunks))), [])
+        return iter(lambda: list(itertools.islice(loaded, len(self.micro_batches))), [])
 
     def step(self, step: int, canvases: Sequence[Canvases], observed: bool = False) -> StepReport:
-        """One optimisation step on this process's chunks."""
+        """One optimisation step on this process's micro-batches."""
         started = time.perf_counter()
-        chunks = prepared_ahead(
+        micro_batches = prepared_ahead(
             self.world.device,
-            lambda: [self.prepare(step, *pair) for pair in zip(self.chunks, canvases, strict=True)],
+            lambda: [self.prepare(step, *pair) for pair in zip(self.micro_batches, canvases, strict=True)],
         )
-        weight = self.world.size / self.plan.chunks  # DDP takes the mean over processes
+        weight = self.world.size / self.plan.micro_batches  # DDP takes the mean over processes
         report = train_step(
             self.model,
             self.state,
             self.config,
             self.schedules,
             step,
-            chunks,
+            micro_batches,
             weight=weight,
             observed=observed,
             timed=self.stopwatch.running,
@@ -283,7 +283,7 @@ class Run:
         self.host_seconds += time.perf_counter() - started
         return report
 
-    def prepare(self, step: int, chunk: int, canvases: Canvases) -> MicroBatch:
+    def prepare(self, step: int, micro_batch: int, canvases: Canvases) -> MicroBatch:
         """The micro-batch that training sees of decoded images."""
         method = self.config.method
         self.unreadable.add(canvases.unreadable)
@@ -292,8 +292,8 @@ class Run:
             self.state.student,
             canvases.images.to(self.world.device, non_blocking=True),
             canvases.sizes,
-            self.sampler.draw(step, chunk),
-            Draws.of(method.seed, step, chunk),
+            self.sampler.draw(step, micro_batch),
+            Draws.of(method.seed, step, micro_batch),
             masked=step >= self.schedules.ibot_start and method.loss.ibot > 0,
         )
 
@@ -331,14 +331,17 @@ class Run:
         `rank_seconds` is the time of the students' forward passes in a step, of each process; `host_ms` that
         in which this process starts a step, which on a GPU should be less than the step's.
         """
-        method, chunks = self.config.method, self.plan.chunks
+        method, micro_batches = self.config.method, self.plan.micro_batches
         host, self.host_seconds = self.host_seconds, 0.0
         return {
             **workload(
                 method,
-                [[self.sampler.draw(step, chunk) for chunk in range(chunks)] for step in steps],
+                [
+                    [self.sampler.draw(step, micro_batch) for micro_batch in range(micro_batches)]
+                    for step in steps
+                ],
                 [expected_masked(method) * (step >= self.schedules.ibot_start) for step in steps],
-                [self.world.share(chunks, rank) for rank in range(self.world.size)],
+                [self.world.share(micro_batches, rank) for rank in range(self.world.size)],
                 images_per_s,
                 datasheet_peak(self.world.device),
             ),

@@ -57,14 +57,14 @@ class Centers:
 def teacher_targets(
     teacher: Network, batches: Sequence[Batch], temperature: float, config: LossConfig, centers: Centers
 ) -> list[Targets]:
-    """Targets of this process's chunks of a step, over all chunks of all processes.
+    """Targets of this process's micro-batches of a step, over all micro-batches of all processes.
 
     With centering, the centers are those before this step and then move. Sinkhorn, with its reductions over
     processes, runs beside what follows.
     """
     logits = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
-    cls, cls_rows = _of_all_chunks([of_classes for of_classes, _ in logits])
-    patches, patch_rows = _of_all_chunks([of_patches for _, of_patches in logits])
+    cls, cls_rows = _of_all_micro_batches([of_classes for of_classes, _ in logits])
+    patches, patch_rows = _of_all_micro_batches([of_patches for _, of_patches in logits])
     stream = None
     if config.targets == "sinkhorn":
         stream = side_stream(batches[0].global_crops.device, "targets")
@@ -73,20 +73,24 @@ def teacher_targets(
     else:
         both = losses.centered([*cls, *patches], [*centers.cls, *centers.patches], temperature)
         equal, momentum = config.center_weighting == "official", config.center_momentum
-        losses.update_centers(centers.cls, cls, momentum, chunks=cls_rows if equal else None)
-        losses.update_centers(centers.patches, patches, momentum, chunks=patch_rows if equal else None)
-    of_classes = [target.split(cls_rows) for target in both[: len(cls)]]  # of each head, then chunk
+        losses.update_centers(centers.cls, cls, momentum, micro_batches=cls_rows if equal else None)
+        losses.update_centers(centers.patches, patches, momentum, micro_batches=patch_rows if equal else None)
+    of_classes = [target.split(cls_rows) for target in both[: len(cls)]]  # of each head, then micro-batch
     of_patches = [target.split(patch_rows) for target in both[len(cls) :]]
     return [
-        Targets([head[chunk] for head in of_classes], [head[chunk] for head in of_patches], stream)
-        for chunk in range(len(batches))
+        Targets(
+            [head[micro_batch] for head in of_classes], [head[micro_batch] for head in of_patches], stream
+        )
+        for micro_batch in range(len(batches))
     ]
 
 
-def _of_all_chunks(logits: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[int]]:
-    """The rows of each head, given those of each chunk and head; and how many each chunk has."""
-    heads = [[chunk[head] for chunk in logits] for head in range(len(logits[0]))]
-    return [c[0] if len(c) == 1 else torch.cat(c) for c in heads], [len(chunk[0]) for chunk in logits]
+def _of_all_micro_batches(logits: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[int]]:
+    """The rows of each head, given those of each micro-batch and head; and how many each micro-batch has."""
+    heads = [[micro_batch[head] for micro_batch in logits] for head in range(len(logits[0]))]
+    return [c[0] if len(c) == 1 else torch.cat(c) for c in heads], [
+        len(micro_batch[0]) for micro_batch in logits
+    ]
 
 
 def tribranch_loss(
@@ -96,7 +100,7 @@ def tribranch_loss(
     batch: Batch,
     config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a chunk and its terms.
+    """The loss of a micro-batch and its terms.
 
     Returns:
         The scalar to differentiate, and detached unweighted terms named `STUDENT.TERM.HEAD` (`intact.dino.0`,

@@ -81,9 +81,9 @@ def test_every_parameter_gets_a_gradient(kind: str, tmp_path: Path) -> None:
     )
     run, state = run_of(config, tmp_path), TrainingState.start(config, torch.device("cpu"))
     (canvases,) = next(run.batches(range(1)))
-    chunk = run.prepare(0, 0, canvases)
+    micro_batch = run.prepare(0, 0, canvases)
     schedules = Schedules.build(config.method.optim, config.method.optim.epoch_steps, 8)
-    train_step(state.student, state, config, schedules, 0, [chunk])
+    train_step(state.student, state, config, schedules, 0, [micro_batch])
     assert [name for name, p in state.student.named_parameters() if p.grad is None] == []
 
 

@@ -74,15 +74,15 @@ def test_three_steps(config: Config, tmp_path: Path) -> None:
 
 
 def gradients(
-    config: Config, chunk: MicroBatch, targets: Targets, name: str, exact: bool
+    config: Config, micro_batch: MicroBatch, targets: Targets, name: str, exact: bool
 ) -> dict[str, Tensor]:
     """Of every parameter, by a backend in the precision of the configuration, or in float64."""
-    device = chunk.batch.global_crops.device
+    device = micro_batch.batch.global_crops.device
     state = TrainingState.start(config, device)
     spread(state, exact)
     state.scaler = torch.amp.GradScaler(device.type, init_scale=64.0, enabled=state.scaler.is_enabled())
     with backend(name):
-        accumulate_gradients(state.student, state, config, chunk, targets, 1.0)
+        accumulate_gradients(state.student, state, config, micro_batch, targets, 1.0)
     scale = state.scaler.get_scale()
     return {key: p.grad / scale for key, p in state.student.named_parameters() if p.grad is not None}
 
@@ -108,8 +108,8 @@ def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.
     config = tiny_config(*sizes) if kind == "vit" else tiny_pyramid(kind, *sizes, *SMALL)
     run = run_of(config, tmp_path)
     (canvases,) = next(run.batches(range(1)))
-    chunk = run.prepare(0, 0, canvases)
-    batch, schedules = chunk.batch, run.schedules
+    micro_batch = run.prepare(0, 0, canvases)
+    batch, schedules = micro_batch.batch, run.schedules
     with backend("reference"), autocast(batch.global_crops.device, config.method.precision):
         (targets,) = teacher_targets(
             run.state.teacher,
@@ -118,11 +118,11 @@ def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.
             config.method.loss,
             run.state.centers,
         )
-    found = {name: gradients(config, chunk, targets, name, False) for name in ("reference", "triton")}
+    found = {name: gradients(config, micro_batch, targets, name, False) for name in ("reference", "triton")}
     double = Batch(batch.global_crops.double(), batch.local_crops.double(), batch.masks)
     monkeypatch.setitem(OPERANDS, "fp32", torch.float64)
     exact = override(config, ["method.precision=fp32"])
-    truth = gradients(exact, MicroBatch(double, chunk.passes), targets, "reference", True)
+    truth = gradients(exact, MicroBatch(double, micro_batch.passes), targets, "reference", True)
     ours, theirs = (
         {key: float((gradient.double() - truth[key]).norm()) for key, gradient in found[name].items()}
         for name in ("triton", "reference")
@@ -177,12 +177,12 @@ def launched(name: str, folder: Path, depth: int, elastic: int) -> Launches:
     config = tiny_config(*changes, f"method.backbone.max_depth={depth}")
     with backend(name):
         run = run_of(config, folder)
-        run.sampler.draw = lambda step, chunk: Subnet(16, elastic)  # type: ignore[method-assign]
+        run.sampler.draw = lambda step, micro_batch: Subnet(16, elastic)  # type: ignore[method-assign]
         (canvases,) = next(run.batches(range(1)))
-        chunk = run.prepare(0, 0, canvases)
+        micro_batch = run.prepare(0, 0, canvases)
         for _ in range(2):  # the first one sets up
             with launches() as found:
-                train_step(run.model, run.state, run.config, run.schedules, 0, [chunk])
+                train_step(run.model, run.state, run.config, run.schedules, 0, [micro_batch])
     return found
 
 

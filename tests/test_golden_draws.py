@@ -134,7 +134,7 @@ def test_golden_search_space() -> None:
 def test_golden_search_space_draws() -> None:
     """A round of draws is the recorded list without its last entry, shuffled."""
     case, vit = _search_space()
-    sampler = SubnetSampler(vit.space, "per-rank", seed=0, chunks=1, cost=vit.flops)
+    sampler = SubnetSampler(vit.space, "per-rank", seed=0, micro_batches=1, cost=vit.flops)
     round_length = case["num_networks"] - 1
     drawn = Counter((s.width, s.depth) for s in (sampler.draw(i, 0) for i in range(round_length)))
     expected = Counter({(w, d): count for w, d, count in case["networks_with_multiplicity"]})

@@ -71,15 +71,17 @@ def test_golden_loss_sinkhorn(loss_case: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cls", "patch"])
-@pytest.mark.parametrize("equal_chunks", [False, True], ids=["exact", "official"])
-def test_golden_loss_centering(loss_case: Any, kind: str, equal_chunks: bool) -> None:
+@pytest.mark.parametrize("equal_micro_batches", [False, True], ids=["exact", "official"])
+def test_golden_loss_centering(loss_case: Any, kind: str, equal_micro_batches: bool) -> None:
     case, inputs, outputs = loss_case
     heads = range(len(case["K"]))
     centers = [torch.zeros(k) for k in case["K"]]
     for call in (1, 2):
         logits = [inputs[f"teacher_{kind}{call}.{i}"] for i in heads]
         targets = losses.centered(logits, centers, case["teacher_temp"])
-        losses.update_centers(centers, logits, chunks=[len(logits[0])] if equal_chunks else None)
+        losses.update_centers(
+            centers, logits, micro_batches=[len(logits[0])] if equal_micro_batches else None
+        )
         for i in heads:
             got = targets[i].dense()
             expected = outputs[f"center_{kind}{call}.{i}"].reshape(got.shape)

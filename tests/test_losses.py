@@ -54,7 +54,7 @@ def _rank_work(rank: int, world: int, rows: list[int], port: int, out: str) -> N
     mine = [t[start : start + rows[rank]] for t in union]
     centers = {equal: [torch.zeros(k) for k in PROTOTYPES] for equal in (False, True)}
     for equal, values in centers.items():
-        losses.update_centers(values, mine, chunks=[len(mine[0])] if equal else None)
+        losses.update_centers(values, mine, micro_batches=[len(mine[0])] if equal else None)
     targets = [target.dense() for target in losses.sinkhorn(mine, 0.05)]
     result = {"targets": targets, "exact": centers[False], "official": centers[True]}
     torch.save(result, f"{out}/{rank}.pt")

@@ -14,7 +14,7 @@ from poa.errors import InputError
 from poa.memory import (
     BLOCK,
     Living,
-    largest_chunk,
+    largest_batch_size,
     planned_gradients,
     planned_state,
     predict_memory,
@@ -59,17 +59,17 @@ def test_what_saves_memory() -> None:
     assert peak("method.precision=fp32") > 1.5 * plain
 
 
-def test_the_largest_chunk_fits_and_no_larger_one_does() -> None:
+def test_the_largest_micro_batch_fits_and_no_larger_one_does() -> None:
     config = preset("vit-s16")
-    images = largest_chunk(config, 24)
+    images = largest_batch_size(config, 24)
     assert images and images % 8 == 0
     assert predict_memory(config, images).fits(24)
     assert not predict_memory(config, images + 8).fits(24)
-    assert largest_chunk(config, 3) == 0
+    assert largest_batch_size(config, 3) == 0
 
 
-def test_no_chunk_is_larger_than_an_option_can_say() -> None:
-    assert largest_chunk(tiny_config(), 1000) == MOST_IMAGES
+def test_no_micro_batch_is_larger_than_an_option_can_say() -> None:
+    assert largest_batch_size(tiny_config(), 1000) == MOST_IMAGES
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

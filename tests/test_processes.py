@@ -1,4 +1,4 @@
-"""Several processes: equal to one with as many chunks, and what happens when one is lost."""
+"""Several processes: equal to one with as many micro-batches, and what happens when one is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers import processes
-from helpers.record_chunks import CHUNKS, VARIANTS
+from helpers.record_step import MICRO_BATCHES, VARIANTS
 from helpers.run_folders import assert_same, newest, rows
 from helpers.tiny import OVERRIDES, tiny_config
 from poa.checkpoint import RunFolder
@@ -27,7 +27,7 @@ PRETRAIN = ("-m", "poa", "pretrain", *OVERRIDES)
 
 
 def recorded(folder: Path, size: int) -> dict[str, Any]:
-    """What `size` processes found, chunks in order; gradients and centers of all are the same."""
+    """What `size` processes found, micro-batches in order; gradients and centers of all are the same."""
     parts = [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
     for variant in VARIANTS:
         for other in parts[1:]:
@@ -41,25 +41,25 @@ def recorded(folder: Path, size: int) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("alone")
-    processes.run(1, str(processes.HELPERS / "record_chunks.py"), str(folder))
+    processes.run(1, str(processes.HELPERS / "record_step.py"), str(folder))
     return recorded(folder, 1)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_processes_equal_one_with_all_chunks(size: int, alone: dict[str, Any], tmp_path: Path) -> None:
+def test_processes_equal_one_with_all_micro_batches(size: int, alone: dict[str, Any], tmp_path: Path) -> None:
     """Losses, gradients, targets and centers, for every policy.
 
-    Three processes have 1, 1 and 2 chunks. Their weights are no powers of two, which brings some rounding;
-    KoLeo's gradient enlarges it, as the class tokens are still very near to each other.
+    Three processes have 1, 1 and 2 micro-batches. Their weights are no powers of two, which brings some
+    rounding; KoLeo's gradient enlarges it, as the class tokens are still very near to each other.
     """
-    processes.run(size, str(processes.HELPERS / "record_chunks.py"), str(tmp_path))
+    processes.run(size, str(processes.HELPERS / "record_step.py"), str(tmp_path))
     many = recorded(tmp_path, size)
     assert len(set(alone["per-rank"]["masked"])) > 1
     assert len(set(alone["per-rank"]["subnets"])) > 1
     for variant in ["without KoLeo"] if size == 3 else VARIANTS:
         ours, theirs = many[variant], alone[variant]
         assert ours["subnets"] == theirs["subnets"] and ours["masked"] == theirs["masked"]
-        assert len(ours["targets"]) == CHUNKS
+        assert len(ours["targets"]) == MICRO_BATCHES
         # Each process rounds its gradients to 8 bits, and so does the sum.
         rounding = 1e-2 if variant == "bf16 reduction" else 1e-5
         for name, value in theirs["values"].items():
@@ -81,7 +81,10 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
     processes.run(2, *PRETRAIN, "--out", str(whole))
     processes.run(2, str(processes.HELPERS / "stop_after.py"), str(parts), "3")
     (done,) = processes.run(1, "-m", "poa", "pretrain", "--resume", str(parts))
-    assert "step 3: going on with 2 chunks a step on 1 processes instead of 2 on 2: the same steps" in done[2]
+    assert (
+        "step 3: resuming with 2 micro-batches per step on 1 rank instead of 2 on 2: the same steps"
+        in done[2]
+    )
     logged, expected = rows(parts), rows(whole)
     for mine, theirs in zip(logged, expected, strict=True):
         assert mine.pop("subnets") == theirs.pop("subnets")
@@ -98,17 +101,17 @@ def raise_from(done: list[tuple[int, str, str]]) -> None:
     raise InputError(done[0][2].strip().splitlines()[-1])
 
 
-def test_more_chunks_repeat_no_image() -> None:
-    plan = {"chunks": 1, "epoch_steps": 2, "images": 500, "start": 0}
+def test_more_micro_batches_repeat_no_image() -> None:
+    plan = {"chunks": 1, "epoch_steps": 2, "images": 500, "start": 0}  # as in older checkpoints
     content = {"step": 3, "plan": plan, "config": {"method": {"chunks": None}}}
     again, more = (Plan.resumed(tiny_config(*c), content, 500) for c in ([], ["method.micro_batches=3"]))
-    assert again == Plan(**plan)
+    assert again == Plan(1, 2, 500)
     before = [i for batch in SampleStream(500, 8, [0], 1, range(3), 0) for i in batch]
     after = [i for batch in SampleStream(500, 8, range(3), 3, range(3, 8), 0, more.start) for i in batch]
     whole = [i for batch in SampleStream(500, 8, [0], 1, range(18), 0) for i in batch]
     assert before + after == whole
     assert more.epoch_steps == 2
-    (line,) = more.differences(Plan(**plan), (1, 1))
+    (line,) = more.differences(Plan(1, 2, 500), (1, 1))
     assert line.endswith("instead of 1 on 1: the order of images goes on, no image is repeated")
 
 

@@ -329,7 +329,7 @@ def test_a_checkpoint_that_cannot_be_read_falls_back(
 
 FOREIGN: dict[str, Any] = {
     "step": "x",
-    "plan": {"chunks": "x"},
+    "plan": {"micro_batches": "x"},
     "skipped": [None],
     "watch": {"one-hot targets": {"nobody": 1}},
     "student": {"backbone.cls_token": "text"},

@@ -24,7 +24,7 @@ from poa import report
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.errors import InputError
-from poa.flops import chunk_flops, expected_masked
+from poa.flops import expected_masked, micro_batch_flops
 from poa.metrics import flat
 from poa.presets import preset
 from poa.report import expected_band, record_band, summary, write_report
@@ -48,7 +48,7 @@ def test_flops_are_those_of_the_cost_model(name: str) -> None:
         for masked in (0, int(expected_masked(method))):
             work = roofline.Workload(method, method.batch_size, masked, skip_dead_tokens=False)
             model = roofline.Summary.of(roofline.step(work, elastic), roofline.H200).flops
-            assert chunk_flops(method, elastic, masked) == pytest.approx(model, rel=1e-9)
+            assert micro_batch_flops(method, elastic, masked) == pytest.approx(model, rel=1e-9)
 
 
 def test_figures(trained: Path) -> None:
@@ -64,7 +64,7 @@ def test_figures(trained: Path) -> None:
     assert sum(row["subnets"].values()) == 1 and row["balance"] == 1
     assert len(row["rank_seconds"]) == 1 and 0 < row["rank_seconds"][0] < 8 / row["images_per_s"]
     assert row["mfu"] is None and row["peak_gib"] > 0.05
-    flops = chunk_flops(
+    flops = micro_batch_flops(
         tiny_config().method, Subnet.parse(next(iter(row["subnets"]))), expected_masked(tiny_config().method)
     )
     assert row["tflop_per_s"] * 1e12 == pytest.approx(flops / 8 * row["images_per_s"], rel=1e-6)

@@ -19,8 +19,8 @@ TINY = ViTConfig(
 )
 
 
-def sampler(policy: str, chunks: int, config: ViTConfig = PAPER, seed: int = 0) -> SubnetSampler:
-    return SubnetSampler(config.space, policy, seed, chunks, config.flops)
+def sampler(policy: str, micro_batches: int, config: ViTConfig = PAPER, seed: int = 0) -> SubnetSampler:
+    return SubnetSampler(config.space, policy, seed, micro_batches, config.flops)
 
 
 @pytest.mark.parametrize("subnet", TINY.space, ids=str)
@@ -34,7 +34,7 @@ def test_sizes_match_the_network(subnet: Subnet) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_draws_depend_on_seed_step_and_chunk_only(policy: str) -> None:
+def test_draws_depend_on_seed_step_and_micro_batch_only(policy: str) -> None:
     first = [[sampler(policy, 4).draw(step, c) for c in range(4)] for step in (0, 7, 1000)]
     one = sampler(policy, 4)
     again = [[one.draw(step, c) for c in (3, 1, 0, 2)] for step in (1000, 0, 7)]
@@ -43,31 +43,33 @@ def test_draws_depend_on_seed_step_and_chunk_only(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("chunks", [1, 3, 8])
-def test_long_run_distribution(policy: str, chunks: int) -> None:
-    """Over `chunks` rounds every policy draws every subnet in proportion to its multiplicity."""
+@pytest.mark.parametrize("micro_batches", [1, 3, 8])
+def test_long_run_distribution(policy: str, micro_batches: int) -> None:
+    """Over `micro_batches` rounds every policy draws every subnet in proportion to its multiplicity."""
     entries = TINY.space.round_of_draws()
-    draw = sampler(policy, chunks, TINY)
-    steps = len(entries)  # chunks rounds of draws in all
-    counts = Counter(draw.draw(step, chunk) for step in range(steps) for chunk in range(chunks))
-    assert counts == {s: chunks * n for s, n in Counter(entries).items()}
+    draw = sampler(policy, micro_batches, TINY)
+    steps = len(entries)  # `micro_batches` rounds of draws in all
+    counts = Counter(
+        draw.draw(step, micro_batch) for step in range(steps) for micro_batch in range(micro_batches)
+    )
+    assert counts == {s: micro_batches * n for s, n in Counter(entries).items()}
 
 
-def test_chunks_differ_under_per_rank_and_agree_under_shared() -> None:
+def test_micro_batches_differ_under_per_rank_and_agree_under_shared() -> None:
     per_rank, shared = sampler("per-rank", 4), sampler("shared", 4)
     assert any(per_rank.draw(step, 0) != per_rank.draw(step, 1) for step in range(10))
     assert all(len({shared.draw(step, c) for c in range(4)}) == 1 for step in range(100))
 
 
-@pytest.mark.parametrize(("chunks", "worst", "mean"), [(2, 0.1, 0.01), (8, 0.2, 0.04), (32, 0.3, 0.1)])
-def test_balanced_chunks_cost_about_the_same(chunks: int, worst: float, mean: float) -> None:
+@pytest.mark.parametrize(("micro_batches", "worst", "mean"), [(2, 0.1, 0.01), (8, 0.2, 0.04), (32, 0.3, 0.1)])
+def test_balanced_micro_batches_cost_about_the_same(micro_batches: int, worst: float, mean: float) -> None:
     """How much more than a step's mean its dearest subnet costs; under per-rank it is 50 % and more."""
-    draw = sampler("balanced", chunks)
+    draw = sampler("balanced", micro_batches)
     excess = []
     for step in range(2 * len(draw.entries)):
-        costs = [PAPER.flops(draw.draw(step, chunk)) for chunk in range(chunks)]
-        excess.append(max(costs) * chunks / sum(costs) - 1)
-    print(f"chunks {chunks}: worst {max(excess):.3f}, mean {sum(excess) / len(excess):.3f}")
+        costs = [PAPER.flops(draw.draw(step, micro_batch)) for micro_batch in range(micro_batches)]
+        excess.append(max(costs) * micro_batches / sum(costs) - 1)
+    print(f"chunks {micro_batches}: worst {max(excess):.3f}, mean {sum(excess) / len(excess):.3f}")
     assert max(excess) < worst
     assert sum(excess) / len(excess) < mean
 
@@ -96,5 +98,5 @@ def test_outside_the_space() -> None:
         PAPER.space.require(Subnet(400, 12))
     with pytest.raises(InputError, match="expected one of per-rank, shared, balanced, got 'random'"):
         sampler("random", 1)
-    with pytest.raises(ValueError, match=r"chunk: expected 0..1, got 2"):
+    with pytest.raises(ValueError, match=r"micro_batch: expected 0..1, got 2"):
         sampler("shared", 2).draw(0, 2)

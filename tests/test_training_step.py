@@ -27,16 +27,16 @@ APART = "performance.backward=apart"
 WITH_MASKS = "method.optim.ibot_start_epoch=0"
 
 
-def exact_chunk(config: Config, folder: Path, elastic: Subnet) -> MicroBatch:
-    """The first chunk of a run in float64, with masks and stochastic depth, and this elastic student."""
+def exact_micro_batch(config: Config, folder: Path, elastic: Subnet) -> MicroBatch:
+    """The first micro-batch of a run in float64, with masks, stochastic depth and this elastic student."""
     run = run_of(config, folder)
-    run.sampler.draw = lambda step, chunk: elastic  # type: ignore[method-assign]
+    run.sampler.draw = lambda step, micro_batch: elastic  # type: ignore[method-assign]
     (canvases,) = next(run.batches(range(1)))
-    chunk = run.prepare(0, 0, canvases)
-    batch = chunk.batch
-    assert len(batch.masks.indices) and chunk.passes[1].drop is not None
+    micro_batch = run.prepare(0, 0, canvases)
+    batch = micro_batch.batch
+    assert len(batch.masks.indices) and micro_batch.passes[1].drop is not None
     exact = tribranch.Batch(batch.global_crops.double(), batch.local_crops.double(), batch.masks)
-    return MicroBatch(exact, chunk.passes)
+    return MicroBatch(exact, micro_batch.passes)
 
 
 @pytest.mark.parametrize("recompute", ["false", "true"], ids=["stored", "recomputed"])
@@ -55,8 +55,8 @@ def test_orders_of_backward_are_the_same_mathematics(
         state = TrainingState.start(config, torch.device("cpu"))
         spread(state)
         schedules = Schedules.build(config.method.optim, 2, 8)
-        chunk = exact_chunk(config, tmp_path, elastic)
-        report = train_step(state.student, state, config, schedules, 0, [chunk], observed=True)
+        micro_batch = exact_micro_batch(config, tmp_path, elastic)
+        report = train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
         gradients = {name: p.grad for name, p in state.student.named_parameters() if p.grad is not None}
         found.append(({**report.values, **report.health}, gradients))
     assert found[0][0].keys() == found[1][0].keys() and found[0][1].keys() == found[1][1].keys()
@@ -110,14 +110,14 @@ def test_deterministic_runs_repeat_bitwise(tmp_path: Path) -> None:
 def test_nothing_waits_for_the_device(
     changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From prepared chunks to gradients. (On a GPU the optimiser obeys a flag there; on a CPU it asks.)"""
+    """From micro-batches to gradients. (On a GPU the optimiser obeys a flag there; on a CPU it asks.)"""
     run = run_of(tiny_config(WITH_MASKS, *changes), tmp_path)
     (canvases,) = next(run.batches(range(1)))
-    chunk = run.prepare(0, 0, canvases)
+    micro_batch = run.prepare(0, 0, canvases)
     none = torch.zeros(())
     monkeypatch.setattr(step_module, "update_weights", lambda *inputs: ({}, none))
     with Launches() as found:
-        train_step(run.model, run.state, run.config, run.schedules, 0, [chunk], observed=True)
+        train_step(run.model, run.state, run.config, run.schedules, 0, [micro_batch], observed=True)
     assert found.total and not [wait for wait in WAITS if found.counts[wait]]
     with Launches() as found:
         bool(none)
@@ -141,13 +141,13 @@ def test_half_operands_keep_gradients_of_many_prototypes(tmp_path: Path) -> None
         assert (found["fp16"][name] - exact).norm() <= 1e-3 * exact.norm(), name
 
 
-def test_every_tensor_of_a_chunk_is_handed_to_the_main_stream(tmp_path: Path) -> None:
+def test_every_tensor_of_a_micro_batch_is_handed_to_the_main_stream(tmp_path: Path) -> None:
     run = run_of(tiny_config(WITH_MASKS), tmp_path)
     (canvases,) = next(run.batches(range(1)))
-    chunk = run.prepare(0, 0, canvases)
-    batch, drops = chunk.batch, [p.drop for p in chunk.passes]
+    micro_batch = run.prepare(0, 0, canvases)
+    batch, drops = micro_batch.batch, [p.drop for p in micro_batch.passes]
     halves = [half for drop in drops if drop for block in drop.blocks for half in block]
-    assert len(halves) == 2 * sum(p.subnet.depth for p in chunk.passes)
+    assert len(halves) == 2 * sum(p.subnet.depth for p in micro_batch.passes)
     expected = [batch.global_crops, batch.local_crops, *vars(batch.masks).values()]
     expected += [tensor for half in halves for tensor in (half.rows, half.scale)]
-    assert {id(t) for t in tensors_in([chunk])} == {id(t) for t in expected}
+    assert {id(t) for t in tensors_in([micro_batch])} == {id(t) for t in expected}

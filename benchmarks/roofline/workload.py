@@ -17,7 +17,7 @@ class Workload:
 
     Attributes:
         method: network, heads, crops.
-        images: of a chunk.
+        images: of a micro-batch.
         masked: patches under masks in its global crops.
         skip_dead_tokens: the last block of a ViT leaves out what only unread tokens need.
         stream_bytes: of an element of a transformer's residual stream.

@@ -82,16 +82,17 @@ def collate(samples: Sequence[Decoded]) -> Canvases:
 
 
 class SampleStream:
-    """Which images one process's chunks of every step take: an endless sequence of shuffles, cut into chunks.
+    """Which images one process's micro-batches of every step take: an endless sequence of shuffles, cut into
+    micro-batches.
 
-    The chunks of a step take neighbouring parts of the sequence, so the images of a step do not depend on how
-    many processes share it. Position in the sequence is a function of the step.
+    The micro-batches of a step take neighbouring parts of the sequence, so the images of a step do not depend
+    on how many processes share it. Position in the sequence is a function of the step.
 
     Args:
         images: how many there are.
-        batch_size: images of a chunk.
-        chunks: which chunks of a step are this process's.
-        step_chunks: chunks of a step, over all processes.
+        batch_size: images of a micro-batch.
+        micro_batches: which micro-batches of a step are this process's.
+        step_micro_batches: micro-batches of a step, over all processes.
         steps: range of steps to produce.
         seed: of the run.
         start: position in the sequence of the first image of step 0; may be negative.
@@ -103,8 +104,8 @@ class SampleStream:
         self,
         images: int,
         batch_size: int,
-        chunks: Sequence[int],
-        step_chunks: int,
+        micro_batches: Sequence[int],
+        step_micro_batches: int,
         steps: range,
         seed: int,
         start: int = 0,
@@ -112,8 +113,8 @@ class SampleStream:
     ):
         self.images = images
         self.batch_size = batch_size
-        self.chunks = chunks
-        self.step_chunks = step_chunks
+        self.micro_batches = micro_batches
+        self.step_micro_batches = step_micro_batches
         self.steps = steps
         self.seed = seed
         self.start = start
@@ -121,13 +122,13 @@ class SampleStream:
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     def __len__(self) -> int:
-        return len(self.steps) * len(self.chunks)
+        return len(self.steps) * len(self.micro_batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Lists of (position in the sequence, image)."""
         for step in self.steps:
-            for chunk in self.chunks:
-                first = self.start + (step * self.step_chunks + chunk) * self.batch_size
+            for micro_batch in self.micro_batches:
+                first = self.start + (step * self.step_micro_batches + micro_batch) * self.batch_size
                 yield [(position, self._at(position)) for position in range(first, first + self.batch_size)]
 
     def _at(self, position: int) -> int:
@@ -190,7 +191,7 @@ class _AllImages(Dataset[Decoded]):
 def training_batches(
     source: ImageSource, stream: SampleStream, canvas: int, workers: int, patience: float = 600.0
 ) -> Iterator[Canvases]:
-    """One batch per chunk of the stream.
+    """One batch per micro-batch of the stream.
 
     Args:
         source: the images.

@@ -50,24 +50,24 @@ def test_collated_images_lie_in_the_top_left_corner() -> None:
 def stream(
     images: int,
     batch: int,
-    chunk: int = 0,
-    chunks: int = 1,
+    micro_batch: int = 0,
+    micro_batches: int = 1,
     steps: range = range(30),
     seed: int = 0,
     block: int = 1,
 ) -> list[list[int]]:
     """The images of every batch; their positions are consecutive."""
-    batches = list(SampleStream(images, batch, [chunk], chunks, steps, seed, block=block))
-    if chunks == 1:
+    batches = list(SampleStream(images, batch, [micro_batch], micro_batches, steps, seed, block=block))
+    if micro_batches == 1:
         positions = [position for samples in batches for position, _ in samples]
         assert positions == list(range(steps.start * batch, steps.stop * batch))
     return [[image for _, image in samples] for samples in batches]
 
 
 @pytest.mark.parametrize("images", [5, 24, 100])
-def test_chunks_share_the_images_of_one_large_chunk(images: int) -> None:
+def test_micro_batches_share_the_images_of_one_large_one(images: int) -> None:
     whole = stream(images, 12)
-    parts = [stream(images, 4, chunk, 3) for chunk in range(3)]
+    parts = [stream(images, 4, micro_batch, 3) for micro_batch in range(3)]
     assert whole == [sum(step, []) for step in zip(*parts, strict=True)]
 
 

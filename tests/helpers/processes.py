@@ -17,7 +17,7 @@ from pathlib import Path
 
 HELPERS = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers.processes", "helpers.record_chunks", "poa.evaluate.linear"])
+FORKS.set_forkserver_preload(["helpers.processes", "helpers.record_step", "poa.evaluate.linear"])
 
 
 class Program:

@@ -1,4 +1,4 @@
-"""`PYTHONPATH=tests python -m helpers.record_chunks FOLDER`: what a step computes in this process."""
+"""`PYTHONPATH=tests python -m helpers.record_step FOLDER`: what a step computes in this process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from poa.distributed import World, init_distributed
 from poa.train import Run
 from poa.tribranch import Targets
 
-CHUNKS = 4
-OPTIONS = [f"method.micro_batches={CHUNKS}", "method.optim.ibot_start_epoch=0"]
+MICRO_BATCHES = 4
+OPTIONS = [f"method.micro_batches={MICRO_BATCHES}", "method.optim.ibot_start_epoch=0"]
 CENTERING = [*OPTIONS, "method.loss.targets=centering"]
 VARIANTS = {
     "per-rank": tiny_config(*OPTIONS),
@@ -52,7 +52,7 @@ def record(world: World, config: Config) -> dict[str, object]:
     figures = report.values | report.health
     values = torch.stack([v.float() for v in figures.values()])
     return {
-        "subnets": [str(run.sampler.draw(0, chunk)) for chunk in run.chunks],
+        "subnets": [str(run.sampler.draw(0, micro_batch)) for micro_batch in run.micro_batches],
         "masked": [len(t.patches[0].logits) for t in seen],
         "values": dict(zip(figures, world.mean(values).tolist(), strict=True)),
         "targets": [[head.dense() for head in [*t.cls, *t.patches]] for t in seen],
