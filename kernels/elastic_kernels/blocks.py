@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_kernels import validate
 from elastic_kernels.halves import (
     AttentionWeights,
     MlpWeights,
@@ -18,8 +19,8 @@ from elastic_kernels.halves import (
     elastic_mlp_half,
 )
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
-from elastic_kernels.linear import elastic_linear
-from elastic_kernels.mlp import elastic_hidden_features
+from elastic_kernels.linear import Scale, elastic_linear, factor
+from elastic_kernels.mlp import active_hidden
 from elastic_kernels.modules import (
     ElasticAttention,
     ElasticGroupNorm,
@@ -45,6 +46,8 @@ class ElasticBlock(nn.Module):
         eps: of both norms.
         layer_scale: initial LayerScale; None means none.
         qkv_bias: whether the q, k and v projections have a bias.
+        heads: of the largest network; default `width / head_dim`.
+        scale: of all four layers, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -63,13 +66,15 @@ class ElasticBlock(nn.Module):
         eps: float = 1e-6,
         layer_scale: float | None = None,
         qkv_bias: bool = True,
+        heads: int | None = None,
+        scale: Scale = "offset",
     ):
         super().__init__()
         self.norm1 = ElasticLayerNorm(width, eps=eps)
-        self.attn = ElasticAttention(width, head_dim, qkv_bias)
+        self.attn = ElasticAttention(width, head_dim, qkv_bias, heads=heads, scale=scale)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = ElasticLayerNorm(width, eps=eps)
-        self.mlp = ElasticMLP(width, hidden)
+        self.mlp = ElasticMLP(width, hidden, scale=scale)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
@@ -79,6 +84,8 @@ class ElasticBlock(nn.Module):
         kept: tuple[KeptRows, KeptRows] | None = None,
         only: Tensor | None = None,
         inplace: bool = False,
+        hidden: int | None = None,
+        heads: int | None = None,
     ) -> Tensor:
         """One block.
 
@@ -89,6 +96,7 @@ class ElasticBlock(nn.Module):
             only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
                 MLP are computed for these alone.
             inplace: the result may overwrite `x`, which nobody else needs.
+            hidden, heads: in use; default the share of each that `w` has of the largest width.
 
         Returns:
             `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
@@ -98,19 +106,23 @@ class ElasticBlock(nn.Module):
         x = elastic_attention_half(
             x, _attention_weights(self.norm1, self.attn, self.ls1), Sequences(groups),
             head_dim=self.attn.head_dim, eps=self.norm1.eps, kept=first, only=only, inplace=inplace,
+            heads=heads, scale=self.attn.scale,
         )  # fmt: skip
         if second and only is not None:
             (_, row_scale), second = second.among(only, tokens), None
         return elastic_mlp_half(
             x, _mlp_weights(self.norm2, self.mlp, self.ls2),
             eps=self.norm2.eps, kept=second, row_scale=row_scale, inplace=True,
+            hidden=hidden, scale=self.mlp.scale,
         )  # fmt: skip
 
-    def static_state(self, width: int) -> dict[str, Tensor]:
-        """The block at one width as a block of its own: prefixes of its weights, offset scales folded in."""
+    def static_state(
+        self, width: int, *, hidden: int | None = None, heads: int | None = None
+    ) -> dict[str, Tensor]:
+        """The block at one size as a block of its own: prefixes of its weights, with their scales in them."""
         scales = {"ls1.gamma": self.ls1, "ls2.gamma": self.ls2}
         gammas = {name: scale.gamma[:width] for name, scale in scales.items() if scale is not None}
-        return gammas | _static_layers(self, width)
+        return gammas | _static_layers(self, width, hidden, heads)
 
 
 def _attention_weights(
@@ -125,15 +137,18 @@ def _mlp_weights(norm: nn.LayerNorm, mlp: ElasticMLP, scale: LayerScale | None) 
     return MlpWeights(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
 
 
-def _static_layers(block: ElasticBlock | ElasticSwinBlock, width: int) -> dict[str, Tensor]:
+def _static_layers(
+    block: ElasticBlock | ElasticSwinBlock, width: int, hidden: int | None = None, heads: int | None = None
+) -> dict[str, Tensor]:
     """The corners of a block's linears and the entries of its norms."""
-    attn, mlp = block.attn, block.mlp
-    hidden = elastic_hidden_features(width, mlp.fc1.in_features, mlp.fc1.out_features)
+    attn, mlp, op = block.attn, block.mlp, "static_state"
+    hidden = active_hidden(op, hidden, mlp.fc1.weight, width)
+    inner = validate.heads(op, heads, attn.qkv.weight, attn.head_dim, width) * attn.head_dim
     layers = {
-        "attn.qkv": static_linear(attn.qkv, width, width, groups=3),
-        "attn.proj": static_linear(attn.proj, width, width),
-        "mlp.fc1": static_linear(mlp.fc1, hidden, width),
-        "mlp.fc2": static_linear(mlp.fc2, width, hidden),
+        "attn.qkv": static_linear(attn.qkv, inner, width, groups=3, scale=attn.scale),
+        "attn.proj": static_linear(attn.proj, width, inner, scale=attn.scale),
+        "mlp.fc1": static_linear(mlp.fc1, hidden, width, scale=mlp.scale),
+        "mlp.fc2": static_linear(mlp.fc2, width, hidden, scale=mlp.scale),
         "norm1": static_norm(block.norm1, width),
         "norm2": static_norm(block.norm2, width),
     }
@@ -147,6 +162,7 @@ class ElasticSwinBlock(nn.Module):
         width, hidden: of the largest network.
         head_dim, window, shift: as of `ElasticWindowAttention`.
         eps: of both norms.
+        scale: of all four layers, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -156,12 +172,22 @@ class ElasticSwinBlock(nn.Module):
         torch.Size([50, 32])
     """
 
-    def __init__(self, width: int, hidden: int, head_dim: int, window: int, shift: int, *, eps: float = 1e-5):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        head_dim: int,
+        window: int,
+        shift: int,
+        *,
+        eps: float = 1e-5,
+        scale: Scale = "offset",
+    ):
         super().__init__()
         self.norm1 = ElasticLayerNorm(width, eps=eps)
-        self.attn = ElasticWindowAttention(width, head_dim, window, shift)
+        self.attn = ElasticWindowAttention(width, head_dim, window, shift, scale=scale)
         self.norm2 = ElasticLayerNorm(width, eps=eps)
-        self.mlp = ElasticMLP(width, hidden)
+        self.mlp = ElasticMLP(width, hidden, scale=scale)
 
     def forward(
         self,
@@ -186,10 +212,12 @@ class ElasticSwinBlock(nn.Module):
         x = elastic_attention_half(
             x, _attention_weights(self.norm1, attn, None),
             Windows(maps, attn.window, attn.shift, attn.bias()),
-            head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace,
+            head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace, scale=attn.scale,
         )  # fmt: skip
         weights = _mlp_weights(self.norm2, self.mlp, None)
-        return elastic_mlp_half(x, weights, eps=self.norm2.eps, kept=second, inplace=True)
+        return elastic_mlp_half(
+            x, weights, eps=self.norm2.eps, kept=second, inplace=True, scale=self.mlp.scale
+        )
 
     def static_state(self, width: int) -> dict[str, Tensor]:
         """As `ElasticBlock.static_state`."""
@@ -208,6 +236,7 @@ class ElasticBottleneck(nn.Module):
         stride: of the 3x3 convolution.
         shortcut: the input is projected before it is added, as where its shape differs from the output's.
         eps: of the norms.
+        scale: of the products over the middle's channels, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -227,9 +256,10 @@ class ElasticBottleneck(nn.Module):
         stride: int = 1,
         shortcut: bool = False,
         eps: float = 1e-5,
+        scale: Scale = "offset",
     ):
         super().__init__()
-        self.stride = stride
+        self.stride, self.scale = stride, scale
         self.conv1 = nn.Linear(entry, middle, bias=False)
         self.norm1 = ElasticGroupNorm(groups, middle, eps=eps)
         self.conv2 = nn.Conv2d(middle, middle, 3, stride=stride, padding=1, bias=False)
@@ -252,30 +282,32 @@ class ElasticBottleneck(nn.Module):
         Returns:
             `[N, ceil(H / stride), ceil(W / stride), out]`, the dtype of matrix products.
         """
-        h = self.norm1(elastic_linear(x, self.conv1.weight, out_features=middle), activation="relu")
+        h = elastic_linear(x, self.conv1.weight, out_features=middle, scale=None)
+        h = self.norm1(h, activation="relu")
         kernel = self.conv2.weight[:middle, :middle]
         h = conv_channels_last(h, kernel, stride=self.stride, padding=1)
-        # The offset scale of the convolution: the norm takes it from there.
-        h = self.norm2(h, activation="relu", scale=self.conv2.in_channels / middle)
+        # The scale of the convolution: the norm takes it from there.
+        scale = factor(self.scale, self.conv2.in_channels, middle)
+        h = self.norm2(h, activation="relu", scale=scale)
         identity = x if self.downsample is None else self._projected(x)
-        h = elastic_linear(h, self.conv3.weight)
+        h = elastic_linear(h, self.conv3.weight, scale=self.scale)
         return self.norm3(h, residual=identity.to(h.dtype), activation="relu")
 
     def _projected(self, x: Tensor) -> Tensor:
         assert self.downsample is not None
         linear, norm = self.downsample
         assert isinstance(linear, nn.Linear)
-        return norm(elastic_linear(x[:, :: self.stride, :: self.stride], linear.weight))
+        return norm(elastic_linear(x[:, :: self.stride, :: self.stride], linear.weight, scale=None))
 
     def static_state(self, middle: int) -> dict[str, Tensor]:
         """The block at one width as a block of its own: prefixes of its weights, offset scales folded in."""
         entry, out, largest = self.conv1.in_features, self.conv3.out_features, self.conv2.in_channels
         layers = {
-            "conv1": static_linear(self.conv1, middle, entry),
+            "conv1": static_linear(self.conv1, middle, entry, scale=None),
             "norm1": static_norm(self.norm1, middle),
-            "conv2": {"weight": self.conv2.weight[:middle, :middle] * (largest / middle)},
+            "conv2": {"weight": self.conv2.weight[:middle, :middle] * factor(self.scale, largest, middle)},
             "norm2": static_norm(self.norm2, middle),
-            "conv3": static_linear(self.conv3, out, middle),
+            "conv3": static_linear(self.conv3, out, middle, scale=self.scale),
             "norm3": static_norm(self.norm3, out),
         }
         if self.downsample is not None:

@@ -11,7 +11,7 @@ On Triton a half is one `autograd.Function` (`triton_ops/halves.py`); elsewhere 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,8 +19,17 @@ from torch import Tensor
 from elastic_kernels import validate
 from elastic_kernels.layer_norm import elastic_layer_norm, layer_norm_backend
 from elastic_kernels.layouts import KeptRows, Layout
-from elastic_kernels.linear import elastic_linear_residual, elastic_qkv, layer_spec, linear_backend
-from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
+from elastic_kernels.linear import (
+    Scale,
+    elastic_linear_residual,
+    elastic_qkv,
+    layer_spec,
+    linear_backend,
+)
+from elastic_kernels.mlp import active_hidden, elastic_mlp, mlp_specs
+
+if TYPE_CHECKING:
+    from elastic_kernels.triton_ops.layers import LayerSpec
 
 
 class AttentionWeights(NamedTuple):
@@ -28,8 +37,9 @@ class AttentionWeights(NamedTuple):
 
     Attributes:
         norm_weight, norm_bias: `[C]`, as of `elastic_layer_norm`.
-        qkv_weight, qkv_bias: `[3 * C, C]` and `[3 * C]`, as of `elastic_qkv`.
-        proj_weight, proj_bias: `[C, C]` and `[C]`, as of `elastic_linear_residual`.
+        qkv_weight, qkv_bias: `[3 * n, C]` and `[3 * n]`, as of `elastic_qkv`; `n` is `C`, or the channels of
+            all heads.
+        proj_weight, proj_bias: `[C, n]` and `[C]`, as of `elastic_linear_residual`.
         gamma: `[C]`, LayerScale, or None.
 
     Example:
@@ -83,6 +93,8 @@ def elastic_attention_half(
     kept: KeptRows | None = None,
     only: Tensor | None = None,
     inplace: bool = False,
+    heads: int | None = None,
+    scale: Scale = "offset",
 ) -> Tensor:
     """LayerNorm, attention over packed tokens, projection, LayerScale and the residual addition.
 
@@ -90,19 +102,21 @@ def elastic_attention_half(
         x: `[tokens, w]`, the residual stream; not modified unless `inplace`.
         weights: of the largest network.
         layout: `Sequences` or `Windows` of all tokens.
-        head_dim: channels of a head; `w` is a multiple of it.
+        head_dim: channels of a head.
         eps: of the norm.
         kept: the sequences, or maps, that take part; None means all.
         only: int64 `[live]`, distinct tokens that are wanted; the projection is made of these alone. Queries
             are made of all: leaving them out would take attention over ragged queries, for 0.4 % of a step of
             ViT-L/16 by the cost model.
         inplace: the result may overwrite `x`, which nobody else needs and which is no leaf with gradients.
+        heads: in use; default the share that `w` has of the largest width.
+        scale: of both projections, as in `elastic_linear`.
 
     Returns:
         `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
 
     Raises:
-        ValueError: `w` is no multiple of `head_dim`, or as the operators it is made of.
+        ValueError: the share of `w` is no whole number of heads, or as the operators it is made of.
         TypeError, RuntimeError: as those.
 
     Example:
@@ -114,28 +128,43 @@ def elastic_attention_half(
         torch.Size([10, 16])
     """
     op, width = "elastic_attention_half", x.shape[-1]
-    if width % head_dim:
-        raise ValueError(f"{op}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
-    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
+    heads = validate.heads(op, heads, weights.qkv_weight, head_dim, width)
+    rows, row_scale = (kept.rows, kept.scale) if kept else (None, None)
     layout = layout.kept(kept) if kept else layout
     covered, tokens = sum(layout.sizes()), x.shape[0] if rows is None else rows.shape[0]
     if covered != tokens:
         raise ValueError(f"{op}: expected {tokens} tokens, got {covered} in {layout.sizes()} of {layout}")
     if only is None and layout.backend(x, head_dim).backend == "triton" and _fused(op, x):
-        return _attention_function(op, x, weights, layout, head_dim, eps, kept, inplace)
+        return _attention_function(x, weights, layout, head_dim, eps, kept, inplace, heads, scale)
     h = elastic_layer_norm(x, weights.norm_weight, weights.norm_bias, eps, rows=rows)
-    qkv = elastic_qkv(h, weights.qkv_weight, weights.qkv_bias).unflatten(-1, (-1, head_dim))
+    qkv = elastic_qkv(
+        h, weights.qkv_weight, weights.qkv_bias, out_features=heads * head_dim, scale=scale
+    ).unflatten(-1, (heads, head_dim))
     h = layout.attend(qkv, weights.qkv_bias)
     if only is not None:
-        h, scale = _wanted(h, only, kept, x.shape[0])
+        h, row_scale = _wanted(h, only, kept, x.shape[0])
         x, rows = x.index_select(0, only), None
     return elastic_linear_residual(
-        h, weights.proj_weight, weights.proj_bias, x, weights.gamma, rows=rows, row_scale=scale
-    )
+        h, weights.proj_weight, weights.proj_bias, x, weights.gamma,
+        rows=rows, row_scale=row_scale, scale=scale,
+    )  # fmt: skip
+
+
+def _attention_specs(
+    op: str, x: Tensor, w: AttentionWeights, inner: int, scale: Scale
+) -> tuple[LayerSpec, LayerSpec]:
+    """How the Triton kernels use the projections, with heads that are `inner` channels together."""
+    (rows, largest), width = w.qkv_weight.shape, x.shape[1]
+    if tuple(w.proj_weight.shape) != (largest, rows // 3):
+        shapes = f"{tuple(w.qkv_weight.shape)} and {tuple(w.proj_weight.shape)}"
+        raise ValueError(f"{op}: expected qkv_weight [3 * n, C] and proj_weight [C, n], got {shapes}")
+    lengths = {"proj_bias": (w.proj_bias, largest), "gamma": (w.gamma, largest)}
+    validate.vectors(op, x, qkv_bias=(w.qkv_bias, rows), **lengths)
+    second = layer_spec(x, w.proj_weight, width, width=inner, scale=scale)
+    return layer_spec(x, w.qkv_weight, inner, groups=3, scale=scale), second
 
 
 def _attention_function(
-    op: str,
     x: Tensor,
     weights: AttentionWeights,
     layout: Layout,
@@ -143,31 +172,26 @@ def _attention_function(
     eps: float,
     kept: KeptRows | None,
     inplace: bool,
+    heads: int,
+    scale: Scale,
 ) -> Tensor:
     """An attention half as one `autograd.Function`."""
     from elastic_kernels.triton_ops.halves import AttentionHalfFunction, HalfSpec
 
-    w = weights
+    op, w = "elastic_attention_half", weights
     norm = (w.norm_weight, w.norm_bias)
     _validate(op, x, norm, {"qkv_weight": w.qkv_weight, "proj_weight": w.proj_weight}, kept)
-    width, largest = x.shape[1], w.qkv_weight.shape[1]
-    if w.qkv_weight.shape[0] != 3 * largest or tuple(w.proj_weight.shape) != (largest, largest):
-        shapes = f"{tuple(w.qkv_weight.shape)} and {tuple(w.proj_weight.shape)}"
-        raise ValueError(f"{op}: expected qkv_weight [3 * C, C] and proj_weight [C, C], got {shapes}")
-    lengths = {"proj_bias": (w.proj_bias, largest), "gamma": (w.gamma, largest)}
-    validate.vectors(op, x, qkv_bias=(w.qkv_bias, 3 * largest), **lengths)
-    groups, windows, bias = layout.spec(width // head_dim)
+    groups, windows, bias = layout.spec(heads)
     spec = HalfSpec(
         eps,
-        layer_spec(x, w.qkv_weight, width, groups=3),
-        layer_spec(x, w.proj_weight, width),
+        *_attention_specs(op, x, w, heads * head_dim, scale),
         inplace,
         attention_groups=groups,
         head_dim=head_dim,
         windows=windows,
     )
-    rows, scale = (kept.rows, kept.scale) if kept else (None, None)
-    return AttentionHalfFunction.apply(x, *weights, bias, rows, scale, spec)
+    rows, row_scale = (kept.rows, kept.scale) if kept else (None, None)
+    return AttentionHalfFunction.apply(x, *weights, bias, rows, row_scale, spec)
 
 
 def elastic_mlp_half(
@@ -178,6 +202,8 @@ def elastic_mlp_half(
     kept: KeptRows | None = None,
     row_scale: Tensor | None = None,
     inplace: bool = False,
+    hidden: int | None = None,
+    scale: Scale = "offset",
 ) -> Tensor:
     """LayerNorm, MLP, LayerScale and the residual addition.
 
@@ -188,6 +214,7 @@ def elastic_mlp_half(
         kept: the sequences that take part; None means all.
         row_scale: float32 `[tokens]`, without `kept`: a factor of each row's branch.
         inplace: as in `elastic_attention_half`.
+        hidden, scale: as in `elastic_mlp`.
 
     Returns:
         `[tokens, w]`, the dtype of `x`.
@@ -205,25 +232,20 @@ def elastic_mlp_half(
     op, w = "elastic_mlp_half", weights
     if kept and row_scale is not None:
         raise ValueError(f"{op}: expected kept or row_scale, got both")
-    rows, scale = (kept.rows, kept.scale) if kept else (None, row_scale)
+    rows, row_scale = (kept.rows, kept.scale) if kept else (None, row_scale)
     if _fused(op, x):
         from elastic_kernels.triton_ops.halves import HalfSpec, MlpHalfFunction
 
         norm = (w.norm_weight, w.norm_bias)
         _validate(op, x, norm, {"fc1_weight": w.fc1_weight, "fc2_weight": w.fc2_weight}, kept)
-        validate.vectors(op, x, row_scale=(row_scale, x.shape[0]))
+        validate.vectors(op, x, row_scale=(row_scale, (x if rows is None else rows).shape[0]))
         validate.mlp(op, x, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, w.gamma)
-        hidden = elastic_hidden_features(x.shape[1], w.fc1_weight.shape[1], w.fc1_weight.shape[0])
-        spec = HalfSpec(
-            eps,
-            layer_spec(x, w.fc1_weight, hidden),
-            layer_spec(x, w.fc2_weight, x.shape[1], width=hidden),
-            inplace,
-        )
-        return MlpHalfFunction.apply(x, *weights, rows, scale, spec)
+        hidden = active_hidden(op, hidden, w.fc1_weight, x.shape[1])
+        spec = HalfSpec(eps, *mlp_specs(x, w.fc1_weight, w.fc2_weight, hidden, scale), inplace)
+        return MlpHalfFunction.apply(x, *weights, rows, row_scale, spec)
     h = elastic_layer_norm(x, w.norm_weight, w.norm_bias, eps, rows=rows)
     layers = (w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)
-    return elastic_mlp(h, *layers, x, w.gamma, rows=rows, row_scale=scale)
+    return elastic_mlp(h, *layers, x, w.gamma, rows=rows, row_scale=row_scale, hidden=hidden, scale=scale)
 
 
 def _wanted(h: Tensor, only: Tensor, kept: KeptRows | None, tokens: int) -> tuple[Tensor, Tensor | None]:
@@ -250,10 +272,10 @@ def _validate(
 ) -> None:
     if x.dim() != 2:
         raise ValueError(f"{op}: expected x [tokens, width], got {tuple(x.shape)}")
-    validate.prefix(op, "width", x.shape[1], min(weight.shape[1] for weight in layers.values()))
+    longest = next(iter(layers.values())).shape[1]
+    validate.prefix(op, "width", x.shape[1], longest)
     validate.operands(op, x=x, norm_weight=norm[0], **layers)
     if norm[0] is not None:
-        longest = next(iter(layers.values())).shape[1]
         validate.vectors(op, x, norm_weight=(norm[0], longest), norm_bias=(norm[1], longest))
     if kept is not None:
         kept_tokens = kept.rows.shape[0]

@@ -1,17 +1,18 @@
 """Elastic linear layers: a matrix product with a prefix of a shared weight.
 
-    y = s * x W[:out, :in]^T + b[:out]          s = in_max / in
+    y = s * x W[:out, :in]^T + b[:out]          s = in_max / in, 1, or any number
 
 `W[out_max, in_max]` belongs to the largest network; a subnet of width `in` reads the top-left corner of
-it in place. The offset scale `s` keeps the magnitude of the sum when fewer channels take part; it is the
-`alpha` of the matrix product, never a pass over activations, and the bias is not scaled.
+it in place. POA's offset scale `s = in_max / in` keeps the magnitude of the sum when fewer channels take
+part; slimmable networks, MatFormer and the like have none. It is the `alpha` of the matrix product, never a
+pass over activations, and the bias is not scaled.
 
 Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLinear`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from elastic_kernels.shared_gradients import current_ledger
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.layers import LayerSpec
 
+Scale = float | Literal["offset"] | None
+"""The factor of a product: a number, "offset" for in_max / in, or None for 1."""
+
 
 def elastic_linear(
     x: Tensor,
@@ -30,7 +34,7 @@ def elastic_linear(
     bias: Tensor | None = None,
     *,
     out_features: int | None = None,
-    scale: float | None = None,
+    scale: Scale = "offset",
     activation: str | None = None,
 ) -> Tensor:
     """Multiply by the top-left corner of a shared weight: `act(s * x W[:out, :in]^T + b[:out])`.
@@ -40,7 +44,7 @@ def elastic_linear(
         weight: `[out_max, in_max]`, any strides; only `weight[:out_features, :in]` is read.
         bias: `[out_max]` or None; only `bias[:out_features]` is read, and it is not scaled.
         out_features: rows of `weight` in use; default all.
-        scale: the offset scale `s`; default `in_max / in`, which is 1 for the largest network.
+        scale: the factor `s`: "offset" is `in_max / in`, which is 1 for the largest network; None is 1.
         activation: None or "gelu", the exact one, with erf; on Triton in half precision its normal
             distribution function is off by up to 1.1e-5, and 1.1e-3 of itself in the lower tail.
 
@@ -75,7 +79,7 @@ def elastic_linear(
         spec = layer_spec(x, weight, rows, scale=scale)
         y = LinearFunction.apply(x.reshape(-1, width), weight, bias, spec, activation)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)  # a view could not be overwritten
-    y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), _offset_scale(weight, width, scale))
+    y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), factor(scale, weight.shape[1], width))
     return F.gelu(y) if activation == "gelu" else y
 
 
@@ -88,7 +92,7 @@ def elastic_linear_residual(
     *,
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
-    scale: float | None = None,
+    scale: Scale = "offset",
 ) -> Tensor:
     """Apply an elastic linear, LayerScale and the residual addition of half of a block.
 
@@ -144,23 +148,27 @@ def elastic_qkv(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    scale: float | None = None,
+    out_features: int | None = None,
+    scale: Scale = "offset",
 ) -> Tensor:
-    """Project to queries, keys and values of the first heads: `y[:, g] = s * x W[g, :w, :w]^T + b[g, :w]`.
+    """Project to queries, keys and values of the first heads: `y[:, g] = s * x W[g, :n, :w]^T + b[g, :n]`.
 
-    `weight` is seen as three stacked square matrices; heads that lie first in each of q, k and v are used.
+    `weight` is seen as three stacked matrices; heads that lie first in each of q, k and v are used.
 
     Args:
         x: `[tokens, w]`.
-        weight: `[3 * w_max, w_max]`, the rows of q, then k, then v.
-        bias: `[3 * w_max]` or None.
-        scale: the offset scale; default `w_max / w`.
+        weight: `[3 * n_max, w_max]`, the rows of q, then k, then v; `n_max` is `w_max` unless the heads
+            are wider or narrower together.
+        bias: `[3 * n_max]` or None.
+        out_features: `n` of each of q, k and v, of all heads together; default the share `n_max * w / w_max`.
+        scale: as in `elastic_linear`.
 
     Returns:
-        `[tokens, 3, w]`, perhaps a strided view.
+        `[tokens, 3, n]`, perhaps a strided view.
 
     Raises:
-        ValueError: `weight` is not three square matrices, or `w` is wider than them.
+        ValueError: `weight` is not three matrices, `w` is wider than them, or its share of `n_max` is no
+            whole number.
         TypeError: tensors of different dtypes outside autocast.
         RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
 
@@ -173,26 +181,26 @@ def elastic_qkv(
         torch.Size([5, 3, 32])
     """
     width, largest = x.shape[-1], weight.shape[1]
-    if weight.shape[0] != 3 * largest:
-        raise ValueError(f"elastic_qkv: expected weight [3 * C, C], got {tuple(weight.shape)}")
+    if weight.shape[0] % 3:
+        raise ValueError(f"elastic_qkv: expected weight [3 * heads * d, C], got {tuple(weight.shape)}")
     validate.prefix("elastic_qkv", "width", width, largest)
+    rows = validate.share("elastic_qkv", "out_features", out_features, weight, 3, width)
     validate.operands("elastic_qkv", x=x, weight=weight, bias=bias)
     validate.vectors("elastic_qkv", x, bias=(bias, weight.shape[0]))
     if linear_backend("elastic_qkv", x).backend == "triton":
         from elastic_kernels.triton_ops.layers import LinearFunction
 
-        spec = layer_spec(x, weight, width, scale=scale, groups=3)
+        spec = layer_spec(x, weight, rows, scale=scale, groups=3)
         return LinearFunction.apply(x, weight, bias, spec, None)
-    s = _offset_scale(weight, width, scale)
-    stack = weight.unflatten(0, (3, largest))
-    corner = stack[:, :width, :width]
-    if width == largest:
-        return _scaled_linear(x, corner.flatten(0, 1), bias, s).unflatten(-1, (3, width))
+    s = factor(scale, largest, width)
+    corner = weight.unflatten(0, (3, -1))[:, :rows, :width]
+    if 3 * rows == weight.shape[0]:
+        return _scaled_linear(x, corner.flatten(0, 1), bias, s).unflatten(-1, (3, rows))
     columns = corner.transpose(1, 2)
     tokens = x.expand(3, *x.shape)
     if bias is None:
         return (torch.bmm(tokens, columns) * s).transpose(0, 1)
-    offset = bias.view(3, 1, largest)[..., :width]
+    offset = bias.view(3, 1, -1)[..., :rows]
     return torch.baddbmm(offset, tokens, columns, alpha=s).transpose(0, 1)
 
 
@@ -207,14 +215,14 @@ def layer_spec(
     out_features: int,
     *,
     width: int | None = None,
-    scale: float | None = None,
+    scale: Scale = "offset",
     groups: int = 1,
 ) -> LayerSpec:
     """How the Triton kernels use a weight for inputs `width` wide (default: as `x`) in the dtype of `x`."""
     from elastic_kernels.triton_ops.layers import LayerSpec
 
     width = width or x.shape[-1]
-    s, ledger = _offset_scale(weight, width, scale), current_ledger()
+    s, ledger = factor(scale, weight.shape[1], width), current_ledger()
     if not (torch.is_grad_enabled() and weight.requires_grad):
         ledger = None
     if ledger is not None and (groups * out_features, width) == tuple(weight.shape):
@@ -222,8 +230,11 @@ def layer_spec(
     return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), ledger, id(weight))
 
 
-def _offset_scale(weight: Tensor, width: int, scale: float | None) -> float:
-    return weight.shape[1] / width if scale is None else float(scale)
+def factor(scale: Scale, largest: int, width: int) -> float:
+    """The number that a scale stands for where `width` of the `largest` input features are in use."""
+    if isinstance(scale, str) and scale != "offset":
+        raise ValueError(f"scale: expected 'offset', None or a number, got {scale!r}")
+    return 1.0 if scale is None else largest / width if isinstance(scale, str) else float(scale)
 
 
 def _head(bias: Tensor | None, rows: int) -> Tensor | None:

@@ -1,16 +1,27 @@
 """Elastic transformer MLP: two elastic linears around a GELU.
 
-    y = fc2(gelu(fc1(x)))          hidden = int(w / w_max * hidden_max)
+    y = fc2(gelu(fc1(x)))          hidden: given, or int(w / w_max * hidden_max)
 
 Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicMlp`.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from elastic_kernels import validate
-from elastic_kernels.linear import elastic_linear, elastic_linear_residual, layer_spec, linear_backend
+from elastic_kernels.linear import (
+    Scale,
+    elastic_linear,
+    elastic_linear_residual,
+    layer_spec,
+    linear_backend,
+)
+
+if TYPE_CHECKING:
+    from elastic_kernels.triton_ops.layers import LayerSpec
 
 
 def elastic_hidden_features(width: int, max_width: int, max_hidden: int) -> int:
@@ -37,6 +48,8 @@ def elastic_mlp(
     *,
     rows: Tensor | None = None,
     row_scale: Tensor | None = None,
+    hidden: int | None = None,
+    scale: Scale = "offset",
 ) -> Tensor:
     """Apply both linears and the GELU, and with `residual` also LayerScale and the residual addition.
 
@@ -47,6 +60,8 @@ def elastic_mlp(
         fc1_weight, fc1_bias: `[hidden_max, w_max]`, `[hidden_max]`.
         fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
         residual, gamma, rows, row_scale: as in `elastic_linear_residual`; the last three need a residual.
+        hidden: units in use; default `elastic_hidden_features`, the share that `w` has of `w_max`.
+        scale: of both layers, as in `elastic_linear`.
 
     Returns:
         `[tokens, w]`, the dtype of `residual`; without one `[kept, w]`, the dtype of the matrix product.
@@ -67,21 +82,41 @@ def elastic_mlp(
         validate.branch_rows("elastic_mlp", x, residual, rows, row_scale)
     elif not (gamma is rows is row_scale is None):
         raise ValueError("elastic_mlp: expected a residual beside gamma, rows and row_scale, got None")
-    (max_hidden, max_width), width = fc1_weight.shape, x.shape[-1]
-    validate.prefix("elastic_mlp", "width", width, max_width)
+    width = x.shape[-1]
+    validate.prefix("elastic_mlp", "width", width, fc1_weight.shape[1])
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
-    hidden = elastic_hidden_features(width, max_width, max_hidden)
+    hidden = active_hidden("elastic_mlp", hidden, fc1_weight, width)
     if linear_backend("elastic_mlp", x).backend == "triton":
         from elastic_kernels.triton_ops.layers import MlpFunction
 
-        specs = (layer_spec(x, fc1_weight, hidden), layer_spec(x, fc2_weight, width, width=hidden))
+        specs = mlp_specs(x, fc1_weight, fc2_weight, hidden, scale)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         y = MlpFunction.apply(x.reshape(-1, width), *parameters, residual, gamma, rows, row_scale, specs)
         return y if residual is not None else y.view(x.shape)
-    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, activation="gelu")
+    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation="gelu")
     if residual is None:
-        return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width)
+        return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, scale=scale)
     return elastic_linear_residual(
-        inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale
+        inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale, scale=scale
     )
+
+
+def active_hidden(op: str, hidden: int | None, fc1_weight: Tensor, width: int) -> int:
+    """Hidden units in use: those given, or the share that a width has.
+
+    Raises ValueError if there are not so many.
+    """
+    most, largest = fc1_weight.shape
+    if hidden is None:
+        return elastic_hidden_features(width, largest, most)
+    validate.prefix(op, "hidden", hidden, most)
+    return hidden
+
+
+def mlp_specs(
+    x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, hidden: int, scale: Scale
+) -> tuple[LayerSpec, LayerSpec]:
+    """How the Triton kernels use both weights of an MLP for an input."""
+    second = layer_spec(x, fc2_weight, x.shape[-1], width=hidden, scale=scale)
+    return layer_spec(x, fc1_weight, hidden, scale=scale), second

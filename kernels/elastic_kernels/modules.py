@@ -6,16 +6,18 @@ The width is that of the input. Parameter names are those of timm's vision trans
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_kernels import validate
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
-from elastic_kernels.linear import elastic_linear, elastic_qkv
+from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv, factor
 from elastic_kernels.mlp import elastic_mlp
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 
@@ -26,6 +28,10 @@ Maps = Sequence[tuple[int, int, int]]
 class ElasticLinear(nn.Linear):
     """`nn.Linear` that takes inputs of any width up to `in_features`; see `elastic_linear`.
 
+    Args:
+        in_features, out_features, bias, options: as of `nn.Linear`.
+        scale: of the product, as in `elastic_linear`.
+
     Example:
         >>> import torch
         >>> from elastic_kernels import ElasticLinear
@@ -33,9 +39,21 @@ class ElasticLinear(nn.Linear):
         torch.Size([5, 40])
     """
 
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        scale: Scale = "offset",
+        **options: Any,
+    ):
+        super().__init__(in_features, out_features, bias, **options)
+        self.scale = scale
+
     def forward(self, x: Tensor, out_features: int | None = None) -> Tensor:
         """`[..., in]` -> `[..., out_features]`, by default all."""
-        return elastic_linear(x, self.weight, self.bias, out_features=out_features)
+        return elastic_linear(x, self.weight, self.bias, out_features=out_features, scale=self.scale)
 
 
 class ElasticLayerNorm(nn.LayerNorm):
@@ -57,9 +75,11 @@ class ElasticAttention(nn.Module):
     """Self-attention with the first heads of shared projections.
 
     Args:
-        width: of the largest network, a multiple of `head_dim`.
+        width: of the largest network.
         head_dim: channels of a head.
         qkv_bias: whether the q, k and v projections have a bias.
+        heads: of the largest network; default `width / head_dim`.
+        scale: of both projections, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -68,18 +88,35 @@ class ElasticAttention(nn.Module):
         torch.Size([10, 32])
     """
 
-    def __init__(self, width: int, head_dim: int, qkv_bias: bool = True):
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        qkv_bias: bool = True,
+        *,
+        heads: int | None = None,
+        scale: Scale = "offset",
+    ):
         super().__init__()
-        if width % head_dim:
+        if heads is None and width % head_dim:
             raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
-        self.head_dim = head_dim
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = ElasticLinear(width, width)
+        inner = width if heads is None else heads * head_dim
+        self.head_dim, self.scale = head_dim, scale
+        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
+        self.proj = ElasticLinear(inner, width, scale=scale)
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """`[tokens, w]` -> `[tokens, w]` within each sequence; `groups` are `(count, length)` pairs."""
-        qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (-1, self.head_dim))
-        return self.proj(packed_attention(qkv, groups), out_features=x.shape[-1])
+    def forward(self, x: Tensor, groups: Groups, heads: int | None = None) -> Tensor:
+        """`[tokens, w]` -> `[tokens, w]` within each sequence.
+
+        Args:
+            x: `[tokens, w]`.
+            groups: `(count, length)` pairs.
+            heads: in use; default the share that `w` has of the largest width.
+        """
+        qkv, dim = self.qkv, self.head_dim
+        heads = validate.heads("ElasticAttention", heads, qkv.weight, dim, x.shape[-1])
+        h = elastic_qkv(x, qkv.weight, qkv.bias, out_features=heads * dim, scale=self.scale)
+        return self.proj(packed_attention(h.unflatten(-1, (heads, dim)), groups), out_features=x.shape[-1])
 
 
 class ElasticMLP(nn.Module):
@@ -87,6 +124,7 @@ class ElasticMLP(nn.Module):
 
     Args:
         width, hidden: of the largest network.
+        scale: of both layers, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -95,15 +133,16 @@ class ElasticMLP(nn.Module):
         torch.Size([10, 32])
     """
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, *, scale: Scale = "offset"):
         super().__init__()
+        self.scale = scale
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., w]` -> `[..., w]`."""
-        fc1, fc2 = self.fc1, self.fc2
-        return elastic_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    def forward(self, x: Tensor, hidden: int | None = None) -> Tensor:
+        """`[..., w]` -> `[..., w]` with `hidden` units, by default the share that `w` has."""
+        layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return elastic_mlp(x, *layers, hidden=hidden, scale=self.scale)
 
 
 class LayerScale(nn.Module):
@@ -125,17 +164,18 @@ class LayerScale(nn.Module):
 
 
 def static_linear(
-    layer: nn.Linear, out_features: int, in_features: int, *, groups: int = 1
+    layer: nn.Linear, out_features: int, in_features: int, *, groups: int = 1, scale: Scale = "offset"
 ) -> dict[str, Tensor]:
-    """The corner of a linear that a subnet uses, times the offset scale, under the names of `nn.Linear`.
+    """The corner of a linear that a subnet uses, times its scale, under the names of `nn.Linear`.
 
     Args:
         layer: of the largest network; its output is `groups` equal parts.
         out_features: used of each part.
         in_features: used.
+        scale: as in `elastic_linear`.
     """
     corner = layer.weight.unflatten(0, (groups, -1))[:, :out_features, :in_features]
-    state = {"weight": corner.flatten(0, 1) * (layer.in_features / in_features)}
+    state = {"weight": corner.flatten(0, 1) * factor(scale, layer.in_features, in_features)}
     if layer.bias is not None:
         state["bias"] = layer.bias.unflatten(0, (groups, -1))[:, :out_features].flatten()
     return state
@@ -154,6 +194,7 @@ class ElasticWindowAttention(nn.Module):
         head_dim: channels of a head.
         window: side of a window, in tokens.
         shift: of the windows, in tokens, towards the bottom right.
+        scale: of both projections, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -163,19 +204,20 @@ class ElasticWindowAttention(nn.Module):
         torch.Size([50, 32])
     """
 
-    def __init__(self, width: int, head_dim: int, window: int, shift: int):
+    def __init__(self, width: int, head_dim: int, window: int, shift: int, *, scale: Scale = "offset"):
         super().__init__()
         if width % head_dim:
             raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
-        self.head_dim, self.window, self.shift = head_dim, window, shift
+        self.head_dim, self.window, self.shift, self.scale = head_dim, window, shift, scale
         self.qkv = nn.Linear(width, 3 * width)
-        self.proj = ElasticLinear(width, width)
+        self.proj = ElasticLinear(width, width, scale=scale)
         table = torch.zeros((2 * window - 1) ** 2, width // head_dim)
         self.relative_position_bias_table = nn.Parameter(table)
 
     def forward(self, x: Tensor, maps: Maps) -> Tensor:
         """`[tokens, w]` -> `[tokens, w]` within each window; `maps` are `(count, height, width)`."""
-        qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias).unflatten(-1, (-1, self.head_dim))
+        qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias, scale=self.scale)
+        qkv = qkv.unflatten(-1, (-1, self.head_dim))
         # Maps are padded with zeros, whose q, k and v are the biases.
         pad = self.qkv.bias.view(3, -1, self.head_dim)
         h = window_attention(qkv, self.bias(), pad, maps, window=self.window, shift=self.shift)

@@ -14,6 +14,37 @@ def prefix(op: str, name: str, value: int, largest: int) -> None:
         raise ValueError(f"{op}: expected {name} in 1..{largest}, got {value}")
 
 
+def share(op: str, name: str, value: int | None, weight: Tensor, groups: int, width: int) -> int:
+    """Rows in use of each of the stacked matrices of a weight: given, or the share that `width` has of its.
+
+    Raises ValueError if there are not so many, or the share is no whole number.
+    """
+    most, largest = weight.shape[0] // groups, weight.shape[1]
+    if value is None:
+        value, rest = divmod(most * width, largest)
+        if rest:
+            raise ValueError(f"{op}: expected {name}, or a width that is a share of {largest}, got {width}")
+    prefix(op, name, value, most)
+    return value
+
+
+def heads(op: str, value: int | None, weight: Tensor, head_dim: int, width: int) -> int:
+    """Heads in use of a weight `[3 * heads_max * head_dim, w_max]`: given, or the share that `width` has."""
+    most, largest = weight.shape[0] // 3, weight.shape[1]
+    if weight.shape[0] % (3 * head_dim):
+        shape = tuple(weight.shape)
+        raise ValueError(f"{op}: expected qkv_weight [3 * heads * {head_dim}, C], got {shape}")
+    if value is None:
+        value, rest = divmod(most * width, largest * head_dim)
+        if rest:
+            raise ValueError(
+                f"{op}: expected heads, or a width whose part of {most} channels is a multiple of head_dim "
+                f"{head_dim}, got {width}"
+            )
+    prefix(op, "heads", value, most // head_dim)
+    return value
+
+
 def operands(op: str, **tensors: Tensor | None) -> None:
     """Raise unless all given tensors share one device and one floating dtype (autocast may mix dtypes)."""
     given = {name: t for name, t in tensors.items() if t is not None}

@@ -182,7 +182,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "None or 'gelu', got 'relu'",
     ),
-    "qkv": (lambda: ek.elastic_qkv(X, W, None), ValueError, r"weight \[3 \* C, C\], got \(32, 32\)"),
+    "qkv": (lambda: ek.elastic_qkv(X, W, None), ValueError, r"weight \[3 \* heads \* d, C\], got \(32, 32\)"),
     "rows": (
         lambda: ek.elastic_linear_residual(X, W, None, X, rows=torch.tensor([1])),
         ValueError,
@@ -199,7 +199,12 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "expected a residual beside",
     ),
     "norm": (lambda: ek.elastic_layer_norm(X, W[0], None, 1e-6), ValueError, "both or neither"),
-    "head": (lambda: half(ek.Sequences([(1, 4)]), 12), ValueError, "multiple of head_dim 12, got 16"),
+    "head": (
+        lambda: half(ek.Sequences([(1, 4)]), 12),
+        ValueError,
+        r"qkv_weight \[3 \* heads \* 12, C\], got",
+    ),
+    "heads": (lambda: half(ek.Sequences([(1, 4)]), 32), ValueError, "multiple of head_dim 32, got 16"),
     "groups": (lambda: half(ek.Sequences([(1, 5)])), ValueError, r"expected 4 tokens, got 5 in \[5\] of Seq"),
     "maps": (lambda: window_half(maps=[(1, 2, 3)]), ValueError, r"expected 4 tokens, got 6 in \[6\] of Win"),
     "window bias": (lambda: window_half(size=3), ValueError, r"bias \[1 or more, 9, 9\], got \(1, 4, 4\)"),

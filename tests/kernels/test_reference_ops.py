@@ -198,7 +198,7 @@ def test_autocast_with_fp32_weights() -> None:
         (
             lambda: ek.elastic_qkv(tensor(2, 8), tensor(4, C), None),
             ValueError,
-            r"\[3 \* C, C\], got \(4, 48\)",
+            r"\[3 \* heads \* d, C\], got \(4, 48\)",
         ),
         (
             lambda: ek.elastic_layer_norm(tensor(2, 8), tensor(C), None, 1e-6),

@@ -156,10 +156,9 @@ class AttentionHalfFunction(torch.autograd.Function):
         row_scale: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
-        width = x.shape[1]
         h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
-        qkv_layer = Layer.of(qkv_weight, qkv_bias, None, width, spec.first)
-        proj = Layer.of(proj_weight, proj_bias, gamma, width, spec.second)
+        qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first)
+        proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
         qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
         bias = None if window_bias is None else window_bias.contiguous()
         o, lse = _attend(qkv, qkv_layer, bias, spec)

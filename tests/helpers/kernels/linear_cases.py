@@ -10,6 +10,7 @@ from torch import Tensor
 
 import elastic_kernels as ek
 from elastic_kernels import backend
+from elastic_kernels.linear import Scale
 from helpers.kernels.numerics import draw
 
 EPS = 1e-6
@@ -25,6 +26,9 @@ class Case:
         kept: rows that take part, of more tokens; None means all of them.
         spare: input features of the weight that are not in use.
         head_dim: of the attention half.
+        heads: in use, of two more, in attention halves; None means those of the width.
+        hidden: units in use in MLPs; None means those of the width.
+        scale: of the products in MLPs and halves.
     """
 
     rows: int
@@ -33,10 +37,20 @@ class Case:
     kept: int | None = None
     spare: int = 16
     head_dim: int = 16
+    heads: int | None = None
+    hidden: int | None = None
+    scale: Scale = "offset"
 
     @property
     def largest(self) -> int:
         return self.width + self.spare
+
+    @property
+    def inner(self) -> tuple[int, int]:
+        """Channels of the heads in use, and of all."""
+        if self.heads is None:
+            return self.width, self.largest
+        return self.heads * self.head_dim, (self.heads + 2) * self.head_dim
 
     @property
     def tokens(self) -> int:
@@ -58,9 +72,9 @@ def corner(*active: int, full: tuple[int, ...], seed: int) -> Tensor:
     return tensor
 
 
-def stacked(width: int, largest: int, seed: int) -> Tensor:
+def stacked(*active: int, full: tuple[int, ...], seed: int) -> Tensor:
     """Three corners below each other, as the q, k and v projections."""
-    return torch.cat([corner(width, width, full=(largest, largest), seed=seed + n) for n in range(3)])
+    return torch.cat([corner(*active, full=full, seed=seed + n) for n in range(3)])
 
 
 Operator = Callable[..., Tensor]
@@ -101,20 +115,25 @@ def linear_residual(case: Case, gamma: bool) -> tuple[Operator, dict[str, Tensor
     return operator, tensors
 
 
-def qkv(case: Case, bias: bool) -> tuple[Operator, dict[str, Tensor]]:
-    tensors = {"x": draw(case.rows, case.width), "weight": stacked(case.width, case.largest, seed=1)}
-    if bias:
-        tensors["bias"] = torch.cat([corner(case.width, full=(case.largest,), seed=4 + n) for n in range(3)])
+def qkv_weight(case: Case, seed: int) -> Tensor:
+    inner, most = case.inner
+    return stacked(inner, case.width, full=(most, case.largest), seed=seed)
 
-    def operator(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options) -> Tensor:
-        return ek.elastic_qkv(x, weight, bias, **options)
+
+def qkv(case: Case, bias: bool) -> tuple[Operator, dict[str, Tensor]]:
+    tensors = {"x": draw(case.rows, case.width), "weight": qkv_weight(case, seed=1)}
+    if bias:
+        tensors["bias"] = stacked(case.inner[0], full=case.inner[1:], seed=4)
+
+    def operator(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ek.elastic_qkv(x, weight, bias, out_features=case.inner[0], scale=case.scale)
 
     return operator, tensors
 
 
 def mlp_parameters(case: Case) -> dict[str, Tensor]:
     width, largest = case.width, case.largest
-    hidden, most = ek.elastic_hidden_features(width, largest, 3 * largest), 3 * largest
+    hidden, most = case.hidden or ek.elastic_hidden_features(width, largest, 3 * largest), 3 * largest
     return {
         "fc1_weight": corner(hidden, width, full=(most, largest), seed=1),
         "fc1_bias": corner(hidden, full=(most,), seed=2),
@@ -132,7 +151,7 @@ def mlp(case: Case, residual: bool) -> tuple[Operator, dict[str, Tensor]]:
 
     def operator(x: Tensor, **parameters) -> Tensor:
         place = {"rows": move(rows, x), "row_scale": move(scale, x)}
-        return ek.elastic_mlp(x, **parameters, **place)
+        return ek.elastic_mlp(x, **parameters, **place, hidden=case.hidden, scale=case.scale)
 
     return operator, tensors
 
@@ -156,8 +175,8 @@ def kept_rows(case: Case, groups: tuple[tuple[int, int], ...], like: Tensor) -> 
 
 def mlp_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
     def operator(x: Tensor, inplace: bool = False, **parameters) -> Tensor:
-        kept = kept_rows(case, (), x)
-        return ek.elastic_mlp_half(x, ek.MlpWeights(**parameters), eps=EPS, kept=kept, inplace=inplace)
+        options = {"kept": kept_rows(case, (), x), "hidden": case.hidden, "scale": case.scale}
+        return ek.elastic_mlp_half(x, ek.MlpWeights(**parameters), eps=EPS, inplace=inplace, **options)
 
     return operator, half_parameters(case) | mlp_parameters(case)
 
@@ -167,9 +186,9 @@ def attention_half(case: Case, chosen: bool = False) -> tuple[Operator, dict[str
     first = case.rows // 10
     groups = ((first, 5), (1, case.rows - 5 * first)) if case.rows else ((0, 5),)
     tensors = half_parameters(case) | {
-        "qkv_weight": stacked(case.width, case.largest, seed=10),
-        "qkv_bias": torch.cat([corner(case.width, full=(case.largest,), seed=13 + n) for n in range(3)]),
-        "proj_weight": corner(case.width, case.width, full=(case.largest, case.largest), seed=16),
+        "qkv_weight": qkv_weight(case, seed=10),
+        "qkv_bias": stacked(case.inner[0], full=case.inner[1:], seed=13),
+        "proj_weight": corner(case.width, case.inner[0], full=(case.largest, case.inner[1]), seed=16),
         "proj_bias": corner(case.width, full=(case.largest,), seed=17),
     }
 
@@ -177,6 +196,7 @@ def attention_half(case: Case, chosen: bool = False) -> tuple[Operator, dict[str
         weights, options = ek.AttentionWeights(**parameters), {"eps": EPS, "head_dim": case.head_dim}
         options["only"] = torch.arange(0, len(x), 3, device=x.device).flip(0) if chosen else None
         options |= {"kept": kept_rows(case, groups, x), "inplace": inplace}
+        options |= {"heads": case.heads, "scale": case.scale}
         return ek.elastic_attention_half(x, weights, ek.Sequences(groups), **options)
 
     return operator, tensors
@@ -184,17 +204,18 @@ def attention_half(case: Case, chosen: bool = False) -> tuple[Operator, dict[str
 
 def window_half(case: Case) -> tuple[Operator, dict[str, Tensor]]:
     """Maps of 1x5 tokens, then one of the rest; windows of 3, shifted."""
-    first, n, heads = case.rows // 10, 9, case.width // case.head_dim
+    first, n, heads = case.rows // 10, 9, case.inner[0] // case.head_dim
     maps = [(first, 1, 5), (1, 1, case.rows - 5 * first)] if case.rows else [(0, 1, 5)]
     _, tensors = attention_half(case)
-    tensors["window_bias"] = corner(heads, n, n, full=(case.largest // case.head_dim, n, n), seed=18)
+    tensors["window_bias"] = corner(heads, n, n, full=(case.inner[1] // case.head_dim, n, n), seed=18)
 
     def operator(x: Tensor, window_bias: Tensor, inplace: bool = False, **parameters) -> Tensor:
         kept = kept_rows(case, tuple((count, height * width) for count, height, width in maps), x)
         weights, layout = ek.AttentionWeights(**parameters), ek.Windows(maps, 3, 1, window_bias)
         return ek.elastic_attention_half(
-            x, weights, layout, eps=EPS, head_dim=case.head_dim, kept=kept, inplace=inplace
-        )
+            x, weights, layout, eps=EPS, head_dim=case.head_dim, kept=kept, inplace=inplace,
+            heads=case.heads, scale=case.scale,
+        )  # fmt: skip
 
     return operator, tensors
 
@@ -211,7 +232,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
         "mlp-residual": mlp(case, residual=True),
         "mlp-half": mlp_half(case),
     }
-    if case.width % case.head_dim == 0:
+    if case.inner[0] % case.head_dim == 0:
         choosing["attention-half"] = attention_half(case)
         choosing["window-half"] = window_half(case)
         choosing["attention-half-only"] = attention_half(case, chosen=True)

@@ -23,12 +23,14 @@ CASES = sized(
         "intact": Case(2051, 1024, 1024, spare=0, head_dim=64),
         "kept": Case(3001, 640, 640, kept=3001, spare=384, head_dim=64),
         "odd": Case(257, 97, 129),
+        "free": Case(257, 200, 320, kept=257, head_dim=80, heads=4, hidden=333, scale=None),
     },
     {
         "narrowest": Case(135, 80, 140),
         "intact": Case(131, 96, 200, spare=0, head_dim=32),
         "kept": Case(133, 96, 96, kept=133, spare=64, head_dim=32),
         "odd": Case(137, 97, 129),
+        "free": Case(133, 72, 96, kept=133, head_dim=48, heads=2, hidden=131, scale=None),
     },
 ) | {
     "one-row": Case(1, 16, 5),

@@ -41,6 +41,7 @@ CASES = {
     "whole-weight": Case(37, 48, 31, spare=0),
     "kept": Case(31, 32, 48, kept=31),
     "none-kept": Case(0, 16, 16, kept=0),
+    "free": Case(37, 24, 31, kept=37, spare=9, heads=3, hidden=29, scale=None),
 }
 
 
@@ -71,6 +72,11 @@ def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None
     if form.endswith("only") and dtype == torch.bfloat16:
         pytest.skip("made of operators tested by themselves; here truncations of the interpreter add up")
     compare(CASES[name], form, dtype)
+
+
+@pytest.mark.parametrize("form", ["qkv-bias", "mlp", "mlp-half", "attention-half", "window-half"])
+def test_heads_and_hidden_units_beyond_the_share_of_the_width(form: str) -> None:
+    compare(Case(17, 16, 16, head_dim=48, heads=1, hidden=60, scale=0.5), form, torch.float16)
 
 
 @pytest.mark.usefixtures("provider")
