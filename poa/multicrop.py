@@ -52,18 +52,30 @@ def kept_rows(groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -
 
 @dataclass(frozen=True)
 class StochasticDepth:
-    """The kept rows of every active block of one forward: `[(attention half, MLP half), ...]`."""
+    """What stochastic depth keeps in one forward.
+
+    Attributes:
+        blocks: the kept rows of every active block: `[(attention half, MLP half), ...]`.
+        tokens: that every block has, if they have the same.
+    """
 
     blocks: tuple[tuple[KeptRows, KeptRows], ...]
+    tokens: int | None = None
 
     def to(self, device: torch.device) -> StochasticDepth:
-        """Move all indices and factors with two copies."""
+        """Move all indices and factors with two copies; a GPU also gets the places of equally many rows."""
         halves = [half for pair in self.blocks for half in pair]
         sizes = [half.rows.numel() for half in halves]
-        rows = upload(torch.cat([half.rows for half in halves]), device).split(sizes)
-        scale = upload(torch.cat([half.scale for half in halves]), device).split(sizes)
-        moved = [KeptRows(h.groups, r, s) for h, r, s in zip(halves, rows, scale, strict=True)]
-        return StochasticDepth(tuple(zip(moved[::2], moved[1::2], strict=True)))
+        rows = upload(torch.cat([half.rows for half in halves]), device)
+        scale = upload(torch.cat([half.scale for half in halves]), device)
+        places: Sequence[Tensor | None] = [None] * len(halves)
+        if device.type != "cpu" and self.tokens is not None and len({*sizes}) == 1:
+            none = torch.full((len(halves), self.tokens), -1, dtype=torch.int32, device=device)
+            numbers = torch.arange(sizes[0], dtype=torch.int32, device=device).expand(len(halves), -1)
+            places = none.scatter_(1, rows.view(numbers.shape), numbers).unbind()
+        parts = zip(halves, rows.split(sizes), scale.split(sizes), places, strict=True)
+        moved = [KeptRows(half.groups, *tensors) for half, *tensors in parts]
+        return StochasticDepth(tuple(zip(moved[::2], moved[1::2], strict=True)), self.tokens)
 
 
 def draw_stochastic_depth(
@@ -86,7 +98,8 @@ def draw_stochastic_depth(
     if not any(rates):
         return None
     blocks = [tuple(_draw_half(groups, rate, generator) for _ in range(2)) for rate in rates]
-    return StochasticDepth(tuple((attention, mlp) for attention, mlp in blocks))
+    halves = tuple((attention, mlp) for attention, mlp in blocks)
+    return StochasticDepth(halves, sum(crops * length for crops, length in groups))
 
 
 def _draw_half(groups: Groups, rate: float, generator: torch.Generator) -> KeptRows:

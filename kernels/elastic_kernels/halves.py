@@ -190,8 +190,8 @@ def _attention_function(
         head_dim=head_dim,
         windows=windows,
     )
-    rows, row_scale = (kept.rows, kept.scale) if kept else (None, None)
-    return AttentionHalfFunction.apply(x, *weights, bias, rows, row_scale, spec)
+    choice = (kept.rows, kept.scale, kept.places) if kept else (None, None, None)
+    return AttentionHalfFunction.apply(x, *weights, bias, *choice, spec)
 
 
 def elastic_mlp_half(
@@ -242,7 +242,8 @@ def elastic_mlp_half(
         validate.mlp(op, x, w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias, w.gamma)
         hidden = active_hidden(op, hidden, w.fc1_weight, x.shape[1])
         spec = HalfSpec(eps, *mlp_specs(x, w.fc1_weight, w.fc2_weight, hidden, scale), inplace)
-        return MlpHalfFunction.apply(x, *weights, rows, row_scale, spec)
+        places = kept.places if kept else None
+        return MlpHalfFunction.apply(x, *weights, rows, row_scale, places, spec)
     h = elastic_layer_norm(x, w.norm_weight, w.norm_bias, eps, rows=rows)
     layers = (w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)
     return elastic_mlp(h, *layers, x, w.gamma, rows=rows, row_scale=row_scale, hidden=hidden, scale=scale)
@@ -278,5 +279,6 @@ def _validate(
     if norm[0] is not None:
         validate.vectors(op, x, norm_weight=(norm[0], longest), norm_bias=(norm[1], longest))
     if kept is not None:
-        kept_tokens = kept.rows.shape[0]
-        validate.vectors(op, x, rows=(kept.rows, kept_tokens), row_scale=(kept.scale, kept_tokens))
+        count = kept.rows.shape[0]
+        given = {"row_scale": (kept.scale, count), "places": (kept.places, x.shape[0])}
+        validate.vectors(op, x, rows=(kept.rows, count), **given)

@@ -30,6 +30,8 @@ class KeptRows:
         groups: `(kept sequences, length)` of each length class.
         rows: int64 `[kept tokens]`, their distinct positions in the packed tensor.
         scale: float32 `[kept tokens]`, the inverse of the keep rate of each row.
+        places: int32 `[tokens]`, where each packed token stands among the kept ones, -1 for the others; found
+            when it is needed if None.
 
     Example:
         >>> import torch
@@ -43,17 +45,24 @@ class KeptRows:
     groups: tuple[tuple[int, int], ...]
     rows: Tensor
     scale: Tensor
+    places: Tensor | None = None
 
     def among(self, only: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         """Where the tokens `only` (int64 `[live]`) stand among the kept ones, and their factors.
 
         A token that is not kept stands anywhere, with the factor 0. Nothing waits for the device.
         """
-        place = only.new_full((tokens,), -1)
-        place[self.rows] = torch.arange(len(self.rows), device=place.device)
-        place = place.index_select(0, only)
+        places = places_of(self.rows, tokens) if self.places is None else self.places
+        place = places.index_select(0, only)
         scale = self.scale if len(self.scale) else self.scale.new_zeros(1)
         return place.clamp(min=0), scale.index_select(0, place.clamp(min=0)) * (place >= 0)
+
+
+def places_of(rows: Tensor, tokens: int) -> Tensor:
+    """The inverse of a choice of rows of so many tokens: int32 `[tokens]`, -1 for the others."""
+    places = torch.full((tokens,), -1, dtype=torch.int32, device=rows.device)
+    places[rows] = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    return places
 
 
 class Layout(Protocol):

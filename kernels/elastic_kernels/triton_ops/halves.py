@@ -16,6 +16,7 @@ from torch import Tensor
 import elastic_kernels.triton_ops.attention
 import elastic_kernels.triton_ops.layer_norm
 import elastic_kernels.triton_ops.window_attention  # noqa: F401, each registers its operators
+from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.layers import (
     Layer,
@@ -89,10 +90,14 @@ class _Normed:
         h, xhat, _, rstd = ops.layer_norm_fwd(x, weight, bias, spec.eps, index, spec.first.dtype, apart)
         return h, cls(xhat if apart else h, weight, rstd)
 
-    def backward(self, dh: Tensor, index: Tensor | None, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        self, dh: Tensor, index: Tensor | None, places: Tensor | None, dout: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of a half-block's input, with that of its residual path, and of the affine."""
+        if index is not None and places is None:
+            places = places_of(index, len(dout))
         dx, dweight, dbias = ops.layer_norm_bwd(
-            dh, None, self.xhat, self.weight, None, self.rstd, index, unit_stride(dout)
+            dh, None, self.xhat, self.weight, None, self.rstd, places, unit_stride(dout)
         )
         return (dx, None, None) if self.weight is None else (dx, dweight, dbias)
 
@@ -154,6 +159,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         window_bias: Tensor | None,
         index: Tensor | None,
         row_scale: Tensor | None,
+        places: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
         h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
@@ -162,7 +168,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
         bias = None if window_bias is None else window_bias.contiguous()
         o, lse = _attend(qkv, qkv_layer, bias, spec)
-        saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, qkv, o, lse, bias)
+        saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, qkv, o, lse, bias)
         keep(ctx, saved, [qkv_layer, proj])
         ctx.spec = spec
         return _add_branch(ctx, proj, o, x, index, row_scale, spec.inplace)
@@ -170,7 +176,7 @@ class AttentionHalfFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (*normed, index, row_scale, h, qkv, o, lse, bias), (qkv_layer, proj) = kept(ctx)
+        (*normed, index, row_scale, places, h, qkv, o, lse, bias), (qkv_layer, proj) = kept(ctx)
         d = branch_gradient(dout, index, row_scale, h.dtype)
         dw2, db2, dgamma = proj.wgrad(d, o)
         do = proj.dgrad(d)
@@ -180,8 +186,8 @@ class AttentionHalfFunction(torch.autograd.Function):
         if db1 is not None and dpad is not None:
             db1.unflatten(0, (3, -1))[:, : dqkv.shape[2]] += dpad.flatten(1)
         dh = qkv_layer.dgrad(dqkv)
-        dx, *affine = _Normed(*normed).backward(dh, index, dout)
-        return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None
+        dx, *affine = _Normed(*normed).backward(dh, index, places, dout)
+        return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None
 
 
 class MlpHalfFunction(torch.autograd.Function):
@@ -200,20 +206,21 @@ class MlpHalfFunction(torch.autograd.Function):
         gamma: Tensor | None,
         index: Tensor | None,
         row_scale: Tensor | None,
+        places: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
         h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_gelu(h)
-        keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, h, u), [fc1, fc2])
+        keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, u), [fc1, fc2])
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (*normed, index, row_scale, h, u), (fc1, fc2) = kept(ctx)
+        (*normed, index, row_scale, places, h, u), (fc1, fc2) = kept(ctx)
         d = branch_gradient(dout, index, row_scale, h.dtype)
         dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, h, u, fc1, fc2)
-        dx, *affine = _Normed(*normed).backward(dh, index, dout)
-        return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None
+        dx, *affine = _Normed(*normed).backward(dh, index, places, dout)
+        return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None, None

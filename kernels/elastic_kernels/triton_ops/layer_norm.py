@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.device import processors, unit_stride
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.tuning import Tunable
@@ -68,13 +69,13 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, xhat_ptr, weight_ptr, position_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
+    dy_ptr, x_ptr, xhat_ptr, weight_ptr, places_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
     tokens, width,
     stride_x, stride_s,
     HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """By tokens: `position` holds the row of each token among the normalised ones, or -1."""
+    """By tokens: `places` holds the row of each token among the normalised ones, or -1."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs_k = tl.arange(0, BLOCK)
     mask_k = offs_k < width
@@ -89,7 +90,7 @@ def _layer_norm_bwd_kernel(
         token = offs_t.to(tl.int64)
         place, mask_r = token, mask_t
         if HAS_INDEX:
-            place = tl.load(position_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
+            place = tl.load(places_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
             mask_r = place >= 0
         mask = mask_r[:, None] & mask_k[None, :]
         dy = tl.load(dy_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -228,7 +229,7 @@ def layer_norm_bwd(
     weight: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor,
-    index: Tensor | None,
+    places: Tensor | None,
     dsum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and of weight and bias in full shape (empty without them).
@@ -245,11 +246,11 @@ def layer_norm_bwd(
     if tokens:
         config = _config(_BWD, like)
         _layer_norm_bwd_kernel[(programs,)](
-            dy, x, xhat, weight, None if index is None else _positions(index, tokens), mean, rstd, dsum,
+            dy, x, xhat, weight, places, mean, rstd, dsum,
             dx, partials,
             tokens, width,
             0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
-            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, IN_STREAM=xhat is not None,
+            HAS_AFFINE=weight is not None, HAS_INDEX=places is not None, IN_STREAM=xhat is not None,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return dx, *affine_gradients(partials, programs if tokens else 0, weight)
@@ -260,13 +261,6 @@ def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
     like = dsum if x is None else x
     assert like is not None
     return like
-
-
-def _positions(index: Tensor, tokens: int) -> Tensor:
-    """The inverse of a choice of rows: int32 `[tokens]`, -1 for the others."""
-    positions = torch.full((tokens,), -1, dtype=torch.int32, device=index.device)
-    positions[index] = torch.arange(len(index), dtype=torch.int32, device=index.device)
-    return positions
 
 
 def affine_gradients(partials: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -296,9 +290,9 @@ register(
 )
 register(
     "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
-    " Tensor? index, Tensor? dsum) -> (Tensor, Tensor, Tensor)",
+    " Tensor? places, Tensor? dsum) -> (Tensor, Tensor, Tensor)",
     layer_norm_bwd,
-    lambda dy, x, xhat, weight, mean, rstd, index, dsum: (
+    lambda dy, x, xhat, weight, mean, rstd, places, dsum: (
         _like(x, dsum).new_empty(_like(x, dsum).shape),
         *((rstd.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
     ),
@@ -327,8 +321,9 @@ class LayerNormFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index = ctx.saved_tensors
+        places = None if index is None else places_of(index, len(x))
         dx, dweight, dbias = torch.ops.elastic_kernels.layer_norm_bwd(
-            dy.contiguous(), x, None, weight, mean, rstd, index, None
+            dy.contiguous(), x, None, weight, mean, rstd, places, None
         )
         affine = (None, None) if weight is None else (dweight, dbias)
         return dx, *affine, None, None

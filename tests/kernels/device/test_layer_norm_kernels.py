@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elastic_kernels.layouts import places_of
 from helpers.kernels.layer_norm_cases import EPS, affine, run
 from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, sized
@@ -52,7 +53,7 @@ def test_normalised_rows_instead_of_the_stream(width: int, dtype: torch.dtype) -
     weight, bias = (p.to("cuda", dtype) for p in affine(width, LARGEST))
     operators = torch.ops.elastic_kernels
     y, xhat, _, rstd = operators.layer_norm_fwd(x, weight, bias, EPS, rows, dtype, True)
-    ours = y, *operators.layer_norm_bwd(dy, None, xhat, weight, None, rstd, rows, dsum)
+    ours = y, *operators.layer_norm_bwd(dy, None, xhat, weight, None, rstd, places_of(rows, TOKENS), dsum)
     parameters = (weight.double(), bias.double())
     truth = run(x.double(), parameters, rows, dy.double(), "reference")
     torchs = run(x, (weight, bias), rows, dy, "reference")

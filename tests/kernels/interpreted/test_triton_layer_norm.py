@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels.triton_ops.layer_norm  # noqa: F401, registers the operators
 from elastic_kernels import elastic_layer_norm
+from elastic_kernels.layouts import places_of
 from helpers.kernels.layer_norm_cases import EPS, affine, run
 from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 
@@ -81,13 +82,14 @@ def test_registered_operators() -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     forward, backward = torch.ops.elastic_kernels.layer_norm_fwd, torch.ops.elastic_kernels.layer_norm_bwd
     for index in (None, torch.tensor([4, 0])):
+        places = None if index is None else places_of(index, 6)
         for w, b in ((weight, bias), (None, None)):
             arguments = (x, w, b, EPS, index, torch.float16)
             torch.library.opcheck(forward, arguments, test_utils=checks)
             torch.library.opcheck(forward, (*arguments, True), test_utils=checks)
             y, xhat, mean, rstd = forward(*arguments, True)
             for mine, kept, centre, dsum in ((x, None, mean, None), (None, xhat, None, x)):
-                arguments = (torch.ones_like(y), mine, kept, w, centre, rstd, index, dsum)
+                arguments = (torch.ones_like(y), mine, kept, w, centre, rstd, places, dsum)
                 torch.library.opcheck(backward, arguments, test_utils=checks)
 
 
