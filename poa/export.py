@@ -22,12 +22,12 @@ from safetensors.torch import load as read_tensors
 from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
+from elastic_kernels import eval_crop
 from poa.backbones import CONFIGS, Backbone
 from poa.checkpoint import Branch, RunFolder
 from poa.data.crops import CropsConfig
 from poa.data.decode import to_pixels
 from poa.data.loader import place_on_canvases
-from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource
 from poa.data.storage import Files
 from poa.errors import InputError, as_input

@@ -22,15 +22,14 @@ NEEDS = {
     "elastic_kernels.absent_gpu": "triton",
     "elastic_kernels.elastic_block_from_vit": "timm",
     "elastic_kernels.planning": "triton",
-    "elastic_kernels.render_crops": "triton",
 }
 """Packages beyond those that `pip install` of this repository brings."""
 FOR_POA = {
     "NEUTRAL_CROP",
     "autocast_operands",
     "cached_constant",
+    "check_canvases",
     "conv_channels_last",
-    "crops_backend",
     "fused_adamw_backend",
     "linear_backend",
     "recomputed",

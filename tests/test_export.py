@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import poa
+from elastic_kernels import eval_crop
 from helpers import golden_cases as golden
 from helpers.tiny import OVERRIDES
 from poa import export
@@ -20,7 +21,6 @@ from poa.__main__ import main
 from poa.backbones import ElasticViT, ResNetConfig
 from poa.data.crops import CropsConfig
 from poa.data.loader import place_on_canvases
-from poa.data.resample import eval_crop
 from poa.errors import InputError
 from poa.files import CHECKSUM, sealed
 from poa.presets import preset

@@ -1,8 +1,7 @@
 """Elastic operators: transformer layers computed on prefixes of shared weights.
 
 Every operator is stateless: the active width is read from the input, the weights are those of the largest
-network, and a slice is never copied. Every operator but `render_crops`, which needs Triton, has a plain
-PyTorch definition that runs on any device;
+network, and a slice is never copied. Every operator has a plain PyTorch definition that runs on any device;
 `python -m elastic_kernels` tells which of them have a faster backend here.
 """
 
@@ -10,7 +9,7 @@ from elastic_kernels.absent_gpu import absent_gpu
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, elastic_block_from_vit
 from elastic_kernels.compilations import compilations
-from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, crops_backend, render_crops
+from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, render_crops
 from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.halves import (
@@ -36,6 +35,7 @@ from elastic_kernels.modules import (
 from elastic_kernels.optimizer import FusedAdamW, fused_adamw_backend
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
 from elastic_kernels.recompute import recomputed
+from elastic_kernels.resample import check_canvases, eval_crop
 from elastic_kernels.shared_gradients import shared_gradients
 from elastic_kernels.transfer import upload
 from elastic_kernels.window_attention import relative_position_bias, window_attention
@@ -65,9 +65,9 @@ __all__ = [
     "autocast_operands",
     "backend",
     "cached_constant",
+    "check_canvases",
     "compilations",
     "conv_channels_last",
-    "crops_backend",
     "elastic_attention_half",
     "elastic_block_from_vit",
     "elastic_group_norm",
@@ -78,6 +78,7 @@ __all__ = [
     "elastic_mlp",
     "elastic_mlp_half",
     "elastic_qkv",
+    "eval_crop",
     "fused_adamw_backend",
     "linear_backend",
     "packed_attention",

@@ -1,13 +1,11 @@
-"""Random multi-crop augmentation of uint8 canvases, in a handful of launches.
+"""Random multi-crop augmentation of uint8 canvases, on a GPU in a handful of launches.
 
-    crop -> resize (antialiased bicubic) -> flip -> [rotate] -> jitter colours -> grayscale -> blur
+    crop -> resize (antialiased bicubic) -> flip -> rotate -> jitter colours -> grayscale -> blur
     -> solarise -> normalise
 
-for every crop with parameters of its own, drawn beforehand on the CPU. Nothing is rounded to integers in
-between.
-
-The Triton kernels are in `triton_ops/crops.py`. The plain definition is the augmentation of the trainer, not
-part of this package; who calls this operator asks `crops_backend` first.
+for every crop with parameters of its own, drawn beforehand on the CPU. Unlike in the official pipeline, which
+works on 8-bit images, nothing is rounded to integers in between. The plain definition runs each operation on
+the crops that were drawn for it alone. The Triton kernels are in `triton_ops/crops.py`.
 
 Source: DINO (Caron et al., 2021) and DINOv2 (Oquab et al., 2023) for the views; the operations follow
 torchvision's transforms, and the resampling Pillow's bicubic filter.
@@ -15,16 +13,31 @@ torchvision's transforms, and the resampling Pillow's bicubic filter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch
+from elastic_kernels.resample import (
+    check_canvases,
+    filter_taps,
+    normalisation,
+    product_pixels,
+    resample_boxes,
+    touched_pixels,
+    upload_parts,
+)
 from elastic_kernels.transfer import upload
 
 NEUTRAL_CROP = (1.0, 1.0, 1.0, 0.0)  # factors that change nothing
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
+
+Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,7 @@ class CropParameters:
         grayscale: bool `[N]`.
         sigma: float32 `[N]`, of the Gaussian blur in pixels; 0: no blur.
         solarize: bool `[N]`.
+        angle: float32 `[N]`, degrees counter-clockwise of a bilinear rotation, or None.
 
     Example:
         >>> import torch
@@ -60,6 +74,7 @@ class CropParameters:
     grayscale: Tensor
     sigma: Tensor
     solarize: Tensor
+    angle: Tensor | None = None
 
 
 @torch.no_grad()
@@ -72,10 +87,8 @@ def render_crops(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
-    rotate: Callable[[Tensor], Tensor] | None = None,
-    intermediate: torch.dtype | None = None,
 ) -> Tensor:
-    """Cut boxes out of canvases, resize, flip, recolour, blur, solarise and normalise them.
+    """Cut boxes out of canvases, resize, flip, rotate, recolour, blur, solarise and normalise them.
 
     Args:
         images: uint8 `[B, 3, H, W]`, read in place if its rows are contiguous; crop n is of image `n % B`,
@@ -85,10 +98,6 @@ def render_crops(
         blur_kernel: taps of the blur, odd and below 2 * S.
         mean, std: of each channel, in 0..1.
         dtype: of the result: float32, float16 or bfloat16.
-        rotate: makes float32 `[N, 3, S, S]` in 0..255 on the device of `images` of the same, between the
-            resampling and the colours.
-        intermediate: dtype between kernels, float32 or float16; default float16 on a GPU, which holds a
-            level of 0..255 to 1/16.
 
     Returns:
         Contiguous `[N, 3, S, S]` of `dtype` on the device of `images`.
@@ -97,56 +106,185 @@ def render_crops(
         TypeError: tensors of other dtypes.
         ValueError: other shapes, parameters off the CPU, boxes that are empty or leave the canvas, an order
             that does not name each operation once, or a blur kernel that does not fit.
-        RuntimeError: Triton cannot run here, or is not chosen (see `crops_backend`).
 
-    Numerics: products and sums in fp32. Results repeat bitwise. Never waits for the device: the parameters
-    go there in one transfer.
+    Numerics: products and sums in fp32, between kernels float16, which holds a level of 0..255 to 1/16.
+    Results repeat bitwise. Never waits for the device: the parameters go there in one transfer.
 
     Example:
         >>> import torch
-        >>> from elastic_kernels import NEUTRAL_CROP, CropParameters, absent_gpu, render_crops
+        >>> from elastic_kernels import NEUTRAL_CROP, CropParameters, render_crops
         >>> boxes, no = torch.tensor([[0, 0, 32, 32]] * 4), torch.zeros(4, dtype=torch.bool)
         >>> factors, order = torch.tensor([NEUTRAL_CROP] * 4), torch.arange(4).repeat(4, 1)
         >>> parameters = CropParameters(boxes, no, no, factors, order, no, torch.zeros(4), no)
-        >>> images = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="meta")
-        >>> with absent_gpu("sm_90"):  # leave it out where there is a GPU
-        ...     render_crops(images, parameters, 16, blur_kernel=9, mean=[0.5] * 3, std=[0.2] * 3).shape
+        >>> images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+        >>> render_crops(images, parameters, 16, blur_kernel=9, mean=[0.5] * 3, std=[0.2] * 3).shape
         torch.Size([4, 3, 16, 16])
     """
-    if intermediate is None:
-        intermediate = torch.float32 if images.device.type == "cpu" else torch.float16
-    _check_images(images)
+    check_canvases(images)
     _check_parameters(parameters, images)
-    _check_options(parameters, size, blur_kernel, mean, std, dtype, intermediate)
-    choice = crops_backend(images)
-    if choice.backend != "triton":
-        raise RuntimeError(
-            f"render_crops: expected the backend triton, got {choice.backend}: {choice.reason}"
-        )
-    from elastic_kernels.triton_ops.crops import crop_table
-
-    operators = torch.ops.elastic_kernels
-    boxes, flip, sigma, solarize = (
-        parameters.boxes.float(), parameters.flip, parameters.sigma, parameters.solarize,
-    )  # fmt: skip
-    rows = ((boxes[:, 0] + boxes[:, 2]).ceil() - boxes[:, 0].floor()).long()  # that each box touches
-    operations, amounts = _colour_turns(parameters)
-    gain, shift = _normalisation(mean, std)
-    table = crop_table(boxes, flip, rows, operations, amounts, sigma, solarize, gain, shift)
-    table = upload(table, images.device)
-    most_rows, all_rows = (int(rows.max()), int(rows.sum())) if len(rows) else (0, 0)
-    crops = operators.crops_resample(images, table, size, most_rows, all_rows, intermediate)
-    if rotate is not None:
-        crops = rotate(crops.float()).contiguous()
-    if (operations >= 0).any():
-        operators.crops_colour_(crops, table)
-    taps = blur_kernel if (sigma > 0).any() else 0
-    return operators.crops_finish(crops, table, taps, dtype)
+    _check_options(parameters, size, blur_kernel, mean, std, dtype)
+    make = _render_triton if crops_backend(images).backend == "triton" else render_crops_reference
+    return make(images, parameters, size, blur_kernel, mean, std, dtype)
 
 
 def crops_backend(images: Tensor) -> dispatch.Choice:
-    """The backend for such canvases, and why; `render_crops` itself only runs on triton."""
+    """The backend for such canvases, and why."""
     return dispatch.choose("render_crops", images, dtype=torch.float32)
+
+
+def render_crops_reference(
+    images: Tensor,
+    parameters: CropParameters,
+    size: int,
+    blur_kernel: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`render_crops` in plain PyTorch."""
+    p, steps = parameters, _plan(parameters, blur_kernel)
+    rows = upload_parts([rows for _, rows, _ in steps], images.device)
+    angle = torch.zeros(0) if p.angle is None else p.angle
+    plan = [p.boxes.float(), p.flip.float(), angle, *normalisation(mean, std), *(a for _, _, a in steps)]
+    boxes, flip, angle, shift, gain, *amounts = upload_parts(plan, images.device)
+    if not len(boxes):
+        return boxes.new_empty(0, 3, size, size, dtype=dtype)
+    taps = filter_taps((p.boxes[:, 2:].amax(0) / size).tolist())
+    pixels = product_pixels(images)
+    crops = resample_boxes(pixels, boxes, touched_pixels(boxes), (size, size), flip > 0, taps)
+    if len(angle):
+        crops = _rotate(crops, angle)
+    for (operation, _, _), chosen, amount in zip(steps, rows, amounts, strict=True):
+        changed = operation(crops.index_select(0, chosen), amount.view(-1, 1, 1, 1))
+        crops.index_copy_(0, chosen, changed)
+    return crops.mul_(gain).sub_(shift).to(dtype)
+
+
+def _changes(parameters: CropParameters) -> Tensor:
+    """bool `[N, 4]`, whether the jitter changes a crop by each of its operations."""
+    return parameters.jitter[:, None] & (parameters.factors != torch.tensor(NEUTRAL_CROP))
+
+
+def _plan(parameters: CropParameters, blur_kernel: int) -> list[tuple[Operation, Tensor, Tensor]]:
+    """The colour operations in order, each with the crops it changes (int64) and their amounts."""
+    p, jitter = parameters, (_brightness, _contrast, _saturation, _hue)
+    changes, none = _changes(p), torch.zeros_like(p.sigma)
+    masks: list[tuple[Operation, Tensor, Tensor]] = [
+        (operation, changes[:, column] & (turn == column), p.factors[:, column])
+        for turn in p.order.T
+        for column, operation in enumerate(jitter)
+    ]
+    masks.append((_saturation, p.grayscale, none))
+    masks.append((partial(_blur, blur_kernel), p.sigma > 0, p.sigma))
+    masks.append((_solarize, p.solarize, none))
+    plan = [(operation, mask.nonzero().flatten(), amount) for operation, mask, amount in masks]
+    return [(operation, rows, amount[rows]) for operation, rows, amount in plan if len(rows)]
+
+
+def _rotate(crops: Tensor, angle: Tensor) -> Tensor:
+    """Rotate crops about their centre by degrees `[N]`, bilinear; what is missing is reflected."""
+    radians = angle * (math.pi / 180)
+    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, list(crops.shape), align_corners=False)
+    return F.grid_sample(crops, grid, padding_mode="reflection", align_corners=False)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """Brightness `[n, 1, h, w]` of colours `[n, 3, h, w]`."""
+    red, green, blue = x.split(1, 1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).clamp_(0, 255)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _luma(x).mean((1, 2, 3), keepdim=True)
+    return torch.addcmul(mean * (1 - factor), x, factor).clamp_(0, 255)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the gray image; a factor of 0 makes the image gray."""
+    return torch.addcmul(_luma(x).mul_(1 - factor), x, factor).clamp_(0, 255)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns, keeping HSV saturation and value.
+
+    Both follow from the largest and smallest channel, which therefore stay; between the two, each
+    channel is a trapezoid function of the hue.
+    """
+    red, green, blue = x.split(1, 1)
+    high = torch.maximum(torch.maximum(red, green), blue)
+    low = torch.minimum(torch.minimum(red, green), blue)
+    chroma = high - low
+    from_green = (blue - red).add_(chroma, alpha=2)
+    from_blue = (red - green).add_(chroma, alpha=4)
+    sixths = torch.where(high == green, from_green, from_blue)
+    sixths = torch.where(high == red, green - blue, sixths)
+    # Gray has no hue: 0 / tiny is as good as any.
+    sixths = sixths.div_(chroma.clamp(min=1e-6)).add_(6 * shift)
+    sixths -= 6 * (sixths / 6).floor_()
+    out = torch.empty_like(x)
+    for channel, (peak, side, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+        share = (sixths - peak).abs_().mul_(side).add_(offset).clamp_(0, 1)
+        torch.addcmul(low, share, chroma, out=out[:, channel : channel + 1])
+    return out
+
+
+def _solarize(x: Tensor, _: Tensor) -> Tensor:
+    """Invert from 128 up, which for integers is the smaller of the value and its inverse."""
+    return torch.minimum(x, 255 - x)
+
+
+def _blur(kernel: int, x: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur with `kernel` taps; the border is reflected."""
+    reach = kernel // 2
+    offset = torch.arange(-reach, reach + 1, device=x.device)
+    weight = (-0.5 * (offset / sigma).square()).softmax(-1)
+    # On a CPU, a sum of shifted images is faster than a convolution with a group per image.
+    for dim, border in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+        padded = F.pad(x, border, mode="reflect")
+        x = padded.narrow(dim, 0, x.shape[dim]) * weight[..., :1]
+        for tap in range(1, kernel):
+            x.addcmul_(padded.narrow(dim, tap, x.shape[dim]), weight[..., tap : tap + 1])
+    return x
+
+
+def _render_triton(
+    images: Tensor,
+    parameters: CropParameters,
+    size: int,
+    blur_kernel: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """`render_crops` by the fused kernels."""
+    from elastic_kernels.triton_ops.crops import crop_table
+
+    operators, p = torch.ops.elastic_kernels, parameters
+    boxes = p.boxes.float()
+    rows = ((boxes[:, 0] + boxes[:, 2]).ceil() - boxes[:, 0].floor()).long()  # that each box touches
+    operations, amounts = _colour_turns(p)
+    shift, gain = (x.flatten() for x in normalisation(mean, std))
+    table = crop_table(boxes, p.flip, rows, operations, amounts, p.sigma, p.solarize, gain, shift)
+    table = upload(table, images.device)
+    most_rows, all_rows = (int(rows.max()), int(rows.sum())) if len(rows) else (0, 0)
+    crops = operators.crops_resample(images, table, size, most_rows, all_rows, between_kernels(images))
+    if p.angle is not None:
+        crops = _rotate(crops.float(), upload(p.angle, images.device)).contiguous()
+    if (operations >= 0).any():
+        operators.crops_colour_(crops, table)
+    taps = blur_kernel if (p.sigma > 0).any() else 0
+    return operators.crops_finish(crops, table, taps, dtype)
+
+
+def between_kernels(images: Tensor) -> torch.dtype:
+    """The dtype of crops between the kernels: that of the definition on a CPU, half of it on a GPU."""
+    return torch.float32 if images.device.type == "cpu" else torch.float16
 
 
 def _colour_turns(parameters: CropParameters) -> tuple[Tensor, Tensor]:
@@ -154,27 +292,11 @@ def _colour_turns(parameters: CropParameters) -> tuple[Tensor, Tensor]:
     from elastic_kernels.triton_ops.crops import SATURATION, SKIPPED
 
     order, factors = parameters.order, parameters.factors
-    changes = parameters.jitter[:, None] & (factors != torch.tensor(NEUTRAL_CROP))
-    jitter = order.masked_fill(~changes.gather(1, order), SKIPPED)
+    jitter = order.masked_fill(~_changes(parameters).gather(1, order), SKIPPED)
     # The gray image is what a saturation of 0 leaves.
     gray = torch.where(parameters.grayscale, SATURATION.value, SKIPPED)
     amounts = torch.cat([factors.gather(1, order), torch.zeros(len(order), 1)], 1)
     return torch.cat([jitter, gray[:, None]], 1), amounts
-
-
-def _normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Gain and shift `[3]` with `(x / 255 - mean) / std = x * gain - shift`."""
-    center, deviation = torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32)
-    return 1 / (255 * deviation), center / deviation
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8:
-        raise TypeError(f"render_crops: expected uint8 images, got {images.dtype}")
-    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(
-            f"render_crops: expected images [B, 3, H, W], none of it 0, got {list(images.shape)}"
-        )
 
 
 def _check_parameters(parameters: CropParameters, images: Tensor) -> None:
@@ -187,7 +309,8 @@ def _check_parameters(parameters: CropParameters, images: Tensor) -> None:
         )
     bools = dict.fromkeys(("flip", "jitter", "grayscale", "solarize"), torch.bool)
     dtypes = {"boxes": boxes.dtype, "factors": torch.float32, "order": torch.int64, "sigma": torch.float32}
-    for name, dtype in (dtypes | bools).items():
+    angle = {} if parameters.angle is None else {"angle": torch.float32}
+    for name, dtype in (dtypes | bools | angle).items():
         tensor: Tensor = getattr(parameters, name)
         shape = [len(boxes), 4] if name in ("boxes", "factors", "order") else [len(boxes)]
         if tensor.dtype != dtype:
@@ -220,7 +343,6 @@ def _check_options(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    intermediate: torch.dtype,
 ) -> None:
     if size < 1:
         raise ValueError(f"render_crops: expected a size of at least 1, got {size}")
@@ -232,5 +354,3 @@ def _check_options(
     if dtype not in dispatch.TRITON_DTYPES:
         allowed = ", ".join(map(str, dispatch.TRITON_DTYPES))
         raise TypeError(f"render_crops: expected a dtype of {allowed}, got {dtype}")
-    if intermediate not in (torch.float32, torch.float16):
-        raise TypeError(f"render_crops: expected intermediates in float32 or float16, got {intermediate}")

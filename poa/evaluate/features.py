@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from elastic_kernels import eval_crop
 from poa.data.crops import CropsConfig
 from poa.data.loader import evaluation_batches
-from poa.data.resample import eval_crop
 from poa.data.sources import ImageSource
 from poa.distributed import World
 from poa.evaluate.protocol import Function

@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageFile
 
 import poa
+from elastic_kernels import eval_crop
 from helpers.tiny import tiny_config
 from poa import export
 from poa.data.crops import CropsConfig
 from poa.data.decode import decode, to_pixels
 from poa.data.loader import evaluation_batches
-from poa.data.resample import eval_crop
 from poa.data.sources import open_data
 from poa.step import initial_network
 

@@ -1,4 +1,4 @@
-"""Antialiased resampling of boxes out of a uint8 batch, on the device, as matrix products.
+"""Antialiased resampling of boxes out of uint8 canvases, on their device, as matrix products.
 
 Pixels are float32 in 0..255; the filter is Pillow's bicubic one. An image may fill only the top left part
 of its canvas; what is outside never reaches a crop.
@@ -12,47 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic_kernels import upload
-
-
-def resample(images: Tensor, boxes: Tensor, size: tuple[int, int], flip: Tensor | None = None) -> Tensor:
-    """Cut boxes out and resize them with Pillow's antialiased bicubic filter: two matrix products.
-
-    As in torchvision, which crops before it resizes, a crop depends on no pixel outside of its box.
-    (Pillow's own `resize(box=...)` also reads the image around the box.) Of a box with fractional
-    edges, the pixels it touches are used.
-
-    Args:
-        images: uint8 `[B, C, H, W]`.
-        boxes: real `[N, 4]`, (top, left, height, width) in pixels, on the CPU (better: only then
-            the number of filter taps is known on the host) or on the device. `N` is a multiple of
-            `B`; box n belongs to image `n % B`.
-        size: (height, width) of the output in pixels.
-        flip: bool `[N]`, the crops to mirror left to right.
-
-    Returns:
-        float32 `[N, C, *size]` in 0..255.
-
-    Raises:
-        TypeError: `images` is not uint8.
-        ValueError: other shapes, or boxes on the CPU that are empty or leave the canvas.
-    """
-    check_images(images)
-    check_boxes(boxes, images.shape)
-    if min(size) < 1:
-        raise ValueError(f"expected a size of at least 1 x 1 pixels, got {size}")
-    if flip is not None and flip.shape != boxes.shape[:1]:
-        raise ValueError(f"expected flip [{len(boxes)}], got {list(flip.shape)}")
-    taps: Sequence[int] = images.shape[2:]
-    if boxes.device.type == "cpu" and len(boxes):
-        largest = boxes[:, 2:].amax(0).tolist()
-        taps = filter_taps([pixels / s for pixels, s in zip(largest, size, strict=True)])
-    boxes = boxes.float()
-    if boxes.device != images.device:
-        boxes = upload(boxes, images.device)
-    if flip is not None and flip.device != images.device:
-        flip = upload(flip, images.device)
-    return resample_on_device(product_pixels(images), boxes, touched_pixels(boxes), size, flip, taps)
+from elastic_kernels.transfer import upload
 
 
 def eval_crop(
@@ -70,7 +30,7 @@ def eval_crop(
     the largest central square.
 
     Args:
-        images: uint8 `[B, 3, H, W]`, as for `augment`.
+        images: uint8 `[B, 3, H, W]`; image b fills the top left `sizes[b]` pixels of its canvas.
         sizes: int64 `[B, 2]` on the CPU, (height, width) in pixels.
         size: side of the crop in pixels.
         mean: of each channel, in 0..1.
@@ -83,8 +43,15 @@ def eval_crop(
     Raises:
         TypeError: `images` or `sizes` of another dtype.
         ValueError: other shapes, sizes that do not fit the canvas, or `resize` below `size`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import eval_crop
+        >>> images, sizes = torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 48], [30, 20]])
+        >>> eval_crop(images, sizes, 16, mean=[0.5] * 3, std=[0.2] * 3).shape
+        torch.Size([2, 3, 16, 16])
     """
-    check_batch(images, sizes)
+    check_canvases(images, sizes)
     resize = round(size * 256 / 224) if resize is None else resize
     if not 1 <= size <= resize:
         raise ValueError(f"expected 1 <= size <= resize, got size {size} and resize {resize}")
@@ -97,11 +64,11 @@ def eval_crop(
         [boxes, limits.float(), *normalisation(mean, std)], images.device
     )
     taps = filter_taps(scale.amax(0).tolist())
-    crops = resample_on_device(product_pixels(images), boxes, limits, (size, size), None, taps)
+    crops = resample_boxes(product_pixels(images), boxes, limits, (size, size), None, taps)
     return crops.mul_(gain).sub_(shift)
 
 
-def resample_on_device(
+def resample_boxes(
     pixels: Tensor,
     boxes: Tensor,
     limits: Tensor,
@@ -109,15 +76,20 @@ def resample_on_device(
     flip: Tensor | None,
     taps: Sequence[int],
 ) -> Tensor:
-    """`resample` with all its tensors on the device.
+    """Cut boxes out and resize them: two matrix products, all tensors on the device of the pixels.
+
+    As in torchvision, which crops before it resizes, a crop depends on no pixel outside of `limits`.
 
     Args:
         pixels: `[B, C, H, W]` in the dtype of the matrix products.
-        boxes: float32 `[N, 4]`, (top, left, height, width).
+        boxes: float32 `[N, 4]`, (top, left, height, width); box n is of image `n % B`.
         limits: float32 `[N, 4]`, (top, left, bottom, right) of the pixels that may be read.
         size: of the output.
         flip: bool `[N]`.
         taps: upper bounds of the pixels a filter covers, (vertically, horizontally).
+
+    Returns:
+        float32 `[N, C, *size]` in 0..255.
     """
     batch, channels, height, width = pixels.shape
     views = len(boxes) // batch
@@ -225,16 +197,14 @@ def upload_parts(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
-def check_images(images: Tensor, channels: int | None = None) -> None:
+def check_canvases(images: Tensor, sizes: Tensor | None = None) -> None:
+    """Raise TypeError or ValueError unless images are uint8 `[B, 3, H, W]` and sizes, if any, fit them."""
     if images.dtype != torch.uint8:
         raise TypeError(f"expected uint8 images, got {images.dtype}")
-    if images.ndim != 4 or channels not in (None, images.shape[1]) or 0 in images.shape:
-        expected = f"[B, {channels or 'C'}, H, W]"
-        raise ValueError(f"expected images {expected}, none of it 0, got {list(images.shape)}")
-
-
-def check_batch(images: Tensor, sizes: Tensor) -> None:
-    check_images(images, channels=3)
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"expected images [B, 3, H, W], none of it 0, got {list(images.shape)}")
+    if sizes is None:
+        return
     if sizes.dtype != torch.int64:
         raise TypeError(f"expected int64 sizes, got {sizes.dtype}")
     if sizes.shape != (len(images), 2) or sizes.device.type != "cpu":
@@ -244,17 +214,3 @@ def check_batch(images: Tensor, sizes: Tensor) -> None:
     if ((sizes < 1) | (sizes > torch.tensor(canvas))).any():
         low, high = sizes.amin(0).tolist(), sizes.amax(0).tolist()
         raise ValueError(f"expected sizes from [1, 1] to {list(canvas)}, got {low} to {high}")
-
-
-def check_boxes(boxes: Tensor, shape: Sequence[int]) -> None:
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or len(boxes) % shape[0]:
-        got = list(boxes.shape)
-        raise ValueError(f"expected boxes [N, 4] with N a multiple of {shape[0]}, got {got}")
-    if boxes.device.type != "cpu":
-        return  # looking at them would wait for the device
-    end = boxes[:, :2] + boxes[:, 2:]
-    outside = (boxes[:, :2] < 0) | (boxes[:, 2:] <= 0) | (end > torch.tensor(shape[2:]))
-    wrong = outside.any(1).nonzero().flatten()
-    if len(wrong):
-        canvas, got = list(shape[2:]), boxes[wrong[0]].tolist()
-        raise ValueError(f"expected boxes (top, left, height, width) in {canvas}, got {got}")
