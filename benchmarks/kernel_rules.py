@@ -78,9 +78,9 @@ COLUMNS = "\t".join(field.name for field in dataclasses.fields(Row))
 BANDWIDTH_BOUND = (
     "adamw", "adamw_norms", "branch_grad", "column_merge", "column_pass", "crops_blur", "crops_colour",
     "crops_finish", "crops_horizontal", "crops_vertical", "group_norm_bwd", "group_norm_fwd",
-    "layer_norm_affine", "layer_norm_bwd", "layer_norm_fwd", "linear_bias_shares", "linear_vector_grads",
-    "linear_wgrad_finish", "losses_bwd", "losses_fwd", "losses_merge", "row_pass", "window_attention_bwd",
-    "window_attention_fwd",
+    "layer_norm_affine", "layer_norm_bwd", "layer_norm_fwd", "layer_scale_grads", "linear_bias_grad",
+    "linear_bias_sums", "losses_bwd", "losses_fwd", "losses_merge", "row_pass",
+    "window_attention_bwd", "window_attention_fwd",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """One gradient of a weight that several networks use in one graph.
 
 A narrow network's weight gradient is a corner. Left to autograd it becomes a full-size tensor of mostly zeros
-that is added to the widest network's; here the corner itself waits, and is added in place.
+that is added to the widest network's; here the corner itself waits, and is added in place. So does the whole
+gradient of a network as wide, to which the product of the next one is added.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 
 
 class GradientLedger:
-    """Corners that wait for the gradient of the whole weight, of one graph; weights are known by `id`."""
+    """Gradients that wait for that of the whole weight, of one graph; weights are known by `id`."""
 
     def __init__(self) -> None:
         self._whole: Counter[int] = Counter()  # uses of whole weights whose backward is to come
-        self._corners: dict[int, Tensor] = {}
+        self._waiting: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []  # so that no other tensor gets the same id
 
     def expect(self, weight: Tensor) -> None:
@@ -28,31 +29,28 @@ class GradientLedger:
         self._whole[id(weight)] += 1
         self._alive.append(weight)
 
-    def awaits_whole(self, weight: int) -> bool:
-        """Whether a corner may wait: the whole gradient is to come, and no other corner waits."""
-        return self._whole[weight] > 0 and weight not in self._corners
-
-    def leave(self, weight: int, corner: Tensor) -> None:
-        """Let a corner `[groups, n, k]` wait, until the end of this backward."""
-        if not self._corners:
-            torch.autograd.Variable._execution_engine.queue_callback(self._require_none)
-        self._corners[weight] = corner
-
-    def complete(self, weight: int, whole: Tensor) -> None:
-        """Add the corner that waits, if any, to the gradient `[groups, n_max, k_max]` of a whole weight."""
+    def arrived(self, weight: int) -> Tensor | None:
+        """A whole gradient comes: what waits to be added to it."""
         self._whole[weight] -= 1
-        corner = self._corners.pop(weight, None)
-        if corner is not None:
-            _, out, width = corner.shape
-            whole[:, :out, :width].add_(corner)
+        return self._waiting.pop(weight, None)
+
+    def awaits_whole(self, weight: int) -> bool:
+        """Whether a gradient may wait: a whole one is to come, and no other waits."""
+        return self._whole[weight] > 0 and weight not in self._waiting
+
+    def leave(self, weight: int, gradient: Tensor) -> None:
+        """Let a gradient, of a corner `[groups, n, k]` or whole, wait until the end of this backward."""
+        if not self._waiting:
+            torch.autograd.Variable._execution_engine.queue_callback(self._require_none)
+        self._waiting[weight] = gradient
 
     def _require_none(self) -> None:
-        if self._corners:
-            count = len(self._corners)
-            self._corners.clear()
+        if self._waiting:
+            count = len(self._waiting)
+            self._waiting.clear()
             raise RuntimeError(
                 f"shared_gradients: expected every pass to be part of the loss, got {count} weights whose "
-                "gradient came of narrow passes alone; it would be lost"
+                "whole gradient never came; that of other passes would be lost"
             )
 
 
@@ -63,13 +61,13 @@ _ledger: ContextVar[GradientLedger | None] = ContextVar("shared_gradients", defa
 def shared_gradients() -> Iterator[None]:
     """Run several networks on the same weights whose losses are differentiated together.
 
-    Among the forward passes in this context, those that use only a corner of a weight let its gradient be
-    added in place to that of a pass that uses all of it, if that comes later in backward, as autograd does
-    for a pass that was run earlier: so run the widest network first. In any other order, with `recompute`
-    and without Triton, gradients are added by autograd; they are the same bits.
+    Among the forward passes in this context, each lets the gradient of a weight be added in place to that of
+    a pass that uses all of it, if that comes later in backward, as autograd does for a pass that was run
+    earlier: so run the widest network first. In any other order, with `recompute` and without Triton,
+    gradients are added by autograd; they are the same up to rounding.
 
     Every pass must be part of the loss: a backward that leaves out a wide pass, for whose gradients those of
-    narrow ones wait, ends in a RuntimeError.
+    others wait, ends in a RuntimeError.
 
     Example:
         >>> import torch

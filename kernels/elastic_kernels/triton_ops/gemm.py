@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability
+from elastic_kernels.triton_ops.device import capability, is_interpreted
 from elastic_kernels.tuning import Tunable, power_of_2, tiles
 
 
@@ -58,7 +59,7 @@ class GemmConfig:
     group_m: int = 8
 
 
-Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu", "wgrad"]
+Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu"]
 
 # Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
 # 256 columns (one block a processor), elsewhere 128. The largest epilogue keeps 128 there, though its 256 no
@@ -89,6 +90,14 @@ PROVIDERS: dict[str, Literal["cublas", "triton"]] = {
     "linear": "cublas",  # the bias is cuBLASLt's epilogue and the offset scale its alpha
     "dgrad": "cublas",  # a plain product
 }
+
+
+def product_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: bool = False) -> None:
+    """Write or add `scale * a @ b` to `out`, of their dtype, or fp32 however narrow they are; by cuBLAS."""
+    if a.dtype != out.dtype and is_interpreted(a):  # which PyTorch has on CUDA alone
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    wider = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **wider)
 
 
 def launch_options(config: GemmConfig) -> dict[str, int]:

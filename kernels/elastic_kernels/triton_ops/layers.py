@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import elastic_kernels.triton_ops.linear
@@ -113,19 +114,37 @@ class Layer:
 
     def wgrad(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of weight (None if it went elsewhere), bias and LayerScale, where there are such."""
-        has_bias, spec, dweight = self.bias is not None, self.spec, None
-        _, out, width = self.weight.shape
-        parameters = (self.weight, self.bias, self.gamma, spec.scale)
-        rest = (self.full, self.grad_dtype, has_bias)
-        whole = [out, width] == self.full
-        if spec.ledger is not None and not whole and spec.ledger.awaits_whole(spec.key):
-            corner, dbias, dgamma = ops.linear_wgrad_corner(dy, x, *parameters, *rest)
-            spec.ledger.leave(spec.key, corner)
-        else:
-            dweight, dbias, dgamma = ops.linear_wgrad(dy, x, *parameters, *rest)
-            if spec.ledger is not None and whole:
-                spec.ledger.complete(spec.key, dweight.unflatten(0, (spec.groups, -1)))
-        return dweight, dbias if has_bias else None, dgamma if self.gamma is not None else None
+        ledger, key = self.spec.ledger, self.spec.key
+        whole = list(self.weight.shape[1:]) == self.full
+        waiting = ledger.arrived(key) if ledger is not None and whole else None
+        dweight, dbias, dgamma = self._gradients(dy, x, waiting)
+        if ledger is not None and ledger.awaits_whole(key):
+            ledger.leave(key, dweight)
+            return None, dbias, dgamma
+        if not whole:
+            _, out, width = self.weight.shape
+            dweight = F.pad(dweight, (0, self.full[1] - width, 0, self.full[0] - out))
+        return dweight.flatten(0, 1).to(self.grad_dtype), dbias, dgamma
+
+    def _gradients(
+        self, dy: Tensor, x: Tensor, waiting: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the corner of the weight, to which what `waiting` is added, and of the whole vectors."""
+        scale, dtype = self.spec.scale, self.grad_dtype
+        sums = None if self.bias is None else ops.linear_bias_sums(dy)
+        if self.gamma is not None:
+            p = ops.linear_wgrad(dy, x, scale, torch.float32)
+            vectors = ops.layer_scale_grads_(p, sums, *self.tensors, waiting, self.full[0], dtype)
+            return p, None if sums is None else vectors[0], vectors[1]
+        dbias = None if sums is None else ops.linear_bias_grad(sums, self.full[0], dtype)
+        if waiting is not None and waiting.shape == self.weight.shape:
+            ops.linear_wgrad_(waiting, dy, x, scale)
+            return waiting, dbias, None
+        p = ops.linear_wgrad(dy, x, scale, dtype if dtype == x.dtype else torch.float32)
+        if waiting is not None:
+            _, out, width = waiting.shape
+            p[:, :out, :width].add_(waiting)
+        return p, dbias, None
 
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None], layers: Sequence[Layer]) -> None:

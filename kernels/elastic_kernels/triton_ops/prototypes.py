@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability, is_interpreted, precision, processors, unit_stride
-from elastic_kernels.triton_ops.gemm import dot
+from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
+from elastic_kernels.triton_ops.gemm import dot, product_into
 from elastic_kernels.triton_ops.losses_merge import STATS, merge
 from elastic_kernels.triton_ops.registration import first_order, register
 from elastic_kernels.triton_ops.sinkhorn import grow
@@ -298,8 +298,8 @@ def prototype_losses_bwd(
             TWO=students == 2, PRECISION=precision(x),
             **_launch_options(config),
         )  # fmt: skip
-        _product(part.flatten(0, 1), weight[start : start + count], dx, add=start > 0)
-        _product(part.flatten(0, 1).t(), x.flatten(0, 1), dweight[start : start + count])
+        product_into(dx, part.flatten(0, 1), weight[start : start + count], add=start > 0)
+        product_into(dweight[start : start + count], part.flatten(0, 1).t(), x.flatten(0, 1))
     scale = largest / DZ_SCALE
     return dx.mul_(scale).view(x.shape), dweight.mul_(scale)
 
@@ -307,14 +307,6 @@ def prototype_losses_bwd(
 def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
     """Prototypes whose dz exists at once: within `DZ_BYTES`, a multiple of 128."""
     return max(DZ_BYTES // (max(rows, 1) * students * itemsize) // 128 * 128, 128)
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write or add `a @ b` to fp32 `out`, however narrow the operands."""
-    if a.dtype == torch.float32 or is_interpreted(a):
-        torch.addmm(out, a.float(), b.float(), beta=int(add), out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, beta=int(add), out=out)
 
 
 register(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import elastic_kernels as ek
 from elastic_kernels import backend
-from elastic_kernels.triton_ops import linear_wgrad
 from helpers.kernels.linear_cases import HALVES, Case, assert_same_in_place, assert_zero_outside, forms, run
 from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, gpu_only, sized
@@ -67,21 +66,14 @@ def test_tiles_of_256_columns(form: str, kept: int | None, dtype: torch.dtype) -
     compare(Case(133, 240, 480, kept=kept), form, dtype)
 
 
+@pytest.mark.parametrize("widths", sized([(1024, 640), (1024, 1024)], [(96, 48), (96, 96)]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["linear-bias", "residual-gamma", "qkv-bias"])
-def test_reductions_in_splits(form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also of few rows."""
-    monkeypatch.setattr(linear_wgrad, "MIN_SPLIT_ROWS", 64)
-    compare(Case(137, 24, 40), form, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_corners_are_added_in_place(dtype: torch.dtype) -> None:
-    """Of a narrow network that shares the weights of a wide one: as good as the sum of whole gradients."""
-    width, narrow, head_dim = sized((1024, 640, 64), (96, 48, 16))
+def test_gradients_are_added_in_place(widths: tuple[int, int], dtype: torch.dtype) -> None:
+    """Of networks that share weights: as good as the sum of whole gradients."""
+    width, head_dim = widths[0], sized(64, 16)
     torch.manual_seed(0)
     weights = ek.ElasticBlock(width, 3 * width, head_dim, layer_scale=0.5).to("cuda", dtype)
-    inputs = [draw(74, w, seed=w).to("cuda", dtype) for w in (width, narrow)]
+    inputs = [draw(74, w, seed=w).to("cuda", dtype) for w in widths]
 
     def gradients(name: str, kind: torch.dtype) -> tuple[Tensor, ...]:
         block = copy.deepcopy(weights).to(kind)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import elastic_kernels as ek
 import elastic_kernels.triton_ops.halves  # noqa: F401, registers the operators
 from elastic_kernels import backend
+from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops import gemm
 from helpers.kernels.linear_cases import (
     HALVES,
@@ -208,12 +209,12 @@ def test_registered_operators() -> None:
         (ops.linear_dgrad, (d, weight[:1], gamma, 1.5)),
         (ops.linear_dgrad, (draw(6, 2, 8).float(), weight, None, 1.5)),
         (ops.linear_dgrad_gelu, (d, weight[:1], gamma, u, 1.5)),
-        (ops.linear_wgrad, (d, x, *one, gamma, 1.5, [9, 20], torch.float32, True)),
-        (
-            ops.linear_wgrad,
-            (draw(6, 2, 8).float(), x, weight, None, None, 1.5, [8, 16], torch.float32, False),
-        ),
-        (ops.linear_wgrad_corner, (d, x, *one, None, 1.5, [9, 20], torch.float32, True)),
+        (ops.linear_wgrad, (d, x, 1.5, torch.float32)),
+        (ops.linear_wgrad, (draw(6, 2, 8).float(), x, 1.5, torch.float32)),
+        (ops.linear_wgrad_, (weight.clone(), draw(6, 2, 8).float(), x, 1.5)),
+        (ops.linear_bias_sums, (d,)),
+        (ops.linear_bias_grad, (draw(3, 2, 8).float(), 9, torch.float32)),
+        (ops.layer_scale_grads_, (weight[:1].clone(), None, *one, gamma, u[None, :5], 9, torch.float32)),
         (ops.branch_grad, (d, index, scale, torch.float16)),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -259,23 +260,24 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("widths", "shared"), [((48, 16), 4), ((16, 48), 0), ((48, 48), 0), ((48, 16, 32), 4)]
+    ("widths", "left", "added"),
+    [((48, 16), 4, 0), ((16, 48), 0, 0), ((48, 48), 4, 2), ((48, 16, 32), 4, 0)],
 )
-def test_corners_are_added_in_place(widths: tuple[int, ...], shared: int) -> None:
-    """The bits that autograd adds up; narrow networks that came later leave their corners of 4 weights."""
+def test_gradients_are_added_in_place(widths: tuple[int, ...], left: int, added: int) -> None:
+    """What autograd adds up; networks that came later leave their gradients of 4 weights, if as wide as the
+    first for the products of the 2 without LayerScale to be added to."""
     torch.manual_seed(0)
     block = ek.ElasticBlock(48, 96, 16, layer_scale=0.5)
-    found = []
-    for context in (contextlib.nullcontext(), ek.shared_gradients()):
-        with context:
-            loss = sum(block(draw(10, w).float(), [(2, 5)]).sin().sum() for w in widths)
-        with Calls() as calls:
-            found.append(torch.autograd.grad(loss, list(block.parameters())))
-    assert calls.counts["linear_wgrad_corner"] == shared
-    assert calls.counts["linear_wgrad"] == 4 * len(widths) - shared
+    found, leave, leaves = [], GradientLedger.leave, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientLedger, "leave", lambda *args: (leaves.append(args[1]), leave(*args)))
+        for context in (contextlib.nullcontext(), ek.shared_gradients()):
+            with context:
+                loss = sum(block(draw(10, w).float(), [(2, 5)]).sin().sum() for w in widths)
+            with Calls() as calls:
+                found.append(torch.autograd.grad(loss, list(block.parameters())))
+    assert (len(leaves), calls.counts["linear_wgrad_"]) == (left, added)
     for ours, autograds in zip(*found, strict=True):
-        if len(widths) == 2:
-            assert torch.equal(ours, autograds)
         torch.testing.assert_close(ours, autograds)
 
 
