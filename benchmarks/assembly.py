@@ -93,21 +93,21 @@ class Compiled:
     @property
     def operands(self) -> str:
         """The dtype of the operands of matrix products, or nothing."""
-        found = sorted(set(re.findall(r"tt\.dot .*? : tensor<[\dx]+x(\w+)> \*", self.ttir)))
-        return "/".join({"f16": "fp16", "f32": "fp32"}.get(dtype, dtype) for dtype in found)
+        dtypes = sorted(set(re.findall(r"tt\.dot .*? : tensor<[\dx]+x(\w+)> \*", self.ttir)))
+        return "/".join({"f16": "fp16", "f32": "fp32"}.get(dtype, dtype) for dtype in dtypes)
 
     @cached_property
     def accesses(self) -> dict[str, Counter[int]]:
         """Instructions that load from and store to global memory, by their bytes a thread."""
-        found: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
+        counts: dict[str, Counter[int]] = {"ld": Counter(), "st": Counter()}
         for kind, words in re.findall(r"\b(ld|st)\.global((?:\.[\w:]+)+)", self.ptx):
             vector = re.search(r"\.v(\d)", words)
             bits = int(re.findall(r"\d+", words)[-1])
-            found[kind][bits // 8 * (int(vector[1]) if vector else 1)] += 1
+            counts[kind][bits // 8 * (int(vector[1]) if vector else 1)] += 1
         copies = r"cp\.async\.c[ag]\.shared\.global(?:\.[\w:]+)* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)"
         for size in re.findall(copies, self.ptx):
-            found["ld"][int(size, 0)] += 1
-        return found
+            counts["ld"][int(size, 0)] += 1
+        return counts
 
     @property
     def narrow(self) -> int:
@@ -137,12 +137,12 @@ class Compiled:
         )
         for name, down, across, shape in re.findall(shapes, self.ttgir):
             layouts[name] = int(down) * MMA_ROWS, int(across) * int(shape.split(",")[1])
-        found = [1]
+        repeats = [1]
         results = r"(?:tt\.dot|ttng\.warp_group_dot) .*-> tensor<(\d+)x(\d+)x\w+, (#mma\d*)>"
         for rows, columns, name in re.findall(results, self.ttgir):
             height, width = layouts[name]
-            found.append(math.ceil(height / int(rows)) * math.ceil(width / int(columns)))
-        return max(found)
+            repeats.append(math.ceil(height / int(rows)) * math.ceil(width / int(columns)))
+        return max(repeats)
 
     @property
     def blocks_per_processor(self) -> int:
@@ -165,8 +165,8 @@ def _run(tool: str, option: str, cubin: bytes) -> str:
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and spilled bytes."""
     printed = _run("cuobjdump", "--dump-resource-usage", cubin)
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", printed)
-    if found is None:
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", printed)
+    if usage is None:
         raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, got {printed!r}")
-    registers, stack, local = map(int, found.groups())
+    registers, stack, local = map(int, usage.groups())
     return registers, stack + local

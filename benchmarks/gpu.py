@@ -55,7 +55,7 @@ class Plan:
 
     def parts(self) -> list[Part]:
         """All, in order of worth."""
-        found = {
+        parts = {
             "environment": Part("environment", [Case("versions, ceilings", partial(environment, self), 60)]),
             "tests": Part("tests", list(self._tests()), self._side_by_side(), fresh=True, share=0.4),
             "profile": Part(
@@ -70,8 +70,8 @@ class Plan:
             "step-resnet": Part("step-resnet", list(self._steps("resnet-152"))),
             "networks": Part("networks", list(self._networks())),
         }
-        found |= {name: Part(name, list(self._operators(cases))) for name, cases in OPERATORS.items()}
-        return [found[name] for name in PARTS]
+        parts |= {name: Part(name, list(self._operators(cases))) for name, cases in OPERATORS.items()}
+        return [parts[name] for name in PARTS]
 
     @property
     def where(self) -> torch.device:

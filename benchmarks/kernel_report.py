@@ -70,15 +70,17 @@ class Case(NamedTuple):
 
     def row(self) -> Row:
         """Its row of the table; compiles it."""
-        found = Compiled.of(self.binary)
+        binary = Compiled.of(self.binary)
         processors = GPUS[self.run.architecture].processors
-        waves = self.programs / processors / max(found.blocks_per_processor, 1)
-        matrix = ", ".join(f"{count} {name}" for name, count in found.tensor_core.items()) or "-"
-        loads, stores = (f"{max(sizes)}..{min(sizes)}" if sizes else "-" for sizes in found.accesses.values())
+        waves = self.programs / processors / max(binary.blocks_per_processor, 1)
+        matrix = ", ".join(f"{count} {name}" for name, count in binary.tensor_core.items()) or "-"
+        loads, stores = (
+            f"{max(sizes)}..{min(sizes)}" if sizes else "-" for sizes in binary.accesses.values()
+        )
         read = (
-            found.registers, found.spilled_bytes, found.shared_bytes, found.blocks_per_processor,
-            round(waves, 2), found.operands or "-", matrix, found.waits, found.duplicates,
-            loads, stores, found.narrow, found.instructions,
+            binary.registers, binary.spilled_bytes, binary.shared_bytes, binary.blocks_per_processor,
+            round(waves, 2), binary.operands or "-", matrix, binary.waits, binary.duplicates,
+            loads, stores, binary.narrow, binary.instructions,
         )  # fmt: skip
         return Row(*(*self.key, *read))
 

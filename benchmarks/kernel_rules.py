@@ -110,8 +110,8 @@ def _matrix(row: Row) -> str | None:
     """Products in half precision take the tensor cores; those in fp32 are exact, so none."""
     units = {"sm_90": "wgmma", "sm_100": "tcgen05"}.get(row.architecture, "mma")
     wanted = "-" if row.operands in ("-", "fp32") else units
-    found = re.sub(r"\d+ ", "", row.matrix_instructions)
-    return None if found == wanted else f"expected {wanted}, got {found}"
+    instructions = re.sub(r"\d+ ", "", row.matrix_instructions)
+    return None if instructions == wanted else f"expected {wanted}, got {instructions}"
 
 
 RULES: dict[str, Callable[[Row], str | None]] = {
@@ -180,13 +180,13 @@ def complaints(rows: Sequence[Row], excuses: Sequence[Excuse] = EXCUSES) -> Iter
     needed = set()
     for row in rows:
         for name, rule in RULES.items():
-            found = rule(row)
-            if found is None:
+            complaint = rule(row)
+            if complaint is None:
                 continue
             covering = [excuse for excuse in excuses if excuse.covers(name, row)]
             needed.update(covering)
             if not covering:
-                yield f"{name}: {found}: {' '.join(map(str, row.key))}"
+                yield f"{name}: {complaint}: {' '.join(map(str, row.key))}"
     for excuse in excuses:
         if excuse not in needed:
             yield f"no row needs the excuse: {excuse}"

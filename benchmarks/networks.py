@@ -63,9 +63,9 @@ def run(
         if peer in without:
             continue
         yield Trying(peer)
-        with failures.of(peer), provider(peer, elastic, subnet, dtype) as found:
-            refuse_another_function(found, crops.to(dtype), expected)
-            yield from measure(peer, found, config, subnet, crops.to(dtype), seconds)
+        with failures.of(peer), provider(peer, elastic, subnet, dtype) as network:
+            refuse_another_function(network, crops.to(dtype), expected)
+            yield from measure(peer, network, config, subnet, crops.to(dtype), seconds)
         if peer in failures:
             yield Refused(peer, failures[peer])
 
@@ -80,7 +80,7 @@ def label_of(config: BackboneConfig, subnet: Subnet, images: int) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class Candidate:
     """A network to be measured.
 
     Attributes:
@@ -94,46 +94,46 @@ class Found:
     same: bool
 
 
-def refuse_another_function(found: Found, crops: Tensor, expected: Tensor) -> None:
+def refuse_another_function(network: Candidate, crops: Tensor, expected: Tensor) -> None:
     """Raise `Unavailable` where the features should be these and are not."""
     with torch.no_grad():
-        worst = float((found.features(crops).float() - expected).norm() / expected.norm())
-    if found.same and not worst <= TOLERANCE[crops.dtype]:
+        worst = float((network.features(crops).float() - expected).norm() / expected.norm())
+    if network.same and not worst <= TOLERANCE[crops.dtype]:
         raise Unavailable(f"its features differ by {worst:.1e}")
 
 
 @contextlib.contextmanager
-def provider(which: str, elastic: Backbone, subnet: Subnet, dtype: torch.dtype) -> Iterator[Found]:
+def provider(which: str, elastic: Backbone, subnet: Subnet, dtype: torch.dtype) -> Iterator[Candidate]:
     """A network with weights of this dtype, on the device of the elastic one."""
     device = next(elastic.parameters()).device
     if which.startswith("timm"):
-        model, same = timm_networks.build(elastic.static(subnet))
+        model, same = timm_networks.build(elastic.to_static(subnet))
         model = model.to(device, dtype)
         features = torch.compile(model, dynamic=False) if which == "timm compiled" else model
-        yield Found(features, list(model.parameters()), same)
+        yield Candidate(features, list(model.parameters()), same)
         return
-    network = copy.deepcopy(elastic.static(subnet) if which == "static" else elastic).to(device, dtype)
+    network = copy.deepcopy(elastic.to_static(subnet) if which == "static" else elastic).to(device, dtype)
     with contextlib.ExitStack() as stack:
         if which == "reference":
             stack.enter_context(backend("reference"))
         elif which in ("naive", "compiled"):
             stack.enter_context(naive.installed(compiled=which == "compiled"))
-        yield Found(lambda x: network([x], subnet)[0].cls, list(network.parameters()), True)
+        yield Candidate(lambda x: network([x], subnet)[0].cls, list(network.parameters()), True)
 
 
 def measure(
-    which: str, found: Found, config: BackboneConfig, subnet: Subnet, crops: Tensor, seconds: float
+    which: str, network: Candidate, config: BackboneConfig, subnet: Subnet, crops: Tensor, seconds: float
 ) -> Iterator[Row]:
     """Rows of a provider, with its launches: forward, and forward with the gradients of its weights."""
     device = crops.device
 
     def forward() -> None:
         with torch.no_grad():
-            found.features(crops)
+            network.features(crops)
 
     def both() -> None:
-        loss = found.features(crops).float().square().sum()
-        torch.autograd.grad(loss, found.weights, allow_unused=True)  # what the subnet leaves out gets none
+        loss = network.features(crops).float().square().sum()
+        torch.autograd.grad(loss, network.weights, allow_unused=True)  # what the subnet leaves out gets none
 
     for mode, call, times_flops in (("fwd", forward, 1), ("fwd+bwd", both, 3)):
         call()  # compiles, allocates

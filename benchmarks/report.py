@@ -72,17 +72,17 @@ def write(paths: Sequence[Path], readme: Path = README, plots: Path = PLOTS) -> 
 
 def sections(rows: Sequence[Row]) -> list[str]:
     """Markdown of all tables, by GPU."""
-    found = []
+    texts = []
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
         mine = [row for row in rows if row["gpu"] == gpu]
         newest_row = mine[-1]
-        found.append(
+        texts.append(
             f"**{gpu}**, driver {newest_row['driver']}, torch {newest_row['torch']}, Triton "
             f"{newest_row['triton']}, commit {newest_row['commit']}, {newest_row['date']}."
         )
         tables = (step_table, network_table, kernel_table, quality_table)
-        found += [text for text in (table(mine) for table in tables) if text]
-    return found
+        texts += [text for text in (table(mine) for table in tables) if text]
+    return texts
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

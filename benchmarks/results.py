@@ -74,11 +74,11 @@ def place(device_type: str) -> Row:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that take part in measurements, as far as they are installed."""
-    found = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
+    installed = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def clocks() -> str:

@@ -202,9 +202,9 @@ class RunFolder:
         Raises:
             InputError: there is none.
         """
-        found = [c for c in self.checkpoints() if step is None or c.step == step]
+        candidates = [c for c in self.checkpoints() if step is None or c.step == step]
         damages: list[str] = []
-        for checkpoint in reversed(found):
+        for checkpoint in reversed(candidates):
             try:
                 damage = checkpoint.damage()
             except FileNotFoundError:
@@ -285,8 +285,8 @@ def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint file without running anything in it."""
     content = read_weights(path, mapped=mapped)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+        got = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {got}")
     for name, kind in CONTENT.items():
         if not isinstance(content.get(name), kind):
             got = type(content[name]).__name__ if name in content else "nothing"

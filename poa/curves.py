@@ -15,11 +15,11 @@ Band = dict[str, list[tuple[int, float, float]]]  # (step, lowest, highest) of f
 
 def figures_of(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     """Figures by name, then by step."""
-    found: dict[str, dict[int, float]] = {}
+    figures: dict[str, dict[int, float]] = {}
     for row in rows:
         for name, value in flat(row).items():
-            found.setdefault(name, {})[row["step"]] = value
-    return found
+            figures.setdefault(name, {})[row["step"]] = value
+    return figures
 
 
 def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[str, int]) -> Any:
@@ -32,8 +32,8 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[s
     """
     from matplotlib.figure import Figure  # optional, and slow to import
 
-    found = {run: figures_of(rows) for run, rows in runs.items()}
-    known = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    of_run = {run: figures_of(rows) for run, rows in runs.items()}
+    known = list(dict.fromkeys(name for figures in of_run.values() for name in figures))
     figure = Figure(figsize=(13.5, 12.0), layout="constrained")
     axes = figure.subplots(4, 3).ravel()
 
@@ -56,9 +56,9 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[s
     for place, (title, names, label) in zip(axes, panels, strict=False):
         shown = [(run, name) for run in runs for name in (names if len(runs) == 1 else names[:1])]
         for run, name in shown:
-            if name not in found[run]:
+            if name not in of_run[run]:
                 continue
-            steps, values = zip(*sorted(found[run][name].items()), strict=True)
+            steps, values = zip(*sorted(of_run[run][name].items()), strict=True)
             (line,) = place.plot(
                 steps,
                 values,

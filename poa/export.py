@@ -158,10 +158,10 @@ def load(
             source=f"{checkpoint.path} ({branch})",
         )
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    found = {file: _subnet(file) for file in files}
-    chosen = [file for file in files if wanted in (None, found[file])]
+    subnets = {file: _subnet(file) for file in files}
+    chosen = [file for file in files if wanted in (None, subnets[file])]
     if len(chosen) != 1:
-        which, names = wanted or "one subnet", ", ".join(map(str, found.values())) or "none"
+        which, names = wanted or "one subnet", ", ".join(map(str, subnets.values())) or "none"
         raise InputError(f"{path}: expected {which} of what lies there, got {len(chosen)} of: {names}")
     return _read_model(chosen[0])
 
@@ -256,7 +256,7 @@ def static_model(
     Raises:
         InputError: a subnet outside the space, or an image size that the backbone cannot take.
     """
-    static = backbone.static(backbone.space.require(subnet), image_size)
+    static = backbone.to_static(backbone.space.require(subnet), image_size)
     worst = _largest_difference(backbone, static, subnet)
     config, size = static.config, static.config.image_size
     info = {

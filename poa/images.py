@@ -27,10 +27,10 @@ def open_on_ranks(config: Config, world: World) -> DataSplit:
     Raises:
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
     """
-    found: list[DataSplit] = []
+    splits: list[DataSplit] = []
 
     def opened() -> None:
-        found.append(config.data.open(config.method.seed))
+        splits.append(config.data.open(config.method.seed))
 
     line = f"data: looking for the images of {printable(config.data.source)}"
     patience = threading.Timer(PATIENCE, say, [line])
@@ -42,7 +42,7 @@ def open_on_ranks(config: Config, world: World) -> DataSplit:
         patience.cancel()
     if not world.is_main:
         opened()
-    (data,) = found
+    (data,) = splits
     world.from_main(partial(require_readable, data.train, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; going on without it", line)

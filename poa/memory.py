@@ -104,11 +104,11 @@ class Living(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
+        outputs = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor) and tensor.device.type == "meta":
                 self._add(tensor.untyped_storage())
-        return found
+        return outputs
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

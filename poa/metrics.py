@@ -170,14 +170,14 @@ class Guard:
         total, row, first = self.counts.tolist()
         if row < self.limit:
             return total
-        mine = [name for name, bad in zip(self.names, self.bad.tolist(), strict=True) if bad]
+        mine = [name for name, is_bad in zip(self.names, self.bad.tolist(), strict=True) if is_bad]
         lost = [name for name in mine if not name.startswith("grad_norm.")]
-        found = [
+        bad = [
             f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(self.world.gather(lost)) if names
         ]
         raise DivergenceError(
             f"step {step}: the last {row} steps were skipped, because gradients are NaN or inf since step "
-            f"{first}; NaN or inf in that step: {'; '.join(found) or 'no loss on any rank, only gradients'}. "
+            f"{first}; NaN or inf in that step: {'; '.join(bad) or 'no loss on any rank, only gradients'}. "
             "Weights are those before; lower method.optim.base_lr, warm up longer, or use "
             "method.precision=bf16 instead of fp16"
         )
@@ -256,13 +256,13 @@ def open_writers(
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of a row by dotted names; lists give their mean and largest."""
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for key, value in row.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            found |= flat(value, f"{name}.")
+            figures |= flat(value, f"{name}.")
         elif isinstance(value, list) and value:
-            found |= {f"{name}.mean": sum(value) / len(value), f"{name}.max": max(value)}
+            figures |= {f"{name}.mean": sum(value) / len(value), f"{name}.max": max(value)}
         elif isinstance(value, int | float):
-            found[name] = value
-    return found
+            figures[name] = value
+    return figures

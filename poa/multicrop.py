@@ -32,11 +32,11 @@ def unpack(packed: Tensor, groups: Groups) -> list[Tensor]:
 
 def class_tokens(groups: Groups, device: torch.device) -> list[Tensor]:
     """Positions int64 `[crops]` of each group's class tokens in the packed tensor."""
-    found, start = [], 0
+    starts, start = [], 0
     for crops, length in groups:
-        found.append(torch.arange(start, start + crops * length, length, device=device))
+        starts.append(torch.arange(start, start + crops * length, length, device=device))
         start += crops * length
-    return found
+    return starts
 
 
 def kept_rows(groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -> KeptRows:

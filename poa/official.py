@@ -109,11 +109,11 @@ def _config(converted: Mapping[str, Tensor], name: str, head_dim: int, norm_grou
         "stages.0.blocks.0.norm1.weight": lambda: _swin(converted),
         "layer1.0.conv2.weight": lambda: _resnet(converted, norm_groups),
     }
-    found = [reader for key, reader in readers.items() if key in converted]
-    if not found:
+    matching = [reader for key, reader in readers.items() if key in converted]
+    if not matching:
         raise InputError(f"{name}: expected official weights, got none of {', '.join(readers)}")
     try:
-        return found[0]()
+        return matching[0]()
     except KeyError as missing:
         raise InputError(f"{name}: expected official weights, got no {missing}") from None
 

@@ -82,12 +82,13 @@ class OptimConfig(Options, at="method.optim"):
         Args:
             ibot: the masked-patch loss has a weight, so that it must begin.
         """
-        found = {name: getattr(self, name) for name in DURATIONS if ibot or name != "ibot_start_epoch"}
-        if all(value < self.epochs or value == 0 for value in found.values()):
+        durations = {name: getattr(self, name) for name in DURATIONS if ibot or name != "ibot_start_epoch"}
+        if all(value < self.epochs or value == 0 for value in durations.values()):
             return
-        scale = self.epochs / max(found.values()) / 10
-        fit = " ".join(f"{self.at}.{name}={float(f'{scale * value:.3g}')}" for name, value in found.items())
-        long = ", ".join(f"{name} {value:g}" for name, value in found.items() if value >= self.epochs)
+        scale = self.epochs / max(durations.values()) / 10
+        fits = {name: float(f"{scale * value:.3g}") for name, value in durations.items()}
+        fit = " ".join(f"{self.at}.{name}={value}" for name, value in fits.items())
+        long = ", ".join(f"{name} {value:g}" for name, value in durations.items() if value >= self.epochs)
         raise InputError(
             f"{self.at}: expected every phase to end before epochs {self.epochs:g}, got {long}; "
             f"these would fit: {fit}"

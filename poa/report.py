@@ -69,9 +69,9 @@ def _names(folders: Sequence[RunFolder]) -> list[str]:
 def _beginning(folder: RunFolder) -> dict[str, Any]:
     """What the run said at its beginning; nothing where that is not there, or damaged."""
     with suppress(InputError, AttributeError, KeyError, TypeError, ValueError):
-        found = read_json(folder.path / "beginning.json", "report: expected what the run said")
-        phases = {str(what): int(step) for what, step in found["phases"].items()}
-        return {"said": list(map(str, found["said"])), "phases": phases}
+        beginning = read_json(folder.path / "beginning.json", "report: expected what the run said")
+        phases = {str(what): int(step) for what, step in beginning["phases"].items()}
+        return {"said": list(map(str, beginning["said"])), "phases": phases}
     return {}
 
 
@@ -168,10 +168,10 @@ def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
     for name, folder in zip(names, folders, strict=True):
         for file in sorted(folder.path.glob("evaluation*.json")):
             with suppress(InputError, LookupError, AttributeError, TypeError):  # or damaged
-                found = read_json(file, "evaluation")
-                about = "{branch} of step {step}, {data}".format(**found["settings"])
+                evaluation = read_json(file, "evaluation")
+                about = "{branch} of step {step}, {data}".format(**evaluation["settings"])
                 about = f"{name}: {about}" if len(names) > 1 else about
-                for row in found["subnets"]:
+                for row in evaluation["subnets"]:
                     for kind, accuracy in reported(row).items():
                         columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
     if not columns:

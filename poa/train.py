@@ -396,8 +396,8 @@ class Run:
         branches = {"teacher": (state.teacher, self.evaluated), "student": (state.student, [intact])}
         scores = {}
         for branch, (network, subnets) in branches.items():
-            found = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
-            for subnet, score in zip(subnets, found, strict=True):
+            accuracies = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
+            for subnet, score in zip(subnets, accuracies, strict=True):
                 scores[f"{branch} {subnet}"] = score[REPORTED_K]
         self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())

@@ -111,8 +111,8 @@ def tribranch_loss(
     distill = _distill(of_both.cls, batch)
     loss = config.intact * _weighted(intact_terms, config)
     loss = loss + (1 - config.intact) * _weighted(elastic_terms, config) + (1 - config.intact) * distill
-    found = _named("intact", intact_terms) | _named("elastic", elastic_terms | {"distill": distill})
-    return _with_koleo(loss.mean(), [intact, elastic], config, found)
+    terms = _named("intact", intact_terms) | _named("elastic", elastic_terms | {"distill": distill})
+    return _with_koleo(loss.mean(), [intact, elastic], config, terms)
 
 
 def intact_loss(
@@ -157,12 +157,12 @@ def _with_koleo(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss with the regulariser of the students' views, and all terms by head."""
     heads = range(len(students[0].features))
-    found = {f"{name}.{head}": term.detach()[head] for head in heads for name, term in terms.items()}
+    terms = {f"{name}.{head}": term.detach()[head] for head in heads for name, term in terms.items()}
     if not config.koleo:
-        return loss, found
+        return loss, terms
     views = [view for student in students for view in student.tokens.chunk(VIEWS)]
     koleo = sum((losses.koleo(view) for view in views), loss.new_zeros(())) / 2
-    return loss + config.koleo * koleo, found | {"koleo": koleo.detach()}
+    return loss + config.koleo * koleo, terms | {"koleo": koleo.detach()}
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,13 @@ def _cross_entropies(
         """`[students, rows]`, of two students `[3, rows]`."""
         prototypes = students[-1].prototypes[head]
         with without_autocast(prototypes.device):
-            found = prototype_cross_entropy(
+            per_student = prototype_cross_entropy(
                 [student.features[head][part] for student in students],
                 prototypes, target.logits, target.log_scale, index,
                 student_temperature=config.student_temperature, teacher_temperature=target.temperature,
                 operands=OPERANDS[config.operands],
             )  # fmt: skip
-        return torch.stack(found)
+        return torch.stack(per_student)
 
     cls, patches = [], []
     for head, (cls_target, patch_target) in enumerate(zip(targets.cls, targets.patches, strict=True)):

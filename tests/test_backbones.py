@@ -92,7 +92,7 @@ def test_sizes_match_the_network(kind: str) -> None:
     config = preset(f"quickstart-{kind}").method.backbone
     network = config.build()
     for subnet in config.space:
-        assert config.parameters(subnet) == sum(p.numel() for p in network.static(subnet).parameters())
+        assert config.parameters(subnet) == sum(p.numel() for p in network.to_static(subnet).parameters())
         for size in (config.image_size, config.image_size // 2):
             images = torch.zeros(1, 3, size, size)
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():

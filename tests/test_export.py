@@ -76,7 +76,7 @@ def test_golden_extract(name: str, backbone: ElasticViT) -> None:
     """The official tool's files, which lack the last norm and keep the mask token, hold our weights."""
     results = golden.case("extract")["results"]["vit"][name]
     subnet = Subnet(*results["width_depth"])
-    ours = backbone.static(subnet).state_dict()
+    ours = backbone.to_static(subnet).state_dict()
     file = golden.ROOT / "extract" / f"vit_{name}.safetensors"
     tool = results["extract_elastic_net"]
     assert len(ours) == tool["n_keys"] + len(tool["missing_in_static_vit"]) - len(tool["unexpected"])
@@ -136,14 +136,14 @@ def test_torch_export_with_any_number_of_images(name: str, tmp_path: Path) -> No
 def test_a_wrong_fold_is_refused(
     backbone: ElasticViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = ElasticViT.static
+    right = ElasticViT.to_static
 
     def wrong(*arguments):
         network = right(*arguments)
         network.blocks[0].mlp.fc2.weight.data *= 1.001
         return network
 
-    monkeypatch.setattr(ElasticViT, "static", wrong)
+    monkeypatch.setattr(ElasticViT, "to_static", wrong)
     with pytest.raises(RuntimeError, match="differs from subnet .* nothing was written"):
         export.extract(backbone, backbone.space.smallest, tmp_path / "models", CROPS)
     assert not (tmp_path / "models").exists()

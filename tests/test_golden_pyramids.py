@@ -87,7 +87,7 @@ def test_reading_gives_rows_of_the_whole(name: str) -> None:
 def test_a_static_subnet_equals_the_elastic_one(name: str, subnet: Subnet, key: str) -> None:
     """At two input sizes; both official conversions fail this."""
     model, inputs = golden.pyramid(name), golden.tensors(name, "inputs")
-    static = model.static(subnet)
+    static = model.to_static(subnet)
     copy = static.config.build().eval()
     copy.load_exported_state(static.exported_state(), "test")
     assert model.config.parameters(subnet) == sum(p.numel() for p in static.parameters())
@@ -101,7 +101,7 @@ def test_golden_extract_of_swin() -> None:
     """The official tool's weights are ours but for the patch embedding, which it cuts before its norm."""
     results = golden.case("extract")["results"]["swin"]["tiny"]
     subnet = swin_subnet(*results["width_s3depth"])
-    static = golden.pyramid("swin_forward").static(subnet)
+    static = golden.pyramid("swin_forward").to_static(subnet)
     ours, compared = static.state_dict(), 0
     for key, recorded in golden.tensors("extract", "swin_tiny").items():
         name = key.removeprefix("backbone.")

@@ -26,7 +26,7 @@ def sampler(policy: str, micro_batches: int, config: ViTConfig = PAPER, seed: in
 @pytest.mark.parametrize("subnet", TINY.space, ids=str)
 def test_sizes_match_the_network(subnet: Subnet) -> None:
     backbone = ElasticViT(TINY)
-    assert TINY.parameters(subnet) == sum(p.numel() for p in backbone.static(subnet).parameters())
+    assert TINY.parameters(subnet) == sum(p.numel() for p in backbone.to_static(subnet).parameters())
     # The counter knows the products of the math attention only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         backbone([torch.zeros(1, 3, 32, 32)], subnet)
@@ -69,7 +69,7 @@ def test_balanced_micro_batches_cost_about_the_same(micro_batches: int, worst: f
     for step in range(2 * len(draw.entries)):
         costs = [PAPER.flops(draw.draw(step, micro_batch)) for micro_batch in range(micro_batches)]
         excess.append(max(costs) * micro_batches / sum(costs) - 1)
-    print(f"chunks {micro_batches}: worst {max(excess):.3f}, mean {sum(excess) / len(excess):.3f}")
+    print(f"micro-batches {micro_batches}: worst {max(excess):.3f}, mean {sum(excess) / len(excess):.3f}")
     assert max(excess) < worst
     assert sum(excess) / len(excess) < mean
 

@@ -133,8 +133,8 @@ def of_module(
     names = {name.replace(".", "_"): name for name, _ in module.named_parameters()}
 
     def provider(x: Tensor, **parameters: Tensor) -> Tensor:
-        found = {names[name]: tensor for name, tensor in parameters.items()}
-        with torch.nn.utils.stateless._reparametrize_module(module, found):
+        replaced = {names[name]: tensor for name, tensor in parameters.items()}
+        with torch.nn.utils.stateless._reparametrize_module(module, replaced):
             return forward(module, x, *arguments)
 
     return provider

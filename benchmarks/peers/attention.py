@@ -121,7 +121,8 @@ def peers(groups: Groups, device: torch.device) -> dict[str, Callable[[], Provid
         "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     }
-    found: dict[str, Callable[[], Provider]] = {
+    providers: dict[str, Callable[[], Provider]] = {
         name: partial(sdpa, groups, kind, device) for name, kind in kinds.items()
     }
-    return found | {make.__name__: partial(make, groups, device) for make in (varlen, flex, xformers, flash4)}
+    others = (varlen, flex, xformers, flash4)
+    return providers | {make.__name__: partial(make, groups, device) for make in others}

@@ -31,9 +31,9 @@ def compilations() -> Iterator[Compilations]:
         >>> compiled.count
         0
     """
-    found = Compilations()
+    counter = Compilations()
     if not dispatch.HAS_TRITON:
-        yield found
+        yield counter
         return
     import triton
 
@@ -41,12 +41,12 @@ def compilations() -> Iterator[Compilations]:
     before = knobs.listener
 
     def listen(**event: Any) -> None:
-        found.count += not event["cache_hit"]
+        counter.count += not event["cache_hit"]
         if before is not None:
             before(**event)
 
     knobs.listener = listen
     try:
-        yield found
+        yield counter
     finally:
         knobs.listener = before

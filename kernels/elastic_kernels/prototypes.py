@@ -101,8 +101,8 @@ def _passes(logits: list[Tensor], tau: float) -> tuple[Columns, Rows]:
 
     def columns(log_v: Tensor | None) -> tuple[Tensor, Tensor]:
         parts = [None] * len(scores) if log_v is None else log_v.split(heights)
-        found = [_column_sums(s, v) for s, v in zip(scores, parts, strict=True)]
-        return torch.cat([m for m, _ in found]), torch.cat([z for _, z in found])
+        sums = [_column_sums(s, v) for s, v in zip(scores, parts, strict=True)]
+        return torch.cat([m for m, _ in sums]), torch.cat([z for _, z in sums])
 
     def rows(log_u: Tensor) -> Tensor:
         parts = zip(scores, log_u.split(widths), strict=True)

@@ -187,7 +187,7 @@ class Backbone(nn.Module, ABC):
         """Layers of the intact network from a parameter to the end, for layer-wise learning-rate decay."""
 
     @abstractmethod
-    def static(self, subnet: Subnet, image_size: int | None = None) -> Backbone:
+    def to_static(self, subnet: Subnet, image_size: int | None = None) -> Backbone:
         """A subnet as a network of its own, with offset scales folded into its weights; float32, on the CPU.
 
         Args:

@@ -168,14 +168,14 @@ class Pyramid(Backbone):
         recompute: bool = False,
     ) -> Tensor:
         """As `Backbone.read`."""
-        found = [self.normalise(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
-        last = found[-1]
+        maps = [self.normalise(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
+        last = maps[-1]
         height, width = last.shape[1:3]
         scale = self.config.mask_scale
         image, position = patches // (height * width * scale**2), patches % (height * width * scale**2)
         row, column = position // (width * scale) // scale, position % (width * scale) // scale
         chosen = last.flatten(0, 2).index_select(0, (image * height + row) * width + column)
-        return torch.cat([*(_mean(x) for x in found), chosen])
+        return torch.cat([*(_mean(x) for x in maps), chosen])
 
     def _last_maps(
         self,

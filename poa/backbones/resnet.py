@@ -170,15 +170,15 @@ class ElasticResNet(Pyramid):
         recompute: bool,
     ) -> list[Tensor]:
         assert drop is None, "a ResNet has no stochastic depth"
-        found = []
+        maps = []
         for images, mask in zip(crops, masks, strict=True):
             x = self._stem(images, mask)
             for stage, blocks in enumerate(self.active_stages(subnet)):
                 middle = subnet.width * 2**stage
                 for block in blocks:
                     x = recomputed(block, x, middle) if recompute else block(x, middle)
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
 
     def _stem(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Images `[B, 3, H, W]` to maps `[B, H / 4, W / 4, base_width]`."""
@@ -217,8 +217,8 @@ class ElasticResNet(Pyramid):
         return sum(depths) - (sum(depths[:stage]) + int(rest[0]) + 1)
 
     @torch.no_grad()
-    def static(self, subnet: Subnet, image_size: int | None = None) -> ElasticResNet:
-        """As `Backbone.static`."""
+    def to_static(self, subnet: Subnet, image_size: int | None = None) -> ElasticResNet:
+        """As `Backbone.to_static`."""
         network = ElasticResNet(self.config.of_one_size(self.space.require(subnet), image_size)).eval()
         stem = ("conv1.", "norm1.")
         state = {name: value for name, value in self.state_dict().items() if name.startswith(stem)}
@@ -237,11 +237,11 @@ class ElasticResNet(Pyramid):
     def load_exported_state(self, state: Mapping[str, Tensor], source: str) -> None:
         """As `Backbone.load_exported_state`."""
         mine = {_timm_name(name): (name, shape) for name, shape in self._timm_shapes().items()}
-        found = {}
+        weights = {}
         for key, tensor in state.items():
             name, shape = mine.get(key, (key, tensor.shape))
-            found[name] = tensor.flatten(1) if len(shape) == 4 and shape[2:] == (1, 1) else tensor
-        load_strictly(self, found, source)
+            weights[name] = tensor.flatten(1) if len(shape) == 4 and shape[2:] == (1, 1) else tensor
+        load_strictly(self, weights, source)
 
     def _timm_shapes(self) -> dict[str, tuple[int, ...]]:
         return {

@@ -331,8 +331,8 @@ class ElasticSwin(Pyramid):
         return top - (sum(depths[:stage]) + int(parts[3]) + 1)
 
     @torch.no_grad()
-    def static(self, subnet: Subnet, image_size: int | None = None) -> ElasticSwin:
-        """As `Backbone.static`; the patch embedding keeps all channels, over which it is normalised."""
+    def to_static(self, subnet: Subnet, image_size: int | None = None) -> ElasticSwin:
+        """As `Backbone.to_static`; the patch embedding keeps all channels, over which it is normalised."""
         network = ElasticSwin(self.config.of_one_size(self.space.require(subnet), image_size)).eval()
         state = {f"patch_embed.{name}": value for name, value in self.patch_embed.state_dict().items()}
         width = subnet.width

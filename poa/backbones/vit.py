@@ -365,8 +365,8 @@ class ElasticViT(Backbone):
         return 0 if name.startswith("norm.") else top
 
     @torch.no_grad()
-    def static(self, subnet: Subnet, image_size: int | None = None) -> ElasticViT:
-        """As `Backbone.static`; the position embedding is interpolated to the image size."""
+    def to_static(self, subnet: Subnet, image_size: int | None = None) -> ElasticViT:
+        """As `Backbone.to_static`; the position embedding is interpolated to the image size."""
         config, width = self.config.of_one_size(self.space.require(subnet), image_size), subnet.width
         side = config.grid(config.image_size)
         state = {

@@ -110,7 +110,8 @@ def _split_by_name(root: Path, packed: list[Path], left_out: LeftOut) -> Found:
     """Shards or tables by what their names begin with, where some are to train and some to test on."""
 
     def beginning(names: Sequence[str]) -> list[list[Path]]:
-        return [found for name in names if (found := [p for p in packed if p.name.lower().startswith(name)])]
+        groups = ([p for p in packed if p.name.lower().startswith(name)] for name in names)
+        return [group for group in groups if group]
 
     trains, tests = beginning(TRAIN_NAMES), beginning(TEST_NAMES)
     if not trains or not tests:
@@ -154,9 +155,9 @@ def _packed_files(folder: Path) -> list[Path]:
         files = _visible(place) if place.is_dir() else []
         for suffix in PACKED:
             names = [f.name for f in files if f.name.lower().endswith(suffix) and not f.is_dir()]
-            found = [place / name for name in names]
-            if found:
-                return found
+            paths = [place / name for name in names]
+            if paths:
+                return paths
     return []
 
 
@@ -176,7 +177,7 @@ def _expand(pattern: str) -> list[Path]:
         pattern = os.path.join(glob.escape(str(path.parent)), path.name)
     if path.exists() or not glob.has_magic(path.name if path.parent.is_dir() else pattern):
         return [path]
-    found = sorted(glob.glob(pattern))
-    if not found:
+    paths = sorted(glob.glob(pattern))
+    if not paths:
         raise InputError(f"data: expected files named {path}, got none")
-    return [Path(p) for p in found]
+    return [Path(p) for p in paths]

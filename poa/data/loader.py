@@ -249,8 +249,8 @@ def _data_error(error: RuntimeError, workers: int, patience: float) -> Exception
             f"data: expected a batch within {patience:g} s (run.timeout), got none: {workers} workers wait "
             "for the storage or do not respond"
         )
-    if found := re.search(r"DataLoader worker.*|Too many open files.*|Pin memory thread.*", text):
-        return DataError(f"data: expected {workers} workers to go on, got: {found[0]}")
+    if problem := re.search(r"DataLoader worker.*|Too many open files.*|Pin memory thread.*", text):
+        return DataError(f"data: expected {workers} workers to go on, got: {problem[0]}")
     return error
 
 

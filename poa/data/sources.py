@@ -74,11 +74,11 @@ class ImageSource:
         """
         position = int(self.positions[index])
         try:
-            found = self.storage.open(position)
-            if isinstance(found, np.ndarray):
-                return found
-            with found:
-                return decode(found, canvas, self.bits)
+            opened = self.storage.open(position)
+            if isinstance(opened, np.ndarray):
+                return opened
+            with opened:
+                return decode(opened, canvas, self.bits)
         except Exception as error:  # decoders raise whatever they like
             text = isinstance(error, OSError) and error.strerror or str(error)
             reason = " ".join(text.split()) or type(error).__name__
@@ -118,13 +118,13 @@ class DataSplit:
 
     def digest(self) -> str:
         """A checksum of names, order and labels of all images, wherever they lie."""
-        found = hashlib.sha256()
+        digest = hashlib.sha256()
         for source in (self.train, self.test):
             if source is not None:
                 labels = source.positions if source.labels is None else source.labels
                 for part in (*source.storage.identity(), source.positions, labels):
-                    found.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
-        return found.hexdigest()[:16]
+                    digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+        return digest.hexdigest()[:16]
 
 
 def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> DataSplit:
@@ -151,8 +151,8 @@ def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> 
         InputError: nothing there, no images in it, or too much is lost.
     """
     try:
-        found = find(name)
-        opened = [found.train(), *([found.test()] if found.test else [])]
+        layout = find(name)
+        opened = [layout.train(), *([layout.test()] if layout.test else [])]
     except OSError as error:
         raise InputError(f"data: expected images that can be read in {name}, got: {error}") from None
     lost = tuple(line for part in opened for line in part.lost)
@@ -164,7 +164,7 @@ def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> 
             f"damaged ({shown}); data.unreadable_share allows a share of them"
         )
     left_out = LeftOut()
-    for counts in (found.left_out, *(part.left_out for part in opened)):
+    for counts in (layout.left_out, *(part.left_out for part in opened)):
         left_out.update_from(counts)
     train, test, why = _split(opened, holdout, seed, name, left_out)
     return DataSplit(train, test, lost, left_out, opened[0].labels_from if train.classes else "", why)

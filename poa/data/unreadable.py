@@ -43,15 +43,15 @@ class Unreadable:
         Raises:
             InputError: too many; in all processes.
         """
-        found = [message for messages in self.world.gather(self.new) for message in messages]
+        messages = [message for rank in self.world.gather(self.new) for message in rank]
         self.new = []
-        self.count += len(found)
-        if found and self.world.is_main:
-            self._write(step, found)
-        if found and self.count > self.share * max(images, LEAST):
+        self.count += len(messages)
+        if messages and self.world.is_main:
+            self._write(step, messages)
+        if messages and self.count > self.share * max(images, LEAST):
             raise InputError(
                 f"data: expected at most {self.share:.2%} unreadable images (data.unreadable_share), got "
-                f"{self.count} among {images}; they are named in {self.file}; the last: {found[-1]}"
+                f"{self.count} among {images}; they are named in {self.file}; the last: {messages[-1]}"
             )
         return self.count
 

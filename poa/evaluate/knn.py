@@ -86,8 +86,8 @@ def _nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]
     positions = positions.to(queries.device)
     for start in range(0, len(bank), BANK_CHUNK):
         part = F.normalize(bank[start : start + BANK_CHUNK].to(queries.device).float(), dim=1)
-        found, index = (queries @ part.t()).topk(min(count, len(part)), dim=1)
-        best, positions = torch.cat([best, found], 1), torch.cat([positions, index + start], 1)
+        nearest, index = (queries @ part.t()).topk(min(count, len(part)), dim=1)
+        best, positions = torch.cat([best, nearest], 1), torch.cat([positions, index + start], 1)
         best, order = best.topk(min(count, best.shape[1]), dim=1)
         positions = positions.gather(1, order)
     return best, positions

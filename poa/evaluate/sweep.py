@@ -84,13 +84,13 @@ class SubnetScore:
 
     def columns(self) -> dict[str, float]:
         """All accuracies by the title of their column."""
-        found: dict[str, float] = {}
+        figures: dict[str, float] = {}
         for p in PROTOCOLS:
             if p.name in self.values:
-                found |= p.accuracies(self.values[p.name])
+                figures |= p.accuracies(self.values[p.name])
             if p.before in self.values:
-                found[f"{p.reported} init"] = p.headline(self.values[p.before])
-        return found
+                figures[f"{p.reported} init"] = p.headline(self.values[p.before])
+        return figures
 
 
 def reported(values: Mapping[str, Any]) -> dict[str, float]:

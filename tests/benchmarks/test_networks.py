@@ -58,7 +58,7 @@ def test_another_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_networks_of_timm(config: BackboneConfig, same: bool) -> None:
     pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
     subnet = config.space.smallest
-    static = config.build().eval().static(subnet)
+    static = config.build().eval().to_static(subnet)
     model, found = timm_networks.build(static)
     assert found == same
     images = torch.randn(2, 3, config.image_size, config.image_size)
@@ -73,4 +73,4 @@ def test_what_timm_lacks_is_said() -> None:
     pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
     config = ResNetConfig(image_size=64, base_width=32, min_width=32, max_width=32, **FOUR_STAGES)
     with pytest.raises(Unavailable, match="four stages and a stem of 64"):
-        timm_networks.build(config.build().static(config.space.smallest))
+        timm_networks.build(config.build().to_static(config.space.smallest))

@@ -114,7 +114,7 @@ def _compile(folder: Path, triton_key: str | None, binary: Binary) -> str:
 def recorded(gpu: Gpu) -> Iterator[Launches]:
     """See `elastic_kernels.absent_gpu`. Nothing remains of the context in kernels."""
     capability = gpu.capability[0] * 10 + gpu.capability[1]
-    found, driver, compiles = Launches(), _Driver(capability), JITFunction._do_compile
+    launches, driver, compiles = Launches(), _Driver(capability), JITFunction._do_compile
     before, kernels = triton.runtime.driver._active, set()  # `active` fails where there is no GPU
 
     def specialise(
@@ -123,9 +123,9 @@ def recorded(gpu: Gpu) -> Iterator[Launches]:
         binary = Binary(
             kernel.module, kernel.fn.__name__, signature, constants, rest[0], vars(options), capability
         )
-        found.binaries.append(binary)
+        launches.binaries.append(binary)
         kernels.add(kernel)
-        kernel.device_caches[device][0][key] = recorder = _Recorder(binary, found.made)
+        kernel.device_caches[device][0][key] = recorder = _Recorder(binary, launches.made)
         return recorder
 
     for module in pkgutil.iter_modules(triton_ops.__path__, f"{triton_ops.__name__}."):
@@ -137,7 +137,7 @@ def recorded(gpu: Gpu) -> Iterator[Launches]:
         triton.runtime.driver.set_active(driver)
         JITFunction._do_compile = specialise
         with assuming(gpu):
-            yield found
+            yield launches
     finally:
         JITFunction._do_compile = compiles
         triton.runtime.driver.set_active(before)

@@ -177,8 +177,8 @@ def _is_whole(name: str) -> bool:
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
     """Hugging Face's description of each column, where the metadata have it."""
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 

@@ -100,7 +100,7 @@ def open_shards(paths: Sequence[Path]) -> Opened:
 
     A file is listed once; the table is kept in the user's cache folder and made again when the file changes.
     """
-    found, tables, lost, left_out = [], [], [], LeftOut()
+    whole, tables, lost, left_out = [], [], [], LeftOut()
     for path in paths:
         try:
             table = _cached_table(path)
@@ -110,7 +110,7 @@ def open_shards(paths: Sequence[Path]) -> Opened:
         if table.damage:
             lost.append(f"{path}: {table.damage}; {len(table.names)} images are whole")
         left_out.update_from(table.left_out)
-        found.append(path)
+        whole.append(path)
         tables.append(table)
     if not any(table.names for table in tables):
         why = [*lost[:1], *([f"left out: {left_out}"] if left_out else [])]
@@ -119,7 +119,7 @@ def open_shards(paths: Sequence[Path]) -> Opened:
             + (f" ({'; '.join(why)})" if why else "")
         )
     labels, classes = join_labels([(table.labels, table.classes) for table in tables])
-    return Opened(Shards(found, tables), labels, classes, ".cls members", left_out, tuple(lost), len(paths))
+    return Opened(Shards(whole, tables), labels, classes, ".cls members", left_out, tuple(lost), len(paths))
 
 
 def _cached_table(path: Path) -> ShardTable:
