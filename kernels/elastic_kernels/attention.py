@@ -2,9 +2,10 @@
 
     o = softmax(q k^T / sqrt(d)) v          within each sequence, for each head
 
-The sequences of one length lie together, so a launch serves a whole length class and no `cu_seqlens` are
-needed. `qkv` holds the active heads only; it may be a strided view. The Triton kernels are in
-`triton_ops/attention.py`; `backend("sdpa")` and `backend("xformers")` select others behind the same function.
+Where the sequences of one length lie together, a launch serves a whole length class and needs no
+`cu_seqlens`; sequences of any lengths are given by their offsets, and take one launch. `qkv` holds the active
+heads only; it may be a strided view. The Triton kernels are in `triton_ops/attention.py`; `backend("sdpa")`
+and `backend("xformers")` select others behind the same function.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,15 +23,20 @@ from torch import Tensor
 from elastic_kernels import dispatch
 
 WIDEST_HEAD = 128  # channels, of the Triton kernels
-MAX_LENGTH = 1024  # of the Triton kernels
+MAX_LENGTH = 4096  # of the Triton kernels
 
 
-def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+Groups = Sequence[tuple[int, int]] | Tensor
+
+
+def packed_attention(qkv: Tensor, groups: Groups) -> Tensor:
     """Attend within every sequence of a packed token tensor.
 
     Args:
         qkv: `[tokens, 3, heads, head_dim]`, floating point, any strides.
-        groups: `(count, length)` of each length class in packing order; their products sum to `tokens`.
+        groups: `(count, length)` of each length class in packing order, whose products sum to `tokens`; or
+            the offsets of sequences of any lengths, integers `[sequences + 1]` from 0 to `tokens` on the
+            device of `qkv`, which nothing waits for.
 
     Returns:
         `[tokens, heads * head_dim]`, the dtype of `qkv`.
@@ -38,6 +45,9 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
         ValueError: `qkv` is not 4-dimensional with three projections, or `groups` do not cover the tokens.
         RuntimeError: a backend was forced (see `backend`) and cannot run here.
 
+    With offsets, the plain definition computes the scores between all tokens on a GPU and in graphs of
+    `torch.compile` and `torch.export`, and masks them; `tokens` may be symbolic there.
+
     Numerics: in the Triton kernels the softmax and all sums are fp32, and results repeat bitwise.
 
     Example:
@@ -45,11 +55,15 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
         >>> from elastic_kernels import packed_attention
         >>> packed_attention(torch.randn(2 * 5 + 3 * 2, 3, 4, 16), [(2, 5), (3, 2)]).shape
         torch.Size([16, 64])
+        >>> packed_attention(torch.randn(9, 3, 4, 16), torch.tensor([0, 2, 3, 9])).shape
+        torch.Size([9, 64])
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(
             f"packed_attention: expected qkv [tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
         )
+    if isinstance(groups, Tensor):
+        return _by_offsets(qkv, groups)
     covered = sum(count * length for count, length in groups)
     if covered != qkv.shape[0]:
         raise ValueError(
@@ -66,7 +80,7 @@ def packed_attention(qkv: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def attention_backend(
-    x: Tensor, groups: Sequence[tuple[int, int]], head_dim: int, dtype: torch.dtype | None = None
+    x: Tensor, groups: Groups, head_dim: int, dtype: torch.dtype | None = None
 ) -> dispatch.Choice:
     """The backend that `packed_attention` takes for `qkv` of such sizes, on the device of `x`, and why.
 
@@ -82,7 +96,7 @@ def attention_backend(
                 f"packed_attention: expected to run on xformers, which was forced, but {obstacle}"
             )
         return dispatch.Choice("xformers", "forced")
-    longest = max([0, *(length for _, length in groups)])
+    longest = 0 if isinstance(groups, Tensor) else max([0, *(length for _, length in groups)])
     limit = None
     if head_dim > WIDEST_HEAD:
         limit = f"the kernel takes head_dim up to {WIDEST_HEAD}, got {head_dim}"
@@ -92,6 +106,31 @@ def attention_backend(
     if x.is_cuda and choice.backend == "reference" and dispatch.forced() is None:
         return dispatch.Choice("sdpa", choice.reason)
     return choice
+
+
+def _by_offsets(qkv: Tensor, offsets: Tensor) -> Tensor:
+    """Attention within the sequences that begin at offsets."""
+    if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64) or offsets.device != qkv.device:
+        raise ValueError(
+            f"packed_attention: expected offsets int32 or int64 [sequences + 1] on {qkv.device}, got "
+            f"{offsets.dtype} {list(offsets.shape)} on {offsets.device}"
+        )
+    if attention_backend(qkv, offsets, qkv.shape[-1]).backend == "triton":
+        from elastic_kernels.triton_ops.attention_blocks import AttentionOffsetsFunction
+
+        return AttentionOffsetsFunction.apply(qkv, offsets)
+    if offsets.is_cpu and type(offsets) is Tensor and not torch.compiler.is_compiling():
+        ends = offsets.tolist()
+        lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+        if not ends or ends[0] != 0 or ends[-1] != qkv.shape[0] or min([0, *lengths]) < 0:
+            raise ValueError(
+                f"packed_attention: expected offsets that rise from 0 to {qkv.shape[0]}, got {ends}"
+            )
+        return packed_attention(qkv, [(len(list(same)), length) for length, same in groupby(lengths)])
+    sequence = torch.bucketize(torch.arange(qkv.shape[0], device=qkv.device), offsets[1:], right=True)
+    q, k, v = qkv.permute(1, 2, 0, 3).unbind(0)
+    mask = sequence.unsqueeze(0) == sequence.unsqueeze(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).flatten(1)
 
 
 def _by_length(

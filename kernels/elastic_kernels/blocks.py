@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kernels import validate
+from elastic_kernels.attention import Groups
 from elastic_kernels.halves import (
     AttentionWeights,
     MlpWeights,
@@ -33,7 +34,6 @@ from elastic_kernels.modules import (
     static_norm,
 )
 
-Groups = Sequence[tuple[int, int]]
 Maps = Sequence[tuple[int, int, int]]
 
 
@@ -91,7 +91,8 @@ class ElasticBlock(nn.Module):
 
         Args:
             x: `[tokens, w]`.
-            groups: `(count, length)` of each length class in packing order.
+            groups: `(count, length)` of each length class in packing order, or offsets, as of
+                `packed_attention`.
             kept: the sequences that take part in the attention half and in the MLP half.
             only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
                 MLP are computed for these alone.

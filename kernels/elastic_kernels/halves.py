@@ -131,10 +131,15 @@ def elastic_attention_half(
     heads = validate.heads(op, heads, weights.qkv_weight, head_dim, width)
     rows, row_scale = (kept.rows, kept.scale) if kept else (None, None)
     layout = layout.kept(kept) if kept else layout
-    covered, tokens = sum(layout.sizes()), x.shape[0] if rows is None else rows.shape[0]
-    if covered != tokens:
-        raise ValueError(f"{op}: expected {tokens} tokens, got {covered} in {layout.sizes()} of {layout}")
-    if only is None and layout.backend(x, head_dim).backend == "triton" and _fused(op, x):
+    sizes, tokens = layout.sizes(), x.shape[0] if rows is None else rows.shape[0]
+    if sizes is not None and sum(sizes) != tokens:
+        raise ValueError(f"{op}: expected {tokens} tokens, got {sum(sizes)} in {sizes} of {layout}")
+    if (
+        only is None
+        and sizes is not None
+        and layout.backend(x, head_dim).backend == "triton"
+        and _fused(op, x)
+    ):
         return _attention_function(x, weights, layout, head_dim, eps, kept, inplace, heads, scale)
     h = elastic_layer_norm(x, weights.norm_weight, weights.norm_bias, eps, rows=rows)
     qkv = elastic_qkv(

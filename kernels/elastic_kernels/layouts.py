@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import dispatch
-from elastic_kernels.attention import attention_backend, packed_attention
+from elastic_kernels.attention import Groups, attention_backend, packed_attention
 from elastic_kernels.window_attention import (
     MASK_VALUE,
     validate_windows,
@@ -71,8 +71,8 @@ class Layout(Protocol):
     def kept(self, kept: KeptRows) -> Layout:
         """The layout of the rows that take part."""
 
-    def sizes(self) -> list[int]:
-        """Tokens of each group."""
+    def sizes(self) -> list[int] | None:
+        """Tokens of each group; None where only the device knows."""
 
     def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
         """The backend of attention for products of `x`, and why."""
@@ -86,10 +86,10 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Sequences:
-    """Sequences of a few known lengths, each attending within itself.
+    """Sequences, each attending within itself.
 
     Attributes:
-        groups: `(count, length)` of each length class in packing order.
+        groups: `(count, length)` of each length class in packing order, or offsets, as of `packed_attention`.
 
     Example:
         >>> from elastic_kernels import Sequences
@@ -97,12 +97,14 @@ class Sequences:
         [394, 296]
     """
 
-    groups: Sequence[tuple[int, int]]
+    groups: Groups
 
     def kept(self, kept: KeptRows) -> Sequences:
         return Sequences(kept.groups)
 
-    def sizes(self) -> list[int]:
+    def sizes(self) -> list[int] | None:
+        if isinstance(self.groups, Tensor):
+            return None
         return [count * length for count, length in self.groups]
 
     def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
@@ -112,6 +114,7 @@ class Sequences:
         return packed_attention(qkv, self.groups)
 
     def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
+        assert not isinstance(self.groups, Tensor)
         return [number for group in self.groups for number in group], None, None
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import validate
-from elastic_kernels.attention import packed_attention
+from elastic_kernels.attention import Groups, packed_attention
 from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
@@ -21,7 +21,6 @@ from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv, factor
 from elastic_kernels.mlp import elastic_mlp
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 
-Groups = Sequence[tuple[int, int]]
 Maps = Sequence[tuple[int, int, int]]
 
 
@@ -110,7 +109,7 @@ class ElasticAttention(nn.Module):
 
         Args:
             x: `[tokens, w]`.
-            groups: `(count, length)` pairs.
+            groups: `(count, length)` pairs, or offsets, as of `packed_attention`.
             heads: in use; default the share that `w` has of the largest width.
         """
         qkv, dim = self.qkv, self.head_dim

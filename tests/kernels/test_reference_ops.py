@@ -164,6 +164,19 @@ def test_packed_attention(groups: list[tuple[int, int]]) -> None:
     assert qkv.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "masked"])
+def test_packed_attention_by_offsets(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv = tensor(9, 3, 2, 8).requires_grad_()
+    expected = ek.packed_attention(qkv, [(1, 4), (2, 1), (1, 3)])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    found = ek.packed_attention(qkv, torch.tensor([0, 4, 5, 5, 6, 9]))
+    for a, b in zip(*([y, *torch.autograd.grad(y.sin().sum(), qkv)] for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+    block = ek.ElasticBlock(16, 32, 8).double()
+    x = tensor(9, 16)
+    torch.testing.assert_close(block(x, torch.tensor([0, 5, 9])), block(x, [(1, 5), (1, 4)]))
+
+
 def test_packed_attention_reads_strided_views() -> None:
     qkv = tensor(3, 10, 2, 8).transpose(0, 1)
     assert not qkv.is_contiguous()
@@ -216,6 +229,16 @@ def test_autocast_with_fp32_weights() -> None:
             "3 rows of x, got 2",
         ),
         (lambda: ek.packed_attention(tensor(4, 2, 3, 8), [(2, 2)]), ValueError, r"got \(4, 2, 3, 8\)"),
+        (
+            lambda: ek.packed_attention(tensor(4, 3, 3, 8), torch.tensor([0, 3])),
+            ValueError,
+            r"rise from 0 to 4, got \[0, 3\]",
+        ),
+        (
+            lambda: ek.packed_attention(tensor(4, 3, 3, 8), torch.tensor([0.0, 4.0])),
+            ValueError,
+            r"int64 \[sequences \+ 1\] on cpu, got torch.float32 \[2\] on cpu",
+        ),
         (lambda: ek.packed_attention(tensor(4, 3, 3, 8), [(2, 3)]), ValueError, "cover 6 tokens, qkv has 4"),
     ],
 )

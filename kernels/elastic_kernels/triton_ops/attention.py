@@ -15,7 +15,6 @@ and head.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,18 +22,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import SMALL_PARTS, capability, precision
+from elastic_kernels.triton_ops.attention_blocks import (
+    LOG2_E,
+    Span,
+    attend_rows,
+    blocks_bwd,
+    keys_gradients,
+    load_rows,
+    queries_gradients,
+)
+from elastic_kernels.triton_ops.attention_settings import (
+    BWD_TUNABLE,
+    FWD_TUNABLE,
+    bwd_config,
+    config_of,
+    fwd_config,
+)
+from elastic_kernels.triton_ops.device import capability, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
 from elastic_kernels.triton_ops.registration import first_order, register
-from elastic_kernels.tuning import Tunable, power_of_2
 
-LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
-
-
-@triton.jit
-def _load_rows(base, offs_n, offs_d, stride_t, mask):
-    return tl.load(base + offs_n[:, None] * stride_t + offs_d[None, :], mask=mask, other=0.0)
+LONGEST_OF_ONE_PROGRAM = 1024  # tokens in the backward, of which a longer sequence takes several
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
@@ -54,13 +63,13 @@ def _attention_resident_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask_n = offs_n < length
     cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
-    k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
-    v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
+    k = load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
+    v = load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
     for start_m in range(0, length, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < length
         cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
-        q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
+        q = load_rows(base, offs_m, offs_d, stride_t, cells_m)
         s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
         s = tl.where(mask_n[None, :], s, float("-inf"))
         m = tl.max(s, 1)
@@ -86,32 +95,10 @@ def _attention_streaming_fwd_kernel(
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
     base = qkv_ptr + row * stride_t + head * stride_h
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < length
-    cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
-    q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    z = tl.zeros([BLOCK_M], tl.float32)
-    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start_n in range(0, length, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < length
-        cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
-        k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
-        s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
-        s = tl.where(mask_n[None, :], s, float("-inf"))
-        new_m = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - new_m[:, None])
-        shrink = tl.exp2(m - new_m)
-        z = z * shrink + tl.sum(p, 1)
-        v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
-        o = dot(p.to(v.dtype), v, o * shrink[:, None], PRECISION)
-        m = new_m
-    rows = row + offs_m
-    outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
-    tl.store(outs, (o / z[:, None]).to(out_ptr.dtype.element_ty), mask=cells_m)
-    tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
+    attend_rows(
+        base, out_ptr, lse_ptr, row, tl.program_id(1) * BLOCK_M, length, head, heads, stride_t, stride_g,
+        scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
@@ -128,156 +115,16 @@ def _attention_bwd_kernel(
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
     base = qkv_ptr + row * stride_t + head * stride_h
-    # out, dout and dqkv are contiguous: [tokens, heads, d] and [tokens, 3, heads, d].
-    outs = (row * heads + head) * HEAD_DIM
-    grads = dqkv_ptr + (row * 3 * heads + head) * HEAD_DIM
-    lses = lse_ptr + row * heads + head
-    out_t, grad_t, grad_g = heads * HEAD_DIM, 3 * heads * HEAD_DIM, heads * HEAD_DIM
-    offs_d = tl.arange(0, BLOCK_D)
-
     for start_n in range(0, length, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < length
-        cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
-        k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
-        v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for start_m in range(0, length, BLOCK_M):
-            offs_m = start_m + tl.arange(0, BLOCK_M)
-            mask_m = offs_m < length
-            cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
-            q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
-            do = _load_rows(dout_ptr + outs, offs_m, offs_d, out_t, cells_m)
-            o = _load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
-            lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
-            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-            # Transposed scores [keys, queries]: padded queries get p = 0 from their infinite lse.
-            s = dot(k, tl.trans(q), None, PRECISION) * scale_log2
-            p = tl.exp2(s - lse[None, :])
-            dv = dot(p.to(do.dtype), do, dv, PRECISION)
-            dp = dot(v, tl.trans(do), None, PRECISION)
-            ds = p * (dp - delta[None, :])
-            dk = dot(ds.to(q.dtype), q, dk, PRECISION)
-        ends = grads + offs_n[:, None] * grad_t + offs_d[None, :]
-        tl.store(ends + grad_g, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=cells_n)
-        tl.store(ends + 2 * grad_g, dv.to(dqkv_ptr.dtype.element_ty), mask=cells_n)
-
+        keys_gradients(
+            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_n, length, head, heads, stride_t, stride_g,
+            scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
     for start_m in range(0, length, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        mask_m = offs_m < length
-        cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
-        q = _load_rows(base, offs_m, offs_d, stride_t, cells_m)
-        do = _load_rows(dout_ptr + outs, offs_m, offs_d, out_t, cells_m)
-        o = _load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
-        lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for start_n in range(0, length, BLOCK_N):
-            offs_n = start_n + tl.arange(0, BLOCK_N)
-            mask_n = offs_n < length
-            cells_n = of_head(mask_n, HEAD_DIM, BLOCK_D)
-            k = _load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
-            v = _load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
-            s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
-            s = tl.where(mask_n[None, :], s, float("-inf"))
-            p = tl.exp2(s - lse[:, None])
-            dp = dot(do, tl.trans(v), None, PRECISION)
-            ds = p * (dp - delta[:, None])
-            dq = dot(ds.to(k.dtype), k, dq, PRECISION)
-        ends = grads + offs_m[:, None] * grad_t + offs_d[None, :]
-        tl.store(ends, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=cells_m)
-
-
-@dataclass(frozen=True)
-class AttentionConfig:
-    """Launch settings of a length class.
-
-    Attributes:
-        block_m, block_n: rows of a tile of queries, of keys.
-        warps, stages: of the launch.
-        resident: all keys fit into one tile, so the kernel without online softmax runs.
-    """
-
-    block_m: int
-    block_n: int
-    warps: int
-    stages: int = 1
-    resident: bool = False
-
-
-# The largest tiles that compile without spilling on 4 warps: more would compute the rows of a tile twice, and
-# leave room for one block only. Not timed on a GPU yet. Parts with 99 KB of shared memory a block
-# (`device.SMALL_PARTS`) also spill earlier, and get smaller ones.
-_RESIDENT = (  # (longest length, settings), half precision and head_dim up to 64
-    (64, AttentionConfig(64, 64, warps=4, resident=True)),
-    (128, AttentionConfig(64, 128, warps=4, resident=True)),
-    (256, AttentionConfig(64, 256, warps=4, resident=True)),
-)
-_STREAMING = AttentionConfig(64, 64, warps=4, stages=2)
-_FWD_FP32 = AttentionConfig(32, 32, warps=8)  # exact products run on the plain units, from registers
-_BWD = AttentionConfig(64, 64, warps=4)
-_BWD_WIDE = AttentionConfig(32, 64, warps=4)  # where 64x64 spills: wide heads, and all on sm_80
-_BWD_SMALL_PART = AttentionConfig(32, 32, warps=4)
-_BWD_FP32 = AttentionConfig(32, 32, warps=8)
-_BWD_FP32_WIDE = AttentionConfig(16, 16, warps=8)
-
-
-def fwd_config(length: int, head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
-    """Settings of the forward for sequences of a length; `part`: compute capability."""
-    if itemsize == 4:
-        return _FWD_FP32
-    if head_dim <= 64:
-        for longest, config in _RESIDENT[: 2 if part in SMALL_PARTS else None]:
-            if length <= longest:
-                return config
-    return _STREAMING
-
-
-def bwd_config(head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
-    """Settings of the backward; `part` as in `fwd_config`."""
-    if itemsize == 4:
-        return _BWD_FP32_WIDE if head_dim > 64 else _BWD_FP32
-    if part in SMALL_PARTS:
-        return _BWD_SMALL_PART
-    return _BWD_WIDE if head_dim > 64 or part < (9, 0) else _BWD
-
-
-def _fwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
-    """Streaming ones take any length, resident ones what fits into a tile."""
-    streaming = (
-        _STREAMING,
-        AttentionConfig(64, 128, warps=4, stages=2),
-        AttentionConfig(128, 64, warps=4, stages=2),
-        AttentionConfig(128, 64, warps=8, stages=2),
-        AttentionConfig(128, 128, warps=8, stages=2),
-    )
-    resident = (
-        AttentionConfig(64, keys, warps, resident=True)
-        for keys in (64, 128, 256)
-        for warps in (4, 8)
-        if length <= keys
-    )
-    return [*streaming, *resident]
-
-
-_BWD_CANDIDATES = (
-    _BWD,
-    _BWD_WIDE,
-    _BWD_SMALL_PART,
-    AttentionConfig(64, 64, warps=8),
-    AttentionConfig(64, 32, warps=4),
-    AttentionConfig(128, 64, warps=8),
-)
-_FWD_TUNABLE = Tunable("attention_fwd", _fwd_candidates)
-_BWD_TUNABLE = Tunable("attention_bwd", lambda length, head_dim: _BWD_CANDIDATES)
-
-
-def _config(tunable: Tunable, fallback: AttentionConfig, qkv: Tensor, length: int) -> AttentionConfig:
-    """Settings for sequences of a length; exact products keep the fallback."""
-    if qkv.dtype.itemsize == 4:
-        return fallback
-    return tunable.choose(qkv, (power_of_2(length), qkv.shape[3]), fallback)
+        queries_gradients(
+            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_m, length, head, heads, stride_t, stride_g,
+            scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
 
 
 def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -287,7 +134,7 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
     for first, count, length in _spans(groups):
         fallback = fwd_config(length, dim, qkv.dtype.itemsize, capability(qkv.device))
-        config = _config(_FWD_TUNABLE, fallback, qkv, length)
+        config = config_of(FWD_TUNABLE, fallback, qkv, length)
         kernel = _attention_resident_fwd_kernel if config.resident else _attention_streaming_fwd_kernel
         tiles = 1 if config.resident else triton.cdiv(length, config.block_m)
         kernel[(count * heads, tiles)](
@@ -307,7 +154,10 @@ def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: S
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     fallback = bwd_config(dim, qkv.dtype.itemsize, capability(qkv.device))
     for first, count, length in _spans(groups):
-        config = _config(_BWD_TUNABLE, fallback, qkv, length)
+        config = config_of(BWD_TUNABLE, fallback, qkv, length)
+        if length > LONGEST_OF_ONE_PROGRAM:
+            blocks_bwd(qkv, out, lse, dout, dqkv, Span(None, first, count, length), config)
+            continue
         _attention_bwd_kernel[(count * heads,)](
             qkv, out, dout, lse, dqkv,
             first, length, heads,

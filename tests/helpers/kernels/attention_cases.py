@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -20,19 +22,28 @@ def active_heads(groups: Groups, dim: int, heads: int = 2) -> Tensor:
     return full
 
 
-def assert_accurate(case: Groups, dim: int, dtype: torch.dtype, name: str, device: str = "cpu") -> None:
+def offsets_of(groups: Groups) -> Tensor:
+    """Where each sequence begins, and the last one ends."""
+    lengths = [length for count, length in groups for _ in range(count)]
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def assert_accurate(
+    case: Groups, dim: int, dtype: torch.dtype, name: str, device: str = "cpu", by_offsets: bool = False
+) -> None:
     """A backend's output and gradient are as good as the reference's in the same dtype."""
     exact = active_heads(case, dim).to(dtype).double()[:, :, :2]
     qkv = active_heads(case, dim).to(dtype).to(device)[:, :, :2]
     dout = draw(qkv.shape[0], 2 * dim, seed=1).to(dtype)
     truth = run(exact, case, dout.double(), "reference")
-    ours, torchs = (run(qkv, case, dout.to(device), backend) for backend in (name, "reference"))
+    ours = run(qkv, offsets_of(case).to(device) if by_offsets else case, dout.to(device), name)
+    torchs = run(qkv, case, dout.to(device), "reference")
     for a, b, t in zip(ours, torchs, truth, strict=True):
         assert a.dtype == dtype
         assert_as_good_as_torch(a.cpu(), b.cpu(), t)
 
 
-def run(qkv: Tensor, groups: Groups, dout: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def run(qkv: Tensor, groups: Groups | Tensor, dout: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Output and gradient on a backend."""
     leaf = qkv.detach().requires_grad_()
     with backend(name):

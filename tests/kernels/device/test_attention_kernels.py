@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.kernels.attention_cases import PARTIAL_DIMS, Groups, active_heads, run
+from elastic_kernels.triton_ops import attention
+from helpers.kernels.attention_cases import PARTIAL_DIMS, Groups, active_heads, offsets_of, run
 from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, sized
 
@@ -16,12 +17,14 @@ CASES: dict[str, Groups] = sized(
         "vit-l-crops": [(8, 197), (32, 37)],
         "odd": [(3, 33)],
         "long": [(2, 1024)],
+        "longest": [(1, 4096)],
         "edges": [(1, 64), (1, 65), (1, 128), (1, 129), (1, 256), (1, 257)],
     },
     {
         "vit-l-crops": [(1, 197), (2, 37)],
         "odd": [(0, 9), (3, 33)],
         "long": [(1, 261)],
+        "longest": [(1, 66)],
         "edges": [(1, 64), (1, 65), (1, 129)],
     },
 ) | {"one-row": [(1, 1)], "no-rows": [(0, 9)]}
@@ -35,12 +38,27 @@ FORMS = [(case, dim) for case in CASES for dim in sized(DIMS, DIMS[:3] if case =
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("case", "dim"), FORMS)
-def test_forward_and_gradient(case: str, dim: int, dtype: torch.dtype) -> None:
-    groups = CASES[case]
+def test_forward_and_gradient(
+    case: str, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "longest":
+        monkeypatch.setattr(attention, "LONGEST_OF_ONE_PROGRAM", sized(1024, 64))
+    compare(CASES[case], dim, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", (32, 80))
+def test_sequences_that_begin_at_offsets(dim: int, dtype: torch.dtype) -> None:
+    groups = sized([(1, 1), (3, 700), (1, 4096), (1, 0), (5, 37)], [(1, 1), (1, 70), (1, 0), (2, 5)])
+    compare(groups, dim, dtype, by_offsets=True)
+
+
+def compare(groups: Groups, dim: int, dtype: torch.dtype, by_offsets: bool = False) -> None:
     qkv = active_heads(groups, dim, HEADS).to("cuda", dtype)[:, :, :HEADS]
     dout = draw(qkv.shape[0], HEADS * dim, seed=1).to("cuda", dtype)
+    layout = offsets_of(groups).cuda() if by_offsets else groups
     truth = run(qkv.double(), groups, dout.double(), "reference")
-    ours, *again = (run(qkv, groups, dout, "triton") for _ in range(RUNS))
+    ours, *again = (run(qkv, layout, dout, "triton") for _ in range(RUNS))
     for a, b, t in zip(ours, run(qkv, groups, dout, "reference"), truth, strict=True):
         assert_as_good_as_torch(a, b, t)
     assert all(torch.equal(a, r) for other in again for a, r in zip(ours, other, strict=True))

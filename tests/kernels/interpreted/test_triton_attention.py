@@ -36,6 +36,17 @@ def test_forward_and_gradient(case: str, dim: int, dtype: torch.dtype) -> None:
     assert_accurate(CASES[case], dim, dtype, "triton")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("lengths", "dim"), [((1, 66, 0, 5), 16), ((3, 41), 48), ((0, 0), 16)], ids=str)
+def test_sequences_that_begin_at_offsets(lengths: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+    assert_accurate([(1, length) for length in lengths], dim, dtype, "triton", by_offsets=True)
+
+
+def test_long_sequences_take_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic_kernels.triton_ops.attention, "LONGEST_OF_ONE_PROGRAM", 64)
+    assert_accurate([(2, 9), (1, 70)], 16, torch.float32, "triton")
+
+
 @pytest.mark.parametrize("layout", ["projections-first", "heads-last", "offset"])
 def test_strided_inputs(layout: str) -> None:
     groups, contiguous = [(2, 5), (1, 3)], draw(13, 3, 2, 16).float()
@@ -72,6 +83,10 @@ def test_registered_operators() -> None:
     torch.library.opcheck(torch.ops.elastic_kernels.attention_fwd, (qkv, flat), test_utils=checks)
     arguments = (qkv, out, lse, torch.ones_like(out), flat)
     torch.library.opcheck(torch.ops.elastic_kernels.attention_bwd, arguments, test_utils=checks)
+    offsets = torch.tensor([0, 4, 13])
+    torch.library.opcheck(torch.ops.elastic_kernels.attention_offsets_fwd, (qkv, offsets), test_utils=checks)
+    arguments = (qkv, offsets, out, lse, torch.ones_like(out))
+    torch.library.opcheck(torch.ops.elastic_kernels.attention_offsets_bwd, arguments, test_utils=checks)
 
 
 def test_recomputed_equals_stored() -> None:
@@ -86,7 +101,7 @@ def test_recomputed_equals_stored() -> None:
     ("qkv", "groups", "message"),
     [
         (torch.zeros(4, 3, 2, 136), [(1, 4)], "head_dim up to 128, got 136"),
-        (torch.zeros(1025, 3, 1, 16), [(1, 1025)], "lengths up to 1024, got 1025"),
+        (torch.zeros(4097, 3, 1, 16), [(1, 4097)], "lengths up to 4096, got 4097"),
         (torch.zeros(4, 3, 2, 16, dtype=torch.float64), [(1, 4)], "got torch.float64"),
     ],
 )

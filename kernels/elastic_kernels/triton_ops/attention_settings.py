@@ -1,0 +1,101 @@
+"""Launch settings of packed attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from elastic_kernels.triton_ops.device import SMALL_PARTS
+from elastic_kernels.tuning import Tunable, power_of_2
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Launch settings of a length class.
+
+    Attributes:
+        block_m, block_n: rows of a tile of queries, of keys.
+        warps, stages: of the launch.
+        resident: all keys fit into one tile, so the kernel without online softmax runs.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int = 1
+    resident: bool = False
+
+
+# The largest tiles that compile without spilling on 4 warps: more would compute the rows of a tile twice, and
+# leave room for one block only. Not timed on a GPU yet. Parts with 99 KB of shared memory a block
+# (`device.SMALL_PARTS`) also spill earlier, and get smaller ones.
+_RESIDENT = (  # (longest length, settings), half precision and head_dim up to 64
+    (64, AttentionConfig(64, 64, warps=4, resident=True)),
+    (128, AttentionConfig(64, 128, warps=4, resident=True)),
+    (256, AttentionConfig(64, 256, warps=4, resident=True)),
+)
+_STREAMING = AttentionConfig(64, 64, warps=4, stages=2)
+_FWD_FP32 = AttentionConfig(32, 32, warps=8)  # exact products run on the plain units, from registers
+_BWD = AttentionConfig(64, 64, warps=4)
+_BWD_WIDE = AttentionConfig(32, 64, warps=4)  # where 64x64 spills: wide heads, and all on sm_80
+_BWD_SMALL_PART = AttentionConfig(32, 32, warps=4)
+_BWD_FP32 = AttentionConfig(32, 32, warps=8)
+_BWD_FP32_WIDE = AttentionConfig(16, 16, warps=8)
+
+
+def fwd_config(length: int, head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
+    """Settings of the forward for sequences of a length; `part`: compute capability."""
+    if itemsize == 4:
+        return _FWD_FP32
+    if head_dim <= 64:
+        for longest, config in _RESIDENT[: 2 if part in SMALL_PARTS else None]:
+            if length <= longest:
+                return config
+    return _STREAMING
+
+
+def bwd_config(head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
+    """Settings of the backward; `part` as in `fwd_config`."""
+    if itemsize == 4:
+        return _BWD_FP32_WIDE if head_dim > 64 else _BWD_FP32
+    if part in SMALL_PARTS:
+        return _BWD_SMALL_PART
+    return _BWD_WIDE if head_dim > 64 or part < (9, 0) else _BWD
+
+
+def _fwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
+    """Streaming ones take any length, resident ones what fits into a tile."""
+    streaming = (
+        _STREAMING,
+        AttentionConfig(64, 128, warps=4, stages=2),
+        AttentionConfig(128, 64, warps=4, stages=2),
+        AttentionConfig(128, 64, warps=8, stages=2),
+        AttentionConfig(128, 128, warps=8, stages=2),
+    )
+    resident = (
+        AttentionConfig(64, keys, warps, resident=True)
+        for keys in (64, 128, 256)
+        for warps in (4, 8)
+        if length <= keys
+    )
+    return [*streaming, *resident]
+
+
+_BWD_CANDIDATES = (
+    _BWD,
+    _BWD_WIDE,
+    _BWD_SMALL_PART,
+    AttentionConfig(64, 64, warps=8),
+    AttentionConfig(64, 32, warps=4),
+    AttentionConfig(128, 64, warps=8),
+)
+FWD_TUNABLE = Tunable("attention_fwd", _fwd_candidates)
+BWD_TUNABLE = Tunable("attention_bwd", lambda length, head_dim: _BWD_CANDIDATES)
+
+
+def config_of(tunable: Tunable, fallback: AttentionConfig, qkv: Tensor, length: int) -> AttentionConfig:
+    """Settings for sequences of a length; exact products keep the fallback."""
+    if qkv.dtype.itemsize == 4:
+        return fallback
+    return tunable.choose(qkv, (power_of_2(length), qkv.shape[3]), fallback)
