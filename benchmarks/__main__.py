@@ -9,6 +9,7 @@
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
     python -m benchmarks launches vit-l16     launches and host time of a step, without a GPU; --subnet 640x18
+    python -m benchmarks predict vit-l16      what the compiled code promises of its time; --gpu, --subnet
     python -m benchmarks gpu                  all that needs a GPU, within --minutes; --resume, --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
@@ -37,6 +38,7 @@ from benchmarks.gpu import PARTS, Plan, measure_all
 from benchmarks.journal import Journal
 from benchmarks.peers.official import require_checkout
 from poa.cli import number
+from poa.config import Config
 from poa.device import choose_device
 from poa.options import override
 from poa.presets import preset
@@ -180,12 +182,23 @@ def print_roofline(options: argparse.Namespace) -> None:
 def launches(options: argparse.Namespace) -> None:
     from benchmarks import launches as benchmark
 
+    lines, summary = benchmark.run(*_planned(options))
+    print(*lines, json.dumps(summary), sep="\n")
+
+
+def predict(options: argparse.Namespace) -> None:
+    from benchmarks import prediction
+
+    lines, summary = prediction.run(*_planned(options), options.gpu)
+    print(*lines, json.dumps(summary), sep="\n")
+
+
+def _planned(options: argparse.Namespace) -> tuple[Config, Subnet]:
+    """The step that options of `_launches` describe."""
     torch.set_num_threads(1)
     config = override(preset(options.preset), options.overrides)
     space = config.method.backbone.space
-    subnet = space.require(Subnet.parse(options.subnet)) if options.subnet else space.intact
-    lines, summary = benchmark.run(config, subnet)
-    print(*lines, json.dumps(summary), sep="\n")
+    return config, space.require(Subnet.parse(options.subnet)) if options.subnet else space.intact
 
 
 def gpu(options: argparse.Namespace) -> int:
@@ -221,6 +234,7 @@ COMMANDS = {
     "profile": (profile, "the twenty largest kernels of one step"),
     "roofline": (print_roofline, "FLOPs, bytes and floor of a step"),
     "launches": (launches, "launches of a step by kind, and its host time, without a GPU"),
+    "predict": (predict, "what the compiled code promises of a step's time, without a GPU"),
     "gpu": (gpu, "everything a GPU is needed for, in one run"),
     "report": (report, "tables and plots from the rows"),
 }
@@ -244,7 +258,7 @@ def _step(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _roofline(parser: argparse.ArgumentParser) -> None:
+def _gpu_name(parser: argparse.ArgumentParser) -> None:
     choices, about = tuple(roofline.GPUS), "whose ceilings; default %(default)s"
     parser.add_argument("--gpu", choices=choices, default="h200", help=about)
 
@@ -312,8 +326,9 @@ OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
     "quality": (_device, _quality, _official),
     "sampling": (_device, _sampling),
     "profile": (_device, _step),
-    "roofline": (_step, _roofline),
+    "roofline": (_step, _gpu_name),
     "launches": (_launches,),
+    "predict": (_launches, _gpu_name),
     "gpu": (_gpu, _official, _widths),
     "report": (_report,),
 }

@@ -52,7 +52,7 @@ class Compiled:
         spilled_bytes: of a thread: stack and local memory.
         shared_bytes: of a block.
         ptx, ttir, ttgir: its forms.
-        sass: machine code, of kernels with asynchronous products.
+        sass: machine code, with its encoding.
     """
 
     architecture: int
@@ -75,8 +75,7 @@ class Compiled:
         warps = re.search(r"\.reqntid (\d+)", ptx)
         count = int(warps[1]) // WARP if warps else binary.options["num_warps"]
         shared = kernel.metadata.shared
-        asynchronous = re.search(TENSOR_CORE["wgmma"], ptx)
-        sass = _run("nvdisasm", "--print-code", kernel.asm["cubin"]) if asynchronous else ""
+        sass = _run("nvdisasm", "--print-code", "-hex", cubin=kernel.asm["cubin"])
         return cls(binary.architecture, count, registers, spilled, shared, ptx, ttir, ttgir, sass)
 
     @property
@@ -153,18 +152,18 @@ class Compiled:
         return min(by_registers, by_shared, gpu.threads // (WARP * self.warps), gpu.blocks)
 
 
-def _run(tool: str, option: str, cubin: bytes) -> str:
+def _run(tool: str, *options: str, cubin: bytes) -> str:
     """What one of the tools that come with Triton prints about a binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(TOOLS / tool), option, file.name]
+        command = [str(TOOLS / tool), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
     """Registers, and spilled bytes."""
-    printed = _run("cuobjdump", "--dump-resource-usage", cubin)
+    printed = _run("cuobjdump", "--dump-resource-usage", cubin=cubin)
     usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", printed)
     if usage is None:
         raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, got {printed!r}")

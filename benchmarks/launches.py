@@ -70,10 +70,23 @@ class Operators(TorchDispatchMode):
         result = function(*args, **kwargs)
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         if not function.is_view and name not in FREE and any(t.is_meta for t in (*inputs, *outputs)):
-            key = LIBRARIES.get(name, "other"), name
-            self.launches[key] += _count(name, args)
-            self.bytes[key] += _traffic(name, inputs, outputs)
+            size = _traffic(name, inputs, outputs)
+            self.note(name, args, _count(name, args), size, inputs, outputs)
         return result
+
+    def note(
+        self,
+        name: str,
+        args: Sequence[Any],
+        count: int,
+        size: int,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+    ) -> None:
+        """Take an operator that launches so many kernels, and reads and writes so many bytes."""
+        key = LIBRARIES.get(name, "other"), name
+        self.launches[key] += count
+        self.bytes[key] += size
 
 
 @cache

@@ -63,10 +63,17 @@ class Binary:
 
 
 class Launch(NamedTuple):
-    """A binary, and the programs of its grid."""
+    """A binary, the programs of its grid, and what else Triton hands to a compiled kernel, arguments last."""
 
     binary: Binary
     grid: tuple[int, int, int]
+    rest: tuple[Any, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By name."""
+        names = self.binary.kernel.arg_names
+        return dict(zip(names, self.rest[-len(names) :], strict=True))
 
     @property
     def programs(self) -> int:
@@ -175,4 +182,4 @@ class _Recorder:
         return None
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        self.made.append(Launch(self.binary, (x, y, z)))
+        self.made.append(Launch(self.binary, (x, y, z), rest))

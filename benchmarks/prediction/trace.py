@@ -1,0 +1,115 @@
+"""A step's launches with all that their cost depends on, recorded on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from benchmarks.launches import LIBRARIES, Operators, step_of
+from benchmarks.prediction.programs import Extent
+from elastic_kernels import absent_gpu
+from elastic_kernels.triton_ops.recorded import Binary, Launch
+from poa.config import Config
+from poa.subnets import Subnet
+
+Product = tuple[int, int, int, int, int]  # batch, rows, columns, inner dimension, bytes of an element
+
+
+class Kernel(NamedTuple):
+    """A launch of ours: of two that are equal, the costs are."""
+
+    binary: Binary
+    grid: tuple[int, int, int]
+    arguments: tuple[tuple[str, Any], ...]
+
+
+class Operator(NamedTuple):
+    """An operator of PyTorch's, with the products that it is made of."""
+
+    kind: str
+    name: str
+    launches: int
+    bytes: int
+    products: tuple[Product, ...]
+
+
+class Recorder(Operators):
+    """Notes operators one by one, and what tensors of the host are copied to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Operator] = []
+        self.contents: dict[int, tuple[Tensor, Tensor]] = {}  # with the device's, which keeps the key its own
+
+    def note(
+        self,
+        name: str,
+        args: Sequence[Any],
+        count: int,
+        size: int,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+    ) -> None:
+        """Take one."""
+        super().note(name, args, count, size, inputs, outputs)
+        products = tuple(_products(name, args, outputs))
+        self.operators.append(Operator(LIBRARIES.get(name, "other"), name, count, size, products))
+        if name in ("_to_copy", "copy_") and inputs[-1].device.type == "cpu":
+            key = outputs[0].untyped_storage()._cdata
+            self.contents[key] = inputs[-1].detach().clone(), outputs[0]
+
+    def kernels(self, launches: Sequence[Launch]) -> list[Kernel]:
+        """Launches with what is known of their arguments."""
+        return [
+            Kernel(
+                launch.binary,
+                launch.grid,
+                tuple((name, self._argument(value)) for name, value in launch.arguments.items()),
+            )
+            for launch in launches
+        ]
+
+    def _argument(self, value: Any) -> Any:
+        """A kernel's argument, as far as costs depend on it."""
+        if not isinstance(value, Tensor):
+            return value if isinstance(value, int) else None
+        size = value.itemsize
+        for length, stride in zip(value.shape, value.stride(), strict=True):
+            size *= length if stride or length == 0 else 1
+        known = self.contents.get(value.untyped_storage()._cdata)
+        if known is None:
+            return Extent(size)
+        return Extent(size, tuple(known[0].flatten()[value.storage_offset() :].tolist()))
+
+
+def _products(name: str, args: Sequence[Any], outputs: list[Tensor]) -> list[Product]:
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        a, b = (
+            args[-2:]
+            if name in ("mm", "bmm") and len(args) == 2
+            else [t for t in args if isinstance(t, Tensor)][-2:]
+        )
+        return [(a.shape[0] if a.ndim == 3 else 1, a.shape[-2], b.shape[-1], a.shape[-1], a.itemsize)]
+    if name == "convolution":
+        x, weight = args[:2]
+        out = outputs[0]
+        return [(1, out.numel() // out.shape[1], weight.shape[0], weight[0].numel(), x.itemsize)]
+    if name == "convolution_backward":
+        dy, x, weight = args[:3]
+        places, out, inner = dy.numel() // dy.shape[1], weight.shape[0], weight[0].numel()
+        forms = ((1, places, inner, out, x.itemsize), (1, out, inner, places, x.itemsize))
+        return [form for form, wanted in zip(forms, args[-1], strict=False) if wanted]
+    return []
+
+
+def record(config: Config, elastic: Subnet) -> tuple[list[Kernel], list[Operator]]:
+    """All that a step launches, ours and PyTorch's, each in order."""
+    with absent_gpu() as launches, Recorder() as recorder:
+        step = step_of(config, elastic)
+        step()  # makes the optimiser's tables
+        launches.made.clear()
+        recorder.operators.clear()
+        step()
+        return recorder.kernels(launches.made), recorder.operators
