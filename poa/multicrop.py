@@ -14,6 +14,7 @@ from torch import Tensor
 
 from elastic_kernels import KeptRows, upload
 
+CPU = torch.device("cpu")
 Groups = tuple[tuple[int, int], ...]
 """`(crops, tokens a crop)` of each crop group, in packing order."""
 
@@ -52,34 +53,27 @@ def kept_rows(groups: Groups, kept: Sequence[Tensor], scales: Sequence[float]) -
 
 @dataclass(frozen=True)
 class StochasticDepth:
-    """What stochastic depth keeps in one forward.
-
-    Attributes:
-        blocks: the kept rows of every active block: `[(attention half, MLP half), ...]`.
-        tokens: that every block has, if they have the same.
-    """
+    """The kept rows of every active block of one forward: `[(attention half, MLP half), ...]`."""
 
     blocks: tuple[tuple[KeptRows, KeptRows], ...]
-    tokens: int | None = None
 
     def to(self, device: torch.device) -> StochasticDepth:
-        """Move all indices and factors with two copies; a GPU also gets the places of equally many rows."""
+        """Move all indices and factors with two copies, if they are not there."""
         halves = [half for pair in self.blocks for half in pair]
+        if halves[0].rows.device == device:
+            return self
         sizes = [half.rows.numel() for half in halves]
-        rows = upload(torch.cat([half.rows for half in halves]), device)
-        scale = upload(torch.cat([half.scale for half in halves]), device)
-        places: Sequence[Tensor | None] = [None] * len(halves)
-        if device.type != "cpu" and self.tokens is not None and len({*sizes}) == 1:
-            none = torch.full((len(halves), self.tokens), -1, dtype=torch.int32, device=device)
-            numbers = torch.arange(sizes[0], dtype=torch.int32, device=device).expand(len(halves), -1)
-            places = none.scatter_(1, rows.view(numbers.shape), numbers).unbind()
-        parts = zip(halves, rows.split(sizes), scale.split(sizes), places, strict=True)
-        moved = [KeptRows(half.groups, *tensors) for half, *tensors in parts]
-        return StochasticDepth(tuple(zip(moved[::2], moved[1::2], strict=True)), self.tokens)
+        rows = upload(torch.cat([half.rows for half in halves]), device).split(sizes)
+        scale = upload(torch.cat([half.scale for half in halves]), device).split(sizes)
+        moved = [KeptRows(h.groups, r, s) for h, r, s in zip(halves, rows, scale, strict=True)]
+        return StochasticDepth(tuple(zip(moved[::2], moved[1::2], strict=True)))
 
 
 def draw_stochastic_depth(
-    groups: Groups, rates: Sequence[float], generator: torch.Generator
+    groups: Groups,
+    rates: Sequence[float],
+    generator: torch.Generator,
+    device: torch.device = CPU,
 ) -> StochasticDepth | None:
     """Choose the crops that each half of each active block works on.
 
@@ -91,24 +85,58 @@ def draw_stochastic_depth(
         groups: of the packed tensor.
         rates: drop rate of each active block; all 0 means None is returned.
         generator: a CPU generator.
-
-    Returns:
-        CPU tensors; see `StochasticDepth.to`.
+        device: of the result.
     """
     if not any(rates):
         return None
-    blocks = [tuple(_draw_half(groups, rate, generator) for _ in range(2)) for rate in rates]
-    halves = tuple((attention, mlp) for attention, mlp in blocks)
-    return StochasticDepth(halves, sum(crops * length for crops, length in groups))
+    rates = [rate for rate in rates for _ in range(2)]
+    if len({*rates}) == 1 and rates[0] > 0.1:
+        drawn = [_draw_counts(groups, rate, generator) for rate in rates]
+        halves = _of_equal_counts(groups, drawn, device)
+        return StochasticDepth(tuple(zip(halves[::2], halves[1::2], strict=True)))
+    halves = [_draw_half(groups, rate, generator) for rate in rates]
+    return StochasticDepth(tuple(zip(halves[::2], halves[1::2], strict=True))).to(device)
 
 
 def _draw_half(groups: Groups, rate: float, generator: torch.Generator) -> KeptRows:
     if rate <= 0.1:
         return draw_samples(groups, rate, generator)
+    kept = _draw_counts(groups, rate, generator)
+    return kept_rows(groups, kept, _factors(groups, kept))
+
+
+def _draw_counts(groups: Groups, rate: float, generator: torch.Generator) -> list[Tensor]:
+    """The crops that are kept of each group, a fixed number."""
     counts = [max(int(crops * (1 - rate)), 1) for crops, _ in groups]
-    sizes = [crops for crops, _ in groups]
-    kept = [torch.randperm(n, generator=generator)[:count] for n, count in zip(sizes, counts, strict=True)]
-    return kept_rows(groups, kept, [n / count for n, count in zip(sizes, counts, strict=True)])
+    return [
+        torch.randperm(crops, generator=generator)[:count]
+        for (crops, _), count in zip(groups, counts, strict=True)
+    ]
+
+
+def _factors(groups: Groups, kept: Sequence[Tensor]) -> list[float]:
+    return [crops / len(index) for (crops, _), index in zip(groups, kept, strict=True)]
+
+
+def _of_equal_counts(
+    groups: Groups, drawn: Sequence[Sequence[Tensor]], device: torch.device
+) -> list[KeptRows]:
+    """As `kept_rows` of each half, made on the device for all of them at once, on a GPU with their places."""
+    parts, start = [], 0
+    for (crops, length), *kept in zip(groups, *drawn, strict=True):
+        index = upload(torch.stack(kept), device)
+        firsts = torch.add(start, index, alpha=length).unsqueeze(-1)
+        parts.append((firsts + torch.arange(length, device=device)).flatten(1))
+        start += crops * length
+    rows = torch.cat(parts, 1)
+    one = kept_rows(groups, drawn[0], _factors(groups, drawn[0]))  # factors are those of every half
+    scale = upload(one.scale, device)
+    places: Sequence[Tensor | None] = [None] * len(drawn)
+    if device.type != "cpu":
+        numbers = torch.arange(rows.shape[1], dtype=torch.int32, device=device).expand(rows.shape)
+        nowhere = torch.full((len(drawn), start), -1, dtype=torch.int32, device=device)
+        places = nowhere.scatter_(1, rows, numbers).unbind()
+    return [KeptRows(one.groups, row, scale, place) for row, place in zip(rows.unbind(), places, strict=True)]
 
 
 def draw_samples(groups: Groups, rate: float, generator: torch.Generator) -> KeptRows:

@@ -87,9 +87,9 @@ def _passes(logits: list[Tensor], tau: float) -> tuple[Columns, Rows]:
     """The two passes over all problems, whose vectors lie one after the other: (maximum, sum) of each column,
     and log v of each row."""
     if dispatch.choose("sinkhorn_scaling", logits[0]).backend == "triton":
-        from elastic_kernels.triton_ops import sinkhorn as _  # noqa: F401, registers the operators
+        import elastic_kernels.triton_ops.sinkhorn  # noqa: F401, registers the operators
+        from elastic_kernels.triton_ops.registration import ops
 
-        ops = torch.ops.elastic_kernels
         logits = [t if t.stride(-1) == 1 else t.contiguous() for t in logits]
         table = ops.sinkhorn_table(logits)
         return (

@@ -356,7 +356,8 @@ class ElasticViT(Backbone):
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
     ) -> StochasticDepth | None:
-        return draw_stochastic_depth(self.groups(crops), self.config.active_drop_rates(subnet), generator)
+        rates = self.config.active_drop_rates(subnet)
+        return draw_stochastic_depth(self.groups(crops), rates, generator, crops[0].device)
 
     def layers_above(self, name: str) -> int:
         top = self.config.max_depth + 1

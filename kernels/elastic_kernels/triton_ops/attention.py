@@ -38,10 +38,10 @@ from elastic_kernels.triton_ops.attention_settings import (
     config_of,
     fwd_config,
 )
-from elastic_kernels.triton_ops.device import capability, precision
+from elastic_kernels.triton_ops.device import capability, cdiv, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 LONGEST_OF_ONE_PROGRAM = 1024  # tokens in the backward, of which a longer sequence takes several
 
@@ -136,7 +136,7 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
         fallback = fwd_config(length, dim, qkv.dtype.itemsize, capability(qkv.device))
         config = config_of(FWD_TUNABLE, fallback, qkv, length)
         kernel = _attention_resident_fwd_kernel if config.resident else _attention_streaming_fwd_kernel
-        tiles = 1 if config.resident else triton.cdiv(length, config.block_m)
+        tiles = 1 if config.resident else cdiv(length, config.block_m)
         kernel[(count * heads, tiles)](
             qkv, out, lse,
             first, length, heads,
@@ -201,7 +201,7 @@ class AttentionFunction(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, groups: list[int]) -> Tensor:
         if qkv.stride(-1) != 1:
             qkv = qkv.contiguous()
-        out, lse = torch.ops.elastic_kernels.attention_fwd(qkv, groups)
+        out, lse = ops.attention_fwd(qkv, groups)
         ctx.save_for_backward(qkv, out, lse)
         ctx.groups = groups
         return out
@@ -210,4 +210,4 @@ class AttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         qkv, out, lse = ctx.saved_tensors
-        return torch.ops.elastic_kernels.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups), None
+        return ops.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups), None

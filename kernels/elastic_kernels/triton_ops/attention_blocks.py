@@ -18,10 +18,10 @@ from elastic_kernels.triton_ops.attention_settings import (
     bwd_config,
     fwd_config,
 )
-from elastic_kernels.triton_ops.device import capability, precision
+from elastic_kernels.triton_ops.device import capability, cdiv, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
 
@@ -220,7 +220,7 @@ class Span(NamedTuple):
     def arguments(self, qkv: Tensor, block: int) -> tuple[tuple[int, int], tuple[Any, ...]]:
         """Grid and run-time arguments of a launch whose programs own `block` rows at a time."""
         heads = qkv.shape[2]
-        grid = (self.sequences * heads, max(triton.cdiv(self.length, block), 1))
+        grid = (self.sequences * heads, max(cdiv(self.length, block), 1))
         return grid, (self.first, self.length, qkv.shape[0], heads, *qkv.stride()[:3])
 
 
@@ -249,7 +249,7 @@ def blocks_bwd(
 
 def _span(qkv: Tensor, offsets: Tensor) -> Span:
     count = offsets.shape[0] - 1
-    return Span(offsets, 0, count, triton.cdiv(qkv.shape[0], max(count, 1)))
+    return Span(offsets, 0, count, cdiv(qkv.shape[0], max(count, 1)))
 
 
 def attention_offsets_fwd(qkv: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,11 +299,11 @@ class AttentionOffsetsFunction(torch.autograd.Function):
         if qkv.stride(-1) != 1:
             qkv = qkv.contiguous()
         offsets = offsets.contiguous()
-        out, lse = torch.ops.elastic_kernels.attention_offsets_fwd(qkv, offsets)
+        out, lse = ops.attention_offsets_fwd(qkv, offsets)
         ctx.save_for_backward(qkv, offsets, out, lse)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.elastic_kernels.attention_offsets_bwd(*ctx.saved_tensors, dout.contiguous()), None
+        return ops.attention_offsets_bwd(*ctx.saved_tensors, dout.contiguous()), None

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.device import cdiv, unit_stride
 from elastic_kernels.triton_ops.registration import register
 
 
@@ -402,7 +402,7 @@ def crops_finish(crops: Tensor, table: Tensor, taps: int, dtype: torch.dtype) ->
 
 def _grid(images: int, height: int, width: int, config: TileConfig) -> tuple[tuple[int], tuple[int, int]]:
     """Programs, and tiles of an image (vertically, horizontally)."""
-    tiles = triton.cdiv(height, config.rows), triton.cdiv(width, config.block)
+    tiles = cdiv(height, config.rows), cdiv(width, config.block)
     return (images * tiles[0] * tiles[1],), tiles
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability, is_interpreted
+from elastic_kernels.triton_ops.device import capability, cdiv, is_interpreted
 from elastic_kernels.tuning import Tunable, power_of_2, tiles
 
 
@@ -76,7 +76,7 @@ def gemm_config(form: Form, columns: int, itemsize: int, capability: tuple[int, 
     """Settings for a result of so many columns, on a part of a compute capability."""
     if itemsize == 4:
         return _FP32
-    wide = triton.cdiv(columns, _HALF_WIDE.block_n) * _HALF_WIDE.block_n <= WIDE_WASTE * columns
+    wide = cdiv(columns, _HALF_WIDE.block_n) * _HALF_WIDE.block_n <= WIDE_WASTE * columns
     if capability == (9, 0) and wide and form not in _NOT_WIDE:
         return _HALF_WIDE
     return _HALF

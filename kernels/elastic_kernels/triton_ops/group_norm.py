@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.device import cdiv
 from elastic_kernels.triton_ops.layer_norm import affine_gradients
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.tuning import Tunable, power_of_2
 
 
@@ -186,7 +187,7 @@ def group_norm_fwd(
     mean, rstd = (torch.empty(samples, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     if x.numel():
         config = _config(_FWD, x, groups)
-        _group_norm_fwd_kernel[(samples, triton.cdiv(groups, config.groups))](
+        _group_norm_fwd_kernel[(samples, cdiv(groups, config.groups))](
             x, weight, bias, residual, y, mean, rstd,
             rows, groups, channels // groups,
             eps,
@@ -216,7 +217,7 @@ def group_norm_bwd(
     partials = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
     if x.numel():
         config = _config(_BWD, x, groups)
-        _group_norm_bwd_kernel[(samples, triton.cdiv(groups, config.groups))](
+        _group_norm_bwd_kernel[(samples, cdiv(groups, config.groups))](
             dy, x, y, weight, mean, rstd, dx, dresidual, partials,
             rows, groups, channels // groups,
             RELU=y is not None, KEEP_RESIDUAL=keep_residual,
@@ -263,7 +264,7 @@ class GroupNormFunction(torch.autograd.Function):
     ) -> Tensor:
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
-        y, mean, rstd = torch.ops.elastic_kernels.group_norm_fwd(x, weight, bias, residual, groups, eps, relu)
+        y, mean, rstd = ops.group_norm_fwd(x, weight, bias, residual, groups, eps, relu)
         ctx.save_for_backward(x, y if relu else None, weight, mean, rstd)
         ctx.has_residual = residual is not None
         return y
@@ -274,8 +275,6 @@ class GroupNormFunction(torch.autograd.Function):
         x, y, weight, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
         gated = y is not None and ctx.has_residual  # without a ReLU the residual's gradient is dy
-        dx, dresidual, dweight, dbias = torch.ops.elastic_kernels.group_norm_bwd(
-            dy, x, y, weight, mean, rstd, gated
-        )
+        dx, dresidual, dweight, dbias = ops.group_norm_bwd(dy, x, y, weight, mean, rstd, gated)
         residual_grad = (dresidual if gated else dy) if ctx.has_residual else None
         return dx, dweight, dbias, residual_grad, None, None, None

@@ -26,9 +26,7 @@ from elastic_kernels.triton_ops.layers import (
     kept,
     mlp_backward,
 )
-from elastic_kernels.triton_ops.registration import first_order
-
-ops = torch.ops.elastic_kernels
+from elastic_kernels.triton_ops.registration import first_order, ops
 
 
 class WindowSpec(NamedTuple):

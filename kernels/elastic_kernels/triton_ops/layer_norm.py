@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.layouts import places_of
-from elastic_kernels.triton_ops.device import processors, unit_stride
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.device import cdiv, processors, unit_stride
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.tuning import Tunable
 
 PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to sum
@@ -211,7 +211,7 @@ def layer_norm_fwd(
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         config = _config(_FWD, x)
-        _layer_norm_fwd_kernel[(triton.cdiv(rows, config.rows),)](
+        _layer_norm_fwd_kernel[(cdiv(rows, config.rows),)](
             x, weight, bias, index, y, xhat, mean, rstd,
             rows, width,
             x.stride(0),
@@ -268,7 +268,7 @@ def affine_gradients(partials: Tensor, programs: int, weight: Tensor | None) -> 
     if weight is None:
         return partials.new_empty(0), partials.new_empty(0)
     dweight, dbias = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-    _layer_norm_affine_kernel[(triton.cdiv(len(weight), AFFINE_BLOCK),)](
+    _layer_norm_affine_kernel[(cdiv(len(weight), AFFINE_BLOCK),)](
         partials, dweight, dbias,
         programs, partials.shape[2], len(weight),
         ROWS=AFFINE_ROWS, BLOCK=AFFINE_BLOCK, num_warps=4,
@@ -313,7 +313,7 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> Tensor:
         x = unit_stride(x)
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-        y, _, mean, rstd = torch.ops.elastic_kernels.layer_norm_fwd(x, weight, bias, eps, index, dtype)
+        y, _, mean, rstd = ops.layer_norm_fwd(x, weight, bias, eps, index, dtype)
         ctx.save_for_backward(x, weight, mean, rstd, index)
         return y
 
@@ -322,8 +322,6 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index = ctx.saved_tensors
         places = None if index is None else places_of(index, len(x))
-        dx, dweight, dbias = torch.ops.elastic_kernels.layer_norm_bwd(
-            dy.contiguous(), x, None, weight, mean, rstd, places, None
-        )
+        dx, dweight, dbias = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, None)
         affine = (None, None) if weight is None else (dweight, dbias)
         return dx, *affine, None, None

@@ -22,10 +22,8 @@ import elastic_kernels.triton_ops.linear
 import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.device import unit_stride
-from elastic_kernels.triton_ops.registration import first_order
+from elastic_kernels.triton_ops.registration import first_order, ops
 from elastic_kernels.working_weights import in_dtype
-
-ops = torch.ops.elastic_kernels
 
 
 class LayerSpec(NamedTuple):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import precision, unit_stride
+from elastic_kernels.triton_ops.device import cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
     Form,
@@ -225,7 +225,7 @@ def _fwd(
         return
     form: Form = "residual" if residual is not None else "linear" if activation is None else "gelu"
     config = config_for(form, x, out, width)
-    tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out, config.block_n)
+    tiles = cdiv(rows, config.block_m) * cdiv(out, config.block_n)
     _linear_fwd_kernel[(tiles, groups)](
         x, weight, bias, y, activation, residual, gamma, index, row_scale,
         rows, out, width,
@@ -313,7 +313,7 @@ def _dgrad(
     if rows:
         form: Form = "dgrad" if u is None else "dgrad_gelu"
         config = config_for(form, dy, width, out)
-        _linear_dgrad_kernel[(triton.cdiv(rows, config.block_m) * triton.cdiv(width, config.block_n),)](
+        _linear_dgrad_kernel[(cdiv(rows, config.block_m) * cdiv(width, config.block_n),)](
             dy, weight, gamma, u, dx, activation,
             rows, groups, out, width,
             dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
@@ -347,7 +347,7 @@ def branch_grad(dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dt
     rows, width = (dout if index is None else index).shape[0], dout.shape[1]
     d = torch.empty(rows, width, dtype=dtype, device=dout.device)
     if rows:
-        _branch_grad_kernel[(triton.cdiv(rows, COPY_ROWS), triton.cdiv(width, COPY_BLOCK))](
+        _branch_grad_kernel[(cdiv(rows, COPY_ROWS), cdiv(width, COPY_BLOCK))](
             dout, index, row_scale, d,
             rows, width,
             dout.stride(0),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import processors
+from elastic_kernels.triton_ops.device import cdiv, processors
 from elastic_kernels.triton_ops.gemm import product_into
 from elastic_kernels.triton_ops.registration import register
 
@@ -128,13 +128,13 @@ def linear_wgrad_(total: Tensor, dy: Tensor, x: Tensor, scale: float) -> None:
 def linear_bias_sums(dy: Tensor) -> Tensor:
     """`dy` `[rows, n]` or `[rows, groups, n]` -> sums over parts of its rows, fp32 `[parts, groups, n]`."""
     rows, (groups, out) = dy.shape[0], _groups_of(dy)
-    blocks = triton.cdiv(out, SUM_BLOCK)
-    most = triton.cdiv(rows, SUM_ROWS if dy.device.type == "cpu" else MIN_PART_ROWS)
+    blocks = cdiv(out, SUM_BLOCK)
+    most = cdiv(rows, SUM_ROWS if dy.device.type == "cpu" else MIN_PART_ROWS)
     parts = max(min(SUM_PROGRAMS * processors(dy.device) // (groups * blocks), most), 1)
     sums = torch.empty(parts, groups, out, dtype=torch.float32, device=dy.device)
     _linear_bias_sums_kernel[(blocks, parts, groups)](
         dy, sums,
-        rows, triton.cdiv(rows, parts), out,
+        rows, cdiv(rows, parts), out,
         dy.stride(0), dy.stride(1) if groups > 1 else 0,
         ROWS=SUM_ROWS, BLOCK=SUM_BLOCK,
     )  # fmt: skip
@@ -145,7 +145,7 @@ def linear_bias_grad(sums: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
     """Partial sums fp32 `[parts, groups, n]` -> `[groups * largest]`, zero outside of the corners."""
     parts, groups, out = sums.shape
     dbias = torch.empty(groups * largest, dtype=dtype, device=sums.device)
-    _linear_bias_grad_kernel[(triton.cdiv(largest, BIAS_BLOCK), groups)](
+    _linear_bias_grad_kernel[(cdiv(largest, BIAS_BLOCK), groups)](
         sums, dbias,
         parts, out, largest,
         PARTS=PARTS, BLOCK=BIAS_BLOCK,
@@ -181,7 +181,7 @@ def layer_scale_grads_(
         torch.empty(n, dtype=dtype, device=p.device) for n in (0 if sums is None else largest, largest)
     )
     corner_out, corner_width = (0, 0) if corner is None else corner.shape[1:]
-    _layer_scale_grads_kernel[(triton.cdiv(largest, SCALE_ROWS),)](
+    _layer_scale_grads_kernel[(cdiv(largest, SCALE_ROWS),)](
         p, sums, weight, bias, gamma, corner, dbias, dgamma,
         0 if sums is None else len(sums), out, width, largest, corner_out, corner_width,
         weight.stride(1), weight.stride(2),

@@ -26,7 +26,7 @@ from torch import Tensor
 from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import dot, product_into
 from elastic_kernels.triton_ops.losses_merge import STATS, merge
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.triton_ops.sinkhorn import grow
 from elastic_kernels.tuning import Tunable, power_of_2
 
@@ -346,7 +346,7 @@ class PrototypeLosses(torch.autograd.Function):
             rounded.copy_(student)
         weight, index = weight.to(operands).contiguous(), index.contiguous()
         t, log_u = unit_stride(t), log_u.float().contiguous()
-        losses, lse = torch.ops.elastic_kernels.prototype_losses_fwd(x, weight, t, log_u, index, tau_s, tau_t)
+        losses, lse = ops.prototype_losses_fwd(x, weight, t, log_u, index, tau_s, tau_t)
         ctx.save_for_backward(x, weight, t, log_u, index, lse)
         ctx.temperatures = (tau_s, tau_t)
         return losses
@@ -354,7 +354,7 @@ class PrototypeLosses(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = torch.ops.elastic_kernels.prototype_losses_bwd(
+        dx, dweight = ops.prototype_losses_bwd(
             grad.float().contiguous(), *ctx.saved_tensors, *ctx.temperatures
         )
         return dx[0], dx[1] if len(dx) == 2 else None, dweight, *[None] * 6

@@ -26,10 +26,10 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.attention import LOG2_E
-from elastic_kernels.triton_ops.device import precision, unit_stride
+from elastic_kernels.triton_ops.device import cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, load_head, of_head
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.tuning import Tunable
 
 SLICED_PROGRAMS = 1024  # of the backward of a group, about: some to each multiprocessor, few shares to sum
@@ -185,7 +185,7 @@ def _spans(maps: Sequence[int], side: int, heads: int) -> list[_Span]:
     """Of each group that has tokens; maps are flat triples of count, height and width."""
     spans, first = [], 0
     for count, height, width in zip(maps[::3], maps[1::3], maps[2::3], strict=True):
-        rows, columns = (triton.cdiv(length, side) * side for length in (height, width))
+        rows, columns = (cdiv(length, side) * side for length in (height, width))
         windows = count * (rows // side) * (columns // side)
         if windows:
             slices = min(windows, max(SLICED_PROGRAMS // heads, 1))
@@ -329,7 +329,7 @@ class WindowAttentionFunction(torch.autograd.Function):
     ) -> Tensor:
         qkv, bias, pad = unit_stride(qkv), bias.contiguous(), pad.contiguous()
         geometry = (maps, side, shift, apart)
-        out, lse = torch.ops.elastic_kernels.window_attention_fwd(qkv, bias, pad, *geometry)
+        out, lse = ops.window_attention_fwd(qkv, bias, pad, *geometry)
         ctx.save_for_backward(qkv, bias, pad, lse)
         ctx.geometry = geometry
         return out
@@ -338,7 +338,5 @@ class WindowAttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, pad, lse = ctx.saved_tensors
-        gradients = torch.ops.elastic_kernels.window_attention_bwd(
-            qkv, bias, pad, lse, dout.contiguous(), *ctx.geometry
-        )
+        gradients = ops.window_attention_bwd(qkv, bias, pad, lse, dout.contiguous(), *ctx.geometry)
         return *gradients, None, None, None, None
