@@ -8,8 +8,8 @@
     python -m benchmarks sampling             what policies of drawing subnets cost; --processes
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
-    python -m benchmarks launches vit-l16     launches and host time of a step, without a GPU; --subnet 640x18
-    python -m benchmarks predict vit-l16      what the compiled code promises of its time; --gpu, --subnet
+    python -m benchmarks launches             launches and host time of a step, without a GPU; --subnet 640x18
+    python -m benchmarks predict              the time of a step, from its compiled kernels; --gpu, --subnet
     python -m benchmarks gpu                  all that needs a GPU, within --minutes; --resume, --parts
     python -m benchmarks report               renew the tables and plots of the README from the rows
 
@@ -144,7 +144,7 @@ def networks(options: argparse.Namespace) -> int:
     device, (images,) = choose_device(options.device), options.images
     return max(
         keep(benchmark.run(name, which, images, device, options.seconds), options.out)
-        for name in options.presets
+        for name in options.preset
         for which in benchmark.SUBNETS
     )
 
@@ -226,48 +226,61 @@ def report(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "kernels": (kernels, "operators against their peers"),
-    "step": (step, "the training step against naive slicing, compiled slicing and the official code"),
-    "networks": (networks, "subnets as networks against naive slicing and static networks of their size"),
-    "quality": (quality, "k-NN of teacher and subnets against wall time"),
-    "sampling": (sampling, "the time processes wait for each other, by policy of drawing subnets"),
-    "profile": (profile, "the twenty largest kernels of one step"),
-    "roofline": (print_roofline, "FLOPs, bytes and floor of a step"),
-    "launches": (launches, "launches of a step by kind, and its host time, without a GPU"),
-    "predict": (predict, "what the compiled code promises of a step's time, without a GPU"),
-    "gpu": (gpu, "everything a GPU is needed for, in one run"),
-    "report": (report, "tables and plots from the rows"),
+    "kernels": (kernels, "measure operators against other implementations"),
+    "step": (step, "measure the training step against naive slicing, compiled slicing and the official code"),
+    "networks": (
+        networks,
+        "measure subnets as networks against naive slicing and static networks of their size",
+    ),
+    "quality": (quality, "measure k-NN accuracy of the teacher's subnets against wall time"),
+    "sampling": (sampling, "measure how long ranks wait for each other, by policy of sampling subnets"),
+    "profile": (profile, "list the twenty kernels of a step that take longest"),
+    "roofline": (print_roofline, "print the cost model: FLOPs, bytes and lower bound of the time of a step"),
+    "launches": (launches, "count the launches of a step by kind, and time its host code, without a GPU"),
+    "predict": (predict, "predict the time of a step's kernels from their compiled code, without a GPU"),
+    "gpu": (gpu, "run everything that needs a GPU, most valuable parts first"),
+    "report": (report, "write the tables and plots of the README from the rows"),
 }
 
 
+PRESET_HELP = "preset of the network and the method (default: %(default)s)"
+
+
 def _device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    parser.add_argument("--out", type=Path, help="file of rows; default benchmarks/results/GPU.jsonl")
+    parser.add_argument("--device", default="auto", help="device to measure on: auto, cuda, cuda:N or cpu")
+    parser.add_argument(
+        "--out", type=Path, help="file that the rows are appended to (default: benchmarks/results/GPU.jsonl)"
+    )
     parser.add_argument(
         "--seconds",
         type=number(float, "(0, 3600]"),
         default=harness.MEASURE,
-        help="of measuring each provider",
+        help="seconds of measuring each provider (default: %(default)s)",
     )
 
 
 def _step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="vit-l16", help="network and method")
+    parser.add_argument("--preset", default="vit-l16", help=PRESET_HELP)
     parser.add_argument(
-        "--images", type=number(int, "[1, 65536]"), nargs="+", default=[64], help="images of a step"
+        "--images",
+        type=number(int, "[1, 65536]"),
+        nargs="+",
+        default=[64],
+        help="images of a step, one measurement each",
     )
 
 
 def _gpu_name(parser: argparse.ArgumentParser) -> None:
-    choices, about = tuple(roofline.GPUS), "whose ceilings; default %(default)s"
+    choices = tuple(roofline.GPUS)
+    about = "GPU whose peak FLOP/s and bandwidth are used (default: %(default)s)"
     parser.add_argument("--gpu", choices=choices, default="h200", help=about)
 
 
 def _networks(parser: argparse.ArgumentParser) -> None:
     presets = ["vit-l16", "swin-b", "resnet-152"]
-    parser.add_argument("--presets", nargs="+", default=presets, help="whose subnets")
+    parser.add_argument("--preset", nargs="+", default=presets, help="presets whose subnets are measured")
     parser.add_argument(
-        "--images", type=number(int, "[1, 65536]"), nargs=1, default=[64], help="of a forward"
+        "--images", type=number(int, "[1, 65536]"), nargs=1, default=[64], help="images of a forward pass"
     )
 
 
@@ -276,46 +289,79 @@ def _official(parser: argparse.ArgumentParser) -> None:
 
 
 def _kernels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--case", action="append", default=[], help="only this case; may be repeated")
-    parser.add_argument("--provider", action="append", default=[], help="only this provider")
+    parser.add_argument("--case", action="append", default=[], help="measure only this case; may be repeated")
+    parser.add_argument(
+        "--provider", action="append", default=[], help="measure only this provider; may be repeated"
+    )
 
 
 def _widths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--all-widths", action="store_true", help="384 to 1024 instead of three")
+    parser.add_argument(
+        "--all-widths", action="store_true", help="measure all widths from 384 to 1024, not three of them"
+    )
 
 
 def _quality(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="small-images", help="network and method")
-    parser.add_argument("--data", default="digits", help="digits, or a folder of images")
-    parser.add_argument("--minutes", type=number(float, "(0, 100000]"), default=3.0, help="of training each")
+    parser.add_argument("--preset", default="small-images", help=PRESET_HELP)
+    parser.add_argument("--data", default="digits", help="digits, or a folder of images (default: digits)")
+    parser.add_argument(
+        "--minutes", type=number(float, "(0, 100000]"), default=3.0, help="minutes of training each provider"
+    )
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="quickstart", help="network and method")
-    parser.add_argument("--data", default="digits", help="digits, or where images are")
-    parser.add_argument("--processes", type=number(int, "[1, 1024]"), default=4, help="on this machine")
-    parser.add_argument("--steps", type=number(int, "[1, 1e6]"), default=60, help="of each policy")
+    parser.add_argument("--preset", default="quickstart", help=PRESET_HELP)
+    parser.add_argument(
+        "--data",
+        default="digits",
+        help="digits, or where the images are, as in poa pretrain (default: digits)",
+    )
+    parser.add_argument(
+        "--processes", type=number(int, "[1, 1024]"), default=4, help="ranks on this machine (default: 4)"
+    )
+    parser.add_argument(
+        "--steps", type=number(int, "[1, 1e6]"), default=60, help="steps of each policy (default: 60)"
+    )
 
 
 def _launches(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("preset", help="network and method")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
-    parser.add_argument("--subnet", metavar="WxD", help="of the elastic student; default the intact network")
+    parser.add_argument("--preset", default="vit-l16", help=PRESET_HELP)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="any option of a run, such as method.batch_size=32"
+    )
+    parser.add_argument(
+        "--subnet", metavar="WxD", help="subnet of the elastic student (default: the intact network)"
+    )
 
 
 def _gpu(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="folder of the run; default benchmarks/results/GPU")
+    parser.add_argument("--out", type=Path, help="folder of the run (default: benchmarks/results/GPU)")
     parser.add_argument(
-        "--minutes", type=number(float, "(0, 1440]"), default=9.0, help="until it stops and says what is left"
+        "--minutes",
+        type=number(float, "(0, 1440]"),
+        default=9.0,
+        help="minutes until it stops and says what is left (default: %(default)s)",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
-    parser.add_argument("--retry", action="store_true", help="likewise, and repeat what failed")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="only these; in this order")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu rehearses, tiny")
+    parser.add_argument("--resume", action="store_true", help="resume the run in --out: measure what is left")
+    parser.add_argument(
+        "--retry", action="store_true", help="resume the run in --out, and repeat what failed"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="measure only these parts, in the given order",
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for a rehearsal on tiny sizes"
+    )
 
 
 def _report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="*", type=Path, help="files of rows; default all in benchmarks/results")
+    parser.add_argument(
+        "rows", nargs="*", type=Path, help="files of rows (default: all in benchmarks/results)"
+    )
 
 
 # Groups of options of each command.

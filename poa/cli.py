@@ -103,96 +103,127 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-RUN_HELP = "run folder that pretrain wrote"
+OPTIONS_HELP = "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
+DATA_HELP = "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
+RUN_HELP = "run folder written by pretrain"
 
 
 def _add_preset(command: _Command) -> None:
-    command.add_argument("--preset", help="what to start from; default quickstart")
+    command.add_argument("--preset", help="preset whose options are used (default: quickstart)")
 
 
 def _add_first(group: argparse._SubParsersAction[_Command]) -> None:
     """The demonstration, and what there is to train."""
-    command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
-    command.add_argument(
-        "--backbone", choices=tuple(commands.QUICKSTARTS), default="vit", help="of what kind"
+    command = group.add_parser(
+        "quickstart", help="pre-train on digits, then extract and evaluate all subnets"
     )
-    command.add_argument("--out", help="run folder, new; default runs/PRESET, or -2, -3, ...")
-    command.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options as in pretrain")
+    command.add_argument(
+        "--backbone",
+        choices=tuple(commands.QUICKSTARTS),
+        default="vit",
+        help="backbone to train (default: vit)",
+    )
+    command.add_argument("--out", help="new run folder (default: runs/PRESET, or runs/PRESET-2, ...)")
+    command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
     command.set_defaults(command=commands.run_quickstart)
 
-    command = group.add_parser("subnets", help="list the subnets of a run or preset with their sizes")
-    command.add_argument("run", nargs="?", help=RUN_HELP)
-    command.add_argument("--preset", help="instead of a run: " + ", ".join(PRESETS))
-    command.add_argument("--json", action="store_true", help="one JSON list")
+    command = group.add_parser("subnets", help="list the subnets of a run or a preset with their sizes")
+    command.add_argument("run", nargs="?", metavar="RUN", help=RUN_HELP)
+    command.add_argument("--preset", help="preset instead of a run: " + ", ".join(PRESETS))
+    command.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     command.set_defaults(command=commands.list_subnets, config=None, overrides=[])
 
 
 def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     """The commands that prepare a run."""
-    command = group.add_parser("memory", help="predict what a step needs of a GPU's memory, without one")
+    command = group.add_parser("memory", help="predict the GPU memory of a training step, without a GPU")
     _add_preset(command)
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
     command.set_defaults(command=commands.run_memory, config=None, data=None)
 
-    command = group.add_parser("warmup", help="compile every kernel that a run can need, and keep them")
+    command = group.add_parser("warmup", help="compile all kernels of a run before it starts")
     _add_preset(command)
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="options of the run")
-    command.add_argument("--arch", metavar="sm_90", help="compile for a GPU that is not here, into --cache")
-    command.add_argument("--cache", metavar="DIR", default="triton-cache", help="default %(default)s")
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
+    command.add_argument(
+        "--arch", metavar="sm_90", help="compile for an absent GPU architecture, such as sm_90, into --cache"
+    )
+    command.add_argument(
+        "--cache",
+        metavar="DIR",
+        default="triton-cache",
+        help="folder of the kernels compiled with --arch (default: %(default)s)",
+    )
     command.add_argument(
         "--triton-key",
         metavar="KEY",
-        help="where Python is another version there: what "
-        "python -c 'from triton.runtime.cache import triton_key as k; print(k())' prints there",
+        help="key of Triton on the machine with the GPU, needed if its Python version differs; "
+        "python -c 'from triton.runtime.cache import triton_key as k; print(k())' prints it there",
     )
     command.set_defaults(command=commands.run_warmup, config=None, data=None)
 
     command = group.add_parser(
         "loader", help="measure how fast images are read and decoded, without training"
     )
-    command.add_argument("--data", required=True, help="where the images are, as in pretrain")
+    command.add_argument("--data", required=True, help=DATA_HELP)
     _add_preset(command)
     command.add_argument(
         "--workers",
         type=number(int, "[0, 1024]"),
         nargs="+",
         default=[1],
-        help="numbers of processes to try",
+        help="numbers of decoding processes to try (default: 1)",
     )
-    command.add_argument("--seconds", type=number(float, "(0, 3600]"), default=10.0, help="to measure each")
+    command.add_argument(
+        "--seconds",
+        type=number(float, "(0, 3600]"),
+        default=10.0,
+        help="seconds per measurement (default: 10)",
+    )
     command.set_defaults(command=commands.run_loader, config=None, overrides=[])
 
 
 def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequence[str]) -> None:
     """`pretrain`, whose help lists every option with the values of the preset in use."""
-    presets = "\n".join(f"  {name:<12} {text}" for name, (_, text) in PRESETS.items())
+    longest = max(map(len, PRESETS))
+    presets = "\n".join(f"  {name:<{longest}} {text}" for name, (_, text) in PRESETS.items())
     command = group.add_parser(
         "pretrain",
-        help="train a run",
+        help="pre-train: one run whose weights hold all subnets of a preset",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=f"Train a run on one device, or under torchrun on many.\n\npresets:\n{presets}",
+        description=f"Pre-train on one device, or on many with torchrun.\n\npresets:\n{presets}",
         epilog=_options_help(arguments) if {"-h", "--help"} & set(arguments) else None,
     )
     _add_preset(command)
-    command.add_argument("--config", help="instead of a preset: the config.json of another run")
-    command.add_argument("--data", help="digits, or where the images are (data.source)")
-    command.add_argument("--out", help="run folder, new")
-    command.add_argument("--resume", metavar="RUN", help="continue this run from its checkpoint")
+    command.add_argument("--config", help="config.json of another run, instead of a preset")
+    command.add_argument("--data", help=f"{DATA_HELP} (data.source)")
+    command.add_argument("--out", help="new run folder")
+    command.add_argument("--resume", metavar="RUN", help="resume this run from its newest checkpoint")
     command.add_argument(
-        "--replan", action="store_true", help="with --resume: take other method.optim options, such as epochs"
+        "--replan",
+        action="store_true",
+        help="with --resume: allow other method.optim options, such as epochs",
     )
     command.add_argument(
         "--init-from",
         metavar="RUN",
-        help="start from the weights of this run, with its options or --preset's",
+        help="initial weights from this run, whose options are used unless --preset is given",
     )
     command.add_argument(
-        "--check", action="store_true", help="say what was found and what the run would do, and stop"
+        "--check",
+        action="store_true",
+        help="print which images were found and what the run would do, and stop",
     )
-    command.add_argument("--auto-resume", action="store_true", help="continue --out where it holds a run")
-    command.add_argument("--device", help="auto, cpu, cuda or cuda:N (run.device)")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="any option below")
+    command.add_argument(
+        "--auto-resume", action="store_true", help="resume the run in --out if there is one, else start it"
+    )
+    command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N (run.device)")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="any option listed below, such as method.batch_size=32",
+    )
     command.set_defaults(command=commands.run_pretrain)
 
 
@@ -204,7 +235,7 @@ def _options_help(arguments: Sequence[str]) -> str:
     lines = [f"options, with the values of preset {name}:", *_described(config)]
     for other in CONFIGS:
         if not isinstance(config.method.backbone, other):
-            lines.append(f"\nthose of method.backbone.kind={other.kind}, with its defaults:")
+            lines.append(f"\noptions of method.backbone.kind={other.kind}, with their defaults:")
             lines += _described(other(), "method.backbone")
     return "\n".join(lines)
 
@@ -217,51 +248,65 @@ def _described(options: Any, path: str = "") -> Iterator[str]:
 
 def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     """The commands that read runs."""
-    command = group.add_parser("report", help="one page about a run, or several compared")
-    command.add_argument("run", nargs="+", help=RUN_HELP)
+    command = group.add_parser(
+        "report", help="write a page with the curves and figures of a run, or a comparison of several runs"
+    )
+    command.add_argument("run", nargs="+", metavar="RUN", help=RUN_HELP)
     command.add_argument(
         "--out",
-        help="page (.html) or picture (.png, ...); default RUN/report.html, of several RUN/comparison.html",
+        help="page (.html) or picture (.png, ...); default: RUN/report.html, of several RUN/comparison.html",
     )
-    command.add_argument("--record", metavar="FILE", help="write the range of several runs' figures instead")
+    command.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write the range of the figures of several runs to this JSON file instead",
+    )
     command.set_defaults(command=commands.run_report)
 
     which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
-    which["help"] = "subnets such as 384x12, or all"
+    which["help"] = "subnets as WIDTHxDEPTH, such as 384x12, or all"
     branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
-    branch["help"] = "whose weights"
+    branch["help"] = "branch whose weights are used (default: teacher)"
     step: dict[str, Any] = {
         "type": number(int, "[1, 1e9]"),
         "metavar": "N",
-        "help": "checkpoint of this step; default the newest",
+        "help": "step of the checkpoint (default: the newest)",
     }
 
     names = ", ".join(protocol.name for protocol in PROTOCOLS)
-    command = group.add_parser("evaluate", help=f"accuracy of subnets on held-out images: {names}")
-    command.add_argument("run", help=RUN_HELP)
+    command = group.add_parser(
+        "evaluate", help=f"measure the accuracy of subnets on held-out images: {names}"
+    )
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
     command.add_argument("--subnets", default=["all"], **which)
-    command.add_argument("--data", help="digits or a folder; default: the run's own")
-    command.add_argument("--initial", action="store_true", help="also score the weights before training")
+    command.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
+    command.add_argument(
+        "--initial", action="store_true", help="also evaluate the initial weights, before training"
+    )
     for protocol in PROTOCOLS:
         if protocol.help:
             command.add_argument(f"--{protocol.name}", action="store_true", help=protocol.help)
     command.add_argument(
-        "--out", help="JSON file; default RUN/evaluation.json, of other data evaluation-2.json"
+        "--out", help="JSON file (default: RUN/evaluation.json, with other data RUN/evaluation-2.json)"
     )
-    command.add_argument("--plot", help="picture of accuracy against size, e.g. accuracy.png")
     command.add_argument(
-        "--device", default="auto", help="auto, cpu (threads: see performance.threads), cuda or cuda:N"
+        "--plot", help="also plot accuracy against size into this picture, such as accuracy.png"
     )
+    command.add_argument("--device", default="auto", help="device to compute on: auto, cpu, cuda or cuda:N")
     command.add_argument("--branch", **branch)
     command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_evaluate)
 
-    command = group.add_parser("extract", help="write subnets as safetensors files in timm's naming")
-    command.add_argument("run", help=RUN_HELP)
+    command = group.add_parser(
+        "extract", help="export subnets as safetensors files with timm's parameter names"
+    )
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
     command.add_argument("--subnets", required=True, **which)
-    command.add_argument("--out", help="folder; default RUN/models")
+    command.add_argument("--out", help="folder of the models (default: RUN/models)")
     command.add_argument(
-        "--image-size", type=number(int, "[1, 4096]"), help="bake position embeddings for this size, pixels"
+        "--image-size",
+        type=number(int, "[1, 4096]"),
+        help="input size in pixels, to which position embeddings are interpolated",
     )
     command.add_argument("--branch", **branch)
     command.add_argument("--step", **step)

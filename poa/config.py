@@ -31,23 +31,23 @@ class MethodConfig(Options, at="method"):
     """Everything that changes results."""
 
     seed: int = option(0, "seed of every random choice", "[0, 4294967295]")
-    batch_size: int = option(64, "images of a micro-batch, which a rank takes at once", f"[1, {MOST_IMAGES}]")
+    batch_size: int = option(64, "images per micro-batch, on one rank", f"[1, {MOST_IMAGES}]")
     micro_batches: int | None = option(
         None,
-        "micro-batches of a step over all ranks; with fewer ranks each accumulates the gradients of several; "
-        "none: one a rank",
+        "micro-batches per step over all ranks; with fewer ranks, each accumulates gradients over several; "
+        "none: one per rank",
         "[1, 65536]",
     )
     reduce_dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "dtype in which gradients travel between ranks; bf16 rounds them"
+        "fp32", "dtype of the gradient all-reduce; bf16 rounds gradients and halves the traffic"
     )
     precision: Precision = option("bf16", "dtype of the matrix products; weights and loss are fp32")
     sampling: Literal["per-rank", "shared", "balanced"] = option(
-        "per-rank", "elastic subnet of each micro-batch: its own, one for all, or of about equal cost"
+        "per-rank", "elastic subnets of a step: one per micro-batch, one for all, or one each of similar cost"
     )
     shuffle_block: int = option(
         1,
-        "neighbouring images that stay near to each other when shuffled, for storage that is slow at random",
+        "images per block of the shuffle, which stay near each other: for storage with slow random access",
         "[1, 1e9]",
     )
     canvas: int = option(
@@ -78,22 +78,26 @@ class PerformanceConfig(Options, at="performance"):
     """Everything that changes speed and memory only."""
 
     workers: int = option(
-        4, "processes that decode images, at most one a CPU; 0: in the training process", "[0, 1024]"
+        4,
+        "processes per rank that decode images, at most one per CPU; 0: the training process decodes",
+        "[0, 1024]",
     )
-    recompute: bool = option(False, "recompute blocks in backward: less memory, more time")
+    recompute: bool = option(
+        False, "activation checkpointing: recompute blocks in the backward, less memory and more time"
+    )
     backward: Literal["together", "apart"] = option(
         "together",
-        "of both students at once, or of the intact one before the elastic one runs: less memory",
+        "one backward for both students, or the intact student's before the elastic forward: less memory",
     )
     deterministic: bool = option(False, "only algorithms whose results repeat bitwise")
     optimizer: OptimizerKind = option(
         "fused",
-        "AdamW in one pass with clipping and the teacher's average, or PyTorch's, or apex's FusedAdam",
+        "fused: AdamW, clipping and EMA of the teacher in one pass; or AdamW of PyTorch or apex",
     )
     threads: int | None = option(
         None,
-        "CPU threads of PyTorch, also in evaluate and extract; none: OMP_NUM_THREADS, and where that is not "
-        "set one if the run is on a CPU; workers take one each",
+        "CPU threads of PyTorch, also in evaluate and extract; none: OMP_NUM_THREADS, or one on a CPU if "
+        "that is not set; each worker takes one more",
         "[1, 1024]",
     )
 
@@ -103,27 +107,25 @@ class RunConfig(Options, at="run"):
     """What happens around the training."""
 
     init_from: str = option("", "run folder whose newest weights the run starts from; empty: random weights")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    log_every: int = option(20, "steps between lines of metrics.jsonl and of the progress", "[1, 1e9]")
+    device: str = option("auto", "device to train on: auto, cpu, cuda or cuda:N")
+    log_every: int = option(20, "steps between lines of metrics.jsonl and of progress", "[1, 1e9]")
     save_every: int = option(1000, "steps between checkpoints; the last step is always saved", "[1, 1e9]")
     keep_last: int = option(2, "number of newest checkpoints that are kept", "[1, 1e6]")
-    keep_every: int = option(
-        0, "checkpoints of every so many steps are kept for good; 0: of none", "[0, 1e9]"
-    )
+    keep_every: int = option(0, "steps between checkpoints that are kept for good; 0: none are", "[0, 1e9]")
     evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never", "[0, 1e9]")
     knn_images: int = option(
         10000, "at most this many bank and query images in k-NN during training", "[1, 1e9]"
     )
     knn_subnets: tuple[str, ...] = option(
-        (), "subnets of the teacher for them, such as 384x12,192x6; none: the intact one and the smallest"
+        (), "teacher subnets in these k-NN evaluations, such as 384x12,192x6; none: largest and smallest"
     )
     skip_limit: int = option(
-        30, "a run stops after so many skipped steps (NaN or inf gradients) in a row", "[1, 1e9]"
+        30, "skipped steps (NaN or inf gradients) in a row after which a run stops", "[1, 1e9]"
     )
     timeout: float = option(
-        600.0, "seconds to wait for another process before contact with it counts as lost", "[1, 1e6]"
+        600.0, "seconds without a response from another rank after which contact counts as lost", "[1, 1e6]"
     )
-    log_to: tuple[Destination, ...] = option((), "tensorboard, wandb or both, besides metrics.jsonl")
+    log_to: tuple[Destination, ...] = option((), "loggers besides metrics.jsonl: tensorboard, wandb or both")
 
 
 @dataclass(frozen=True)

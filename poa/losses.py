@@ -26,19 +26,23 @@ class LossConfig(Options, at="method.loss"):
     """Weights and temperatures of the loss."""
 
     intact: float = option(
-        0.8, "lambda: weight of the intact student; the elastic one has 1 - lambda", "[0, 1]"
+        0.8,
+        "lambda: weight of the intact student's losses; those of the elastic student have 1 - lambda",
+        "[0, 1]",
     )
-    dino: float = option(1.0, "weight of the class-token loss", "[0, 1000]")
-    ibot: float = option(1.0, "weight of the masked-patch loss", "[0, 1000]")
+    dino: float = option(1.0, "weight of the DINO (class-token) loss", "[0, 1000]")
+    ibot: float = option(1.0, "weight of the iBOT (masked-patch) loss", "[0, 1000]")
     koleo: float = option(0.1, "weight of the KoLeo regulariser", "[0, 1000]")
     student_temperature: float = option(0.1, "softmax temperature of both students", "[0.0001, 100]")
-    targets: Literal["sinkhorn", "centering"] = option("sinkhorn", "how teacher logits become targets")
-    center_momentum: float = option(0.9, "momentum of the centers (centering)", "[0, 1]")
+    targets: Literal["sinkhorn", "centering"] = option(
+        "sinkhorn", "how teacher logits become targets: Sinkhorn-Knopp, or centering and softmax"
+    )
+    center_momentum: float = option(0.9, "momentum of the centers, with targets=centering", "[0, 1]")
     operands: Literal["fp32", "fp16"] = option(
-        "fp32", "dtype of features and prototypes in their products, and of the teacher logits that are kept"
+        "fp32", "dtype of features and prototypes in matrix products, and of the stored teacher logits"
     )
     center_weighting: Literal["exact", "official"] = option(
-        "exact", "centers: from the mean over all rows of a step, or the mean of its micro-batches' means"
+        "exact", "centers follow the mean over all rows of a step, or the mean of its micro-batches' means"
     )
 
 

@@ -30,7 +30,7 @@ class MaskConfig(Options, at="method.masks"):
 
     probability: float = option(0.5, "share of the global crops that get a mask", "[0, 1]")
     ratio: tuple[float, float] = option(
-        (0.1, 0.5), "smallest and largest share of masked patches of such a crop", "[0, 1]"
+        (0.1, 0.5), "smallest and largest share of masked patches in a masked crop", "[0, 1]"
     )
 
     def check(self) -> None:

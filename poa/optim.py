@@ -35,32 +35,38 @@ MOST_STEPS = 10_000_000  # of a run; the paper's has 276,800
 class OptimConfig(Options, at="method.optim"):
     """AdamW, its schedules and the teacher's. Durations are epochs and may be fractions."""
 
-    epochs: float = option(300.0, "length of the run, epochs", "(0, 1e6]")
-    epoch_steps: int | None = option(None, "steps of an epoch; none: images / images of a step", "[1, 1e7]")
+    epochs: float = option(300.0, "length of the run in epochs", "(0, 1e6]")
+    epoch_steps: int | None = option(None, "steps per epoch; none: images / images per step", "[1, 1e7]")
     base_lr: float = option(4e-3, "learning rate at the peak, before lr_scaling", "(0, 100]")
     lr_scaling: Literal["sqrt", "none"] = option(
-        "sqrt", "sqrt: the learning rate is multiplied by sqrt(images of a step / 1024)"
+        "sqrt", "sqrt: multiply the learning rate by sqrt(images per step / 1024)"
     )
-    min_lr: float = option(2e-5, "learning rate at the end of the cosine", "[0, 100]")
+    min_lr: float = option(2e-5, "learning rate at the end of the cosine schedule", "[0, 100]")
     warmup_epochs: float = option(10.0, "epochs of the linear warm-up of the learning rate", "[0, 1e6]")
-    freeze_last_layer_epochs: float = option(1.0, "epochs before prototypes are trained", "[0, 1e6]")
+    freeze_last_layer_epochs: float = option(
+        1.0, "epochs in which the prototypes (the last layer) are frozen", "[0, 1e6]"
+    )
     weight_decay: float = option(0.04, "weight decay at the first step", "[0, 100]")
-    weight_decay_end: float = option(0.4, "weight decay at the end of the cosine", "[0, 100]")
+    weight_decay_end: float = option(0.4, "weight decay at the end of the cosine schedule", "[0, 100]")
     beta1: float = option(0.9, "beta1 of AdamW", "[0, 1)")
     beta2: float = option(0.999, "beta2 of AdamW", "[0, 1)")
-    layer_decay: float = option(0.9, "learning-rate factor from a block to the one before it", "(0, 1]")
+    layer_decay: float = option(
+        0.9, "layer-wise learning-rate decay: factor from each block to the one before", "(0, 1]"
+    )
     patch_embed_lr: float = option(0.2, "additional learning-rate factor of the patch embedding", "[0, 100]")
     clip: float = option(
-        1.5, "largest gradient norm, of backbone and of heads each; 0: no clipping", "[0, 1e6]"
+        1.5, "largest gradient norm, clipped separately for backbone and heads; 0: no clipping", "[0, 1e6]"
     )
     stretch: float = option(
-        0.78, "cosines are planned for a run 1/stretch times as long, and cut at the end", "[0.01, 1]"
+        0.78,
+        "cosine schedules are made for a run 1/stretch times as long, and cut off at the end",
+        "[0.01, 1]",
     )
     momentum: float = option(
         0.992, "momentum of the teacher's moving average (EMA) at the first step", "[0, 1]"
     )
     momentum_end: float = option(
-        0.9999, "momentum of the teacher's moving average at the end of the cosine", "[0, 1]"
+        0.9999, "momentum of the teacher's moving average (EMA) at the end of the cosine schedule", "[0, 1]"
     )
     teacher_temperature: float = option(0.07, "softmax temperature of the teacher", "[0.0001, 100]")
     teacher_temperature_start: float = option(
@@ -70,7 +76,7 @@ class OptimConfig(Options, at="method.optim"):
         30.0, "epochs of the warm-up of the teacher temperature", "[0, 1e6]"
     )
     ibot_start_epoch: float = option(
-        30.0, "epoch in which the masked-patch loss and the masks start", "[0, 1e6]"
+        30.0, "epoch from which patches are masked and the iBOT loss is trained", "[0, 1e6]"
     )
 
     def require_durations(self, ibot: bool) -> None:

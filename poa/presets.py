@@ -196,8 +196,8 @@ def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Conf
 
 PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     "quickstart": (_quickstart, "digits on a CPU in minutes: widths 32..64, depths 2..4"),
-    "quickstart-swin": (_quickstart_swin, "the same with Swin: widths 16 and 32, last stage 1..3 blocks"),
-    "quickstart-resnet": (_quickstart_resnet, "the same with ResNet: middle widths 16..32, 3..5 blocks"),
+    "quickstart-swin": (_quickstart_swin, "digits with a Swin: widths 16 and 32, last stage 1..3 blocks"),
+    "quickstart-resnet": (_quickstart_resnet, "digits with a ResNet: middle widths 16..32, 3..5 blocks"),
     "small-images": (_small_images, "images of 32 pixels on a CPU: widths 64..128, depths 2..4"),
     "vit-s16": (lambda: _vit(192, 384, 6, 12), "up to ViT-S/16: widths 192..384, depths 6..12"),
     "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),

@@ -386,6 +386,9 @@ def test_subnets(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.startswith("143 subnets")
 
 
+UNFINISHED = {"of", "for", "to", "likewise", "the", "whose", "instead", "until", "default", "only"}
+
+
 def test_one_grammar() -> None:
     """Commands come in the order of work; a run comes first, its options last, all else has a name."""
     (group,) = (a for a in _parser([])._actions if isinstance(a, argparse._SubParsersAction))
@@ -397,6 +400,8 @@ def test_one_grammar() -> None:
         reads_a_run = name in ("subnets", "report", "evaluate", "extract")
         assert ("run" in unnamed) == reads_a_run
         assert ("--preset" in command.flags) == (name in work.split()[1:6])
+        alone = [a.help for a in command._actions if not a.help or a.help.split()[0] in UNFINISHED]
+        assert not alone, f"{name}: a line of help says what it is about: {alone}"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -431,7 +436,9 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {key}=" in text
         assert explanation in text
     assert "method.backbone.max_width=1024" in text
-    assert "those of method.backbone.kind=swin, with its defaults:\n  method.backbone.image_size=224" in text
+    assert (
+        "options of method.backbone.kind=swin, with their defaults:\n  method.backbone.image_size=224" in text
+    )
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the compiled code promises of a training step's time, without a GPU.
 
-    python -m benchmarks predict vit-l16 --gpu h200 --subnet 640x18
+    python -m benchmarks predict --preset vit-l16 --gpu h200 --subnet 640x18
 
 Launches are those of a whole step on meta tensors, kernels those that Triton compiles for sm_90. A kernel
 takes the most of: its blocks in waves, each simulated from machine code (`machine.py`); its bytes at the

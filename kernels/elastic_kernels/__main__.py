@@ -31,19 +31,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; wrong input is one line on standard error and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m elastic_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command")
-    commands.add_parser("report", help="versions, device, and the backend of each operator (the default)")
+    commands.add_parser(
+        "report", help="print versions, device and the backend of each operator (the default command)"
+    )
     tuner = commands.add_parser("tune", help="find the fastest settings of the kernels on this GPU")
-    tuner.add_argument("--preset", required=True, help="of poa, whose steps say which shapes: vit-l16, ...")
+    tuner.add_argument(
+        "--preset", required=True, help="preset of poa whose training steps give the shapes, such as vit-l16"
+    )
     tuner.add_argument(
         "--steps",
         default="poa.memory:plan_preset",
-        help="MODULE:FUNCTION that runs the preset's steps on meta tensors; default %(default)s",
+        help="MODULE:FUNCTION that runs the preset's steps on meta tensors (default: %(default)s)",
     )
-    tuner.add_argument("--images", type=int, help="of a micro-batch; default the preset's")
-    tuner.add_argument("--minutes", type=float, default=9, help="end after this time; default %(default)s")
-    tuner.add_argument("--out", type=Path, help="table to write and go on with; default in the cache folder")
-    tuner.add_argument("--arch", help="instead, compile all that would be timed on a GPU of sm_90, ...")
-    tuner.add_argument("--cache", type=Path, default=Path("triton-cache"), help="for --arch; %(default)s")
+    tuner.add_argument("--images", type=int, help="images of a micro-batch (default: the preset's)")
+    tuner.add_argument(
+        "--minutes", type=float, default=9, help="minutes after which tuning stops (default: %(default)s)"
+    )
+    tuner.add_argument(
+        "--out", type=Path, help="table to write or extend (default: in the user's cache folder)"
+    )
+    tuner.add_argument("--arch", help="only compile what would be timed on a GPU architecture, such as sm_90")
+    tuner.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("triton-cache"),
+        help="folder of the kernels compiled with --arch (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     if options.command != "tune":
         report()

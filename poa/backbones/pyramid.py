@@ -38,10 +38,10 @@ class PyramidConfig(BackboneConfig):
     max_width: int = option(128, "channels of the first stage of the intact network", "[1, 4096]")
     width_step: int | None = option(None, "distance between widths; none: the smallest", "[1, 4096]")
     mask_scale: int = option(
-        2, "maskable patches along a side of a position of the last map: 1, 2 or 4", "[1, 4]"
+        2, "mask patches per position of the last map, along each side: 1, 2 or 4", "[1, 4]"
     )
     sampling_scale: float = option(
-        2.0, "how much more often the smallest subnet is drawn, per axis", "[1, 100]"
+        2.0, "how much more often the smallest width, or depth, is drawn than the largest", "[1, 100]"
     )
     masked: bool = option(True, "has a mask token; false for exported models")
 

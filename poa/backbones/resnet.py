@@ -49,8 +49,9 @@ class ResNetConfig(PyramidConfig):
     max_depths: tuple[int, ...] = option(
         (3, 8, 36, 3), "blocks of each stage of the intact network", "[1, 1024]"
     )
-    base_width: int = option(64, "channels of the stem; a fourth of those of the first stage", "[1, 4096]")
+    base_width: int = option(64, "channels of the stem, a quarter of those of the first stage", "[1, 4096]")
     min_width: int = option(64, "middle channels of the first stage of the narrowest subnet", "[1, 4096]")
+    max_width: int = option(128, "middle channels of the first stage of the intact network", "[1, 4096]")
     norm_groups: int = option(32, "groups of every group norm, whatever the width", "[1, 4096]")
 
     def check(self) -> None:

@@ -55,12 +55,14 @@ class SwinConfig(PyramidConfig):
     kind: Literal["swin"] = option("swin", "Swin transformer")
     patch_size: int = option(4, "pixels of a side of a patch", "[1, 1024]")
     head_dim: int = option(16, "channels of an attention head", "[1, 1024]")
-    window: int = option(7, "side of a window, in tokens", "[2, 64]")
+    window: int = option(7, "side of an attention window, in tokens", "[2, 64]")
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
-    drop_path: float = option(0.2, "stochastic-depth rate of the last block; linear from 0", "[0, 1)")
+    drop_path: float = option(
+        0.2, "stochastic-depth rate of the last block, rising linearly from 0 at the first", "[0, 1)"
+    )
     embedding_width: int | None = option(
         None,
-        "channels of the patch embedding, over all of which it is normalised; none: max_width",
+        "channels of the patch embedding and of its norm; none: max_width",
         "[1, 16384]",
     )
     shifted: tuple[tuple[bool, ...], ...] | None = option(

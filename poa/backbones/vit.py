@@ -59,9 +59,11 @@ class ViTConfig(BackboneConfig):
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
     layer_scale: float = option(1e-5, "initial LayerScale", "[0, 100]")
     drop_path: float = option(0.2, "stochastic-depth rate of the students", "[0, 1)")
-    drop_path_uniform: bool = option(True, "the same stochastic-depth rate in all blocks, or linear from 0")
+    drop_path_uniform: bool = option(
+        True, "true: one stochastic-depth rate for all blocks; false: rising from 0 to it"
+    )
     sampling_scale: float = option(
-        3.0, "how much more often the smallest subnet is drawn, per axis", "[1, 100]"
+        3.0, "how much more often the smallest width, or depth, is drawn than the largest", "[1, 100]"
     )
     masked: bool = option(True, "has a mask token; false for exported models")
 

@@ -15,10 +15,10 @@ class CropsConfig(Options, at="method.crops"):
     local_size: int = option(96, "pixels of a side of the local crops", "[1, 4096]")
     local_count: int = option(8, "local crops of an image", "[0, 256]")
     global_scale: tuple[float, float] = option(
-        (0.32, 1.0), "smallest and largest area of a global crop over the image's", "(0, 1]"
+        (0.32, 1.0), "smallest and largest area of a global crop, relative to the image", "(0, 1]"
     )
     local_scale: tuple[float, float] = option(
-        (0.05, 0.32), "smallest and largest area of a local crop over the image's", "(0, 1]"
+        (0.05, 0.32), "smallest and largest area of a local crop, relative to the image", "(0, 1]"
     )
     aspect: tuple[float, float] = option(
         (0.75, 4 / 3), "smallest and largest aspect ratio of a crop", "[0.01, 100]"
@@ -35,14 +35,22 @@ class CropsConfig(Options, at="method.crops"):
     )
     hue: float = option(0.1, "colour jitter: largest hue shift, in turns of the colour circle", "[0, 0.5]")
     grayscale: float = option(0.2, "probability of a grey-scale crop", "[0, 1]")
-    blur: tuple[float, float, float] = option((0.0, 0.9, 0.5), "probabilities of a Gaussian blur", "[0, 1]")
+    blur: tuple[float, float, float] = option(
+        (0.0, 0.9, 0.5),
+        "probability of Gaussian blur: in the first global crop, the second, local crops",
+        "[0, 1]",
+    )
     blur_sigma: tuple[float, float] = option(
         (0.1, 2.0), "smallest and largest sigma of the blur, pixels", "[0.001, 1000]"
     )
-    blur_kernel: int = option(9, "taps of the blur, an odd number", "[1, 255]")
-    solarize: tuple[float, float, float] = option((0.0, 0.2, 0.0), "probabilities of solarisation", "[0, 1]")
+    blur_kernel: int = option(9, "size of the blur kernel in pixels, an odd number", "[1, 255]")
+    solarize: tuple[float, float, float] = option(
+        (0.0, 0.2, 0.0),
+        "probability of solarisation: in the first global crop, the second, local crops",
+        "[0, 1]",
+    )
     eval_share: float = option(
-        0.875, "share of the shorter side that the centre crop of evaluation shows", "[0.1, 1]"
+        0.875, "centre crop of evaluation: its side over the shorter side of the image", "[0.1, 1]"
     )
     mean: tuple[float, float, float] = option(
         (0.485, 0.456, 0.406), "mean of the pixels by channel, in 0..1, for normalisation", "[0, 1]"

@@ -21,11 +21,15 @@ from poa.random import stream_seed
 class DataConfig(Options, at="data"):
     """Which images are trained on, and which are held out."""
 
-    source: str = option("digits", "digits, or where the images are (see README)")
-    holdout: float = option(
-        0.25, "share of the images held out for k-NN where there is no test folder; 0: none", "[0, 1)"
+    source: str = option(
+        "digits", "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
     )
-    unreadable_share: float = option(0.01, "share of images, and of shards, that may be unreadable", "[0, 1]")
+    holdout: float = option(
+        0.25, "share of each class held out for k-NN if there is no test split; 0: none", "[0, 1)"
+    )
+    unreadable_share: float = option(
+        0.01, "largest share of images, and of shards, that may be unreadable", "[0, 1]"
+    )
     bits: int | None = option(
         None, "significant bits of pixels that have more than 8; none: as many as each image needs", "[8, 32]"
     )

@@ -154,7 +154,7 @@ class _Probe:
 
 LINEAR = Protocol(
     "linear",
-    "train linear classifiers too",
+    "also train linear classifiers",
     probe_input,
     lambda train, queries, device, seed: [
         vars(s) for s in linear_accuracy(*train, *queries, device, seed=seed)

@@ -67,7 +67,7 @@ def test_python_shapes_are_back_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["quickstart-swin", "quickstart-resnet"])
 def test_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["launches", name, "method.batch_size=4"]) == 0
+    assert main(["launches", "--preset", name, "method.batch_size=4"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     summary = json.loads(last)
     assert summary.keys() == SUMMARY
@@ -86,5 +86,5 @@ def test_a_deeper_subnet_launches_more() -> None:
 
 
 def test_a_subnet_outside_of_the_space_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["launches", "quickstart", *VIT, "--subnet", "48x9"]) == 1
+    assert main(["launches", "--preset", "quickstart", *VIT, "--subnet", "48x9"]) == 1
     assert "48x9" in capsys.readouterr().err
