@@ -21,6 +21,7 @@ from elastic_kernels.halves import (
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
+from elastic_kernels.mixed_width import mixed_width_block, mixed_width_layer_norm, mixed_width_linear
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
 from elastic_kernels.modules import (
     ElasticAttention,
@@ -81,6 +82,9 @@ __all__ = [
     "eval_crop",
     "fused_adamw_backend",
     "linear_backend",
+    "mixed_width_block",
+    "mixed_width_layer_norm",
+    "mixed_width_linear",
     "packed_attention",
     "planning",
     "prototype_cross_entropy",

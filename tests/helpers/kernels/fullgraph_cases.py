@@ -98,6 +98,11 @@ def module(layer: torch.nn.Module, x: Tensor, *arguments: object) -> tuple[Funct
     return lambda x, *parameters: layer(x, *arguments), [x, *layer.parameters()]
 
 
+class MixedWidth(ek.ElasticBlock):
+    def forward(self, x: Tensor, widths: Tensor) -> Tensor:  # type: ignore[override]
+        return ek.mixed_width_block(self, x, [(1, 2), (1, 3)], widths)
+
+
 def sinkhorn() -> tuple[Function, list[Tensor]]:
     def scaling(x: Tensor) -> Tensor:
         (log_u,) = ek.sinkhorn_scaling([x.detach()], 0.1)
@@ -166,6 +171,17 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
     "elastic_attention_half windows": window_half,
     "elastic_mlp_half": mlp_half,
     "elastic_mlp_half kept": lambda: mlp_half(kept=kept()),
+    "mixed_width_linear": lambda: (
+        lambda x, *t: ek.mixed_width_linear(x, *t, torch.tensor([8, 32]), torch.tensor([48, 16])),
+        [draw(2, LARGEST), *linear()],
+    ),
+    "mixed_width_layer_norm": lambda: (
+        lambda x, *t: ek.mixed_width_layer_norm(x, *t, 1e-6, torch.tensor([8, 32])),
+        [draw(2, LARGEST), *norm()],
+    ),
+    "mixed_width_block": lambda: module(
+        MixedWidth(LARGEST, 2 * LARGEST, HEAD_DIM), draw(5, LARGEST), torch.tensor([32, 32, 16, 16, 16])
+    ),
     "prototype_cross_entropy": prototypes,
     "sinkhorn_scaling": sinkhorn,
     "ElasticLinear": lambda: module(ek.ElasticLinear(LARGEST, LARGEST), draw(7, WIDTH)),
