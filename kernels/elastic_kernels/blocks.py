@@ -316,13 +316,14 @@ class ElasticBottleneck(nn.Module):
         return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.items()}
 
 
-def elastic_block_from_vit(block: Any) -> ElasticBlock:
+def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlock:
     """Make an elastic block that shares the parameters of a timm-style ViT block.
 
     Args:
         block: a module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
             `mlp.fc2`, and perhaps `ls1.gamma` and `ls2.gamma`, such as
             `timm.models.vision_transformer.Block`.
+        scale: as of `ElasticBlock`.
 
     Returns:
         The block; its parameters are those of `block`, not copies. Stochastic depth and dropout are not taken
@@ -363,6 +364,7 @@ def elastic_block_from_vit(block: Any) -> ElasticBlock:
             eps=block.norm1.eps,
             layer_scale=None if gammas[0] is None else 1.0,
             qkv_bias=attn.qkv.bias is not None,
+            scale=scale,
         )
     elastic.norm2.eps = block.norm2.eps
     theirs = dict(block.named_parameters())

@@ -3,9 +3,9 @@
     y[r, :n_r] = s_r * x[r, :w_r] W[:n_r, :w_r]^T + b[:n_r],   0 beyond          w_r, n_r: of row r
 
 For serving requests of different budgets together, and for training several subnets on one batch: gradients
-of all add up in the full weight. Rows are as wide as the largest network; what lies beyond the width of a row is
-not read, and is 0 in results. Widths are tensors on the device: nothing waits for them. Any order of rows is
-right; where rows of one width lie together, no tile of the Triton kernel (`triton_ops/mixed_width.py`)
+of all add up in the full weight. Rows are as wide as the largest network; what lies beyond the width of a row
+is not read, and is 0 in results. Widths are tensors on the device: nothing waits for them. Any order of rows
+is right; where rows of one width lie together, no tile of the Triton kernel (`triton_ops/mixed_width.py`)
 computes more than its rows need.
 """
 
