@@ -340,10 +340,7 @@ class PrototypeLosses(torch.autograd.Function):
         operands: torch.dtype,
     ) -> Tensor:
         # Rounded in here, as autograd would round the gradients of tensors that were rounded outside.
-        students = [x for x in (x1, x2) if x is not None]
-        x = torch.empty(len(students), *x1.shape, dtype=operands, device=x1.device)
-        for rounded, student in zip(x, students, strict=True):
-            rounded.copy_(student)
+        x = torch.stack([x for x in (x1, x2) if x is not None]).to(operands)
         weight, index = weight.to(operands).contiguous(), index.contiguous()
         t, log_u = unit_stride(t), log_u.float().contiguous()
         losses, lse = ops.prototype_losses_fwd(x, weight, t, log_u, index, tau_s, tau_t)
