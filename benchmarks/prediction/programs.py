@@ -10,7 +10,7 @@ import math
 import operator
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -132,7 +132,7 @@ class Program:
         given: values by name: arguments, and variables of loops.
     """
 
-    nodes: Mapping[str, Node]
+    nodes: dict[str, Node]
     given: dict[str, Any]
     place: Sequence[int]
     grid: Sequence[int]
@@ -224,12 +224,16 @@ class Work:
 class Walk:
     """Adds up what one program does."""
 
-    def __init__(self, program: Program, origins: Mapping[str, str]) -> None:
-        self.program, self.origins = program, origins
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.origins: dict[str, str] = {}  # of what loops carry: with what it begins
         self.work = Work()
 
     def run(self, body: list[Node], times: float = 1.0, depth: int = 0) -> None:
         """Take a body that runs so many times."""
+        for node in body:  # bodies beside each other may use the same names
+            self.program.nodes[node.result] = node
+            self.program.given.pop(node.result, None)
         for node in body:
             if node.kind in ("scf.for", "scf.while"):
                 self._loop(node, times, depth)
@@ -244,6 +248,7 @@ class Walk:
 
     def _loop(self, node: Node, times: float, depth: int) -> None:
         trips, names = 1.0, node.operands
+        self.origins |= re.findall(r"(%\w+) = (%[\w#]+)", node.text.partition("iter_args")[2])
         try:
             if node.kind != "scf.for":
                 raise Unknown(node.result)
@@ -293,32 +298,16 @@ def work_of(ttir: str, grid: tuple[int, int, int], arguments: Mapping[str, Any])
         arguments: integers and `Extent`s by name.
     """
     body = parse(ttir)
-    nodes = {node.result: node for node in _all(body) if node.result}
-    origins = dict(_carried(body))
     given = {f"%{k}": (v, 0) if isinstance(v, Extent) else v for k, v in arguments.items()}
     count = math.prod(grid)
     places = [int((i + 0.5) * count / SAMPLES) for i in range(SAMPLES)] if count > SAMPLES else range(count)
     works = []
     for number in places:
         place = number % grid[0], number // grid[0] % grid[1], number // grid[0] // grid[1]
-        walk = Walk(Program(nodes, dict(given), place, grid), origins)
+        walk = Walk(Program({}, dict(given), place, grid))
         walk.run(body)
         works.append(walk.work)
     return _mean(works)
-
-
-def _all(body: list[Node]) -> Iterator[Node]:
-    for node in body:
-        yield node
-        for inner in node.bodies:
-            yield from _all(inner)
-
-
-def _carried(body: list[Node]) -> Iterator[tuple[str, str]]:
-    """Names of what loops carry, with what it begins as."""
-    for node in _all(body):
-        if node.kind == "scf.for":
-            yield from re.findall(r"(%\w+) = (%[\w#]+)", node.text.partition("iter_args")[2])
 
 
 def _mean(works: list[Work]) -> Work:
