@@ -81,7 +81,7 @@ def elastic_mlp(
     if residual is not None:
         validate.branch_rows("elastic_mlp", x, residual, rows, row_scale)
     elif not (gamma is rows is row_scale is None):
-        raise ValueError("elastic_mlp: expected a residual beside gamma, rows and row_scale, got None")
+        raise ValueError("elastic_mlp: expected a residual with gamma, rows or row_scale, got None")
     width = x.shape[-1]
     validate.prefix("elastic_mlp", "width", width, fc1_weight.shape[1])
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
