@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from poa.metrics import flat
 from poa.subnets import Subnet
+from poa.writers import flat
 
 Row = Mapping[str, Any]
 Band = dict[str, list[tuple[int, float, float]]]  # (step, lowest, highest) of figures by name

@@ -1,24 +1,31 @@
-"""What a run tells about itself: means over steps, skipped steps, and where the figures go."""
+"""What a run tells about itself: means over steps, skipped steps, times, alarms, and the rows they make."""
 
 from __future__ import annotations
 
-import importlib.util
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from poa.config import Destination
+from poa.checkpoint import RunFolder
+from poa.config import Config
+from poa.data.unreadable import Unreadable
 from poa.distributed import World
-from poa.errors import DivergenceError, InputError
-from poa.files import write_text
+from poa.errors import DivergenceError
+from poa.flops import datasheet_peak, expected_masked, workload
+from poa.health import Watch
+from poa.optim import Schedules
+from poa.options import to_dict
+from poa.plan import Plan
+from poa.progress import Progress
 from poa.step import StepReport
+from poa.subnets import SubnetSampler
+from poa.writers import Writer, flat, open_writers
 
 T = TypeVar("T")
 
@@ -178,7 +185,7 @@ class Guard:
         raise DivergenceError(
             f"step {step}: the last {row} steps were skipped, because gradients are NaN or inf since step "
             f"{first}; NaN or inf in that step: {'; '.join(bad) or 'no loss on any rank, only gradients'}. "
-            "Weights are those of the last good step; lower method.optim.base_lr, warm up longer, or use "
+            "Weights are those before; lower method.optim.base_lr, warm up longer, or use "
             "method.precision=bf16 instead of fp16"
         )
 
@@ -189,80 +196,124 @@ class Guard:
         self.counts.copy_(torch.tensor(counts))
 
 
-class Writer(Protocol):
-    """Somewhere figures go, besides `metrics.jsonl`."""
+class Journal:
+    """The rows of a run, and the alarms in them: what is counted in steps, written every so often.
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """The figures after a step, by dotted names."""
+    Args:
+        config, folder, world, plan, schedules, sampler: of the run.
+    """
 
-    def close(self) -> None:
-        """Write what is left."""
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        world: World,
+        plan: Plan,
+        schedules: Schedules,
+        sampler: SubnetSampler,
+    ):
+        method = config.method
+        self.config, self.folder, self.world = config, folder, world
+        self.plan, self.schedules, self.sampler = plan, schedules, sampler
+        self.step_images = plan.micro_batches * method.batch_size
+        self.meter = Meter(world, self.step_images)
+        self.guard = Guard(world, config.run.skip_limit)
+        self.stopwatch = Stopwatch(world.device)
+        self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * plan.epoch_steps))
+        self.unreadable = Unreadable(folder.unreadable, world, config.data.unreadable_share)
+        self.host_seconds = 0.0  # since the last log
+        self.writers: list[Writer] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "skipped": self.guard.state_dict(),
+            "watch": self.watch.state_dict(),
+            "unreadable": self.unreadable.count,
+        }
 
-class TensorBoard:
-    """Event files in RUN/tensorboard."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.guard.load_state_dict(state["skipped"])
+        self.watch.load_state_dict(state["watch"])
+        self.unreadable.count = state["unreadable"]
 
-    def __init__(self, folder: Path, first_step: int):
-        from torch.utils.tensorboard import SummaryWriter
+    @contextmanager
+    def opened(self, first_step: int) -> Iterator[None]:
+        """Where rows also go to what `run.log_to` names."""
+        names = self.config.run.log_to if self.world.is_main else ()
+        with ExitStack() as stack:
+            self.writers = open_writers(names, self.folder.path, to_dict(self.config), first_step)
+            for writer in self.writers:
+                stack.callback(writer.close)
+            yield
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+    def add(self, done: int, report: StepReport) -> None:
+        """Count a step, the `done`th."""
+        self.meter.add(report)
+        self.guard.add(done, report)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self.writer.add_scalar(name.replace(".", "/"), value, step)
+    def log(self, done: int, compilations: int, progress: Progress) -> None:
+        """Write the means since the last log, and alarms.
 
-    def close(self) -> None:
-        self.writer.close()
+        Args:
+            done: steps.
+            compilations: kernels that Triton compiled since the start.
+            progress: shows them, too.
 
+        Raises:
+            DivergenceError: the loss is NaN or inf, or too many steps in a row were skipped.
+        """
+        steps = range(done - self.meter.steps, done)
+        row = {"step": done, **self.meter.collect(), "lr": self.schedules.lr[done - 1]}
+        row |= self._speed(steps, row["images_per_s"]) | {"compilations": compilations}
+        row["skipped_steps"] = self.guard.check(done)
+        row["unreadable"] = self.unreadable.settle(done, self.plan.start + done * self.step_images)
+        loss = row["loss"]
+        if loss is None and row["skipped"] < 1:
+            raise DivergenceError(
+                f"step {done}: the loss is NaN or inf, though gradients are finite; "
+                "lower method.optim.base_lr"
+            )
+        self.write(row)
+        shown = {
+            "loss": "NaN" if loss is None else f"{loss:.4f}",
+            "speed": f"{row['images_per_s']:.3g} img/s",
+            "data wait": f"{row['data_wait']:.0%}",
+        }
+        if row["skipped"]:
+            shown["skipped"] = f"{row['skipped']:.0%}"
+        if row["unreadable"]:
+            shown["unreadable"] = str(row["unreadable"])
+        progress.show(done, shown)
+        for alarm, figures in self.watch.look(done, {k: v for k, v in row.items() if isinstance(v, float)}):
+            self.write({"step": done, "alarm": alarm.name, "figures": figures, "advice": alarm.advice})
+            progress.say(f"step {done}: ALARM: {alarm.name} ({figures}): {alarm.advice}")
 
-class Wandb:
-    """A run of Weights & Biases named as the folder; one that goes on keeps its identity."""
+    def _speed(self, steps: range, images_per_s: float) -> dict[str, Any]:
+        """What these steps were, how balanced and how fast.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]):
-        import wandb
+        `rank_seconds` is the time of the students' forward passes in a step, of each process; `host_ms` that
+        in which this process starts a step, which on a GPU should be less than the step's.
+        """
+        method, count = self.config.method, self.plan.micro_batches
+        host, self.host_seconds = self.host_seconds, 0.0
+        return {
+            **workload(
+                method,
+                [[self.sampler.draw(step, number) for number in range(count)] for step in steps],
+                [expected_masked(method) * (step >= self.schedules.ibot_start) for step in steps],
+                [self.world.share(count, rank) for rank in range(self.world.size)],
+                images_per_s,
+                datasheet_peak(self.world.device),
+            ),
+            "rank_seconds": self.world.gather(self.stopwatch.collect() / len(steps)),
+            "host_ms": host / len(steps) * 1e3,
+            "peak_gib": max(self.world.gather(peak_gib(self.world.device))),
+        }
 
-        file = folder / "wandb.id"
-        if not file.exists():
-            write_text(file, wandb.util.generate_id())
-        name = folder.resolve().name
-        self.run = wandb.init(
-            project="poa", name=name, dir=folder, id=file.read_text(), resume="allow", config=dict(config)
-        )
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self.run.log(dict(figures), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def require_writers(names: tuple[Destination, ...]) -> None:
-    """Raise InputError for what is not installed, before a run begins."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"run.log_to: expected {name} to be installed; pip install {name}")
-
-
-def open_writers(
-    names: tuple[Destination, ...], folder: Path, config: Mapping[str, Any], first_step: int
-) -> list[Writer]:
-    """The writers of a run that begins after `first_step` steps."""
-    made: dict[str, Any] = {
-        "tensorboard": lambda: TensorBoard(folder, first_step),
-        "wandb": lambda: Wandb(folder, config),
-    }
-    return [made[name]() for name in names]
-
-
-def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a row by dotted names; lists give their mean and largest."""
-    figures: dict[str, float] = {}
-    for key, value in row.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            figures |= flat(value, f"{name}.")
-        elif isinstance(value, list) and value:
-            figures |= {f"{name}.mean": sum(value) / len(value), f"{name}.max": max(value)}
-        elif isinstance(value, int | float):
-            figures[name] = value
-    return figures
+    def write(self, row: dict[str, Any]) -> None:
+        """Put a row into the metrics and wherever else they go."""
+        if not self.world.is_main:
+            return
+        self.folder.log(row)
+        for writer in self.writers:
+            writer.write(row["step"], {k: v for k, v in flat(row).items() if k != "step"})

@@ -92,7 +92,7 @@ class Network(nn.Module):
     def _student(
         self, batch: Batch, run: StudentPass, prototypes: list[Tensor], recompute: bool
     ) -> StudentOutput:
-        tokens = self.backbone.read(
+        tokens = self.backbone.gather_tokens(
             batch.crops,
             batch.masks.indices,
             run.subnet,
@@ -110,7 +110,7 @@ class Network(nn.Module):
         They are products of operands in `dtype`, and kept in it.
         """
         count, masked = len(batch.global_crops), len(batch.masks.indices)
-        tokens = self.backbone.read([batch.global_crops], batch.masks.indices)
+        tokens = self.backbone.gather_tokens([batch.global_crops], batch.masks.indices)
         *views, patches = tokens.split([*[count // VIEWS] * VIEWS, masked])
         embedded = self.head.embed(torch.cat([*views[::-1], patches]))
         with without_autocast(tokens.device):

@@ -18,23 +18,21 @@ from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
-from poa.data.unreadable import Unreadable
 from poa.device import deterministic_algorithms, prepared_ahead
 from poa.distributed import Poll, World, init_distributed, mean_in_bf16
 from poa.errors import DivergenceError, InputError, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
-from poa.flops import datasheet_peak, expected_masked, workload
-from poa.health import Watch
 from poa.images import open_on_ranks
 from poa.lock import RunLock
-from poa.metrics import Guard, Meter, Stopwatch, flat, open_writers, peak_gib, require_writers
+from poa.metrics import Journal
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
-from poa.options import describe, from_dict, to_dict
+from poa.options import describe, from_dict
 from poa.plan import Plan, first_lines, last_lines, phases
 from poa.progress import Progress, say
 from poa.signals import StopSignals, preempted
 from poa.step import StepReport, TrainingState, train_step
 from poa.subnets import Subnet, SubnetSampler
+from poa.writers import require_writers
 
 # Options that may differ between ranks.
 LOCAL = {"data.source", "run.device", "performance.workers", "performance.threads"}
@@ -138,13 +136,9 @@ class Run:
             self.space, method.sampling, method.seed, self.plan.micro_batches, method.backbone.flops
         )
         self.state = TrainingState.start(config, world.device)
-        self.guard = Guard(world, config.run.skip_limit)
-        self.stopwatch = Stopwatch(world.device)
-        self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * self.plan.epoch_steps))
-        self.unreadable = Unreadable(folder.unreadable, world, config.data.unreadable_share)
+        self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler)
         self.images = data.digest()
         self.first_step = 0
-        self.host_seconds = 0.0  # since the last log
         self.differences: list[str] = []
         if content:
             with as_input(f"checkpoint of step {content['step']}: expected that of this run"):
@@ -161,14 +155,7 @@ class Run:
         before = from_dict(Config, content["config"])
         self.differences += self.plan.new_schedules(before, self.config, self.first_step)
         self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
-        self.guard.load_state_dict(content["skipped"])
-        self.watch.load_state_dict(content["watch"])
-        self.unreadable.count = content["unreadable"]
-
-    @property
-    def step_images(self) -> int:
-        """Images of a step, over all processes."""
-        return self.plan.micro_batches * self.config.method.batch_size
+        self.journal.load_state_dict(content)
 
     def begin(self) -> None:
         """Write the folder of a new run, or take up that of an old one."""
@@ -199,13 +186,14 @@ class Run:
     def train(self) -> None:
         """All remaining steps, with logging, evaluation and checkpoints."""
         total, options = self.schedules.total_steps, self.config.run
-        meter, poll = Meter(self.world, self.step_images), Poll(self.world)
+        journal, meter, poll = self.journal, self.journal.meter, Poll(self.world)
         with Progress(total, self.first_step, self.world.is_main) as progress, ExitStack() as stack:
             signals = stack.enter_context(StopSignals(said=self.world.is_main))
-            self.compiled = stack.enter_context(compilations())
-            self._open_writers(stack)
+            compiled = stack.enter_context(compilations())
+            stack.enter_context(journal.opened(self.first_step))
             if self.world.from_main(self._misses_evaluation):
                 self.evaluate(self.first_step, progress)
+            meter.reset()
             steps = range(self.first_step, total)
             for step, canvases in zip(steps, meter.timed(self.batches(steps)), strict=True):
                 done = step + 1
@@ -215,12 +203,11 @@ class Run:
                 )
                 logs = logs or saves or evaluates
                 report = self.step(step, canvases, observed=logs)
-                meter.add(report)
-                self.guard.add(done, report)
+                journal.add(done, report)
                 progress.step()
                 stops = poll.ask(signals.received is not None) and done < total
                 if logs or stops:
-                    self.log(done, meter, progress)
+                    journal.log(done, compiled.count, progress)
                 if evaluates and not stops:
                     self.evaluate(done, progress)
                 if saves or stops:
@@ -236,13 +223,6 @@ class Run:
         if every == 0 or (step % every and step != self.schedules.total_steps):
             return False
         return not any("knn" in row and row["step"] == step for row in self.folder.rows())
-
-    def _open_writers(self, stack: ExitStack) -> None:
-        options = self.config.run
-        names = options.log_to if self.world.is_main else ()
-        self.writers = open_writers(names, self.folder.path, to_dict(self.config), self.first_step)
-        for writer in self.writers:
-            stack.callback(writer.close)
 
     def batches(self, steps: range) -> Iterator[list[Canvases]]:
         """Decoded images of this process's micro-batches, step by step."""
@@ -278,15 +258,15 @@ class Run:
             micro_batches,
             weight=weight,
             observed=observed,
-            timed=self.stopwatch.running,
+            timed=self.journal.stopwatch.running,
         )
-        self.host_seconds += time.perf_counter() - started
+        self.journal.host_seconds += time.perf_counter() - started
         return report
 
     def prepare(self, step: int, micro_batch: int, canvases: Canvases) -> MicroBatch:
         """The micro-batch that training sees of decoded images."""
         method = self.config.method
-        self.unreadable.add(canvases.unreadable)
+        self.journal.unreadable.add(canvases.unreadable)
         return make_micro_batch(
             method,
             self.state.student,
@@ -296,68 +276,6 @@ class Run:
             Draws.of(method.seed, step, micro_batch),
             masked=step >= self.schedules.ibot_start and method.loss.ibot > 0,
         )
-
-    def log(self, done: int, meter: Meter, progress: Progress) -> None:
-        """Write the means since the last log, and alarms; stop a run that lost its numbers."""
-        steps = range(done - meter.steps, done)
-        row = {"step": done, **meter.collect(), "lr": self.schedules.lr[done - 1]}
-        row |= self._speed(steps, row["images_per_s"])
-        row["skipped_steps"] = self.guard.check(done)
-        row["unreadable"] = self.unreadable.settle(done, self.plan.start + done * self.step_images)
-        loss = row["loss"]
-        if loss is None and row["skipped"] < 1:
-            raise DivergenceError(
-                f"step {done}: the loss is NaN or inf, though gradients are finite; "
-                "lower method.optim.base_lr"
-            )
-        self.write(row)
-        shown = {
-            "loss": "NaN" if loss is None else f"{loss:.4f}",
-            "speed": f"{row['images_per_s']:.3g} img/s",
-            "data wait": f"{row['data_wait']:.0%}",
-        }
-        if row["skipped"]:
-            shown["skipped"] = f"{row['skipped']:.0%}"
-        if row["unreadable"]:
-            shown["unreadable"] = str(row["unreadable"])
-        progress.show(done, shown)
-        for alarm, figures in self.watch.look(done, {k: v for k, v in row.items() if isinstance(v, float)}):
-            self.write({"step": done, "alarm": alarm.name, "figures": figures, "advice": alarm.advice})
-            progress.say(f"step {done}: ALARM: {alarm.name} ({figures}): {alarm.advice}")
-
-    def _speed(self, steps: range, images_per_s: float) -> dict[str, Any]:
-        """What these steps were, how balanced and how fast.
-
-        `rank_seconds` is the time of the students' forward passes in a step, of each process; `host_ms` that
-        in which this process starts a step, which on a GPU should be less than the step's.
-        """
-        method, micro_batches = self.config.method, self.plan.micro_batches
-        host, self.host_seconds = self.host_seconds, 0.0
-        return {
-            **workload(
-                method,
-                [
-                    [self.sampler.draw(step, micro_batch) for micro_batch in range(micro_batches)]
-                    for step in steps
-                ],
-                [expected_masked(method) * (step >= self.schedules.ibot_start) for step in steps],
-                [self.world.share(micro_batches, rank) for rank in range(self.world.size)],
-                images_per_s,
-                datasheet_peak(self.world.device),
-            ),
-            "rank_seconds": self.world.gather(self.stopwatch.collect() / len(steps)),
-            "host_ms": host / len(steps) * 1e3,
-            "compilations": self.compiled.count,
-            "peak_gib": max(self.world.gather(peak_gib(self.world.device))),
-        }
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Put a row into the metrics and wherever else they go."""
-        if not self.world.is_main:
-            return
-        self.folder.log(row)
-        for writer in self.writers:
-            writer.write(row["step"], {k: v for k, v in flat(row).items() if k != "step"})
 
     def save(self, done: int) -> None:
         """Write a checkpoint.
@@ -379,9 +297,7 @@ class Run:
                 "processes": self.world.size,
                 "images": self.images,
                 "plan": vars(self.plan),
-                "skipped": self.guard.state_dict(),
-                "watch": self.watch.state_dict(),
-                "unreadable": self.unreadable.count,
+                **self.journal.state_dict(),
                 **self.state.state_dict(),
             }
             self.folder.save(state, self.config)
@@ -399,6 +315,6 @@ class Run:
             accuracies = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
             for subnet, score in zip(subnets, accuracies, strict=True):
                 scores[f"{branch} {subnet}"] = score[REPORTED_K]
-        self.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
+        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")

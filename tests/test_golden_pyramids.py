@@ -77,7 +77,7 @@ def test_reading_gives_rows_of_the_whole(name: str) -> None:
     crops, mask = [inputs["local_crops"], inputs["global_crops"]], inputs["masks"]
     chosen = mask.flatten().nonzero().flatten()
     assert len(chosen)
-    rows = model.read(crops, chosen, model.space.smallest, masks=[None, mask])
+    rows = model.gather_tokens(crops, chosen, model.space.smallest, masks=[None, mask])
     local, whole = model(crops, model.space.smallest, masks=[None, mask])
     patches = whole.patches.flatten(0, 1)[chosen]
     torch.testing.assert_close(rows, torch.cat([local.cls, whole.cls, patches]))

@@ -1,4 +1,4 @@
-"""Who may import whom: the order is written here."""
+"""Who may import whom: the order is written here; how long files and lists of parameters may be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLOORS = (
     "data masks multicrop",
     "backbones heads losses network official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
-    "step plan evaluate memory warmup metrics report contact_sheet curves export images",
+    "step plan evaluate memory warmup writers metrics report contact_sheet curves export images",
     "train",
     "quickstart commands cli __init__ __main__",
 )
@@ -94,3 +94,19 @@ def test_there_is_no_circle(package: str) -> None:
         for name, file in inside.items()
     }
     assert len(list(TopologicalSorter(graph).static_order())) == len(inside)
+
+
+MOST_LINES, MOST_PARAMETERS = 400, 10
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
+def test_files_and_parameters_are_few(package: str) -> None:
+    """Operators of PyTorch and `autograd.Function` dictate the parameters in `triton_ops`."""
+    for file in (PACKAGES.get(package, ROOT) / package).rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= MOST_LINES, f"{file}: {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)) if file.parent.name != "triton_ops" else ():
+            if isinstance(node, ast.FunctionDef):
+                names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                count = len(set(names) - {"self", "cls"})
+                assert count <= MOST_PARAMETERS, f"{file}:{node.lineno}: {node.name} has {count} parameters"

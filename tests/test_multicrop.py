@@ -173,7 +173,7 @@ def test_tokens_that_nobody_reads_change_nothing(subnet: Subnet, rate: float, re
         backbone = network()
         marks = {"masks": masks(), "drop": drop, "recompute": recompute}
         if few:
-            found = backbone.read(crops(), patches, subnet, **marks)
+            found = backbone.gather_tokens(crops(), patches, subnet, **marks)
         else:
             features = backbone(crops(), subnet, **marks)
             found = torch.cat([*(f.cls for f in features), features[-1].patches.flatten(0, 1)[patches]])
@@ -191,7 +191,7 @@ def test_a_last_block_without_sequences() -> None:
     none = kept_rows(shapes, [torch.zeros(0, dtype=torch.int64)] * 3, [2.0] * 3)
     drop = StochasticDepth(((none, none),) * 2)
     patches = torch.tensor([1, 0])
-    found = backbone.read(crops(), patches, SUBNETS[2], drop=drop)
+    found = backbone.gather_tokens(crops(), patches, SUBNETS[2], drop=drop)
     features = backbone(crops(), SUBNETS[2], drop=drop)
     chosen = features[-1].patches.flatten(0, 1)[patches]
     torch.testing.assert_close(found, torch.cat([*(f.cls for f in features), chosen]))

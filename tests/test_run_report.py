@@ -25,11 +25,11 @@ from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.errors import InputError
 from poa.flops import expected_masked, micro_batch_flops
-from poa.metrics import flat
 from poa.presets import preset
 from poa.report import expected_band, record_band, summary, write_report
 from poa.subnets import Subnet
 from poa.train import pretrain
+from poa.writers import flat
 
 RUN = ["run.evaluate_every=3", "run.save_every=3"]
 
@@ -73,7 +73,7 @@ def test_figures(trained: Path) -> None:
 
 
 def test_mfu_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("poa.train.datasheet_peak", lambda device: 1e12)
+    monkeypatch.setattr("poa.metrics.datasheet_peak", lambda device: 1e12)
     pretrain(tiny_config(*ONE_STEP), tmp_path / "run")
     (row,) = RunFolder(tmp_path / "run").rows()
     assert row["mfu"] == pytest.approx(row["tflop_per_s"], rel=1e-9)

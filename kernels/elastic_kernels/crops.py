@@ -263,7 +263,7 @@ def _render_triton(
     dtype: torch.dtype,
 ) -> Tensor:
     """`render_crops` by the fused kernels."""
-    from elastic_kernels.triton_ops.crops import crop_table
+    from elastic_kernels.triton_ops.crops_table import crop_table
 
     operators, p = torch.ops.elastic_kernels, parameters
     boxes = p.boxes.float()
@@ -289,7 +289,7 @@ def between_kernels(images: Tensor) -> torch.dtype:
 
 def _colour_turns(parameters: CropParameters) -> tuple[Tensor, Tensor]:
     """Operations and amounts `[N, TURNS]` in order; what changes nothing is skipped."""
-    from elastic_kernels.triton_ops.crops import SATURATION, SKIPPED
+    from elastic_kernels.triton_ops.crops_table import SATURATION, SKIPPED
 
     order, factors = parameters.order, parameters.factors
     jitter = order.masked_fill(~_changes(parameters).gather(1, order), SKIPPED)

@@ -21,12 +21,13 @@ from elastic_kernels.layer_norm import elastic_layer_norm, layer_norm_backend
 from elastic_kernels.layouts import KeptRows, Layout
 from elastic_kernels.linear import (
     Scale,
+    elastic_linear,
     elastic_linear_residual,
     elastic_qkv,
     layer_spec,
     linear_backend,
 )
-from elastic_kernels.mlp import active_hidden, elastic_mlp, mlp_specs
+from elastic_kernels.mlp import active_hidden, mlp_specs
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.layers import LayerSpec
@@ -250,8 +251,11 @@ def elastic_mlp_half(
         places = kept.places if kept else None
         return MlpHalfFunction.apply(x, *weights, rows, row_scale, places, spec)
     h = elastic_layer_norm(x, w.norm_weight, w.norm_bias, eps, rows=rows)
-    layers = (w.fc1_weight, w.fc1_bias, w.fc2_weight, w.fc2_bias)
-    return elastic_mlp(h, *layers, x, w.gamma, rows=rows, row_scale=row_scale, hidden=hidden, scale=scale)
+    hidden = active_hidden(op, hidden, w.fc1_weight, x.shape[1])
+    h = elastic_linear(h, w.fc1_weight, w.fc1_bias, out_features=hidden, scale=scale, activation="gelu")
+    return elastic_linear_residual(
+        h, w.fc2_weight, w.fc2_bias, x, w.gamma, rows=rows, row_scale=row_scale, scale=scale
+    )
 
 
 def _wanted(h: Tensor, only: Tensor, kept: KeptRows | None, tokens: int) -> tuple[Tensor, Tensor | None]:

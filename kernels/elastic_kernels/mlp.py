@@ -1,4 +1,4 @@
-"""Elastic transformer MLP: two elastic linears around an activation, or a gate.
+"""Elastic transformer MLP: two elastic linears around a GELU.
 
     y = fc2(gelu(fc1(x)))          hidden: given, or int(w / w_max * hidden_max)
 
@@ -9,19 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import validate
-from elastic_kernels.linear import (
-    FUSED_ACTIVATION,
-    Scale,
-    elastic_linear,
-    elastic_linear_residual,
-    layer_spec,
-    linear_backend,
-    stacked_linear,
-)
+from elastic_kernels.linear import Scale, elastic_linear, layer_spec, linear_backend
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.layers import LayerSpec
@@ -46,33 +37,24 @@ def elastic_mlp(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    residual: Tensor | None = None,
-    gamma: Tensor | None = None,
     *,
-    rows: Tensor | None = None,
-    row_scale: Tensor | None = None,
     hidden: int | None = None,
     scale: Scale = "offset",
-    activation: str = FUSED_ACTIVATION,
 ) -> Tensor:
-    """Apply both linears and the activation, and with `residual` also LayerScale and the residual addition.
-
-    `out = residual; out[rows] += row_scale * gamma[:w] * fc2(gelu(fc1(x)))`, each `fc` an `elastic_linear`
+    """Apply both linears and the GELU: `fc2(gelu(fc1(x)))`, each `fc` an `elastic_linear`.
 
     Args:
-        x: `[kept, w]`, normalised rows.
+        x: `[..., w]`.
         fc1_weight, fc1_bias: `[hidden_max, w_max]`, `[hidden_max]`.
         fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
-        residual, gamma, rows, row_scale: as in `elastic_linear_residual`; the last three need a residual.
         hidden: units in use; default `elastic_hidden_features`, the share that `w` has of `w_max`.
         scale: of both layers, as in `elastic_linear`.
-        activation: as in `elastic_linear`.
 
     Returns:
-        `[tokens, w]`, the dtype of `residual`; without one `[kept, w]`, the dtype of the matrix product.
+        `[..., w]`, the dtype of the matrix product.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as `elastic_linear_residual`.
+        ValueError, TypeError, RuntimeError: as `elastic_linear`.
 
     Numerics: as of `elastic_linear`.
 
@@ -83,75 +65,19 @@ def elastic_mlp(
         >>> elastic_mlp(torch.randn(5, 32), fc1, torch.zeros(256), fc2, torch.zeros(64)).shape
         torch.Size([5, 32])
     """
-    if residual is not None:
-        validate.branch_rows("elastic_mlp", x, residual, rows, row_scale)
-    elif not (gamma is rows is row_scale is None):
-        raise ValueError("elastic_mlp: expected a residual with gamma, rows or row_scale, got None")
     width = x.shape[-1]
     validate.prefix("elastic_mlp", "width", width, fc1_weight.shape[1])
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
-    validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, gamma)
+    validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     hidden = active_hidden("elastic_mlp", hidden, fc1_weight, width)
-    if activation == FUSED_ACTIVATION and linear_backend("elastic_mlp", x).backend == "triton":
+    if linear_backend("elastic_mlp", x).backend == "triton":
         from elastic_kernels.triton_ops.layers import MlpFunction
 
         specs = mlp_specs(x, fc1_weight, fc2_weight, hidden, scale)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        y = MlpFunction.apply(x.reshape(-1, width), *parameters, residual, gamma, rows, row_scale, specs)
-        return y if residual is not None else y.view(x.shape)
-    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation=activation)
-    if residual is None:
-        return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, scale=scale)
-    return elastic_linear_residual(
-        inner, fc2_weight, fc2_bias, residual, gamma, rows=rows, row_scale=row_scale, scale=scale
-    )
-
-
-def elastic_swiglu(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    hidden: int | None = None,
-    scale: Scale = "offset",
-) -> Tensor:
-    """Apply a gated MLP: `fc2(silu(g) * u)`, where `g` and `u` are prefixes of two halves of `fc1(x)`.
-
-    Args:
-        x: `[..., w]`.
-        fc1_weight, fc1_bias: `[2 * hidden_max, w_max]`, `[2 * hidden_max]`, the rows of the gate, then of the
-            units; as timm's `SwiGLUPacked`.
-        fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
-        hidden, scale: as in `elastic_mlp`.
-
-    Returns:
-        `[..., w]`, the dtype of the matrix product.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as `elastic_mlp`.
-
-    Numerics: as of `elastic_linear`.
-
-    Example:
-        >>> import torch
-        >>> from elastic_kernels import elastic_swiglu
-        >>> fc1, fc2 = torch.randn(2 * 96, 64), torch.randn(64, 96)
-        >>> elastic_swiglu(torch.randn(5, 32), fc1, None, fc2, None, hidden=40).shape
-        torch.Size([5, 32])
-    """
-    op, width = "elastic_swiglu", x.shape[-1]
-    rows, largest = fc1_weight.shape
-    if tuple(fc2_weight.shape) != (largest, rows // 2) or rows % 2:
-        shapes = f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}"
-        raise ValueError(f"{op}: expected fc1_weight [2 * H, C] and fc2_weight [C, H], got {shapes}")
-    validate.prefix(op, "width", width, largest)
-    hidden = active_hidden(op, hidden, fc1_weight[: rows // 2], width)
-    h = stacked_linear(op, x.reshape(-1, width), fc1_weight, fc1_bias, 2, hidden, scale)
-    h = F.silu(h[:, 0]) * h[:, 1]
-    y = elastic_linear(h, fc2_weight, fc2_bias, out_features=width, scale=scale)
-    return y.view(*x.shape[:-1], width)
+        return MlpFunction.apply(x.reshape(-1, width), *parameters, specs).view(x.shape)
+    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation="gelu")
+    return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, scale=scale)
 
 
 def active_hidden(op: str, hidden: int | None, fc1_weight: Tensor, width: int) -> int:

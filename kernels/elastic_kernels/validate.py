@@ -96,7 +96,7 @@ def mlp(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
-    gamma: Tensor | None,
+    gamma: Tensor | None = None,
 ) -> None:
     """Raise ValueError unless the layers of an MLP fit each other, and their vectors them."""
     hidden, width = fc1_weight.shape

@@ -143,7 +143,7 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def read(
+    def gather_tokens(
         self,
         crops: Sequence[Tensor],
         patches: Tensor,

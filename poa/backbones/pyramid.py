@@ -157,7 +157,7 @@ class Pyramid(Backbone):
         """As `Backbone.forward`."""
         return [self._features(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
 
-    def read(
+    def gather_tokens(
         self,
         crops: Sequence[Tensor],
         patches: Tensor,
@@ -167,7 +167,7 @@ class Pyramid(Backbone):
         drop: StochasticDepth | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """As `Backbone.read`."""
+        """As `Backbone.gather_tokens`."""
         maps = [self.normalise(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
         last = maps[-1]
         height, width = last.shape[1:3]

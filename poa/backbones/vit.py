@@ -265,7 +265,7 @@ class ElasticViT(Backbone):
         x, groups = self._run(crops, subnet, masks, drop, recompute)
         return self._features(x, groups)
 
-    def read(
+    def gather_tokens(
         self,
         crops: Sequence[Tensor],
         patches: Tensor,
@@ -275,7 +275,7 @@ class ElasticViT(Backbone):
         drop: StochasticDepth | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """As `Backbone.read`; the last block makes no other tokens."""
+        """As `Backbone.gather_tokens`; the last block makes no other tokens."""
         cls = class_tokens(self.groups(crops), patches.device)
         last = math.prod(self._grid(crops[-1]))
         # Every image of the last group has its class token before its patches.
@@ -298,9 +298,8 @@ class ElasticViT(Backbone):
         masks = masks or [None] * len(crops)
         x, groups = pack([self.embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)])
         blocks = self.active_blocks(subnet)
-        for position, block in enumerate(blocks):
-            kept = drop.blocks[position] if drop else None
-            wanted = only if position == len(blocks) - 1 else None
+        for block, kept in zip(blocks, drop.blocks if drop else [None] * len(blocks), strict=True):
+            wanted = only if block is blocks[-1] else None
             if recompute:
                 x = recomputed(block, x, groups, kept, only=wanted)
             else:

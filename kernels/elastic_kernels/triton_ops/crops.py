@@ -4,9 +4,8 @@
     colour     brightness, contrast, saturation and hue in the order of each crop, then grayscale
     finish     Gaussian blur (horizontally, then vertically), solarisation, normalisation
 
-What is random comes in one table, a row for each crop, so that every crop takes its own branches and filters
-and the number of launches does not grow with what was drawn. A filter is worked out where it is used, for all
-rows and channels of a tile at once. Pixels are 0..255, products and sums fp32.
+What is random comes in a table, see `crops_table.py`. A filter is worked out where it is used, for all rows
+and channels of a tile at once. Pixels are 0..255, products and sums fp32.
 
 Bytes: the horizontal pass reads the boxes as uint8 and writes touched rows * 3 * S elements; after it, every
 pass reads and writes N * 3 * S * S elements, colour reads those of crops with contrast twice, and the
@@ -22,6 +21,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.crops_table import (
+    AMOUNT,
+    COLUMNS,
+    CONTRAST,
+    CONTRAST_TURN,
+    COUNT,
+    FIRST_ROW,
+    FLIP,
+    GAIN,
+    HEIGHT,
+    HUE,
+    LEFT,
+    OPERATION,
+    SATURATION,
+    SHIFT,
+    SIGMA,
+    SOLARIZE,
+    TOP,
+    WIDTH,
+    clip,
+    tile_of,
+)
 from elastic_kernels.triton_ops.device import cdiv, unit_stride
 from elastic_kernels.triton_ops.registration import register
 
@@ -40,29 +61,6 @@ class TileConfig:
 HORIZONTAL = TileConfig(32, 32, 8)
 VERTICAL = BLUR = FINISH = TileConfig(32, 32, 4)
 COLOUR_BLOCK, COLOUR_WARPS = 2048, 16  # pixels at a time of the one program that a crop has
-
-CONTRAST, SATURATION, HUE = map(tl.constexpr, (1, 2, 3))  # and brightness 0, as columns of the factors
-SKIPPED = -1
-TURNS = 5  # colour operations of a crop at most: the jitter's four, then grayscale
-
-# Columns of the table, see `crop_table`.
-TOP, LEFT, HEIGHT, WIDTH, FLIP, FIRST_ROW, SIGMA, SOLARIZE, COUNT, CONTRAST_TURN = map(
-    tl.constexpr, range(10)
-)
-OPERATION, AMOUNT, GAIN, SHIFT, COLUMNS = map(tl.constexpr, (10, 15, 20, 23, 26))
-
-
-@triton.jit
-def _tile(tiles_y, tiles_x):
-    """Number of the image, and of the tile in it, of this program."""
-    pid = tl.program_id(0)
-    rest = pid // tiles_x
-    return rest // tiles_y, rest % tiles_y, pid % tiles_x
-
-
-@triton.jit
-def _clip(x):
-    return tl.minimum(tl.maximum(x, 0.0), 255.0)
 
 
 @triton.jit
@@ -106,7 +104,7 @@ def _crops_horizontal_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Pixel rows that a box touches, `[rows, 3, size]` one crop after the other."""
-    crop, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    crop, tile_y, tile_x = tile_of(tiles_y, tiles_x)
     table_ptr += crop * COLUMNS
     top, left = tl.load(table_ptr + TOP), tl.load(table_ptr + LEFT)
     height, width = tl.load(table_ptr + HEIGHT), tl.load(table_ptr + WIDTH)
@@ -134,9 +132,9 @@ def _crops_horizontal_kernel(
         out = rows_ptr + place * 3 * size + offs_r[:, None] * 3 * size + offs_x[None, :]
         mask = (offs_r < rows)[:, None] & (offs_x < size)[None, :]
         dtype: tl.constexpr = rows_ptr.dtype.element_ty
-        tl.store(out, _clip(red * share).to(dtype), mask=mask)
-        tl.store(out + size, _clip(green * share).to(dtype), mask=mask)
-        tl.store(out + 2 * size, _clip(blue * share).to(dtype), mask=mask)
+        tl.store(out, clip(red * share).to(dtype), mask=mask)
+        tl.store(out + size, clip(green * share).to(dtype), mask=mask)
+        tl.store(out + 2 * size, clip(blue * share).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
@@ -146,7 +144,7 @@ def _crops_vertical_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The touched rows of each crop to `[3, size, size]`."""
-    crop, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    crop, tile_y, tile_x = tile_of(tiles_y, tiles_x)
     table_ptr += crop * COLUMNS
     top, height = tl.load(table_ptr + TOP), tl.load(table_ptr + HEIGHT)
     offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
@@ -168,9 +166,9 @@ def _crops_vertical_kernel(
     out = crops_ptr + crop.to(tl.int64) * 3 * area + offs_y[:, None] * size + offs_x[None, :]
     mask = (offs_y < size)[:, None] & mask_x
     dtype: tl.constexpr = crops_ptr.dtype.element_ty
-    tl.store(out, _clip(red * share).to(dtype), mask=mask)
-    tl.store(out + area, _clip(green * share).to(dtype), mask=mask)
-    tl.store(out + 2 * area, _clip(blue * share).to(dtype), mask=mask)
+    tl.store(out, clip(red * share).to(dtype), mask=mask)
+    tl.store(out + area, clip(green * share).to(dtype), mask=mask)
+    tl.store(out + 2 * area, clip(blue * share).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -206,9 +204,9 @@ def _recolour(red, green, blue, table_ptr, turns, mean):
         elif operation >= 0:
             even = tl.where(operation == CONTRAST, mean, 0.0)
             other = tl.where(operation == SATURATION, _luma(red, green, blue), even) * (1 - amount)
-            red = _clip(other + red * amount)
-            green = _clip(other + green * amount)
-            blue = _clip(other + blue * amount)
+            red = clip(other + red * amount)
+            green = clip(other + green * amount)
+            blue = clip(other + blue * amount)
     return red, green, blue
 
 
@@ -279,7 +277,7 @@ def _crops_blur_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Horizontally, and only the crops that are blurred."""
-    plane, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    plane, tile_y, tile_x = tile_of(tiles_y, tiles_x)
     sigma = tl.load(table_ptr + plane // 3 * COLUMNS + SIGMA)
     if sigma > 0:
         offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
@@ -297,7 +295,7 @@ def _crops_finish_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The vertical blur, solarisation and normalisation."""
-    plane, tile_y, tile_x = _tile(tiles_y, tiles_x)
+    plane, tile_y, tile_x = tile_of(tiles_y, tiles_x)
     table_ptr += plane // 3 * COLUMNS
     offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
     mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
@@ -312,45 +310,6 @@ def _crops_finish_kernel(
     x = tl.where(tl.load(table_ptr + SOLARIZE) > 0, tl.minimum(x, 255 - x), x)
     y = x * tl.load(table_ptr + GAIN + plane % 3) - tl.load(table_ptr + SHIFT + plane % 3)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def crop_table(
-    boxes: Tensor,
-    flip: Tensor,
-    rows: Tensor,
-    operations: Tensor,
-    amounts: Tensor,
-    sigma: Tensor,
-    solarize: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-) -> Tensor:
-    """What the kernels read of each crop, float32 `[N, COLUMNS]`.
-
-    Args:
-        boxes, flip, sigma, solarize: as in `elastic_kernels.crops.CropParameters`.
-        rows: int64 `[N]`, pixel rows that each box touches. The table holds how many rows of the intermediate
-            image come before those of the crop, as the bits of an int32.
-        operations: int64 `[N, TURNS]`, `SKIPPED` or an operation. The table also holds how many turns there
-            are up to the last operation, and which one is the contrast, or -1.
-        amounts: float32 `[N, TURNS]`, factors, and turns of the hue.
-        gain, shift: float32 `[3]`; the result is x * gain - shift.
-    """
-    turns = torch.arange(TURNS)
-    columns = [
-        boxes,
-        flip[:, None],
-        (rows.cumsum(0) - rows).int().view(torch.float32)[:, None],
-        sigma[:, None],
-        solarize[:, None],
-        ((operations >= 0) * (turns + 1)).amax(1, keepdim=True),
-        torch.where(operations == CONTRAST.value, turns, -1).amax(1, keepdim=True),
-        operations,
-        amounts,
-        gain.expand(len(rows), 3),
-        shift.expand(len(rows), 3),
-    ]
-    return torch.cat([column.float() for column in columns], 1)
 
 
 def crops_resample(

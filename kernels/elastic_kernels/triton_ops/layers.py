@@ -230,7 +230,7 @@ def mlp_backward(
 
 
 class MlpFunction(torch.autograd.Function):
-    """Both layers of an MLP around a GELU, LayerScale, and the residual addition to chosen rows."""
+    """Both layers of an MLP around a GELU."""
 
     @staticmethod
     def forward(
@@ -240,26 +240,19 @@ class MlpFunction(torch.autograd.Function):
         fc1_bias: Tensor | None,
         fc2_weight: Tensor,
         fc2_bias: Tensor | None,
-        residual: Tensor | None,
-        gamma: Tensor | None,
-        index: Tensor | None,
-        row_scale: Tensor | None,
         specs: tuple[LayerSpec, LayerSpec],
     ) -> Tensor:
         x = unit_stride(x.to(specs[0].dtype))
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], specs[0])
-        fc2 = Layer.of(fc2_weight, fc2_bias, gamma, specs[0].out_features, specs[1])
+        fc2 = Layer.of(fc2_weight, fc2_bias, None, specs[0].out_features, specs[1])
         u, activation = fc1.forward_gelu(x)
-        keep(ctx, (x, u, index, row_scale), [fc1, fc2])
-        ctx.has_residual = residual is not None
-        if residual is None:
-            return fc2.forward(activation)
-        return fc2.forward_residual(activation, unit_stride(residual), index, row_scale)
+        keep(ctx, (x, u), [fc1, fc2])
+        return fc2.forward(activation)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x, u, index, row_scale), (fc1, fc2) = kept(ctx)
-        d = branch_gradient(dout, index, row_scale, x.dtype)
-        dx, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, x, u, fc1, fc2)
-        return dx, dw1, db1, dw2, db2, dout if ctx.has_residual else None, dgamma, None, None, None
+        (x, u), (fc1, fc2) = kept(ctx)
+        d = branch_gradient(dout, None, None, x.dtype)
+        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, x, u, fc1, fc2)
+        return dx, dw1, db1, dw2, db2, None

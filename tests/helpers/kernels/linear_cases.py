@@ -142,29 +142,11 @@ def mlp_parameters(case: Case) -> dict[str, Tensor]:
     }
 
 
-def mlp(case: Case, residual: bool) -> tuple[Operator, dict[str, Tensor]]:
-    tensors = {"x": draw(case.rows, case.width), **mlp_parameters(case)}
-    rows, scale = case.choice if residual else (None, None)
-    if residual:
-        tensors["residual"] = draw(case.tokens, case.width, seed=5)
-        tensors["gamma"] = corner(case.width, full=(case.largest,), seed=6)
-
+def mlp(case: Case) -> tuple[Operator, dict[str, Tensor]]:
     def operator(x: Tensor, **parameters) -> Tensor:
-        place = {"rows": move(rows, x), "row_scale": move(scale, x)}
-        return ek.elastic_mlp(x, **parameters, **place, hidden=case.hidden, scale=case.scale)
+        return ek.elastic_mlp(x, **parameters, hidden=case.hidden, scale=case.scale)
 
-    return operator, tensors
-
-
-def swiglu(case: Case) -> tuple[Operator, dict[str, Tensor]]:
-    tensors = {"x": draw(case.rows, case.width), **mlp_parameters(case)}
-    for name in ("fc1_weight", "fc1_bias"):  # of the gate, and of the units
-        tensors[name] = torch.cat([tensors[name], -tensors[name]])
-
-    def operator(x: Tensor, **parameters) -> Tensor:
-        return ek.elastic_swiglu(x, **parameters, hidden=case.hidden, scale=case.scale)
-
-    return operator, tensors
+    return operator, {"x": draw(case.rows, case.width), **mlp_parameters(case)}
 
 
 def half_parameters(case: Case) -> dict[str, Tensor]:
@@ -240,7 +222,6 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
     choosing = {
         "residual": linear_residual(case, gamma=False),
         "residual-gamma": linear_residual(case, gamma=True),
-        "mlp-residual": mlp(case, residual=True),
         "mlp-half": mlp_half(case),
     }
     if case.inner[0] % case.head_dim == 0:
@@ -255,8 +236,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
         "linear-gelu": linear(case, bias=True, activation="gelu"),
         "qkv": qkv(case, bias=False),
         "qkv-bias": qkv(case, bias=True),
-        "mlp": mlp(case, residual=False),
-        "swiglu": swiglu(case),
+        "mlp": mlp(case),
     }
 
 

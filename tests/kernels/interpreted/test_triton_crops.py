@@ -17,6 +17,7 @@ from torch import Tensor
 import elastic_kernels.triton_ops.crops  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
+from elastic_kernels.triton_ops.crops_table import COLUMNS
 from poa.data.augment import draw_views, render
 from poa.data.crops import CropsConfig
 
@@ -239,7 +240,7 @@ def test_no_crops() -> None:
 
 
 def test_registered_operators() -> None:
-    images, table = noise(1, 3, 4, 5), torch.zeros(1, int(elastic_kernels.triton_ops.crops.COLUMNS.value))
+    images, table = noise(1, 3, 4, 5), torch.zeros(1, int(COLUMNS.value))
     table[:, 2:4] = 4.0
     operators = torch.ops.elastic_kernels
     checks = ("test_schema", "test_faketensor")

@@ -1,0 +1,116 @@
+"""Damaged runs are named by every command, and nothing is written."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.commands import contents, fails
+from helpers.tiny import OVERRIDES
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+
+Run = Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert main(["pretrain", "--out", str(out), *OVERRIDES]) == 0
+    return out
+
+
+@pytest.fixture
+def run(trained: Run, tmp_path: Path) -> Run:
+    """A copy of the trained run that a test may damage."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def replace_checkpoints(run: Run, content: bytes) -> None:
+    """One with a valid name in the place of all."""
+    for old in RunFolder(run).checkpoints():
+        old.path.unlink()
+    (run / "checkpoints" / f"00000006-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
+
+
+def saved(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def damage_truncate(run: Run) -> None:
+    for whole in RunFolder(run).checkpoints():
+        content = whole.path.read_bytes()
+        whole.path.write_bytes(content[: len(content) // 2])
+
+
+class Trap:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def damage_pickle(run: Run) -> None:
+    replace_checkpoints(run, pickle.dumps({"teacher": Trap(run / "sprung")}))
+
+
+def damage_torch_pickle(run: Run) -> None:
+    replace_checkpoints(run, saved({"teacher": Trap(run / "sprung")}))
+
+
+def damage_foreign(run: Run) -> None:
+    replace_checkpoints(run, saved({"weights": torch.zeros(3)}))
+
+
+def damage_config(run: Run) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["method"]["loss"]["koleo"] = 9.0
+    (run / "config.json").write_text(json.dumps(config))
+
+
+def damage_missing(run: Run) -> None:
+    shutil.rmtree(run / "checkpoints")
+
+
+def damage_no_config(run: Run) -> None:
+    (run / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_truncate, "is damaged: expected checksum"),
+        (damage_pickle, "expected a complete file of weights only, got a damaged or foreign"),
+        (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
+        (damage_foreign, "expected a checkpoint of format poa-checkpoint-2, got None"),
+        (damage_config, "got another: method.loss.koleo: 9.0 against 0.1 in the checkpoint"),
+        (damage_missing, "expected a checkpoint, got checkpoints of steps: none"),
+        (damage_no_config, "expected a run folder"),
+    ],
+)
+@pytest.mark.parametrize("command", ["extract", "evaluate", "pretrain"])
+def test_damaged_runs(
+    command: str, damage, message: str, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(run)
+    before = contents(run)
+    arguments = {
+        "extract": [str(run), "--subnets", "16x1"],
+        "evaluate": [str(run)],
+        "pretrain": ["--resume", str(run)],
+    }[command]
+    assert message in fails(capsys, command, *arguments)
+    assert contents(run) == before
+    assert not (run / "sprung").exists()
