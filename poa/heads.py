@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import elastic_linear, without_autocast
+from elastic_kernels import elastic_linear, unit_rows, without_autocast
 from poa.options import Options, option
 
 
@@ -58,9 +58,9 @@ class Prototypes(nn.Module):
         with torch.no_grad():
             self.weight_v.uniform_(-bound, bound, generator=generator)
 
-    def matrix(self) -> Tensor:
-        """The prototypes `[count, features]` as they multiply features."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The prototypes `[count, features]` as they multiply features, in their own dtype or another."""
+        return unit_rows(self.weight_v, self.weight_g, dtype=dtype)
 
 
 class ProjectionHead(nn.Module):
@@ -83,14 +83,16 @@ class ProjectionHead(nn.Module):
         self.rest = nn.ModuleList(layers[1:])
         self.prototypes = Prototypes(config.bottleneck, prototypes, generator)
 
-    def embed(self, x: Tensor) -> Tensor:
-        """Tokens `[rows, w]` of any width up to the intact one -> unit features `[rows, bottleneck]`."""
+    def embed(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Tokens `[rows, w]` of any width up to the intact one -> unit features `[rows, bottleneck]`.
+
+        In the dtype of the prototypes or another.
+        """
         layers = [self.first, *cast("list[nn.Linear]", list(self.rest))]
         for layer in layers[:-1]:
             x = elastic_linear(x, layer.weight, layer.bias, activation="gelu")
         x = elastic_linear(x, layers[-1].weight, layers[-1].bias)
-        with without_autocast(x.device):
-            return F.normalize(x.to(self.prototypes.weight_v.dtype), dim=-1, eps=1e-12)
+        return unit_rows(x, dtype=dtype or self.prototypes.weight_v.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens `[rows, w]` -> logits `[rows, prototypes]`, float32."""
@@ -118,13 +120,13 @@ class ProjectionHeads(nn.Module):
         """`[rows, w]` -> the logits `[rows, prototypes_i]` of each head."""
         return [head(x) for head in self._heads()]
 
-    def embed(self, x: Tensor) -> list[Tensor]:
+    def embed(self, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
         """`[rows, w]` -> unit features `[rows, bottleneck]` of each head."""
-        return [head.embed(x) for head in self._heads()]
+        return [head.embed(x, dtype) for head in self._heads()]
 
-    def matrices(self) -> list[Tensor]:
+    def matrices(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The prototypes `[prototypes_i, bottleneck]` of each head."""
-        return [head.prototypes.matrix() for head in self._heads()]
+        return [head.prototypes.matrix(dtype) for head in self._heads()]
 
     def _heads(self) -> list[ProjectionHead]:
         return [cast(ProjectionHead, head) for head in self.heads]

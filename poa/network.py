@@ -112,10 +112,10 @@ class Network(nn.Module):
         count, masked = len(batch.global_crops), len(batch.masks.indices)
         tokens = self.backbone.gather_tokens([batch.global_crops], batch.masks.indices)
         *views, patches = tokens.split([*[count // VIEWS] * VIEWS, masked])
-        embedded = self.head.embed(torch.cat([*views[::-1], patches]))
+        embedded = self.head.embed(torch.cat([*views[::-1], patches]), dtype)
         with without_autocast(tokens.device):
             logits = [
-                F.linear(x.to(dtype), w.to(dtype)).split([count, masked])
-                for x, w in zip(embedded, self.head.matrices(), strict=True)
+                F.linear(x, w).split([count, masked])
+                for x, w in zip(embedded, self.head.matrices(dtype), strict=True)
             ]
         return [c for c, _ in logits], [p for _, p in logits]

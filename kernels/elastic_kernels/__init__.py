@@ -39,6 +39,7 @@ from elastic_kernels.recompute import recomputed
 from elastic_kernels.resample import check_canvases, eval_crop
 from elastic_kernels.shared_gradients import shared_gradients
 from elastic_kernels.transfer import upload
+from elastic_kernels.unit_rows import unit_rows
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 from elastic_kernels.working_weights import working_weights
 
@@ -93,6 +94,7 @@ __all__ = [
     "render_crops",
     "shared_gradients",
     "sinkhorn_scaling",
+    "unit_rows",
     "upload",
     "window_attention",
     "without_autocast",

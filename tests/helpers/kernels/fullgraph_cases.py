@@ -149,6 +149,7 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
         partial(ek.elastic_layer_norm, eps=1e-6, rows=torch.tensor([4, 0])),
         [draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
     ),
+    "unit_rows": lambda: (ek.unit_rows, [draw(6, WIDTH), draw(6, 1)]),
     "packed_attention": lambda: (
         partial(ek.packed_attention, groups=GROUPS),
         [draw(TOKENS, 3, 2, HEAD_DIM)],
