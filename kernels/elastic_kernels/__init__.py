@@ -22,7 +22,7 @@ from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
 from elastic_kernels.mixed_width import mixed_width_block, mixed_width_layer_norm, mixed_width_linear
-from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp
+from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp, elastic_swiglu
 from elastic_kernels.modules import (
     ElasticAttention,
     ElasticGroupNorm,
@@ -37,9 +37,19 @@ from elastic_kernels.optimizer import FusedAdamW, fused_adamw_backend
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
 from elastic_kernels.recompute import recomputed
 from elastic_kernels.resample import check_canvases, eval_crop
+from elastic_kernels.rms_norm import elastic_rms_norm
+from elastic_kernels.rotary import Rotary
 from elastic_kernels.shared_gradients import shared_gradients
 from elastic_kernels.transfer import upload
 from elastic_kernels.unit_rows import unit_rows
+from elastic_kernels.vit_layers import (
+    ElasticConv1x1,
+    ElasticPatchEmbed,
+    ElasticPreNormBlock,
+    ElasticRMSNorm,
+    ElasticRotaryAttention,
+    ElasticSwiGLU,
+)
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 from elastic_kernels.working_weights import working_weights
 
@@ -50,10 +60,16 @@ __all__ = [
     "ElasticAttention",
     "ElasticBlock",
     "ElasticBottleneck",
+    "ElasticConv1x1",
     "ElasticGroupNorm",
     "ElasticLayerNorm",
     "ElasticLinear",
     "ElasticMLP",
+    "ElasticPatchEmbed",
+    "ElasticPreNormBlock",
+    "ElasticRMSNorm",
+    "ElasticRotaryAttention",
+    "ElasticSwiGLU",
     "ElasticSwinBlock",
     "ElasticWindowAttention",
     "FusedAdamW",
@@ -61,6 +77,7 @@ __all__ = [
     "LayerScale",
     "MlpWeights",
     "NEUTRAL_CROP",
+    "Rotary",
     "Sequences",
     "Windows",
     "absent_gpu",
@@ -80,6 +97,8 @@ __all__ = [
     "elastic_mlp",
     "elastic_mlp_half",
     "elastic_qkv",
+    "elastic_rms_norm",
+    "elastic_swiglu",
     "eval_crop",
     "fused_adamw_backend",
     "linear_backend",

@@ -12,6 +12,8 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLinear`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
 
 Scale = float | Literal["offset"] | None
 """The factor of a product: a number, "offset" for in_max / in, or None for 1."""
+
+FUSED_ACTIVATION = "gelu"  # by the Triton kernels
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    FUSED_ACTIVATION: F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def elastic_linear(
@@ -45,8 +54,9 @@ def elastic_linear(
         bias: `[out_max]` or None; only `bias[:out_features]` is read, and it is not scaled.
         out_features: rows of `weight` in use; default all.
         scale: the factor `s`: "offset" is `in_max / in`, which is 1 for the largest network; None is 1.
-        activation: None or "gelu", the exact one, with erf; on Triton in half precision its normal
-            distribution function is off by up to 1.1e-5, and 1.1e-3 of itself in the lower tail.
+        activation: None, "silu", "gelu_tanh", or "gelu", the exact one, with erf. Triton fuses it; there, in
+            half precision, its normal distribution function is off by up to 1.1e-5, and 1.1e-3 of itself in
+            the lower tail.
 
     Returns:
         `[..., out_features]`, the dtype of the matrix product (autocast applies as to `torch.addmm`).
@@ -71,8 +81,12 @@ def elastic_linear(
     validate.prefix("elastic_linear", "out_features", rows, weight.shape[0])
     validate.operands("elastic_linear", x=x, weight=weight, bias=bias)
     validate.vectors("elastic_linear", x, bias=(bias, weight.shape[0]))
-    if activation not in (None, "gelu"):
-        raise ValueError(f"elastic_linear: expected activation None or 'gelu', got {activation!r}")
+    if activation not in (None, *ACTIVATIONS):
+        wanted = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"elastic_linear: expected activation None or one of {wanted}, got {activation!r}")
+    if activation not in (None, FUSED_ACTIVATION):
+        y = elastic_linear(x, weight, bias, out_features=rows, scale=scale)
+        return ACTIVATIONS[activation](y)
     if linear_backend("elastic_linear", x).backend == "triton":
         from elastic_kernels.triton_ops.layers import LinearFunction
 
@@ -80,7 +94,7 @@ def elastic_linear(
         y = LinearFunction.apply(x.reshape(-1, width), weight, bias, spec, activation)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)  # a view could not be overwritten
     y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), factor(scale, weight.shape[1], width))
-    return F.gelu(y) if activation == "gelu" else y
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def elastic_linear_residual(
@@ -180,27 +194,33 @@ def elastic_qkv(
         >>> elastic_qkv(torch.randn(5, 32), torch.randn(3 * 48, 48), torch.zeros(3 * 48)).shape
         torch.Size([5, 3, 32])
     """
-    width, largest = x.shape[-1], weight.shape[1]
     if weight.shape[0] % 3:
         raise ValueError(f"elastic_qkv: expected weight [3 * heads * d, C], got {tuple(weight.shape)}")
-    validate.prefix("elastic_qkv", "width", width, largest)
-    rows = validate.share("elastic_qkv", "out_features", out_features, weight, 3, width)
-    validate.operands("elastic_qkv", x=x, weight=weight, bias=bias)
-    validate.vectors("elastic_qkv", x, bias=(bias, weight.shape[0]))
-    if linear_backend("elastic_qkv", x).backend == "triton":
+    validate.prefix("elastic_qkv", "width", x.shape[-1], weight.shape[1])
+    rows = validate.share("elastic_qkv", "out_features", out_features, weight, 3, x.shape[-1])
+    return stacked_linear("elastic_qkv", x, weight, bias, 3, rows, scale)
+
+
+def stacked_linear(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, rows: int, scale: Scale
+) -> Tensor:
+    """`[tokens, w]` -> `[tokens, groups, rows]`: the first rows of each matrix stacked in a weight."""
+    validate.operands(op, x=x, weight=weight, bias=bias)
+    validate.vectors(op, x, bias=(bias, weight.shape[0]))
+    if linear_backend(op, x).backend == "triton":
         from elastic_kernels.triton_ops.layers import LinearFunction
 
-        spec = layer_spec(x, weight, rows, scale=scale, groups=3)
+        spec = layer_spec(x, weight, rows, scale=scale, groups=groups)
         return LinearFunction.apply(x, weight, bias, spec, None)
-    s = factor(scale, largest, width)
-    corner = weight.unflatten(0, (3, -1))[:, :rows, :width]
-    if 3 * rows == weight.shape[0]:
-        return _scaled_linear(x, corner.flatten(0, 1), bias, s).unflatten(-1, (3, rows))
+    s = factor(scale, weight.shape[1], x.shape[-1])
+    corner = weight.unflatten(0, (groups, -1))[:, :rows, : x.shape[-1]]
+    if groups * rows == weight.shape[0]:
+        return _scaled_linear(x, corner.flatten(0, 1), bias, s).unflatten(-1, (groups, rows))
     columns = corner.transpose(1, 2)
-    tokens = x.expand(3, *x.shape)
+    tokens = x.expand(groups, *x.shape)
     if bias is None:
         return (torch.bmm(tokens, columns) * s).transpose(0, 1)
-    offset = bias.view(3, 1, -1)[..., :rows]
+    offset = bias.view(groups, 1, -1)[..., :rows]
     return torch.baddbmm(offset, tokens, columns, alpha=s).transpose(0, 1)
 
 

@@ -1,4 +1,4 @@
-"""Elastic transformer MLP: two elastic linears around a GELU.
+"""Elastic transformer MLP: two elastic linears around an activation, or a gate.
 
     y = fc2(gelu(fc1(x)))          hidden: given, or int(w / w_max * hidden_max)
 
@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import validate
-from elastic_kernels.linear import Scale, elastic_linear, layer_spec, linear_backend
+from elastic_kernels.linear import (
+    FUSED_ACTIVATION,
+    Scale,
+    elastic_linear,
+    layer_spec,
+    linear_backend,
+    stacked_linear,
+)
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.layers import LayerSpec
@@ -40,8 +48,9 @@ def elastic_mlp(
     *,
     hidden: int | None = None,
     scale: Scale = "offset",
+    activation: str = FUSED_ACTIVATION,
 ) -> Tensor:
-    """Apply both linears and the GELU: `fc2(gelu(fc1(x)))`, each `fc` an `elastic_linear`.
+    """Apply both linears and the activation: `fc2(act(fc1(x)))`, each `fc` an `elastic_linear`.
 
     Args:
         x: `[..., w]`.
@@ -49,6 +58,7 @@ def elastic_mlp(
         fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
         hidden: units in use; default `elastic_hidden_features`, the share that `w` has of `w_max`.
         scale: of both layers, as in `elastic_linear`.
+        activation: as in `elastic_linear`.
 
     Returns:
         `[..., w]`, the dtype of the matrix product.
@@ -70,14 +80,61 @@ def elastic_mlp(
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     hidden = active_hidden("elastic_mlp", hidden, fc1_weight, width)
-    if linear_backend("elastic_mlp", x).backend == "triton":
+    if activation == FUSED_ACTIVATION and linear_backend("elastic_mlp", x).backend == "triton":
         from elastic_kernels.triton_ops.layers import MlpFunction
 
         specs = mlp_specs(x, fc1_weight, fc2_weight, hidden, scale)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         return MlpFunction.apply(x.reshape(-1, width), *parameters, specs).view(x.shape)
-    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation="gelu")
+    inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation=activation)
     return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, scale=scale)
+
+
+def elastic_swiglu(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    hidden: int | None = None,
+    scale: Scale = "offset",
+) -> Tensor:
+    """Apply a gated MLP: `fc2(silu(g) * u)`, where `g` and `u` are prefixes of two halves of `fc1(x)`.
+
+    Args:
+        x: `[..., w]`.
+        fc1_weight, fc1_bias: `[2 * hidden_max, w_max]`, `[2 * hidden_max]`, the rows of the gate, then of the
+            units; as timm's `SwiGLUPacked`.
+        fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
+        hidden, scale: as in `elastic_mlp`.
+
+    Returns:
+        `[..., w]`, the dtype of the matrix product.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `elastic_mlp`.
+
+    Numerics: as of `elastic_linear`.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import elastic_swiglu
+        >>> fc1, fc2 = torch.randn(2 * 96, 64), torch.randn(64, 96)
+        >>> elastic_swiglu(torch.randn(5, 32), fc1, None, fc2, None, hidden=40).shape
+        torch.Size([5, 32])
+    """
+    op, width = "elastic_swiglu", x.shape[-1]
+    rows, largest = fc1_weight.shape
+    if tuple(fc2_weight.shape) != (largest, rows // 2) or rows % 2:
+        shapes = f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}"
+        raise ValueError(f"{op}: expected fc1_weight [2 * H, C] and fc2_weight [C, H], got {shapes}")
+    validate.prefix(op, "width", width, largest)
+    hidden = active_hidden(op, hidden, fc1_weight[: rows // 2], width)
+    h = stacked_linear(op, x.reshape(-1, width), fc1_weight, fc1_bias, 2, hidden, scale)
+    h = F.silu(h[:, 0]) * h[:, 1]
+    y = elastic_linear(h, fc2_weight, fc2_bias, out_features=width, scale=scale)
+    return y.view(*x.shape[:-1], width)
 
 
 def active_hidden(op: str, hidden: int | None, fc1_weight: Tensor, width: int) -> int:

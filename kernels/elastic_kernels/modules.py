@@ -17,7 +17,7 @@ from elastic_kernels.attention import Groups, packed_attention
 from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
-from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv, factor
+from elastic_kernels.linear import FUSED_ACTIVATION, Scale, elastic_linear, elastic_qkv, factor
 from elastic_kernels.mlp import elastic_mlp
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 
@@ -119,11 +119,11 @@ class ElasticAttention(nn.Module):
 
 
 class ElasticMLP(nn.Module):
-    """Two linears around a GELU; see `elastic_mlp`.
+    """Two linears around an activation; see `elastic_mlp`.
 
     Args:
         width, hidden: of the largest network.
-        scale: of both layers, as in `elastic_linear`.
+        scale, activation: of both layers, and between them, as in `elastic_linear`.
 
     Example:
         >>> import torch
@@ -132,16 +132,18 @@ class ElasticMLP(nn.Module):
         torch.Size([10, 32])
     """
 
-    def __init__(self, width: int, hidden: int, *, scale: Scale = "offset"):
+    def __init__(
+        self, width: int, hidden: int, *, scale: Scale = "offset", activation: str = FUSED_ACTIVATION
+    ):
         super().__init__()
-        self.scale = scale
+        self.scale, self.activation = scale, activation
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor, hidden: int | None = None) -> Tensor:
         """`[..., w]` -> `[..., w]` with `hidden` units, by default the share that `w` has."""
         layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return elastic_mlp(x, *layers, hidden=hidden, scale=self.scale)
+        return elastic_mlp(x, *layers, hidden=hidden, scale=self.scale, activation=self.activation)
 
 
 class LayerScale(nn.Module):

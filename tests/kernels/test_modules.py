@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "activation": (
         lambda: ek.elastic_linear(X, W, activation="relu"),
         ValueError,
-        "None or 'gelu', got 'relu'",
+        "None or one of 'gelu', 'gelu_tanh', 'silu', got 'relu'",
     ),
     "qkv": (lambda: ek.elastic_qkv(X, W, None), ValueError, r"weight \[3 \* heads \* d, C\], got \(32, 32\)"),
     "rows": (

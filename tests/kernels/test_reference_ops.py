@@ -205,7 +205,7 @@ def test_autocast_with_fp32_weights() -> None:
         (
             lambda: ek.elastic_linear(tensor(2, 8), tensor(4, C), activation="relu"),
             ValueError,
-            "'gelu', got 'relu'",
+            "'silu', got 'relu'",
         ),
         (
             lambda: ek.elastic_qkv(tensor(2, 8), tensor(4, C), None),

@@ -17,6 +17,7 @@ NO_OPERATORS = {
     "KeptRows": "holds tensors",
     "MlpWeights": "holds tensors",
     "Sequences": "is a layout",
+    "Rotary": "is tried with attention",
     "Windows": "is a layout",
     "LayerScale": "holds a parameter",
     "elastic_block_from_vit": "makes a module",
@@ -182,6 +183,26 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
     "mixed_width_block": lambda: module(
         MixedWidth(LARGEST, 2 * LARGEST, HEAD_DIM), draw(5, LARGEST), torch.tensor([32, 32, 16, 16, 16])
     ),
+    "elastic_swiglu": lambda: (
+        partial(ek.elastic_swiglu, hidden=20),
+        [draw(7, WIDTH), *linear(2 * LARGEST), *linear()],
+    ),
+    "elastic_rms_norm": lambda: (partial(ek.elastic_rms_norm, eps=1e-6), [draw(7, WIDTH), draw(LARGEST)]),
+    "ElasticRMSNorm": lambda: module(ek.ElasticRMSNorm(LARGEST), draw(7, WIDTH)),
+    "ElasticSwiGLU": lambda: module(ek.ElasticSwiGLU(LARGEST, 30), draw(7, WIDTH)),
+    "ElasticRotaryAttention": lambda: module(
+        ek.ElasticRotaryAttention(LARGEST, HEAD_DIM, qk_norm="layer"), draw(10, WIDTH), [(2, 5)], None,
+        ek.Rotary.of_grid(2, 2, HEAD_DIM, prefix=1, count=2),
+    ),
+    "ElasticPreNormBlock": lambda: module(
+        ek.ElasticPreNormBlock(
+            ek.ElasticRMSNorm(LARGEST), ek.ElasticAttention(LARGEST, HEAD_DIM),
+            ek.ElasticLayerNorm(LARGEST), ek.ElasticMLP(LARGEST, 30, activation="silu"),
+        ),
+        draw(TOKENS, WIDTH), GROUPS,
+    ),
+    "ElasticPatchEmbed": lambda: module(ek.ElasticPatchEmbed(2, LARGEST), draw(2, 3, 4, 4), WIDTH),
+    "ElasticConv1x1": lambda: module(ek.ElasticConv1x1(LARGEST, 20), draw(2, WIDTH, 3, 2)),
     "prototype_cross_entropy": prototypes,
     "sinkhorn_scaling": sinkhorn,
     "ElasticLinear": lambda: module(ek.ElasticLinear(LARGEST, LARGEST), draw(7, WIDTH)),

@@ -149,6 +149,17 @@ def mlp(case: Case) -> tuple[Operator, dict[str, Tensor]]:
     return operator, {"x": draw(case.rows, case.width), **mlp_parameters(case)}
 
 
+def swiglu(case: Case) -> tuple[Operator, dict[str, Tensor]]:
+    tensors = {"x": draw(case.rows, case.width), **mlp_parameters(case)}
+    for name in ("fc1_weight", "fc1_bias"):  # of the gate, and of the units
+        tensors[name] = torch.cat([tensors[name], -tensors[name]])
+
+    def operator(x: Tensor, **parameters) -> Tensor:
+        return ek.elastic_swiglu(x, **parameters, hidden=case.hidden, scale=case.scale)
+
+    return operator, tensors
+
+
 def half_parameters(case: Case) -> dict[str, Tensor]:
     full = (case.largest,)
     return {
@@ -237,6 +248,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
         "qkv": qkv(case, bias=False),
         "qkv-bias": qkv(case, bias=True),
         "mlp": mlp(case),
+        "swiglu": swiglu(case),
     }
 
 
