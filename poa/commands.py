@@ -41,7 +41,7 @@ def run_pretrain(options: argparse.Namespace) -> None:
     if options.resume:
         if options.preset or options.config or options.out or options.auto_resume or options.init_from:
             raise InputError(
-                "--resume: expected no --preset, --config, --init-from, --out or --auto-resume beside it"
+                "--resume: expected no --preset, --config, --init-from, --out or --auto-resume with it"
             )
         folder = RunFolder(Path(options.resume))
         config = _overridden(folder.config(), options)
@@ -49,12 +49,12 @@ def run_pretrain(options: argparse.Namespace) -> None:
         if changed and not options.replan:
             raise InputError(
                 f"method.optim.{changed[0]}: expected {changed[2]} as the run was planned, got {changed[1]}; "
-                "--replan plans its schedules again"
+                "--replan recomputes its schedules"
             )
         pretrain(config, folder.path, resume=True, check=options.check)
         return
     if options.replan:
-        raise InputError("--replan: expected --resume RUN beside it")
+        raise InputError("--replan: expected --resume RUN with it")
     config = _new_config(options)
     if not options.out and not options.check:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")
@@ -166,7 +166,7 @@ def run_loader(options: argparse.Namespace) -> None:
 
 def run_memory(options: argparse.Namespace) -> None:
     config = _new_config(options)
-    print("planning steps on tensors without data, some seconds for each line", flush=True)
+    print("running steps on meta tensors, some seconds per line", flush=True)
     for row in memory_report(config):
         print(row, flush=True)
 
@@ -199,7 +199,7 @@ def list_subnets(options: argparse.Namespace) -> None:
     stages = "depth (blocks of each stage)" if len(space.intact.blocks) > 1 else "depth (blocks)"
     print(f"{len(rows)} subnets of a {backbone.kind}, named by width (channels) and {stages}")
     print(f"params: without projection heads. GFLOPs: a forward of one {backbone.image_size}-pixel image,")
-    print(f"2 a multiply-add. draws: times it is the elastic student in a round of {counts.total()} draws.")
+    print(f"2 per multiply-add. draws: times it is the elastic student in a round of {counts.total()} draws.")
     wide = max(9, *(len(row["subnet"]) for row in rows))
     print(f"{'subnet':>{wide}} {'params':>12} {'GFLOPs':>9} {'draws':>6}")
     for row in rows:

@@ -30,7 +30,7 @@ def contact_sheet(config: Config) -> bytes:
     batch = next(iter(evaluation_batches(source.subset(spread), method.canvas, 0)))
     count, side = len(batch.images), crops.global_size
     if not count:
-        raise InputError("data: expected readable images, got none of those that were tried")
+        raise InputError("data: expected readable images, could read none of those tried")
     views = augment(batch.images, batch.sizes, crops, torch_stream(method.seed, "augment", 0, 0))
     std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
     local = min(crops.local_count, LOCAL)

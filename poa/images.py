@@ -45,7 +45,7 @@ def open_on_ranks(config: Config, world: World) -> DataSplit:
     (data,) = splits
     world.from_main(partial(require_readable, data.train, config.method.canvas))
     for line in data.lost if world.is_main else ():
-        log.warning("data: %s; going on without it", line)
+        log.warning("data: %s; continuing without it", line)
     if world.size > 1:
         counts = {"images": len(data.train), "held-out images": len(data.test or ())}
         world.require_same("data", {**counts, "checksum of names and labels": data.digest()})

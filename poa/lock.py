@@ -96,7 +96,7 @@ class RunLock:
 
     def _refusal(self, holder: dict[str, Any]) -> InputError:
         return InputError(
-            f"out: expected a folder in which no run is at work, got {self.path.parent}: {_named(holder)} is"
+            f"out: expected a folder that no other run uses, got {self.path.parent}: {_named(holder)} is"
         )
 
     def _beat(self) -> None:

@@ -186,11 +186,11 @@ def memory_report(config: Config) -> Iterator[str]:
     space = config.method.backbone.space
     asked = predict_memory(config, config.method.batch_size)
     yield (
-        f"{asked.images} images a GPU: {_gb(asked.peak)} at the peak with the largest elastic student, "
-        f"{_gb(predict_memory(config, asked.images, space.smallest).peak)} with the smallest; "
-        f"{_gb(asked.fixed)} of it weights and moments"
+        f"{asked.images} images per GPU: peak {_gb(asked.peak)} with the largest elastic student, "
+        f"{_gb(predict_memory(config, asked.images, space.smallest).peak)} with the smallest, of which "
+        f"{_gb(asked.fixed)} are weights and optimizer state"
     )
-    yield f"{_gb(RESERVE)} more are left to CUDA, {_gb(asked.buckets)} to DDP; all is predicted, not measured"
+    yield f"plus {_gb(RESERVE)} for CUDA and {_gb(asked.buckets)} for DDP's buckets; predicted, not measured"
     for gigabytes, cards in GPUS.items():
         images = largest_batch_size(config, gigabytes)
         yield f"{gigabytes:>5} GB ({cards}): " + (f"up to {images} images" if images else "too small")

@@ -185,7 +185,7 @@ class Guard:
         raise DivergenceError(
             f"step {step}: the last {row} steps were skipped, because gradients are NaN or inf since step "
             f"{first}; NaN or inf in that step: {'; '.join(bad) or 'no loss on any rank, only gradients'}. "
-            "Weights are those before; lower method.optim.base_lr, warm up longer, or use "
+            "Weights are those of the last good step; lower method.optim.base_lr, warm up longer, or use "
             "method.precision=bf16 instead of fp16"
         )
 

@@ -104,7 +104,7 @@ class Plan:
             )
         rates = [schedules.lr[min(step, schedules.total_steps - 1)] for schedules in (old, new)]
         yield (
-            f"schedules planned again: {', '.join(changes)}; {old.total_steps} -> {new.total_steps} steps, "
+            f"schedules recomputed: {', '.join(changes)}; {old.total_steps} -> {new.total_steps} steps, "
             f"learning rate {rates[0]:.3g} -> {rates[1]:.3g}"
         )
 
@@ -113,16 +113,14 @@ class Plan:
         now, then = processes
         if (self.micro_batches, now) != (before.micro_batches, then):
             same = (
-                "the same steps"
-                if self.micro_batches == before.micro_batches
-                else "the order of images goes on"
+                "the same steps" if self.micro_batches == before.micro_batches else "the data order continues"
             )
             yield (
                 f"resuming with {self.micro_batches} micro-batches per step on {counted(now, 'rank')} "
                 f"instead of {before.micro_batches} on {then}: {same}, no image is repeated"
             )
         if self.images != before.images:
-            yield f"expected {before.images:,} images as before, got {self.images:,}: their order is another"
+            yield f"expected {before.images:,} images as before, got {self.images:,}: their order changes"
 
 
 def first_lines(
@@ -221,7 +219,7 @@ def _unusual(
         yield "evaluations were asked for (run.evaluate_every), but there are no held-out images with labels"
     if config.run.evaluate_every > total:
         yield (
-            f"k-NN is scored before the first step and after the last alone: run.evaluate_every="
+            f"k-NN runs only before the first step and after the last: run.evaluate_every="
             f"{config.run.evaluate_every} is more than {counted(total, 'step')}"
         )
 

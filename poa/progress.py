@@ -18,7 +18,7 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError as error:
-        log.warning("standard output: %s; nothing more is printed", error.strerror)
+        log.warning("standard output: %s; no more output", error.strerror)
         discard_output()
 
 

@@ -50,7 +50,7 @@ def warm_up(config: Config) -> Iterator[str]:
             warm_up_steps(Subnet(width, space.smallest.depth), config, state)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        yield f"{width:>5} wide: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
+        yield f"width {width:>5}: {compiled.count} kernels compiled, {time.perf_counter() - started:.1f} s"
 
 
 def warm_up_absent(
@@ -85,8 +85,8 @@ def warm_up_absent(
         yield f"{number:>5} of {len(launches.binaries)}: {name}"
     python = f"for Python {'.'.join(platform.python_version_tuple()[:2])}"
     yield (
-        f"{cache} holds the kernels for {architecture}; Triton {version('triton')} "
-        f"{'of the given key' if triton_key else python} alone reads them: "
+        f"kernels for {architecture} are in {cache}, to be used by Triton {version('triton')} "
+        f"{'of the given key' if triton_key else python} only: "
         f"TRITON_CACHE_DIR={cache.name} poa pretrain ..."
     )
 

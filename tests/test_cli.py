@@ -176,7 +176,7 @@ def test_images_that_become_unreadable(
     arguments = pretrain(tmp_path / "out", "--data", str(images), f"performance.workers={workers}")
     line = fails(capsys, *arguments)
     assert "expected readable images, got 20 in a row that are not: " in line
-    assert line.endswith(".png: no known kind of image\n")
+    assert line.endswith(".png: not an image of a known format\n")
 
 
 def test_unlabelled_data_trains_but_is_not_scored(

@@ -55,7 +55,7 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
     with held(tmp_path):
         before = (tmp_path / "lock").read_text()
         who = f"process {os.getpid()} on {socket.gethostname()}, begun 0:00:0. ago is"
-        with pytest.raises(InputError, match=f"in which no run is at work, got {tmp_path}: {who}"):
+        with pytest.raises(InputError, match=f"that no other run uses, got {tmp_path}: {who}"):
             RunLock(tmp_path).acquire()
         assert (tmp_path / "lock").read_text() == before
     assert not list(tmp_path.iterdir())

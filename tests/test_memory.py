@@ -75,7 +75,7 @@ def test_no_micro_batch_is_larger_than_an_option_can_say() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "--preset", "vit-s16", "method.batch_size=16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("16 images a GPU: ") and len(lines) == 7
+    assert lines[1].startswith("16 images per GPU: ") and len(lines) == 7
 
 
 def test_an_unknown_optimizer_is_refused() -> None:

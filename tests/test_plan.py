@@ -59,7 +59,7 @@ def test_several_ranks() -> None:
         (["method.masks.probability=0"], "no patch will be masked (method.masks), so that the masked-patch"),
         (
             ["run.evaluate_every=999999"],
-            "k-NN is scored before the first step and after the last alone: run.evaluate_every=999999",
+            "k-NN runs only before the first step and after the last: run.evaluate_every=999999",
         ),
         (
             ["method.optim.epoch_steps=1", "method.optim.freeze_last_layer_epochs=299.9"],

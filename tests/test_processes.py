@@ -112,7 +112,7 @@ def test_more_micro_batches_repeat_no_image() -> None:
     assert before + after == whole
     assert more.epoch_steps == 2
     (line,) = more.differences(Plan(1, 2, 500), (1, 1))
-    assert line.endswith("instead of 1 on 1: the order of images goes on, no image is repeated")
+    assert line.endswith("instead of 1 on 1: the data order continues, no image is repeated")
 
 
 THREADS_AFTER_A_RUN = """

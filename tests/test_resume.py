@@ -222,7 +222,7 @@ def test_a_run_is_extended_by_planning_its_schedules_again(
     refused = "poa: error: method.optim.epochs: expected 3.0 as the run was planned, got 4.0; --replan plans"
     assert refused in capsys.readouterr().err
     assert main(["pretrain", "--resume", str(out), "--replan", *longer]) == 0
-    assert "step 6: schedules planned again: method.optim.epochs 3.0 -> 4.0, method.optim." in caplog.text
+    assert "step 6: schedules recomputed: method.optim.epochs 3.0 -> 4.0, method.optim." in caplog.text
     assert "base_lr 0.003 -> 0.002; 6 -> 8 steps, learning rate 0.000448 -> 0.000508" in caplog.text
     assert [row["step"] for row in rows(out)] == list(range(1, 9)) and rows(out)[:6] == before
     optim = RunFolder(out).config().method.optim

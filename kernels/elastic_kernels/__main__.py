@@ -73,14 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _compile(options: argparse.Namespace) -> Iterator[str]:
     yield from compile_all(_calls(options), options.arch, options.cache)
     yield (
-        f"with Triton {importlib.metadata.version('triton')}, which alone reads them: "
+        f"with Triton {importlib.metadata.version('triton')}, which is needed to use them: "
         f"TRITON_CACHE_DIR={options.cache} python -m elastic_kernels tune --preset {options.preset}"
     )
 
 
 def _tune(options: argparse.Namespace) -> Iterator[str]:
     if not torch.cuda.is_available() or not dispatch.HAS_TRITON:
-        raise ValueError("tune: expected a GPU and Triton, got a machine without")
+        raise ValueError("tune: expected a GPU and Triton, got neither")
     device = torch.device("cuda", torch.cuda.current_device())
     path, started = options.out or tuning.cache_file(tuning.gpu_name(device)), time.monotonic()
     calls = _calls(options)

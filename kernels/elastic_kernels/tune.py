@@ -313,7 +313,10 @@ def tune(calls: Counter[Call], path: Path, minutes: float, device: torch.device)
                 operator = operator or _Operator(one.call, device)
                 entry = yield from _fastest(operator, key, one.fallbacks[key], table, ends)
                 if entry is None:
-                    yield f"time is up: {len(open_keys)} settings stay as they are; the same command goes on"
+                    yield (
+                        f"time is up: {len(open_keys)} settings are not tuned yet; "
+                        "run the same command to continue"
+                    )
                     return
                 open_keys.discard(key)
                 entries[key] = entry

@@ -51,7 +51,7 @@ def decode(file: BinaryIO, canvas: int, bits: int | None = None) -> np.ndarray:
             image = Image.open(file, formats=formats())
         except UnidentifiedImageError:  # its text would show a Python object
             raise ValueError(
-                "the file is empty" if not file.seek(0, 2) else "no known kind of image"
+                "the file is empty" if not file.seek(0, 2) else "not an image of a known format"
             ) from None
         with image:
             image.draft("RGB", (canvas, canvas))
@@ -91,7 +91,7 @@ def _orientation(image: Image.Image) -> int:
 def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
     """A copy in 8-bit RGB; Pillow itself would clip what has more than 8 bits."""
     if image.mode == "F":
-        raise ValueError("pixels are floating-point numbers of an unknown range")
+        raise ValueError("pixels are floating-point values of unknown range")
     if image.mode.startswith("I"):
         return Image.fromarray(_eight_bits(np.asarray(image), bits)).convert("RGB")
     return image.convert("RGB")

@@ -79,7 +79,7 @@ def _find_in_folder(root: Path) -> Found:
     others = [name for name in folders if name not in (*tests, *trains[:1])]
     left_out = LeftOut()
     for name in tests[1:]:
-        left_out.add(f"further folders to test on beside {tests[0]}/", name)
+        left_out.add(f"more test folders next to {tests[0]}/", name)
     test = (lambda: _open_folder(root / tests[0])) if tests else None
     if not trains or (others and not tests and _is_flat(root / trains[0])):
         packed = _packed_files(root)
@@ -87,10 +87,10 @@ def _find_in_folder(root: Path) -> Found:
             return _split_by_name(root, packed, left_out)
         return Found(lambda: _open_folder(root, tests), test, left_out)
     for name in others:
-        left_out.add(f"folders beside {trains[0]}/", name)
+        left_out.add(f"folders next to {trains[0]}/", name)
     for entry in entries:
         if not entry.is_dir() and entry.name.lower().endswith((*EXTENSIONS, *PACKED)):
-            left_out.add(f"files beside {trains[0]}/", entry.name)
+            left_out.add(f"files next to {trains[0]}/", entry.name)
     return Found(lambda: _open_folder(root / trains[0]), test, left_out)
 
 
@@ -136,11 +136,11 @@ def _open_folder(folder: Path, skipped: Collection[str] = ()) -> Opened:
         return images
     opened = PACKED[packed[0].suffix.lower()](packed)
     if images:
-        opened.left_out.add("images beside shards or tables", images.images.name(0), len(images.images))
+        opened.left_out.add("images next to shards or tables", images.images.name(0), len(images.images))
     for entry in _visible(packed[0].parent):
         path = packed[0].with_name(entry.name)
         if path not in packed and not entry.is_dir():
-            opened.left_out.add("files that are no such shards or tables", entry.name)
+            opened.left_out.add("files other than these shards or tables", entry.name)
     return opened
 
 

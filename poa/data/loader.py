@@ -250,7 +250,7 @@ def _data_error(error: RuntimeError, workers: int, patience: float) -> Exception
             "for the storage or do not respond"
         )
     if problem := re.search(r"DataLoader worker.*|Too many open files.*|Pin memory thread.*", text):
-        return DataError(f"data: expected {workers} workers to go on, got: {problem[0]}")
+        return DataError(f"data: expected {workers} workers to keep running, got: {problem[0]}")
     return error
 
 

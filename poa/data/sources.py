@@ -192,7 +192,7 @@ def _split(
             return replace(source, classes=test.classes), test, ""
         why = "the images to test on have no labels"
     for unused in opened[1:]:
-        left_out.add("images to test on, unused", unused.images.name(0), len(unused.images))
+        left_out.add("test images, unused", unused.images.name(0), len(unused.images))
     return source, None, why
 
 
@@ -206,8 +206,8 @@ def _test_images(
     unknown = [label for label in opened.classes if label not in known]
     if unknown and not all(map(str.isdecimal, (*classes, *unknown))):
         raise InputError(
-            f"data: expected the same classes to train and to test on in {name}, got {len(unknown)} that are "
-            f"only tested: {', '.join(map(printable, unknown[:EXAMPLES]))}"
+            f"data: expected the same classes to train and to test on in {name}, got {len(unknown)} "
+            f"of test images alone: {', '.join(map(printable, unknown[:EXAMPLES]))}"
         )
     joined = (*classes, *unknown)
     number = {label: i for i, label in enumerate(joined)}
@@ -215,7 +215,7 @@ def _test_images(
     source = ImageSource(opened.images, np.arange(len(labels)), labels, joined)
     if nameless := int((labels < 0).sum()):
         first = opened.images.name(int(np.flatnonzero(labels < 0)[0]))
-        left_out.add("images to test on without a label", first, nameless)
+        left_out.add("test images without a label", first, nameless)
     return source.labelled()
 
 

@@ -229,7 +229,7 @@ def test_a_lost_shard_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     caplog.set_level(logging.WARNING)
     options = [f"data.source={root}/part-{{0000..0004}}.tar", "data.unreadable_share=0.2"]
     pretrain(tiny_config(*options), tmp_path / "run")
-    assert "part-0004.tar is missing; going on without it" in caplog.text
+    assert "part-0004.tar is missing; continuing without it" in caplog.text
 
 
 LISTS = {
@@ -275,5 +275,5 @@ def test_rows_without_an_image(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"image": rows}), tmp_path / "x.parquet")
     source = open_data(str(tmp_path), 0.25, 0).train
     assert source.read(0, 32).shape == (30, 32, 3)
-    with pytest.raises(ImageError, match="row 1 of row group 0: the row holds no image"):
+    with pytest.raises(ImageError, match="row 1 of row group 0: the row has no image"):
         source.read(1, 32)

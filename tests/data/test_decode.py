@@ -101,7 +101,7 @@ def test_no_program_is_started_for_a_picture(
     program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ValueError, match="no known kind of image"):
+    with pytest.raises(ValueError, match="not an image of a known format"):
         decode(encoded(scene(), kind), 64)
     assert not (tmp_path / "started").exists()
 

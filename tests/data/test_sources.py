@@ -55,7 +55,7 @@ def test_given_test_folder(test: str, tmp_path: Path) -> None:
     split = open_data(str(tmp_path), 0.25, seed=0)
     assert (len(split.train), len(split.test)) == (5, 2)
     class_folders(tmp_path / test, {"c": 1})
-    with pytest.raises(InputError, match="got 1 that are only tested: c"):
+    with pytest.raises(InputError, match="got 1 of test images alone: c"):
         open_data(str(tmp_path), 0.25, seed=0)
 
 

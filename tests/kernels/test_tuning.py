@@ -120,7 +120,7 @@ def test_the_most_expensive_first_and_the_rest_later(toy: Any, tmp_path: Path) -
     assert list(counted.values()) == [1, 9]
     lines = list(search.tune(counted, path, (2 + 3 + 2) / 60, CPU))
     assert [rows for rows, _ in toy.timed] == [8, 8, 8, 64, 64]
-    assert lines[-1] == "time is up: 1 settings stay as they are; the same command goes on"
+    assert lines[-1] == "time is up: 1 settings are not tuned yet; run the same command to continue"
     assert [entry.key.shape for entry in tuning.read(path, tuning.header(CPU))] == [(8,)]
     list(search.tune(counted, path, 1, CPU))
     assert [entry.key.shape for entry in tuning.read(path, tuning.header(CPU))] == [(8,), (64,)]

@@ -63,7 +63,7 @@ class Parquet:
         value = self._kept[group][row].as_py()
         content = value.get("bytes") if isinstance(value, dict) else value
         if not content:
-            raise ValueError("the row holds no image")
+            raise ValueError("the row has no image")
         return io.BytesIO(content)
 
     def identity(self) -> Iterable[bytes | np.ndarray]:

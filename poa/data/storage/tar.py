@@ -60,7 +60,7 @@ class Shards:
     def open(self, index: int) -> BinaryIO:
         offset, size = int(self.offsets[index]), int(self.sizes[index])
         if size > LARGEST_IMAGE:
-            raise ValueError(f"{size:,} bytes are no image")
+            raise ValueError(f"{size:,} bytes are not an image")
         with open_regular(self.paths[self.shard[index]], buffering=0) as file:
             file.seek(offset - BLOCK)
             content = file.read(BLOCK + size)
