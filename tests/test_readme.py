@@ -36,12 +36,39 @@ SMALL = [
 TRAINED = {"small-images": SHORT, "vit-s16": [*SHORT, *SMALL]}
 """Presets that are trained here, and how; runs of others are only checked."""
 
+RUN = re.compile(r"^```python\n(.*?)^```|^    ((?:poa|torchrun) [^\n]*)$", re.M | re.S)
+NOT_RUN = {
+    "pip ": "changes the environment; test_packaging.py installs a wheel",
+    "make ": "makes an environment; CI begins with make test",
+    "python -m benchmarks": "is run by the tests in tests/benchmarks",
+    "@inproceedings": "is the citation",
+    "}": "ends the citation",
+}
+"""How other lines of code begin, and why they are not run here."""
+NOT_RUN_BLOCKS = {"text": "shows output", "bash": "needs SLURM"}
+
+
+def test_every_command_is_run_or_has_a_reason() -> None:
+    used = set()
+    for file in ("README.md", "poa/README.md", "CONTRIBUTING.md"):
+        text = RUN.sub("", (ROOT / file).read_text().replace("\\\n", " "))
+        for language in re.findall(r"^```(\w*)\n.*?^```", text, re.M | re.S):
+            used.add(language)
+            assert language in NOT_RUN_BLOCKS, f"{file}: a block of {language or 'no language'}"
+        text = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        for line in re.findall(
+            r"(?<=\n)    (\S.*)", re.sub(r"^(?:\d+\.|-) .*\n(?:  .*\n)*", "", text, flags=re.M)
+        ):
+            used.update(begin for begin in NOT_RUN if line.startswith(begin))
+            assert line.startswith(tuple(NOT_RUN)), f"{file}: {line}"
+    assert used == {*NOT_RUN, *NOT_RUN_BLOCKS}
+
 
 def pieces() -> Iterator[tuple[str, str]]:
     """`(file, text)` of the commands and programs."""
     for file in ("README.md", "poa/README.md"):
         text = (ROOT / file).read_text().replace("\\\n", " ")
-        for match in re.finditer(r"^```python\n(.*?)^```|^    ((?:poa|torchrun) [^\n]*)$", text, re.M | re.S):
+        for match in RUN.finditer(text):
             yield file, match[1] or match[2]
 
 
