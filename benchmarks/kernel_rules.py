@@ -159,11 +159,6 @@ EXCUSES = (
         "channels of a group are found by division, and groups of 2 to 8 lie apart",
         forms=r"PER_GROUP=[248]\b",
     ),
-    Excuse(
-        "scalar accesses",
-        "losses_fwd|losses_bwd",
-        "spans, starts and widths are not specialised, so targets and dz go one by one",
-    ),
     Excuse("scalar accesses", "crops_horizontal", "pixels are bytes, gathered where a crop's filter lies"),
     Excuse("scalar accesses", "crops_blur", "a tap further is a pixel further, which is not aligned"),
     Excuse(

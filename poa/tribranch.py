@@ -208,7 +208,7 @@ def _cross_entropies(
 
 @dataclass(frozen=True)
 class _TargetRows:
-    """Which targets each row of a student learns from, `[rows, 2]`, -1 for none.
+    """Which targets each row of a student learns from, `[rows, 2]` and `[rows, 1]`, -1 for none.
 
     Attributes:
         classes: local crops learn from both views of their image, global ones from the other view, whose
@@ -222,16 +222,14 @@ class _TargetRows:
     @classmethod
     def of(cls, batch: Batch) -> _TargetRows:
         device, images = batch.global_crops.device, batch.global_crops.shape[0] // VIEWS
-        both = torch.arange(VIEWS * images, device=device).view(VIEWS, images).t()
+        own = torch.arange(VIEWS * images, device=device)
+        both = own.view(VIEWS, images).t()
         return cls(
-            torch.cat([both.repeat(batch.local_views, 1), _own(VIEWS * images, device)]),
-            _own(len(batch.masks.indices), device),
+            torch.cat(
+                [both.repeat(batch.local_views, 1), torch.stack([own, torch.full_like(own, -1)], dim=1)]
+            ),
+            torch.arange(len(batch.masks.indices), device=device).unsqueeze(1),
         )
-
-
-def _own(rows: int, device: torch.device) -> Tensor:
-    own = torch.arange(rows, device=device)
-    return torch.stack([own, torch.full_like(own, -1)], dim=1)
 
 
 def _dino(losses: Tensor, batch: Batch) -> Tensor:

@@ -160,8 +160,8 @@ def prototype_cross_entropy(
         weight: `[prototypes, d]`, prototypes as the rows; trained.
         teacher_logits: `[teacher_rows, prototypes]`, float32, float16 or bfloat16; not trained.
         log_scale: `[prototypes]`, float32; see above. Not trained.
-        targets: int64 `[rows, 2]`: rows of `teacher_logits` that a row learns from, -1 for none. Two targets
-            are summed.
+        targets: int64 `[rows, 1 or 2]`: rows of `teacher_logits` that a row learns from, -1 for none. Two
+            targets are summed.
         student_temperature, teacher_temperature: divide the logits.
         operands: floating dtype to which students and weight are rounded for their products; default their
             own. Gradients have the dtype of the inputs and are never rounded to this one: with many
@@ -251,7 +251,7 @@ def _validate(
         **{f"student {i}": (x, (rows, dim)) for i, x in enumerate(students)},
         "teacher_logits": (t, (len(t), prototypes)),
         "log_scale": (log_scale, (prototypes,)),
-        "targets": (targets, (rows, 2)),
+        "targets": (targets, (rows, 2 if targets.shape[-1:] == (2,) else 1)),
     }
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:

@@ -27,7 +27,7 @@ from elastic_kernels.triton_ops.device import capability, precision, processors,
 from elastic_kernels.triton_ops.gemm import dot, product_into
 from elastic_kernels.triton_ops.losses_merge import STATS, merge
 from elastic_kernels.triton_ops.registration import first_order, ops, register
-from elastic_kernels.triton_ops.sinkhorn import grow
+from elastic_kernels.triton_ops.sinkhorn import LN_2, LOG2_E, grow
 from elastic_kernels.tuning import Tunable, power_of_2
 
 DZ_BYTES = 256 << 20  # of the gradient of both students' logits that exists at once
@@ -42,26 +42,38 @@ def _target(t_ptr, log_u, row, offs_k, mask_k, stride_t, inv_tau):
 
 
 @triton.jit
+def _rows_of(x_ptr, offs_m, mask_m, start, dim, BLOCK_D: tl.constexpr):
+    offs_d = start + tl.arange(0, BLOCK_D)
+    at = offs_m.to(tl.int64)[:, None] * dim + offs_d[None, :]
+    return tl.load(x_ptr + at, mask=mask_m[:, None] & (offs_d < dim)[None, :], other=0.0)
+
+
+@triton.jit
+def _columns_of(weight_ptr, offs_k, mask_k, start, dim, BLOCK_D: tl.constexpr):
+    offs_d = start + tl.arange(0, BLOCK_D)
+    at = offs_k.to(tl.int64)[None, :] * dim + offs_d[:, None]
+    return tl.load(weight_ptr + at, mask=mask_k[None, :] & (offs_d < dim)[:, None], other=0.0)
+
+
+@triton.jit
 def _logits(
-    x1_ptr, x2_ptr, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau,
-    TWO: tl.constexpr, PRECISION: tl.constexpr,
+    x1_ptr, x2_ptr, x1, x2, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau,
+    TWO: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Both students' logits over the temperature; the prototypes are read once for both."""
-    s1 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    s2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    at_x = offs_m.to(tl.int64)[:, None] * dim
-    at_w = offs_k.to(tl.int64)[None, :] * dim
-    for start in range(0, dim, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < dim
-        mask_x = mask_m[:, None] & mask_d[None, :]
-        w = tl.load(weight_ptr + at_w + offs_d[:, None], mask=mask_k[None, :] & mask_d[:, None], other=0.0)
-        x1 = tl.load(x1_ptr + at_x + offs_d[None, :], mask=mask_x, other=0.0)
+    """Both students' logits over the temperature, prototypes read once. `WHOLE`: x1 and x2 are the rows."""
+    s1, s2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if WHOLE:
+        w = _columns_of(weight_ptr, offs_k, mask_k, 0, dim, BLOCK_D)
         s1 = dot(x1, w, s1, PRECISION)
         if TWO:
-            x2 = tl.load(x2_ptr + at_x + offs_d[None, :], mask=mask_x, other=0.0)
             s2 = dot(x2, w, s2, PRECISION)
+    else:
+        for start in range(0, dim, BLOCK_D):
+            w = _columns_of(weight_ptr, offs_k, mask_k, start, dim, BLOCK_D)
+            s1 = dot(_rows_of(x1_ptr, offs_m, mask_m, start, dim, BLOCK_D), w, s1, PRECISION)
+            if TWO:
+                s2 = dot(_rows_of(x2_ptr, offs_m, mask_m, start, dim, BLOCK_D), w, s2, PRECISION)
     return s1 * inv_tau, s2 * inv_tau
 
 
@@ -71,13 +83,20 @@ def _losses_fwd_kernel(
     rows, prototypes, span, dim,
     stride_t,
     inv_tau_s, inv_tau_t,
-    TWO: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TWO: tl.constexpr, TARGETS: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """Statistics of a range of prototypes; `inv_tau_s` and `inv_tau_t` times log2(e), as powers are of 2."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < rows
-    row_a = tl.load(index_ptr + 2 * offs_m, mask=mask_m, other=-1)
-    row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
+    row_a = tl.load(index_ptr + TARGETS * offs_m, mask=mask_m, other=-1)
+    row_b = row_a
+    if TARGETS == 2:
+        row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
+    x1 = _rows_of(x1_ptr, offs_m, mask_m, 0, dim, BLOCK_D)
+    x2 = x1
+    if TWO:
+        x2 = _rows_of(x2_ptr, offs_m, mask_m, 0, dim, BLOCK_D)
     m1 = tl.full([BLOCK_M], float("-inf"), tl.float32)
     m2 = tl.full([BLOCK_M], float("-inf"), tl.float32)
     ma = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -91,78 +110,87 @@ def _losses_fwd_kernel(
     b1 = tl.zeros([BLOCK_M], tl.float32)
     b2 = tl.zeros([BLOCK_M], tl.float32)
     across = tl.zeros([BLOCK_M], tl.float32)
-    first = tl.program_id(1) * span
-    for start in range(first, tl.minimum(first + span, prototypes), BLOCK_N):
-        offs_k = start + tl.arange(0, BLOCK_N)
+    first = tl.multiple_of(tl.program_id(1) * span, BLOCK_N)
+    for start in tl.range(first, tl.minimum(first + span, prototypes), BLOCK_N, num_stages=STAGES):
+        offs_k = tl.multiple_of(start, BLOCK_N) + tl.arange(0, BLOCK_N)
         mask_k = offs_k < prototypes
-        log_u = tl.load(log_u_ptr + offs_k, mask=mask_k, other=0.0)
-        s1, s2 = _logits(
-            x1_ptr, x2_ptr, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau_s,
-            TWO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        log_u = tl.load(log_u_ptr + offs_k, mask=mask_k, other=0.0) * LOG2_E
         ya = _target(t_ptr, log_u, row_a, offs_k, mask_k, stride_t, inv_tau_t)
-        yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
+        s1, s2 = _logits(
+            x1_ptr, x2_ptr, x1, x2, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau_s,
+            TWO, WHOLE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
         ma, za, ea, shrink_a = grow(ma, za, ya)
-        mb, zb, eb, shrink_b = grow(mb, zb, yb)
         a1 = a1 * shrink_a + tl.sum(ea * s1, 1)
-        b1 = b1 * shrink_b + tl.sum(eb * s1, 1)
-        m1, z1, e1, shrink_1 = grow(m1, z1, tl.where(mask_k[None, :], s1, float("-inf")))
         if TWO:
             a2 = a2 * shrink_a + tl.sum(ea * s2, 1)
-            b2 = b2 * shrink_b + tl.sum(eb * s2, 1)
+        if TARGETS == 2:
+            yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
+            mb, zb, eb, shrink_b = grow(mb, zb, yb)
+            b1 = b1 * shrink_b + tl.sum(eb * s1, 1)
+            if TWO:
+                b2 = b2 * shrink_b + tl.sum(eb * s2, 1)
+        m1, z1, e1, shrink_1 = grow(m1, z1, tl.where(mask_k[None, :], s1, float("-inf")))
+        if TWO:
             across = across * shrink_1 + tl.sum(e1 * s2, 1)
             m2, z2, _, _ = grow(m2, z2, tl.where(mask_k[None, :], s2, float("-inf")))
     out = stats_ptr + tl.program_id(1).to(tl.int64) * 13 * rows + offs_m
     tl.store(out, m1, mask=mask_m)
     tl.store(out + rows, z1, mask=mask_m)
-    tl.store(out + 2 * rows, m2, mask=mask_m)
-    tl.store(out + 3 * rows, z2, mask=mask_m)
     tl.store(out + 4 * rows, ma, mask=mask_m)
     tl.store(out + 5 * rows, za, mask=mask_m)
     tl.store(out + 6 * rows, a1, mask=mask_m)
-    tl.store(out + 7 * rows, a2, mask=mask_m)
-    tl.store(out + 8 * rows, mb, mask=mask_m)
-    tl.store(out + 9 * rows, zb, mask=mask_m)
-    tl.store(out + 10 * rows, b1, mask=mask_m)
-    tl.store(out + 11 * rows, b2, mask=mask_m)
-    tl.store(out + 12 * rows, across, mask=mask_m)
+    if TWO:
+        tl.store(out + 2 * rows, m2, mask=mask_m)
+        tl.store(out + 3 * rows, z2, mask=mask_m)
+        tl.store(out + 7 * rows, a2, mask=mask_m)
+        tl.store(out + 12 * rows, across, mask=mask_m)
+    if TARGETS == 2:
+        tl.store(out + 8 * rows, mb, mask=mask_m)
+        tl.store(out + 9 * rows, zb, mask=mask_m)
+        tl.store(out + 10 * rows, b1, mask=mask_m)
+        if TWO:
+            tl.store(out + 11 * rows, b2, mask=mask_m)
 
 
 @triton.jit
 def _probabilities(y, lse_ptr, offs_m, mask, rows):
-    """exp(y - lse), the log-sum-exp in two parts, maximum and the rest, which keeps the digits of both."""
+    """2^(y - lse), the log-sum-exp in two parts, maximum and the rest, which keeps the digits of both."""
     m = tl.load(lse_ptr + offs_m, mask=mask, other=0.0)
     rest = tl.load(lse_ptr + 4 * rows + offs_m, mask=mask, other=0.0)
-    return tl.exp((y - m[:, None]) - rest[:, None])
+    return tl.exp2((y - m[:, None]) - rest[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "start", "width"])
+@triton.jit(do_not_specialize=["rows", "first", "columns"])
 def _losses_bwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, lse_ptr, grad_ptr, largest_ptr, dz1_ptr, dz2_ptr,
-    rows, prototypes, start, width, dim,
+    rows, prototypes, first, columns, dim,
     stride_t,
     inv_tau_s, inv_tau_t, dz_scale,
-    TWO: tl.constexpr, PRECISION: tl.constexpr,
+    TWO: tl.constexpr, TARGETS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dz of prototypes `start` .. `start + width`, over the largest upstream gradient times `dz_scale`."""
+    """dz of `columns * COLUMNS` prototypes from `first * 128` on, times `dz_scale` / the largest gradient."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = start + offs_c
+    offs_k = first * 128 + offs_c
+    width = columns * COLUMNS
     mask_m, mask_k = offs_m < rows, (offs_c < width) & (offs_k < prototypes)
-    s1, s2 = _logits(
-        x1_ptr, x2_ptr, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau_s,
-        TWO, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
-    log_u = tl.load(log_u_ptr + offs_k, mask=mask_k, other=0.0)
-    row_a = tl.load(index_ptr + 2 * offs_m, mask=mask_m, other=-1)
-    row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
-    count = (row_a >= 0).to(tl.float32) + (row_b >= 0).to(tl.float32)
-    factor = inv_tau_s * dz_scale / tl.maximum(tl.load(largest_ptr), 1e-30)
+    log_u = tl.load(log_u_ptr + offs_k, mask=mask_k, other=0.0) * LOG2_E
+    row_a = tl.load(index_ptr + TARGETS * offs_m, mask=mask_m, other=-1)
     ya = _target(t_ptr, log_u, row_a, offs_k, mask_k, stride_t, inv_tau_t)
-    yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
+    s1, s2 = _logits(
+        x1_ptr, x2_ptr, None, None, weight_ptr, offs_m, offs_k, mask_m, mask_k, dim, inv_tau_s,
+        TWO, False, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
     q = _probabilities(ya, lse_ptr + 2 * rows, offs_m, (row_a >= 0) & mask_m, rows)
-    q += _probabilities(yb, lse_ptr + 3 * rows, offs_m, (row_b >= 0) & mask_m, rows)
+    count = (row_a >= 0).to(tl.float32)
+    if TARGETS == 2:
+        row_b = tl.load(index_ptr + 2 * offs_m + 1, mask=mask_m, other=-1)
+        yb = _target(t_ptr, log_u, row_b, offs_k, mask_k, stride_t, inv_tau_t)
+        q += _probabilities(yb, lse_ptr + 3 * rows, offs_m, (row_b >= 0) & mask_m, rows)
+        count += (row_b >= 0).to(tl.float32)
+    factor = inv_tau_s * LN_2 * dz_scale / tl.maximum(tl.load(largest_ptr), 1e-30)
     p1 = _probabilities(s1, lse_ptr, offs_m, mask_m, rows)
     g1 = tl.load(grad_ptr + offs_m, mask=mask_m, other=0.0) * factor
     out = offs_m.to(tl.int64)[:, None] * width + offs_c[None, :]
@@ -188,40 +216,51 @@ class LossConfig:
     stages: int
 
 
-# Not timed on a GPU yet; the largest tiles that compile without spilling. Running sums of two students with
-# two targets take most registers.
+# Not timed on a GPU yet. Of the settings that compile without spilling, those of which `benchmarks predict`
+# promises most. Running sums of two students with two targets take most registers.
 _FP32 = LossConfig(32, 32, 32, warps=8, stages=1)
-_HALF = LossConfig(32, 64, 64, warps=8, stages=2)
-_HALF_WARP_GROUP = LossConfig(64, 64, 64, warps=8, stages=3)  # where matrix units read shared memory
+_FWD = LossConfig(64, 32, 64, warps=4, stages=3)
+_FWD_WHOLE = LossConfig(64, 32, 256, warps=4, stages=2)  # rows stay in shared memory
+_BWD = LossConfig(32, 64, 64, warps=8, stages=2)
+_BWD_WARP_GROUP = LossConfig(64, 64, 64, warps=4, stages=3)  # where matrix units read shared memory
 
 
-def loss_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
-    """Settings of both loss kernels, on a part of a compute capability."""
+def fwd_config(itemsize: int, dim: int, capability: tuple[int, int]) -> LossConfig:
+    """Settings of the forward for rows of `dim` channels, on a part of a compute capability."""
     if itemsize == 4:
         return _FP32
-    return _HALF_WARP_GROUP if capability[0] in (9, 10) else _HALF
+    whole = _FWD.block_d < dim <= _FWD_WHOLE.block_d and capability[0] in (9, 10)
+    return _FWD_WHOLE if whole else _FWD
+
+
+def bwd_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
+    """Settings of the backward."""
+    if itemsize == 4:
+        return _FP32
+    return _BWD_WARP_GROUP if capability[0] in (9, 10) else _BWD
 
 
 _FWD_CANDIDATES = (
-    _HALF,
-    _HALF_WARP_GROUP,
-    LossConfig(32, 64, 64, warps=8, stages=3),
-    LossConfig(64, 64, 64, warps=8, stages=2),
+    _FWD,
+    _FWD_WHOLE,
+    LossConfig(32, 64, 64, warps=4, stages=2),
+    LossConfig(64, 16, 256, warps=4, stages=3),
+    LossConfig(64, 64, 256, warps=8, stages=2),
 )
 _BWD_CANDIDATES = (
-    _HALF,
-    _HALF_WARP_GROUP,
-    LossConfig(32, 64, 64, warps=4, stages=3),
-    LossConfig(64, 32, 64, warps=4, stages=3),
+    _BWD,
+    _BWD_WARP_GROUP,
+    LossConfig(64, 64, 64, warps=8, stages=3),
     LossConfig(64, 64, 128, warps=8, stages=2),
+    LossConfig(64, 32, 64, warps=4, stages=3),
+    LossConfig(128, 128, 64, warps=8, stages=3),
 )
-_FWD = Tunable("losses_fwd", lambda *shape: _FWD_CANDIDATES)
-_BWD = Tunable("losses_bwd", lambda *shape: _BWD_CANDIDATES)
+_FWD_TUNABLE = Tunable("losses_fwd", lambda *shape: _FWD_CANDIDATES)
+_BWD_TUNABLE = Tunable("losses_bwd", lambda *shape: _BWD_CANDIDATES)
 
 
-def _config(tunable: Tunable, x: Tensor, weight: Tensor) -> LossConfig:
+def _config(tunable: Tunable, fallback: LossConfig, x: Tensor, weight: Tensor) -> LossConfig:
     """Settings for rows like those of `x` and these prototypes; exact products keep the fallback."""
-    fallback = loss_config(x.dtype.itemsize, capability(x.device))
     if x.dtype.itemsize == 4:
         return fallback
     return tunable.choose(x, (power_of_2(x.shape[0]), *weight.shape), fallback)
@@ -245,7 +284,9 @@ def prototype_losses_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps, as of `merge`, of `x` `[students, rows, dim]`."""
     (students, rows, _), (prototypes, dim) = x.shape, weight.shape
-    config = _config(_FWD, x[0], weight)
+    fallback = fwd_config(x.dtype.itemsize, dim, capability(x.device))
+    config = _config(_FWD_TUNABLE, fallback, x[0], weight)
+    whole = dim <= config.block_d
     blocks = triton.cdiv(rows, config.block_m)
     ranges = max(
         min(2 * processors(x.device) // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1
@@ -258,8 +299,9 @@ def prototype_losses_fwd(
             x[0], x[-1], weight, t, log_u, index, stats,
             rows, prototypes, span, dim,
             t.stride(0),
-            1 / tau_s, 1 / tau_t,
-            TWO=students == 2, PRECISION=precision(x),
+            LOG2_E.value / tau_s, LOG2_E.value / tau_t,
+            TWO=students == 2, TARGETS=index.shape[1], WHOLE=whole, PRECISION=precision(x),
+            STAGES=config.stages if whole else 1,
             **_launch_options(config),
         )  # fmt: skip
     return merge(stats, index, students)
@@ -281,7 +323,8 @@ def prototype_losses_bwd(
     fp32, device = torch.float32, x.device
     if not rows:
         return x.new_empty(x.shape, dtype=fp32), weight.new_zeros(weight.shape, dtype=fp32)
-    config = _config(_BWD, x[0], weight)
+    fallback = bwd_config(x.dtype.itemsize, capability(x.device))
+    config = _config(_BWD_TUNABLE, fallback, x[0], weight)
     width = min(dz_prototypes(rows, students, x.dtype.itemsize), prototypes)
     largest = torch.linalg.vector_norm(grad, float("inf"))
     dz = torch.empty(students * rows * width, dtype=x.dtype, device=device)
@@ -289,13 +332,14 @@ def prototype_losses_bwd(
     dweight = torch.empty(prototypes, dim, dtype=fp32, device=device)
     for start in range(0, prototypes, width):
         count = min(width, prototypes - start)
+        unit = 16 if count % 16 == 0 else 1  # tells the compiler that rows of dz are aligned
         part = dz[: students * rows * count].view(students, rows, count)
         _losses_bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
             x[0], x[-1], weight, t, log_u, index, lse, grad, largest, part[0], part[-1],
-            rows, prototypes, start, count, dim,
+            rows, prototypes, start // 128, count // unit, dim,
             t.stride(0),
-            1 / tau_s, 1 / tau_t, DZ_SCALE,
-            TWO=students == 2, PRECISION=precision(x),
+            LOG2_E.value / tau_s, LOG2_E.value / tau_t, DZ_SCALE,
+            TWO=students == 2, TARGETS=index.shape[1], COLUMNS=unit, PRECISION=precision(x),
             **_launch_options(config),
         )  # fmt: skip
         product_into(dx, part.flatten(0, 1), weight[start : start + count], add=start > 0)
@@ -351,7 +395,6 @@ class PrototypeLosses(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dweight = ops.prototype_losses_bwd(
-            grad.float().contiguous(), *ctx.saved_tensors, *ctx.temperatures
-        )
+        grad = grad.float().contiguous()
+        dx, dweight = ops.prototype_losses_bwd(grad, *ctx.saved_tensors, *ctx.temperatures)
         return dx[0], dx[1] if len(dx) == 2 else None, dweight, *[None] * 6

@@ -23,15 +23,17 @@ from elastic_kernels.triton_ops.registration import register
 ROW_PASS, COLUMN_PASS = (4, 1024), (32, 128)  # rows and prototypes of a tile
 SPAN = 512  # rows that a program of the column pass sums
 MERGE = 256  # prototypes of a program that merges spans
+LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def grow(m, z, y):
-    """Running maximum and sum of exponentials with `y` taken in; also the factor of earlier sums."""
+    """Running maximum and sum of powers of 2 with `y` taken in; also the powers, and the factor of earlier
+    sums."""
     new_m = tl.maximum(m, tl.max(y, 1))
     safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-    e = tl.exp(y - safe[:, None])
-    shrink = tl.exp(m - safe)
+    e = tl.exp2(y - safe[:, None])
+    shrink = tl.exp2(m - safe)
     return new_m, z * shrink + tl.sum(e, 1), e, shrink
 
 
@@ -64,7 +66,7 @@ def _row_pass_kernel(
     inv_tau,
     T: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """log v of each row: minus the log-sum-exp over prototypes."""
+    """log v of each row: minus the log-sum-exp over prototypes; `inv_tau` times log2(e)."""
     problem, tile = _find(starts_ptr, problems, P)
     t_ptr, stride, prototypes = _logits(logits_ptr, stride_ptr, prototypes_ptr, problem, T, EVEN)
     first = tl.load(first_prototype_ptr + problem)
@@ -78,10 +80,10 @@ def _row_pass_kernel(
         offs_k = start + tl.arange(0, BLOCK_N)
         mask = mask_m[:, None] & (offs_k < prototypes)[None, :]
         t = tl.load(base + offs_k[None, :], mask=mask, other=0.0).to(tl.float32) * inv_tau
-        log_u = tl.load(log_u_ptr + offs_k, mask=offs_k < prototypes, other=0.0)
+        log_u = tl.load(log_u_ptr + offs_k, mask=offs_k < prototypes, other=0.0) * LOG2_E
         m, z, _, _ = grow(m, z, tl.where(mask, t + log_u[None, :], float("-inf")))
     out = log_v_ptr + tl.load(first_row_ptr + problem) + offs_m
-    tl.store(out, -(m + tl.log(tl.where(mask_m, z, 1.0))), mask=mask_m)
+    tl.store(out, -(m + tl.log2(tl.where(mask_m, z, 1.0))) * LN_2, mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["problems"])
@@ -93,7 +95,8 @@ def _column_pass_kernel(
     HAS_V: tl.constexpr, T: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum of exponentials over a span of rows: `[spans, 2, prototypes]` of each problem."""
+    """Maximum and sum of exponentials over a span of rows: `[spans, 2, prototypes]` of each problem; with
+    `inv_tau` times log2(e)."""
     problem, number = _find(starts_ptr, problems, P)
     t_ptr, stride, prototypes = _logits(logits_ptr, stride_ptr, prototypes_ptr, problem, T, EVEN)
     tiles = tl.cdiv(prototypes, BLOCK_N)
@@ -111,10 +114,10 @@ def _column_pass_kernel(
         at = offs_m.to(tl.int64)[None, :] * stride + offs_k[:, None]
         y = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32) * inv_tau
         if HAS_V:
-            y += tl.load(log_v_ptr + offs_m, mask=offs_m < end, other=0.0)[None, :]
+            y += tl.load(log_v_ptr + offs_m, mask=offs_m < end, other=0.0)[None, :] * LOG2_E
         m, z, _, _ = grow(m, z, tl.where(mask, y, float("-inf")))
     out = stats_ptr + tl.load(stats_at_ptr + problem) + span.to(tl.int64) * 2 * prototypes + offs_k
-    tl.store(out, m, mask=mask_k)
+    tl.store(out, m * LN_2, mask=mask_k)
     tl.store(out + prototypes, z, mask=mask_k)
 
 
@@ -207,7 +210,7 @@ def sinkhorn_rows(logits: list[Tensor], table: Tensor, log_u: Tensor, tau: float
             at.logits, at.stride, at.rows, at.prototypes, at.first_row, at.first_prototype, at.row_starts,
             log_u, log_v,
             len(logits),
-            1 / tau,
+            LOG2_E.value / tau,
             BLOCK_M=ROW_PASS[0], BLOCK_N=ROW_PASS[1], **_constants(logits),
         )  # fmt: skip
     return log_v
@@ -227,7 +230,7 @@ def sinkhorn_columns(
         at.logits, at.stride, at.rows, at.prototypes, at.first_row, at.stats_at, at.column_starts,
         log_v, stats,
         len(logits),
-        1 / tau,
+        LOG2_E.value / tau,
         HAS_V=log_v is not None,
         SPAN=SPAN, BLOCK_M=COLUMN_PASS[0], BLOCK_N=COLUMN_PASS[1], **constants,
     )  # fmt: skip

@@ -16,19 +16,21 @@ TAU_S, TAU_T = 0.1, 0.04
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes; `spread` multiplies the teacher's logits, which lie within +-1 as those of trained heads."""
+    """Sizes; a row has so many `targets` at most, and `spread` multiplies the teacher's logits, which lie
+    within +-1 as those of trained heads."""
 
     rows: int
     prototypes: int
     dim: int
     teacher_rows: int = 5
     students: int = 2
+    targets: int = 2
     spread: float = 1.0
 
     def inputs(self, dtype: torch.dtype, teacher_dtype: torch.dtype) -> dict[str, Tensor]:
         """Rows without a target, with one and with two are all there."""
         generator = torch.Generator().manual_seed(7)
-        targets = torch.randint(-1, self.teacher_rows, (self.rows, 2), generator=generator)
+        targets = torch.randint(-1, self.teacher_rows, (self.rows, self.targets), generator=generator)
         unit = [F.normalize(draw(self.rows, self.dim, seed=n), dim=1).to(dtype) for n in range(self.students)]
         teacher = self.spread * draw(self.teacher_rows, self.prototypes, seed=3).tanh()
         return {

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.cuda
 
 CASES = sized(
     {
-        "head": Case(640, 8192, 256, teacher_rows=128),
+        "head": Case(640, 8192, 256, teacher_rows=128, targets=1),
         "odd": Case(67, 1001, 40, teacher_rows=9),
         "one-student": Case(129, 2048, 256, students=1),
     },
     {
-        "head": Case(130, 520, 72, teacher_rows=9),
+        "head": Case(130, 528, 72, teacher_rows=9, targets=1),
         "odd": Case(67, 301, 40, teacher_rows=9),
         "one-student": Case(35, 260, 33, students=1),
     },

@@ -27,7 +27,7 @@ CASES = {
     "one-row": Case(1, 40, 16),
     "no-rows": Case(0, 40, 16),
     "prime": Case(17, 131, 24),
-    "tiles": Case(65, 300, 16),
+    "tiles": Case(65, 300, 16, targets=1),
     "wide": Case(3, 20, 70),
     "widest": Case(3, 20, 512),
     "one-student": Case(19, 70, 16, students=1),
