@@ -107,6 +107,7 @@ def _products(name: str, args: Sequence[Any], outputs: list[Tensor]) -> list[Pro
 def record(config: Config, elastic: Subnet) -> tuple[list[Kernel], list[Operator]]:
     """All that a step launches, ours and PyTorch's, each in order."""
     with absent_gpu() as launches, Recorder() as recorder:
+        launches.keep_arguments = True
         step = step_of(config, elastic)
         step()  # makes the optimiser's tables
         launches.made.clear()

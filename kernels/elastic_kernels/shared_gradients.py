@@ -21,7 +21,7 @@ class GradientLedger:
 
     def __init__(self) -> None:
         self._whole: Counter[int] = Counter()  # uses of whole weights whose backward is to come
-        self._waiting: dict[int, Tensor] = {}
+        self._waiting: dict[int, tuple[Tensor | None, ...]] = {}
         self._alive: list[Tensor] = []  # so that no other tensor gets the same id
 
     def expect(self, weight: Tensor) -> None:
@@ -29,8 +29,8 @@ class GradientLedger:
         self._whole[id(weight)] += 1
         self._alive.append(weight)
 
-    def arrived(self, weight: int) -> Tensor | None:
-        """A whole gradient comes: what waits to be added to it."""
+    def arrived(self, weight: int) -> tuple[Tensor | None, ...] | None:
+        """A whole gradient comes: what waits to be added to it and to those that come with it."""
         self._whole[weight] -= 1
         return self._waiting.pop(weight, None)
 
@@ -38,11 +38,12 @@ class GradientLedger:
         """Whether a gradient may wait: a whole one is to come, and no other waits."""
         return self._whole[weight] > 0 and weight not in self._waiting
 
-    def leave(self, weight: int, gradient: Tensor) -> None:
-        """Let a gradient, of a corner `[groups, n, k]` or whole, wait until the end of this backward."""
+    def leave(self, weight: int, *gradients: Tensor | None) -> None:
+        """Let gradients wait until the end of this backward: a weight's, perhaps of a corner alone, and whole
+        ones of the vectors beside it."""
         if not self._waiting:
             torch.autograd.Variable._execution_engine.queue_callback(self._require_none)
-        self._waiting[weight] = gradient
+        self._waiting[weight] = gradients
 
     def _require_none(self) -> None:
         if self._waiting:

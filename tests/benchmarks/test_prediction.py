@@ -108,6 +108,7 @@ def test_products_take_whole_waves() -> None:
 def test_launches_keep_their_arguments_and_what_the_host_wrote() -> None:
     logits = [torch.empty(rows, 256, dtype=torch.float16, device="meta") for rows in (9, 30)]
     with absent_gpu() as launches, Recorder() as recorder:
+        launches.keep_arguments = True
         sinkhorn_scaling(logits, 0.07, 2)
         torch.empty(8, 64, device="meta") @ torch.empty(64, 16, device="meta")
         kernels = recorder.kernels(launches.made)

@@ -85,19 +85,36 @@ class _Normed:
     ) -> tuple[Tensor, _Normed]:
         """The normalised rows, and what to keep."""
         apart = weight is not None and any(ctx.needs_input_grad)  # else they are what follows
+        ledger = spec.first.ledger
+        if (
+            ledger is not None
+            and weight is not None
+            and ctx.needs_input_grad[1]
+            and len(weight) == x.shape[1]
+        ):
+            ledger.expect(weight)
         h, xhat, _, rstd = ops.layer_norm_fwd(x, weight, bias, spec.eps, index, spec.first.dtype, apart)
         return h, cls(xhat if apart else h, weight, rstd)
 
     def backward(
-        self, dh: Tensor, index: Tensor | None, places: Tensor | None, dout: Tensor
+        self, dh: Tensor, index: Tensor | None, places: Tensor | None, dout: Tensor, spec: HalfSpec
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of a half-block's input, with that of its residual path, and of the affine."""
+        """Gradients of a half-block's input, with that of its residual path, and of the affine if they do not
+        wait elsewhere."""
         if index is not None and places is None:
             places = places_of(index, len(dout))
-        dx, dweight, dbias = ops.layer_norm_bwd(
-            dh, None, self.xhat, self.weight, None, self.rstd, places, unit_stride(dout)
+        ledger, weight, waiting = spec.first.ledger, self.weight, None
+        if ledger is not None and weight is not None and len(weight) == dh.shape[1]:
+            waiting = ledger.arrived(id(weight))
+        dx, *affine = ops.layer_norm_bwd(
+            dh, None, self.xhat, weight, None, self.rstd, places, unit_stride(dout), *(waiting or ())
         )
-        return (dx, None, None) if self.weight is None else (dx, dweight, dbias)
+        if weight is None:
+            return dx, None, None
+        if ledger is not None and ledger.awaits_whole(id(weight)):
+            ledger.leave(id(weight), *affine)
+            return dx, None, None
+        return dx, *affine
 
 
 def _add_branch(
@@ -180,11 +197,9 @@ class AttentionHalfFunction(torch.autograd.Function):
         do = proj.dgrad(d)
         dqkv, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
         dqkv = dqkv.flatten(2)
-        dw1, db1, _ = qkv_layer.wgrad(dqkv, h)
-        if db1 is not None and dpad is not None:
-            db1.unflatten(0, (3, -1))[:, : dqkv.shape[2]] += dpad.flatten(1)
+        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, None if dpad is None else dpad.flatten(1))
         dh = qkv_layer.dgrad(dqkv)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, dout)
+        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec)
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None
 
 
@@ -212,6 +227,7 @@ class MlpHalfFunction(torch.autograd.Function):
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_gelu(h)
         keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, u), [fc1, fc2])
+        ctx.spec = spec
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)
 
     @staticmethod
@@ -220,5 +236,5 @@ class MlpHalfFunction(torch.autograd.Function):
         (*normed, index, row_scale, places, h, u), (fc1, fc2) = kept(ctx)
         d = branch_gradient(dout, index, row_scale, h.dtype)
         dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, h, u, fc1, fc2)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, dout)
+        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec)
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None, None

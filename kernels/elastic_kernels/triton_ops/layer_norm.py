@@ -122,7 +122,7 @@ def _layer_norm_bwd_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def _layer_norm_affine_kernel(
-    shares_ptr, dweight_ptr, dbias_ptr,
+    shares_ptr, weight_beside_ptr, bias_beside_ptr, dweight_ptr, dbias_ptr,
     programs, width, largest,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -137,8 +137,12 @@ def _layer_norm_affine_kernel(
         share = shares_ptr + offs_r[:, None] * 2 * width + offs_k[None, :]
         dweight += tl.load(share, mask=mask, other=0.0)
         dbias += tl.load(share + width, mask=mask, other=0.0)
-    tl.store(dweight_ptr + offs_k, tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty), mask=inside)
-    tl.store(dbias_ptr + offs_k, tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty), mask=inside)
+    dw, db = tl.sum(dweight, 0), tl.sum(dbias, 0)
+    if weight_beside_ptr is not None:
+        dw += tl.load(weight_beside_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
+        db += tl.load(bias_beside_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dweight_ptr + offs_k, dw.to(dweight_ptr.dtype.element_ty), mask=inside)
+    tl.store(dbias_ptr + offs_k, db.to(dbias_ptr.dtype.element_ty), mask=inside)
 
 
 AFFINE_ROWS, AFFINE_BLOCK = 128, 32  # of `_layer_norm_affine_kernel`: many programs, few turns of each
@@ -231,11 +235,14 @@ def layer_norm_bwd(
     rstd: Tensor,
     places: Tensor | None,
     dsum: Tensor | None,
+    weight_beside: Tensor | None = None,
+    bias_beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and of weight and bias in full shape (empty without them).
 
     `dy` `[rows, w]` is contiguous. Either `x` and `mean` are given, or, in a residual stream, `xhat`,
     contiguous, and `dsum` `[tokens, w]`, rows of any stride, of the dtype of x: added to its gradient.
+    Those of weight and bias are added to others beside them, if there are such.
     """
     like = _like(x, dsum)
     tokens, width = like.shape
@@ -253,7 +260,7 @@ def layer_norm_bwd(
             HAS_AFFINE=weight is not None, HAS_INDEX=places is not None, IN_STREAM=xhat is not None,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return dx, *affine_gradients(partials, programs if tokens else 0, weight)
+    return dx, *affine_gradients(partials, programs if tokens else 0, weight, weight_beside, bias_beside)
 
 
 def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
@@ -263,13 +270,19 @@ def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
     return like
 
 
-def affine_gradients(partials: Tensor, programs: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum the shares of so many programs into full-shape gradients."""
+def affine_gradients(
+    partials: Tensor,
+    programs: int,
+    weight: Tensor | None,
+    weight_beside: Tensor | None = None,
+    bias_beside: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum the shares of so many programs into full-shape gradients, and others beside them."""
     if weight is None:
         return partials.new_empty(0), partials.new_empty(0)
     dweight, dbias = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
     _layer_norm_affine_kernel[(cdiv(len(weight), AFFINE_BLOCK),)](
-        partials, dweight, dbias,
+        partials, weight_beside, bias_beside, dweight, dbias,
         programs, partials.shape[2], len(weight),
         ROWS=AFFINE_ROWS, BLOCK=AFFINE_BLOCK, num_warps=4,
     )  # fmt: skip
@@ -290,9 +303,10 @@ register(
 )
 register(
     "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
-    " Tensor? places, Tensor? dsum) -> (Tensor, Tensor, Tensor)",
+    " Tensor? places, Tensor? dsum, Tensor? weight_beside=None, Tensor? bias_beside=None)"
+    " -> (Tensor, Tensor, Tensor)",
     layer_norm_bwd,
-    lambda dy, x, xhat, weight, mean, rstd, places, dsum: (
+    lambda dy, x, xhat, weight, mean, rstd, places, dsum, *rest: (
         _like(x, dsum).new_empty(_like(x, dsum).shape),
         *((rstd.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
     ),

@@ -110,31 +110,39 @@ class Layer:
     def dgrad_gelu(self, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         return ops.linear_dgrad_gelu(dy, self.weight, self.gamma, u, self.spec.scale)
 
-    def wgrad(self, dy: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of weight (None if it went elsewhere), bias and LayerScale, where there are such."""
+    def wgrad(
+        self, dy: Tensor, x: Tensor, beside: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of weight, bias and LayerScale, where there are such and they do not wait elsewhere.
+
+        The bias also has a gradient `[groups, n]` from elsewhere, if it is given.
+        """
         ledger, key = self.spec.ledger, self.spec.key
         whole = list(self.weight.shape[1:]) == self.full
         waiting = ledger.arrived(key) if ledger is not None and whole else None
-        dweight, dbias, dgamma = self._gradients(dy, x, waiting)
+        dweight, dbias, dgamma = self._gradients(dy, x, *(waiting or (None, None, None)))
+        if beside is not None and dbias is not None:
+            dbias.unflatten(0, (self.spec.groups, -1))[:, : beside.shape[1]] += beside
         if ledger is not None and ledger.awaits_whole(key):
-            ledger.leave(key, dweight)
-            return None, dbias, dgamma
+            ledger.leave(key, dweight, dbias, dgamma)
+            return None, None, None
         if not whole:
             _, out, width = self.weight.shape
             dweight = F.pad(dweight, (0, self.full[1] - width, 0, self.full[0] - out))
         return dweight.flatten(0, 1).to(self.grad_dtype), dbias, dgamma
 
     def _gradients(
-        self, dy: Tensor, x: Tensor, waiting: Tensor | None
+        self, dy: Tensor, x: Tensor, waiting: Tensor | None, dbias: Tensor | None, dgamma: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of the corner of the weight, to which what `waiting` is added, and of the whole vectors."""
+        """Of the corner of the weight and of the whole vectors, to each of which one that waits is added."""
         scale, dtype = self.spec.scale, self.grad_dtype
         sums = None if self.bias is None else ops.linear_bias_sums(dy)
         if self.gamma is not None:
             p = ops.linear_wgrad(dy, x, scale, torch.float32)
-            vectors = ops.layer_scale_grads_(p, sums, *self.tensors, waiting, self.full[0], dtype)
+            rest = (waiting, self.full[0], dtype, dbias, dgamma)
+            vectors = ops.layer_scale_grads_(p, sums, *self.tensors, *rest)
             return p, None if sums is None else vectors[0], vectors[1]
-        dbias = None if sums is None else ops.linear_bias_grad(sums, self.full[0], dtype)
+        dbias = None if sums is None else ops.linear_bias_grad(sums, self.full[0], dtype, dbias)
         if waiting is not None and waiting.shape == self.weight.shape:
             ops.linear_wgrad_(waiting, dy, x, scale)
             return waiting, dbias, None

@@ -55,22 +55,25 @@ def _added(sums_ptr, parts, stride, offs_n, mask_n, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["parts"])
 def _linear_bias_grad_kernel(
-    sums_ptr, dbias_ptr,
+    sums_ptr, beside_ptr, dbias_ptr,
     parts, out_features, largest,
     PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The full-shape gradient of a group's bias; zero outside of the corner."""
+    """The full-shape gradient of a group's bias, 0 outside of the corner, and one beside it."""
     group = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     sums_ptr += group * out_features
     dbias = _added(sums_ptr, parts, tl.num_programs(1) * out_features, offs_n, offs_n < out_features, PARTS)
-    ends = dbias_ptr + group * largest + offs_n
-    tl.store(ends, dbias.to(dbias_ptr.dtype.element_ty), mask=offs_n < largest)
+    inside, place = offs_n < largest, group * largest + offs_n
+    if beside_ptr is not None:
+        dbias += tl.load(beside_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dbias_ptr + place, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def _layer_scale_grads_kernel(
-    p_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, dbias_ptr, dgamma_ptr,
+    p_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, beside_ptr, gamma_beside_ptr,
+    dbias_ptr, dgamma_ptr,
     parts, out_features, in_features, largest, corner_out, corner_width,
     stride_wn, stride_wk,
     HAS_BIAS: tl.constexpr, HAS_CORNER: tl.constexpr,
@@ -98,7 +101,12 @@ def _layer_scale_grads_kernel(
     if HAS_BIAS:
         dbias = _added(sums_ptr, parts, out_features, offs_n, mask_n, PARTS)
         dgamma += dbias * tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        tl.store(dbias_ptr + offs_n, (dbias * gamma).to(dbias_ptr.dtype.element_ty), mask=inside)
+        dbias *= gamma
+        if beside_ptr is not None:
+            dbias += tl.load(beside_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dbias_ptr + offs_n, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
+    if gamma_beside_ptr is not None:
+        dgamma += tl.load(gamma_beside_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
     tl.store(dgamma_ptr + offs_n, dgamma.to(dgamma_ptr.dtype.element_ty), mask=inside)
 
 
@@ -141,12 +149,15 @@ def linear_bias_sums(dy: Tensor) -> Tensor:
     return sums
 
 
-def linear_bias_grad(sums: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
-    """Partial sums fp32 `[parts, groups, n]` -> `[groups * largest]`, zero outside of the corners."""
+def linear_bias_grad(sums: Tensor, largest: int, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
+    """Partial sums fp32 `[parts, groups, n]`, added to the corners of `beside`, or of zeros.
+
+    `[groups * largest]`, as is `beside`.
+    """
     parts, groups, out = sums.shape
     dbias = torch.empty(groups * largest, dtype=dtype, device=sums.device)
     _linear_bias_grad_kernel[(cdiv(largest, BIAS_BLOCK), groups)](
-        sums, dbias,
+        sums, beside, dbias,
         parts, out, largest,
         PARTS=PARTS, BLOCK=BIAS_BLOCK,
     )  # fmt: skip
@@ -162,6 +173,8 @@ def layer_scale_grads_(
     corner: Tensor | None,
     largest: int,
     dtype: torch.dtype,
+    beside: Tensor | None,
+    gamma_beside: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Turn P into the weight's gradient.
 
@@ -172,9 +185,10 @@ def layer_scale_grads_(
         corner: `[1, n_c, k_c]`, contiguous, a gradient to be added to that corner, or None.
         largest: length of the vectors.
         dtype: of the vectors' gradients.
+        beside, gamma_beside: gradients of bias and gamma to which these are added, or None.
 
     Returns:
-        Gradients of bias and gamma `[largest]`, zero outside of the corner; the former empty without a bias.
+        Gradients of bias and gamma `[largest]`; the former empty without a bias.
     """
     _, out, width = p.shape
     dbias, dgamma = (
@@ -182,7 +196,7 @@ def layer_scale_grads_(
     )
     corner_out, corner_width = (0, 0) if corner is None else corner.shape[1:]
     _layer_scale_grads_kernel[(cdiv(largest, SCALE_ROWS),)](
-        p, sums, weight, bias, gamma, corner, dbias, dgamma,
+        p, sums, weight, bias, gamma, corner, beside, gamma_beside, dbias, dgamma,
         0 if sums is None else len(sums), out, width, largest, corner_out, corner_width,
         weight.stride(1), weight.stride(2),
         HAS_BIAS=sums is not None, HAS_CORNER=corner is not None,
@@ -207,15 +221,16 @@ register(
     lambda dy: dy.new_empty(1, *_groups_of(dy), dtype=torch.float32),
 )
 register(
-    "linear_bias_grad(Tensor sums, int largest, ScalarType dtype) -> Tensor",
+    "linear_bias_grad(Tensor sums, int largest, ScalarType dtype, Tensor? beside) -> Tensor",
     linear_bias_grad,
-    lambda sums, largest, dtype: sums.new_empty(sums.shape[1] * largest, dtype=dtype),
+    lambda sums, largest, dtype, beside: sums.new_empty(sums.shape[1] * largest, dtype=dtype),
 )
 register(
     "layer_scale_grads_(Tensor(a!) p, Tensor? sums, Tensor weight, Tensor? bias, Tensor gamma,"
-    " Tensor? corner, int largest, ScalarType dtype) -> (Tensor, Tensor)",
+    " Tensor? corner, int largest, ScalarType dtype, Tensor? beside, Tensor? gamma_beside)"
+    " -> (Tensor, Tensor)",
     layer_scale_grads_,
-    lambda p, sums, weight, bias, gamma, corner, largest, dtype: tuple(
+    lambda p, sums, weight, bias, gamma, corner, largest, dtype, *rest: tuple(
         p.new_empty(n, dtype=dtype) for n in (0 if sums is None else largest, largest)
     ),
 )

@@ -63,7 +63,7 @@ class Binary:
 
 
 class Launch(NamedTuple):
-    """A binary, the programs of its grid, and what else Triton hands to a compiled kernel, arguments last."""
+    """A binary, the programs of its grid, and, if it is kept, what Triton hands to it, arguments last."""
 
     binary: Binary
     grid: tuple[int, int, int]
@@ -85,10 +85,12 @@ class Launches:
     """What was launched while an absent GPU was in use.
 
     Attributes:
+        keep_arguments: launches hold what they were given; autograd then copies gradients among it.
         made: in order; may be cleared.
         binaries: that the launches needed, each once.
     """
 
+    keep_arguments: bool = False
     made: list[Launch] = field(default_factory=list)
     binaries: list[Binary] = field(default_factory=list)
 
@@ -132,7 +134,7 @@ def recorded(gpu: Gpu) -> Iterator[Launches]:
         )
         launches.binaries.append(binary)
         kernels.add(kernel)
-        kernel.device_caches[device][0][key] = recorder = _Recorder(binary, launches.made)
+        kernel.device_caches[device][0][key] = recorder = _Recorder(binary, launches)
         return recorder
 
     for module in pkgutil.iter_modules(triton_ops.__path__, f"{triton_ops.__name__}."):
@@ -175,11 +177,12 @@ class _Recorder:
 
     function = packed_metadata = None
 
-    def __init__(self, binary: Binary, made: list[Launch]) -> None:
-        self.binary, self.made = binary, made
+    def __init__(self, binary: Binary, found: Launches) -> None:
+        self.binary, self.found = binary, found
 
     def launch_metadata(self, *arguments: Any) -> None:
         return None
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        self.made.append(Launch(self.binary, (x, y, z), rest))
+        given = rest if self.found.keep_arguments else ()
+        self.found.made.append(Launch(self.binary, (x, y, z), given))

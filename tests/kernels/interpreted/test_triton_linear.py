@@ -213,8 +213,11 @@ def test_registered_operators() -> None:
         (ops.linear_wgrad, (draw(6, 2, 8).float(), x, 1.5, torch.float32)),
         (ops.linear_wgrad_, (weight.clone(), draw(6, 2, 8).float(), x, 1.5)),
         (ops.linear_bias_sums, (d,)),
-        (ops.linear_bias_grad, (draw(3, 2, 8).float(), 9, torch.float32)),
-        (ops.layer_scale_grads_, (weight[:1].clone(), None, *one, gamma, u[None, :5], 9, torch.float32)),
+        (ops.linear_bias_grad, (draw(3, 2, 8).float(), 9, torch.float32, draw(18).float())),
+        (
+            ops.layer_scale_grads_,
+            (weight[:1].clone(), None, *one, gamma, u[None, :5], 9, torch.float32, None, None),
+        ),
         (ops.branch_grad, (d, index, scale, torch.float16)),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
@@ -260,20 +263,27 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("widths", "left", "added"),
-    [((48, 16), 4, 0), ((16, 48), 0, 0), ((48, 48), 4, 2), ((48, 16, 32), 4, 0)],
+    ("widths", "left", "added", "windows"),
+    [
+        ((48, 16), 6, 0, False),
+        ((16, 48), 0, 0, False),
+        ((48, 48), 6, 2, False),
+        ((48, 16, 32), 6, 0, False),
+        ((48, 16), 6, 0, True),
+    ],
 )
-def test_gradients_are_added_in_place(widths: tuple[int, ...], left: int, added: int) -> None:
-    """What autograd adds up; networks that came later leave their gradients of 4 weights, if as wide as the
-    first for the products of the 2 without LayerScale to be added to."""
+def test_gradients_are_added_in_place(widths: tuple[int, ...], left: int, added: int, windows: bool) -> None:
+    """What autograd adds up; networks that came later leave their gradients of 4 weights and 2 norms, if as
+    wide as the first for the products of the 2 without LayerScale to be added to."""
     torch.manual_seed(0)
-    block = ek.ElasticBlock(48, 96, 16, layer_scale=0.5)
+    vit, swin = ek.ElasticBlock(48, 96, 16, layer_scale=0.5), ek.ElasticSwinBlock(48, 96, 16, 2, 1)
+    block, groups = (swin, [(1, 2, 5)]) if windows else (vit, [(2, 5)])
     found, leave, leaves = [], GradientLedger.leave, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientLedger, "leave", lambda *args: (leaves.append(args[1]), leave(*args)))
         for context in (contextlib.nullcontext(), ek.shared_gradients()):
             with context:
-                loss = sum(block(draw(10, w).float(), [(2, 5)]).sin().sum() for w in widths)
+                loss = sum(block(draw(10, w).float(), groups).sin().sum() for w in widths)
             with Calls() as calls:
                 found.append(torch.autograd.grad(loss, list(block.parameters())))
     assert (len(leaves), calls.counts["linear_wgrad_"]) == (left, added)
