@@ -20,6 +20,7 @@ README = Path(__file__).parent.parent / "kernels" / "README.md"
 PUBLIC = {f"{m.__name__}.{name}": getattr(m, name) for m in (elastic_kernels, poa) for name in m.__all__}
 NEEDS = {
     "elastic_kernels.absent_gpu": "triton",
+    "elastic_kernels.elastic_block_from_timm": "timm",
     "elastic_kernels.elastic_block_from_vit": "timm",
     "elastic_kernels.planning": "triton",
 }

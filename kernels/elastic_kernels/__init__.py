@@ -9,6 +9,7 @@ from elastic_kernels.absent_gpu import absent_gpu
 from elastic_kernels.attention import packed_attention
 from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, elastic_block_from_vit
 from elastic_kernels.compilations import compilations
+from elastic_kernels.conversion import elastic_block_from_timm
 from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, render_crops
 from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
 from elastic_kernels.group_norm import elastic_group_norm
@@ -40,6 +41,7 @@ from elastic_kernels.resample import check_canvases, eval_crop
 from elastic_kernels.rms_norm import elastic_rms_norm
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.shared_gradients import shared_gradients
+from elastic_kernels.sorting import sort_channels, sort_heads, sort_hidden, sort_linear
 from elastic_kernels.transfer import upload
 from elastic_kernels.unit_rows import unit_rows
 from elastic_kernels.vit_layers import (
@@ -88,6 +90,7 @@ __all__ = [
     "compilations",
     "conv_channels_last",
     "elastic_attention_half",
+    "elastic_block_from_timm",
     "elastic_block_from_vit",
     "elastic_group_norm",
     "elastic_hidden_features",
@@ -113,6 +116,10 @@ __all__ = [
     "render_crops",
     "shared_gradients",
     "sinkhorn_scaling",
+    "sort_channels",
+    "sort_heads",
+    "sort_hidden",
+    "sort_linear",
     "unit_rows",
     "upload",
     "window_attention",
