@@ -14,7 +14,7 @@ Source: POA (Zhang et al., ECCV 2024), algorithm 1; official `SSLMetaArch.forwar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,35 +62,62 @@ def teacher_targets(
     With centering, the centers are those before this step and then move. Sinkhorn, with its reductions over
     processes, runs beside what follows.
     """
-    logits = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
-    cls, cls_rows = _of_all_micro_batches([of_classes for of_classes, _ in logits])
-    patches, patch_rows = _of_all_micro_batches([of_patches for _, of_patches in logits])
+    found = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
+    heads = len(found[0][0])
+    # A problem is the class tokens, or the patches, of a head: a part for each micro-batch.
+    parts = list(zip(*([*cls, *patches] for cls, patches in found), strict=True))
+    logits = [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in parts]
+    counts = [[len(rows) for rows in part] for part in parts]
     stream = None
     if config.targets == "sinkhorn":
         stream = side_stream(batches[0].global_crops.device, "targets")
         with on_side_stream(stream):
-            both = losses.sinkhorn([*cls, *patches], temperature)
+            targets = losses.sinkhorn(logits, temperature)
     else:
-        both = losses.centered([*cls, *patches], [*centers.cls, *centers.patches], temperature)
-        equal, momentum = config.center_weighting == "official", config.center_momentum
-        losses.update_centers(centers.cls, cls, momentum, micro_batches=cls_rows if equal else None)
-        losses.update_centers(centers.patches, patches, momentum, micro_batches=patch_rows if equal else None)
-    of_classes = [target.split(cls_rows) for target in both[: len(cls)]]  # of each head, then micro-batch
-    of_patches = [target.split(patch_rows) for target in both[len(cls) :]]
-    return [
-        Targets(
-            [head[micro_batch] for head in of_classes], [head[micro_batch] for head in of_patches], stream
-        )
-        for micro_batch in range(len(batches))
-    ]
+        targets = losses.centered(logits, [*centers.cls, *centers.patches], temperature)
+        for means, part in ((centers.cls, slice(heads)), (centers.patches, slice(heads, None))):
+            rows = counts[part][0] if config.center_weighting == "official" else None
+            losses.update_centers(means, logits[part], config.center_momentum, micro_batches=rows)
+    split = (target.split(rows) for target, rows in zip(targets, counts, strict=True))
+    return [Targets(list(each[:heads]), list(each[heads:]), stream) for each in zip(*split, strict=True)]
 
 
-def _of_all_micro_batches(logits: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], list[int]]:
-    """The rows of each head, given those of each micro-batch and head; and how many each micro-batch has."""
-    heads = [[micro_batch[head] for micro_batch in logits] for head in range(len(logits[0]))]
-    return [c[0] if len(c) == 1 else torch.cat(c) for c in heads], [
-        len(micro_batch[0]) for micro_batch in logits
-    ]
+Terms = dict[str, Tensor]
+"""Terms of the loss by name, `[heads]` each."""
+
+
+@dataclass(frozen=True)
+class HeadLosses:
+    """Terms of the loss of a micro-batch, without those that a backward leaves out.
+
+    Attributes:
+        intact: "dino" and "ibot", CE(intact, targets).
+        elastic: the same of the elastic student, and "distill", CE(elastic, intact).
+    """
+
+    intact: Terms | None
+    elastic: Terms | None
+
+    @classmethod
+    def of(
+        cls, students: Sequence[StudentOutput], targets: Targets, batch: Batch, config: LossConfig
+    ) -> HeadLosses:
+        """Those of the intact student, and of the elastic one if there is one."""
+        found = _cross_entropies(students, targets, batch, config)
+        intact, *elastic = [
+            {"dino": _dino(rows.cls, batch), "ibot": _ibot(rows.patches, batch.masks)}
+            for rows in found[: len(students)]
+        ]
+        if not elastic:
+            return cls(intact, None)
+        return cls(intact, elastic[0] | {"distill": _distill(found[-1].cls, batch)})
+
+    def named(self) -> dict[str, Tensor]:
+        """Detached scalars by student, term and head."""
+        students = {"intact": self.intact or {}, "elastic": self.elastic or {}}
+        terms = {f"{k}.{name}": x.detach() for k, terms in students.items() for name, x in terms.items()}
+        heads = range(len(next(iter(terms.values()))))
+        return {f"{name}.{head}": x[head] for head in heads for name, x in terms.items()}
 
 
 def tribranch_loss(
@@ -106,63 +133,51 @@ def tribranch_loss(
         The scalar to differentiate, and detached unweighted terms named `STUDENT.TERM.HEAD` (`intact.dino.0`,
         `elastic.distill.3`) and `koleo`.
     """
-    of_intact, of_elastic, of_both = _cross_entropies([intact, elastic], targets, batch, config)
-    intact_terms, elastic_terms = _terms(of_intact, batch), _terms(of_elastic, batch)
-    distill = _distill(of_both.cls, batch)
-    loss = config.intact * _weighted(intact_terms, config)
-    loss = loss + (1 - config.intact) * _weighted(elastic_terms, config) + (1 - config.intact) * distill
-    terms = _named("intact", intact_terms) | _named("elastic", elastic_terms | {"distill": distill})
-    return _with_koleo(loss.mean(), [intact, elastic], config, terms)
+    terms = HeadLosses.of([intact, elastic], targets, batch, config)
+    return _loss(terms, [intact, elastic], config)
 
 
 def intact_loss(
     intact: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summands of `tribranch_loss` that train the intact student."""
-    (of_intact,) = _cross_entropies([intact], targets, batch, config)
-    terms = _terms(of_intact, batch)
-    loss = config.intact * _weighted(terms, config)
-    return _with_koleo(loss.mean(), [intact], config, _named("intact", terms))
+    return _loss(HeadLosses.of([intact], targets, batch, config), [intact], config)
 
 
 def elastic_loss(
     intact: StudentOutput, elastic: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summands of `tribranch_loss` that train the elastic student; no gradient reaches the intact one."""
-    _, of_elastic, of_both = _cross_entropies([intact.detached(), elastic], targets, batch, config)
-    terms, distill = _terms(of_elastic, batch), _distill(of_both.cls, batch)
-    loss = (1 - config.intact) * _weighted(terms, config) + (1 - config.intact) * distill
-    return _with_koleo(loss.mean(), [elastic], config, _named("elastic", terms | {"distill": distill}))
+    terms = HeadLosses.of([intact.detached(), elastic], targets, batch, config)
+    return _loss(replace(terms, intact=None), [elastic], config)
 
 
-Terms = dict[str, Tensor]
-"""Terms of the loss, `[heads]` each, by name."""
-
-
-def _terms(losses: RowLosses, batch: Batch) -> Terms:
-    """What a student learns from the teacher."""
-    return {"dino": _dino(losses.cls, batch), "ibot": _ibot(losses.patches, batch.masks)}
+def _loss(
+    terms: HeadLosses, students: Sequence[StudentOutput], config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The formula above, or the summands of it that are there; and all terms by name."""
+    weight, summands = config.intact, []
+    if terms.intact:
+        summands.append(weight * _weighted(terms.intact, config))
+    if terms.elastic:
+        summands.append((1 - weight) * _weighted(terms.elastic, config))
+        summands.append((1 - weight) * terms.elastic["distill"])
+    loss = sum(summands[1:], summands[0]).mean()
+    if not config.koleo:
+        return loss, terms.named()
+    koleo = _koleo(students)
+    return loss + config.koleo * koleo, terms.named() | {"koleo": koleo.detach()}
 
 
 def _weighted(terms: Terms, config: LossConfig) -> Tensor:
+    """CE(student, targets) of each head."""
     return config.dino * terms["dino"] + config.ibot * terms["ibot"]
 
 
-def _named(student: str, terms: Terms) -> Terms:
-    return {f"{student}.{name}": term for name, term in terms.items()}
-
-
-def _with_koleo(
-    loss: Tensor, students: Sequence[StudentOutput], config: LossConfig, terms: Terms
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss with the regulariser of the students' views, and all terms by head."""
-    heads = range(len(students[0].features))
-    terms = {f"{name}.{head}": term.detach()[head] for head in heads for name, term in terms.items()}
-    if not config.koleo:
-        return loss, terms
+def _koleo(students: Sequence[StudentOutput]) -> Tensor:
+    """The regulariser of the students' class tokens, view by view."""
     views = [view for student in students for view in student.tokens.chunk(VIEWS)]
-    koleo = sum((losses.koleo(view) for view in views), loss.new_zeros(())) / 2
-    return loss + config.koleo * koleo, terms | {"koleo": koleo.detach()}
+    return sum((losses.koleo(view) for view in views), views[0].new_zeros(())) / 2
 
 
 @dataclass(frozen=True)
