@@ -103,7 +103,7 @@ class Run:
     Args:
         config: of the run.
         folder: of the run; nothing is written before `begin`.
-        data: images to train on, and to test on.
+        data: training and test images.
         world: this process.
         content: of the checkpoint to go on from; None for a new run.
 

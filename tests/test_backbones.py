@@ -14,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import poa
 from helpers.golden_cases import assert_close
 from helpers.run_folders import assert_same, newest, rows, run_of
-from helpers.tiny import tiny_pyramid
+from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.errors import InputError
+from poa.export import extract
 from poa.memory import predict_memory
 from poa.optim import Schedules
 from poa.options import from_dict, to_dict
@@ -147,3 +148,24 @@ def test_names_of_subnets() -> None:
         Subnet.parse("64x3--3")
     with pytest.raises(InputError, match="backbone.kind: expected one of vit, swin, resnet, got 'mlp'"):
         from_dict(Config, {"method": {"backbone": {"kind": "mlp"}}})
+
+
+def test_registers_attend_and_are_no_output(tmp_path: Path) -> None:
+    """They are trained, stand between class token and patches, and an extracted model has them."""
+    config = tiny_config("method.backbone.registers=3", "method.optim.ibot_start_epoch=0").method.backbone
+    network = config.build(torch.Generator().manual_seed(0))
+    small, size = config.space.smallest, config.image_size
+    images = [torch.randn(2, 3, size, size), torch.randn(3, 3, 16, 16)]
+    features = network(images, small)
+    patches = config.grid(size) ** 2
+    assert features[0].patches.shape[1] == patches and features[0].tokens.shape[1] == 4 + patches
+    wanted = torch.tensor([0, config.grid(16) ** 2])  # the first patches of the first two images
+    read = network.gather_tokens(images, wanted, small)
+    expected = [f.cls for f in features] + [features[1].patches[:2, 0]]
+    torch.testing.assert_close(read, torch.cat(expected))
+    sum(f.cls.square().sum() for f in features).backward()
+    assert network.reg_token.grad[..., : small.width].abs().min() > 0
+    assert config.parameters(small) == sum(p.numel() for p in network.to_static(small).parameters())
+    path = extract(network.eval(), small, tmp_path, preset("quickstart").method.crops, image_size=2 * size)
+    assert poa.load(path)(torch.randn(1, 3, 2 * size, 2 * size)).shape == (1, small.width)
+    assert config.timm_arguments()["reg_tokens"] == 3

@@ -290,7 +290,7 @@ sys.exit(main(["pretrain", "--out", sys.argv[1], *sys.argv[3:]]))
 def test_what_the_main_rank_does_alone_may_outlast_the_timeout(tmp_path: Path) -> None:
     """A checkpoint on a slow disk."""
     out = tmp_path / "run"
-    options = [*OVERRIDES, "run.timeout=4", "run.save_every=6"]
+    options = [*OVERRIDES, "run.timeout=7", "run.save_every=6"]
     processes.run(2, "-c", MAIN_ALONE, str(out), "works", *options)
     assert newest(out)["step"] == 6
 

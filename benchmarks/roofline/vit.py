@@ -29,8 +29,8 @@ def _attention(groups: Groups, width: int) -> Attention:
 
 
 def groups(config: ViTConfig, work: Workload, student: bool) -> Groups:
-    """Crop groups of a branch: patches and a class token."""
-    return tuple((count, config.grid(size) ** 2 + 1) for count, size in work.crops(student))
+    """Crop groups of a branch: patches, the class token and registers."""
+    return tuple((count, config.grid(size) ** 2 + config.prefix) for count, size in work.crops(student))
 
 
 def kept(config: ViTConfig, work: Workload, student: bool) -> Groups:
@@ -53,7 +53,7 @@ def backbone(config: ViTConfig, work: Workload, part: str, subnet: Subnet) -> It
     """Embedding, blocks and last norm of a branch."""
     student, width, s = part != "teacher", subnet.width, work.stream_bytes
     all_groups = groups(config, work, student)
-    patches = tokens(all_groups) - sum(count for count, _ in all_groups)
+    patches = tokens(all_groups) - config.prefix * sum(count for count, _ in all_groups)
     pixels = 3 * config.patch_size**2
     yield product(part, "forward", "patch embedding", patches, width, pixels, stored=s)
     if student:

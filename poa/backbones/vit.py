@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from elastic_kernels import (
     ElasticBlock,
     ElasticLayerNorm,
-    autocast_operands,
+    ElasticPatchEmbed,
     cached_constant,
     elastic_hidden_features,
     recomputed,
@@ -56,6 +56,7 @@ class ViTConfig(BackboneConfig):
     max_depth: int = option(24, "blocks of the intact network", "[1, 1024]")
     depth_step: int = option(1, "distance between depths", "[1, 1024]")
     head_dim: int = option(64, "channels of an attention head", "[1, 1024]")
+    registers: int = option(0, "register tokens, which attend and are no output", "[0, 64]")
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
     layer_scale: float = option(1e-5, "initial LayerScale", "[0, 100]")
     drop_path: float = option(0.2, "stochastic-depth rate of the students", "[0, 1)")
@@ -97,6 +98,11 @@ class ViTConfig(BackboneConfig):
         )
 
     @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token and the registers."""
+        return 1 + self.registers
+
+    @property
     def hidden(self) -> int:
         """Hidden units of the intact MLP."""
         return int(self.max_width * self.mlp_ratio)
@@ -131,8 +137,8 @@ class ViTConfig(BackboneConfig):
         (depth,), w = subnet.blocks, subnet.width
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
         block = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w + 6 * w
-        tokens = self.grid(self.image_size) ** 2 + 1
-        return depth * block + w * (3 * self.patch_size**2 + 1) + w * (1 + tokens) + 2 * w
+        tokens = self.grid(self.image_size) ** 2 + self.prefix
+        return depth * block + w * (3 * self.patch_size**2 + 1) + w * (self.prefix + tokens) + 2 * w
 
     def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         patches = self.grid(image_size or self.image_size) ** 2
@@ -140,7 +146,7 @@ class ViTConfig(BackboneConfig):
 
     def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         (depth,), w = subnet.blocks, subnet.width
-        tokens = self.grid(image_size or self.image_size) ** 2 + 1
+        tokens = self.grid(image_size or self.image_size) ** 2 + self.prefix
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
         linears = 2 * tokens * (4 * w * w + 2 * w * hidden)
         attention = 4 * tokens * tokens * w
@@ -175,23 +181,9 @@ class ViTConfig(BackboneConfig):
             "num_heads": self.max_width // self.head_dim,
             "mlp_ratio": self.mlp_ratio,
             "init_values": self.layer_scale,
+            "reg_tokens": self.registers,
             "num_classes": 0,
         }
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens of the asked width."""
-
-    def __init__(self, patch_size: int, width: int):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor, width: int) -> Tensor:
-        """`[B, 3, H, W]` -> `[B, patches, width]`; H and W multiples of the patch size."""
-        assert self.proj.bias is not None
-        weight, bias = self.proj.weight[:width], self.proj.bias[:width]
-        images, weight, bias = autocast_operands(images, weight, bias)
-        return F.conv2d(images, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
 
 
 @lru_cache
@@ -228,9 +220,11 @@ class ElasticViT(Backbone):
     def __init__(self, config: ViTConfig, generator: torch.Generator | None = None):
         super().__init__(config)
         width, patches = config.max_width, config.grid(config.image_size) ** 2
-        self.patch_embed = PatchEmbed(config.patch_size, width)
+        self.patch_embed = ElasticPatchEmbed(config.patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patches, width))
+        registers = nn.Parameter(torch.zeros(1, config.registers, width))
+        self.reg_token = registers if config.registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.prefix + patches, width))
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if config.masked else None
         self.blocks = nn.ModuleList(
             ElasticBlock(
@@ -246,6 +240,8 @@ class ElasticViT(Backbone):
         """Official: linears and positions truncated normal 0.02, class token 1e-6, the rest torch's own."""
         initialise_as_torch(self.patch_embed.proj, generator)
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6, generator=generator)
         nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -278,9 +274,9 @@ class ElasticViT(Backbone):
         """As `Backbone.gather_tokens`; the last block makes no other tokens."""
         cls = class_tokens(self.groups(crops), patches.device)
         last = math.prod(self._grid(crops[-1]))
-        # Every image of the last group has its class token before its patches.
+        # Every image of the last group has its class token and registers before its patches.
         start = sum(crops * length for crops, length in self.groups(crops[:-1]))
-        tokens = torch.cat([*cls, patches + patches // last + (start + 1)])
+        tokens = torch.cat([*cls, patches + (patches // last + 1) * self.config.prefix + start])
         x, _ = self._run(crops, subnet, masks, drop, recompute, only=tokens)
         return self.normalise(x)
 
@@ -313,33 +309,35 @@ class ElasticViT(Backbone):
 
     def _features(self, x: Tensor, groups: Groups) -> list[Features]:
         tokens, normed = unpack(x, groups), unpack(self.normalise(x), groups)
-        return [Features(n[:, 0], n[:, 1:], t) for t, n in zip(tokens, normed, strict=True)]
+        prefix = self.config.prefix
+        return [Features(n[:, 0], n[:, prefix:], t) for t, n in zip(tokens, normed, strict=True)]
 
     def embed(self, images: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
-        """Images `[B, 3, H, W]` to tokens `[B, 1 + patches, width]` with positions; class token first."""
+        """Images `[B, 3, H, W]` to tokens `[B, prefix + patches, width]`: class token, registers, patches."""
         height, breadth = self._grid(images)
         x = self.patch_embed(images, width)
         if mask is not None:
             if self.mask_token is None:
                 raise ValueError("mask: expected None for a ViT without a mask token, got a mask")
             x = torch.where(mask.unsqueeze(-1), self.mask_token[:, :width].to(x.dtype), x)
-        cls = self.cls_token[..., :width].to(x.dtype).expand(x.shape[0], -1, -1)
-        return torch.cat([cls, x], dim=1) + self.position_embedding(height, breadth, width)
+        first = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
+        rows = [token[..., :width].to(x.dtype).expand(x.shape[0], -1, -1) for token in first]
+        return torch.cat([*rows, x], dim=1) + self.position_embedding(height, breadth, width)
 
     def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
-        """The position embedding `[1, 1 + height * breadth, width]` of a grid of patches.
+        """The position embedding `[1, prefix + height * breadth, width]` of a grid of patches.
 
         Interpolated (bicubic) unless the grid is the trained one. The scale factors carry the official + 0.1,
         which changes the sampled positions; passing the size instead would not match.
         """
-        positions = self.pos_embed[..., :width]
-        side = math.isqrt(positions.shape[1] - 1)
+        positions, prefix = self.pos_embed[..., :width], self.config.prefix
+        side = math.isqrt(positions.shape[1] - prefix)
         if (height, breadth) == (side, side):
             return positions
         with without_autocast(positions.device):
             matrix = cached_constant(positions, _interpolation, side, height, breadth, positions.device)
-            patches = matrix.to(positions) @ positions[:, 1:]
-        return torch.cat([positions[:, :1], patches], dim=1)
+            patches = matrix.to(positions) @ positions[:, prefix:]
+        return torch.cat([positions[:, :prefix], patches], dim=1)
 
     def normalise(self, x: Tensor) -> Tensor:
         """The last LayerNorm, over the width of `x`."""
@@ -347,7 +345,7 @@ class ElasticViT(Backbone):
 
     def mean_pool(self, features: Features) -> Tensor:
         """`[crops, w]`: the norm of the mean patch token (not the mean of the normed tokens)."""
-        return self.normalise(features.tokens[:, 1:].mean(1))
+        return self.normalise(features.tokens[:, self.config.prefix :].mean(1))
 
     def active_blocks(self, subnet: Subnet) -> list[ElasticBlock]:
         """The blocks a subnet runs through, in order."""
@@ -379,6 +377,8 @@ class ElasticViT(Backbone):
             "norm.weight": self.norm.weight[:width],
             "norm.bias": self.norm.bias[:width],
         }
+        if self.reg_token is not None:
+            state["reg_token"] = self.reg_token[..., :width]
         for position, block in enumerate(self.active_blocks(subnet)):
             corner = block.static_state(width)
             state |= {f"blocks.{position}.{name}": tensor for name, tensor in corner.items()}
@@ -388,7 +388,7 @@ class ElasticViT(Backbone):
 
     def groups(self, crops: Sequence[Tensor]) -> Groups:
         """How `forward` packs crops: the number of each group and the tokens of one."""
-        return tuple((len(c), 1 + math.prod(self._grid(c))) for c in crops)
+        return tuple((len(c), self.config.prefix + math.prod(self._grid(c))) for c in crops)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

@@ -25,7 +25,7 @@ Opener = Callable[[], Opened]
 
 @dataclass(frozen=True)
 class Found:
-    """How to open the images to train and to test on.
+    """How to open the training and the test images.
 
     Attributes:
         train, test: openers; None where nothing is named for tests.
@@ -107,7 +107,7 @@ def _is_flat(folder: Path) -> bool:
 
 
 def _split_by_name(root: Path, packed: list[Path], left_out: LeftOut) -> Found:
-    """Shards or tables by what their names begin with, where some are to train and some to test on."""
+    """Shards or tables split by the beginning of their names into training and test images."""
 
     def beginning(names: Sequence[str]) -> list[list[Path]]:
         groups = ([p for p in packed if p.name.lower().startswith(name)] for name in names)

@@ -1,4 +1,4 @@
-"""The images of a run: those to train on and those held out."""
+"""The images of a run: training images and those held out."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class DataSplit:
-    """Images to train on and images held out.
+    """Training images and images held out.
 
     Attributes:
         train: to train on; those with labels are the bank of k-NN.
@@ -177,7 +177,7 @@ def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> 
 def _split(
     opened: Sequence[Opened], holdout: float, seed: int, name: str, left_out: LeftOut
 ) -> tuple[ImageSource, ImageSource | None, str]:
-    """Images to train and to test on, and why there are none of the latter."""
+    """Training and test images, and why there are no test images."""
     images = opened[0]
     source = ImageSource.whole(images)
     used = [] if images.labels is None else np.unique(images.labels[images.labels >= 0]).tolist()
@@ -190,7 +190,7 @@ def _split(
         test = _test_images(opened[1], images.classes, name, left_out)
         if test is not None:
             return replace(source, classes=test.classes), test, ""
-        why = "the images to test on have no labels"
+        why = "the test images have no labels"
     for unused in opened[1:]:
         left_out.add("test images, unused", unused.images.name(0), len(unused.images))
     return source, None, why
@@ -206,7 +206,7 @@ def _test_images(
     unknown = [label for label in opened.classes if label not in known]
     if unknown and not all(map(str.isdecimal, (*classes, *unknown))):
         raise InputError(
-            f"data: expected the same classes to train and to test on in {name}, got {len(unknown)} "
+            f"data: expected the same classes in training and test images of {name}, got {len(unknown)} "
             f"of test images alone: {', '.join(map(printable, unknown[:EXAMPLES]))}"
         )
     joined = (*classes, *unknown)

@@ -51,18 +51,18 @@ def opened(root: Path, holdout: float = 0.25) -> tuple[int, int | None, tuple[st
         (
             {"train/a": 4, "train/b": 4, "car": 3},
             ["x.png"],
-            (6, 2, ("a", "b"), "1 folders beside train/ (car); 1 files beside train/ (x.png)"),
+            (6, 2, ("a", "b"), "1 folders next to train/ (car); 1 files next to train/ (x.png)"),
         ),
         ({"Train/a": 4, "Train/b": 4, "VAL/a": 2, "VAL/b": 1}, [], (8, 3, ("a", "b"), "")),
         (
             {"train/a": 4, "train/b": 4, "val/a": 2, "val/b": 1, "test": 3},
             [],
-            (8, 3, ("a", "b"), "1 further folders to test on beside val/ (test)"),
+            (8, 3, ("a", "b"), "1 more test folders next to val/ (test)"),
         ),
         (
             {"train2017/a": 4, "train2017/b": 4, "val2017/a": 2, "val2017/b": 1, "notes": 1},
             [],
-            (8, 3, ("a", "b"), "1 folders beside train2017/ (notes)"),
+            (8, 3, ("a", "b"), "1 folders next to train2017/ (notes)"),
         ),
         ({"train_cat": 4, "val_dog": 4}, [], (6, 2, ("train_cat", "val_dog"), "")),
         ({"a": 4, "b": 4, "test/a": 2}, [], (8, 2, ("a", "b"), "")),
@@ -107,8 +107,8 @@ def test_endings_in_capitals(tmp_path: Path) -> None:
 
 def test_a_flat_folder_to_test_on(tmp_path: Path) -> None:
     data = open_data(str(lay_out(tmp_path, {"train/a": 4, "train/b": 4, "val": 6})), 0.25, 0)
-    assert counts(data) == (8, None) and data.untested == "the images to test on have no labels"
-    assert str(data.left_out) == f"6 images to test on, unused ({tmp_path}/val/0.png, ...)"
+    assert counts(data) == (8, None) and data.untested == "the test images have no labels"
+    assert str(data.left_out) == f"6 test images, unused ({tmp_path}/val/0.png, ...)"
 
 
 def test_only_a_folder_to_test_on(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ class Broken(Arrays):
     ("act", "message"),
     [
         (lambda: time.sleep(1000), r"a batch within 1 s \(run.timeout\), got none: 1 workers wait for"),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "1 workers to go on, got: DataLoader worker"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "1 workers to keep running, got: DataLoader worker"),
     ],
     ids=["stuck", "killed"],
 )
