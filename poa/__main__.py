@@ -8,7 +8,9 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 
+import torch
 from safetensors import SafetensorError
 
 from poa.cli import parse
@@ -41,21 +43,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         discard_output()  # nobody reads on, as in `| head`
         return 141
     except (DataError, DivergenceError, PeerError, SaveError) as error:
-        print(f"poa: error: {one_line(error)}", file=sys.stderr)
-        return 1
+        return _ended(f"error: {one_line(error)}", 1)
     except Preempted as stop:
-        print(f"poa: {stop}", file=sys.stderr)
-        return INTERRUPTED if stop.interrupted else REQUEUE
+        return _ended(str(stop), INTERRUPTED if stop.interrupted else REQUEUE)
+    except (MemoryError, RuntimeError) as error:
+        if (text := _of_memory(error)) is None:
+            raise
+        return _ended(f"error: out of memory: {text}", 1)
     except KeyboardInterrupt:
-        print("poa: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return _ended("interrupted", INTERRUPTED)
     except Exception as error:
         if not isinstance(error, (*OF_INPUT, *_of_parquet())):
             raise
-        line = one_line(error).removeprefix("poa.errors.InputError: ")
-        print(f"poa: error: {line}", file=sys.stderr)
-        return 2
+        return _ended(f"error: {one_line(error).removeprefix('poa.errors.InputError: ')}", 2)
     return 0
+
+
+def _ended(line: str, code: int) -> int:
+    """Say why, where somebody reads it."""
+    with suppress(OSError):
+        print(f"poa: {line}", file=sys.stderr)
+    return code
+
+
+def _of_memory(error: MemoryError | RuntimeError) -> str | None:
+    """What an error says of memory that is not there, of the machine or of a GPU; None of others."""
+    text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or text.startswith("can't allocate memory"):
+        return text.removeprefix("CUDA out of memory. ") or "of the machine"
+    return None
 
 
 def _of_parquet() -> tuple[type[Exception], ...]:

@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,13 +122,21 @@ class RunFolder:
         names = [NAME.fullmatch(path.name) for path in self._store.glob("*.pt")]
         return sorted(Checkpoint(int(m[1]), self._store / m[0], m[2]) for m in names if m)
 
-    def create(self, config: Config) -> None:
-        """Make the folder of a new run; refuse one with a checkpoint, start a run without one again."""
+    def require_new(self) -> None:
+        """Raise InputError, and write nothing, where there is a checkpoint, or can be no folder."""
         if self.checkpoints():
             raise InputError(
                 f"out: expected a new folder, got {self.path}, which holds a run; "
                 f"continue it with --resume {self.path}"
             )
+        there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = "is not writable" if there.is_dir() else "is a file"
+            raise InputError(f"out: expected a folder, got {self.path}: {there} {why}")
+
+    def create(self, config: Config) -> None:
+        """Make the folder of a new run, or start one without a checkpoint again; see `require_new`."""
+        self.require_new()
         make_folder(self._store, "out")
         self.remove_partial()
         self.metrics.unlink(missing_ok=True)
@@ -152,7 +161,10 @@ class RunFolder:
         file = self.path / "config.json"
         if not file.is_file():
             raise InputError(f"run: expected a run folder, got {self.path}: no config.json")
-        return from_dict(Config, read_json(file, "run: expected a configuration in JSON"))
+        try:
+            return from_dict(Config, read_json(file, "run: expected a configuration in JSON"))
+        except InputError as error:
+            raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
     def save(self, state: Mapping[str, Any], config: Config) -> None:
         """Write the checkpoint of `state["step"]` and delete those that need not be kept.

@@ -22,6 +22,7 @@ from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, Origin, evaluate_subnets, evaluation_file
 from poa.export import extract
 from poa.files import make_folder, read_json, require_writable
+from poa.images import open_on_ranks
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
 from poa.network import Network
@@ -60,6 +61,8 @@ def run_pretrain(options: argparse.Namespace) -> None:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")
     out = RunFolder(Path(options.out or "."))
     resume = options.auto_resume and bool(out.checkpoints())
+    if options.out and not resume:
+        out.require_new()
     pretrain(config, out.path, resume=resume, check=options.check)
 
 
@@ -109,7 +112,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     out = Path(options.out or evaluation_file(folder, config.data.source, options.branch))
     with init_distributed(options.device, config.run.timeout, config.performance.threads) as world:
         world.from_main(partial(_require_outputs, out, options.plot))
-        data = config.data.open(config.method.seed)
+        data = open_on_ranks(config, world)
         network, checkpoint = _common_network(folder, options, world)
         origin = Origin.of(folder, checkpoint, options.branch)
         backbone = network.backbone.to(world.device)
@@ -122,6 +125,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
         )
     if not world.is_main:
         return
+    if data.left_out:
+        print(f"left out: {data.left_out}")
     report.write(out)
     if options.plot:
         report.plot(Path(options.plot))
@@ -139,17 +144,30 @@ def _common_network(
             return network, checkpoint
 
 
+def _require_json(path: Path, option: str, key: str) -> None:
+    """Raise InputError where no JSON can be written, or there is a file without this key, thus another's."""
+    require_writable(path, option)
+    expected = f"{option}: expected a new file, or an older one of this command to replace"
+    found = read_json(path, expected) if path.exists() else {key: None}
+    if not isinstance(found, dict) or key not in found:
+        raise InputError(f"{expected}, got {path}")
+
+
 def _require_outputs(out: Path, plot: str | None) -> None:
-    require_writable(out, "--out")
+    _require_json(out, "--out", "settings")
     if plot:
         require_drawable(Path(plot), "--plot")
 
 
 def run_report(options: argparse.Namespace) -> None:
-    folders = [RunFolder(Path(run)) for run in options.run]
+    if options.record and options.out:
+        raise InputError("report: expected one of --out and --record, got both")
+    folders = [RunFolder(Path(run)) for run in dict.fromkeys(options.run)]
+    for folder in folders:
+        folder.config()
     if options.record:
         out = Path(options.record)
-        require_writable(out, "--record")
+        _require_json(out, "--record", "band")
         record_band(folders, out)
     else:
         name = "report.html" if len(folders) == 1 else "comparison.html"
@@ -179,6 +197,8 @@ def run_warmup(options: argparse.Namespace) -> None:
 
 
 def list_subnets(options: argparse.Namespace) -> None:
+    if options.run and (options.preset or options.overrides):
+        raise InputError("subnets: expected a run, or --preset and KEY=VALUE, got both")
     config = RunFolder(Path(options.run)).config() if options.run else _new_config(options)
     backbone = config.method.backbone
     space, counts = backbone.space, Counter(backbone.space.round_of_draws())
@@ -238,4 +258,4 @@ def _subnets(names: Sequence[str], space: SearchSpace) -> list[Subnet]:
         raise InputError(
             f"--subnets: expected subnets such as {space.smallest}, or all, got {' '.join(names)!r}"
         )
-    return [space.require(Subnet.parse(part)) for part in parts]
+    return [space.require(Subnet.parse(part)) for part in dict.fromkeys(parts)]

@@ -5,6 +5,7 @@ Source: official `CosineScheduler`, `get_params_groups_with_decay`, `do_train`.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -234,10 +235,7 @@ def build_optimizer(
     Args:
         student, teacher: the weights, and their moving average.
         config: of the optimiser.
-        kind: who runs it. The fused one writes the teacher, too.
-
-    Raises:
-        InputError: apex was asked for and is not there.
+        kind: who runs it, see `require_optimizer`. The fused one writes the teacher, too.
     """
     groups = parameter_groups(student, config.layer_decay, config.patch_embed_lr)
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": 1e-8}
@@ -248,13 +246,20 @@ def build_optimizer(
     if kind == "torch":
         on_gpu = next(student.parameters()).is_cuda
         return torch.optim.AdamW(groups, **options, fused=on_gpu)
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam(groups, **options, adam_w_mode=True)
+
+
+def require_optimizer(kind: OptimizerKind) -> None:
+    """Raise InputError where apex was asked for and is not there."""
     try:
-        from apex.optimizers import FusedAdam
+        if kind == "apex":
+            importlib.import_module("apex.optimizers")
     except ImportError as error:
         raise InputError(
             f"performance.optimizer: expected NVIDIA's apex for 'apex', but it does not import: {error}"
         ) from None
-    return FusedAdam(groups, **options, adam_w_mode=True)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], name: str) -> None:

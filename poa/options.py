@@ -252,7 +252,7 @@ def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | Non
 
 def nearest(key: str, known: Sequence[str]) -> str | None:
     """The one of some dotted keys that was probably meant: its last name, a part of that, or alike."""
-    leaf = key.rpartition(".")[2].replace("-", "_")
+    leaf = key.lower().rpartition(".")[2].replace("-", "_")
     leaves = {name: name.rpartition(".")[2] for name in known}
     same = [name for name in known if leaves[name] == leaf]
     part = [name for name in known if leaf in leaves[name].split("_")]

@@ -16,9 +16,10 @@ from poa.data.summary import EXAMPLES, printable
 from poa.distributed import World
 from poa.errors import InputError, as_input
 from poa.flops import expected_masked
-from poa.optim import Schedules
+from poa.optim import Schedules, require_optimizer
 from poa.options import differences, from_dict
 from poa.progress import clock
+from poa.subnets import Subnet
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,19 @@ class Plan:
             config.method.optim, self.epoch_steps, self.micro_batches * config.method.batch_size
         )
 
+    def changes(
+        self, config: Config, content: dict[str, Any], data: DataSplit, processes: int
+    ) -> Iterator[str]:
+        """What is no more as it was when a checkpoint was written, though the run may go on.
+
+        Raises:
+            InputError: the run would be over.
+        """
+        yield from self.differences(from_dict(Plan, content["plan"]), (processes, content["processes"]))
+        if content.get("images", images := data.digest()) != images:
+            yield "names or labels of the images are others than before"
+        yield from self.new_schedules(from_dict(Config, content["config"]), config, content["step"])
+
     def new_schedules(self, before: Config, now: Config, step: int) -> Iterator[str]:
         """What changed in the schedules of a run of which `step` steps are done.
 
@@ -121,6 +135,24 @@ class Plan:
             )
         if self.images != before.images:
             yield f"expected {before.images:,} images as before, got {self.images:,}: their order changes"
+
+
+def evaluated_subnets(config: Config) -> list[Subnet]:
+    """The teacher's subnets that are scored during training."""
+    space = config.method.backbone.space
+    chosen = [space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
+    return chosen or [space.intact, space.smallest]
+
+
+def require_runnable(config: Config, processes: int) -> None:
+    """Raise InputError, before images are looked for, where a run of these options could not begin."""
+    evaluated_subnets(config)
+    require_optimizer(config.performance.optimizer)
+    if config.performance.backward == "apart" and processes > 1:
+        raise InputError(
+            f"performance.backward: expected together for several processes, got apart for {processes}; "
+            "DDP reduces the gradients of one backward"
+        )
 
 
 def first_lines(

@@ -8,19 +8,26 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from poa.errors import Preempted
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Of users, schedulers (of some at a limit of processor time) and terminals that are closed.
+STOPPING = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGXCPU")
+    if hasattr(signal, name)
+)
 INTERRUPTED = 130  # exit code of Ctrl-C
 HINT = "poa: stopping after this step, with a checkpoint; Ctrl-C again leaves at once"
 AGAIN = 1.0  # seconds after which another Ctrl-C is a second one: launchers pass the first on once more
 
 
 class StopSignals:
-    """While entered, SIGINT, SIGTERM and SIGUSR1 only set `received` to their name.
+    """While entered, the signals of `STOPPING` only set `received` to their name; what is ignored, as SIGHUP
+    under nohup, stays so.
 
     A second Ctrl-C leaves at once, also where the main thread waits in a library and cannot handle signals.
     Signals belong to the main thread; elsewhere nothing is changed.
@@ -40,7 +47,8 @@ class StopSignals:
             theirs.setblocking(False)
             self._theirs, self._fd_before = theirs, signal.set_wakeup_fd(theirs.fileno())
             threading.Thread(target=self._watch, daemon=True).start()
-            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+            noted = [n for n in STOPPING if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in noted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +60,8 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None and number == signal.SIGINT and self.said:
-            os.write(2, f"\n{HINT}\n".encode())  # printing may have been interrupted
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{HINT}\n".encode())  # printing may have been interrupted
         self.received = self.received or signal.Signals(number).name
 
     def _watch(self) -> None:

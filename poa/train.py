@@ -15,23 +15,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
-from poa.config import Config
+from poa.config import Config, with_run
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
 from poa.device import deterministic_algorithms, prepared_ahead
 from poa.distributed import Poll, World, init_distributed, mean_in_bf16
-from poa.errors import DivergenceError, InputError, as_input
+from poa.errors import DivergenceError, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.images import open_on_ranks
 from poa.lock import RunLock
 from poa.metrics import Journal
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
-from poa.options import describe, from_dict
-from poa.plan import Plan, first_lines, last_lines, phases
+from poa.options import describe
+from poa.plan import Plan, evaluated_subnets, first_lines, last_lines, phases, require_runnable
 from poa.progress import Progress, say
 from poa.signals import StopSignals, preempted
-from poa.step import StepReport, TrainingState, train_step
-from poa.subnets import Subnet, SubnetSampler
+from poa.step import StepReport, TrainingState, initial_network, train_step
+from poa.subnets import SubnetSampler
 from poa.writers import require_writers
 
 # Options that may differ between ranks.
@@ -51,7 +51,7 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
         InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
         DivergenceError: losses or gradients became NaN or inf.
         PeerError: another process is dead or does not answer.
-        Preempted: SIGTERM or SIGUSR1 came, and the run was saved.
+        Preempted: a signal asked it to stop, and the run was saved.
     """
     require_writers(config.run.log_to)
     repeats = deterministic_algorithms(config.performance.deterministic)
@@ -76,15 +76,26 @@ def _train(config: Config, folder: RunFolder, world: World, resume: bool, check:
     if resume:
         checkpoint = world.from_main(folder.newest)
         content = folder.load(checkpoint, config)
+    require_runnable(config, world.size)
     world.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
     data = open_on_ranks(config, world)
     plan = Plan.of(config, len(data.train), world.size, content)
     schedules = plan.schedules(config)
     beginning = list(first_lines(config, plan, schedules, data, world))
+    changes: list[str] = []
+    if content:
+        with as_input(f"checkpoint of step {content['step']}: expected that of this run"):
+            changes += (
+                f"step {content['step']}: {line}" for line in plan.changes(config, content, data, world.size)
+            )
     going_on = [f"resume: {content['step']:,} of {schedules.total_steps:,} steps are done"] if content else []
     for line in [*beginning, *going_on] if world.is_main else ():
         say(line)
+    for line in changes if world.is_main else ():
+        log.warning("%s", line)
     if check:
+        if config.run.init_from and not content:
+            initial_network(config)  # may not fit
         return
     started = time.monotonic()
     run = Run(config, folder, data, world, content)
@@ -122,24 +133,18 @@ class Run:
         method = config.method
         self.config, self.folder, self.data, self.world = config, folder, data, world
         self.plan = Plan.of(config, len(data.train), world.size, content)
-        if config.performance.backward == "apart" and world.size > 1:
-            raise InputError(
-                f"performance.backward: expected together for several processes, got apart for {world.size}; "
-                "DDP reduces the gradients of one backward"
-            )
         self.space = method.backbone.space
         self.micro_batches = world.share(self.plan.micro_batches)
-        chosen = [self.space.require(Subnet.parse(name)) for name in config.run.knn_subnets]
-        self.evaluated = chosen or [self.space.intact, self.space.smallest]
+        self.evaluated = evaluated_subnets(config)
         self.schedules = self.plan.schedules(config)
         self.sampler = SubnetSampler(
             self.space, method.sampling, method.seed, self.plan.micro_batches, method.backbone.flops
         )
-        self.state = TrainingState.start(config, world.device)
+        random = with_run(config, init_from="") if content else config  # the checkpoint has all
+        self.state = TrainingState.start(random, world.device)
         self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler)
         self.images = data.digest()
         self.first_step = 0
-        self.differences: list[str] = []
         if content:
             with as_input(f"checkpoint of step {content['step']}: expected that of this run"):
                 self._take_up(content)
@@ -148,12 +153,6 @@ class Run:
     def _take_up(self, content: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.first_step = content["step"]
-        processes = self.world.size, content["processes"]
-        self.differences += self.plan.differences(from_dict(Plan, content["plan"]), processes)
-        if content.get("images", self.images) != self.images:
-            self.differences.append("names or labels of the images are others than before")
-        before = from_dict(Config, content["config"])
-        self.differences += self.plan.new_schedules(before, self.config, self.first_step)
         self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
         self.journal.load_state_dict(content)
 
@@ -180,8 +179,6 @@ class Run:
         self.folder.set_aside_after(self.first_step)
         self.folder.forget_metrics_after(self.first_step)
         self.folder.keep_config(self.config)
-        for line in self.differences:
-            log.warning("step %d: %s", self.first_step, line)
 
     def train(self) -> None:
         """All remaining steps, with logging, evaluation and checkpoints."""

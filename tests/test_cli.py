@@ -79,6 +79,8 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["--lr", "1e-3"], "did you mean method.optim.base_lr=1e-3?"),
         (["--presets", "vit-s16"], "unrecognized argument --presets; did you mean --preset?"),
         (["method.batchsize=4"], "unknown option 'method.batchsize'; did you mean 'method.batch_size'?"),
+        (["run.knn_subnets=16x1,99x9", "--check"], "subnet 99x9: expected a width of 16, 32"),
+        (["performance.optimizer=apex", "--check"], "expected NVIDIA's apex for 'apex', but it does not"),
         (["--data", ""], "poa: error: argument --data: expected a value, got ''"),
         (["data.source="], "data.source: expected digits, or where the images are, got ''"),
         (

@@ -58,6 +58,12 @@ ERRORS: dict[str, tuple[Callable[[], Exception], int, str]] = {
     "zip": (lambda: zipfile.BadZipFile("File is not a zip file"), 2, "File is not a zip file"),
     "safetensors": (lambda: safetensors.SafetensorError("header too large"), 2, "header too large"),
     "Parquet": (of_parquet, 2, "no magic bytes"),
+    "memory": (lambda: MemoryError(), 1, "out of memory: of the machine"),
+    "memory of a tensor": (
+        lambda: RuntimeError("[x] err. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\n@"),
+        1,
+        "out of memory: can't allocate memory: you tried 9 bytes",
+    ),
     "full disk": (
         lambda: SaveError("a was not written: No space left"),
         1,
@@ -112,8 +118,16 @@ OUTPUTS = [
     (["evaluate", "RUN", "--device", "cpu", "--plot", "x.nonsense"], "--plot: expected a picture such as"),
     (["evaluate", "RUN", "--device", "cpu", "--plot", "no/x.png"], "--plot: expected a file that can be"),
     (["extract", "RUN", "--subnets", "16x1", "--out", "file"], "--out: expected a folder, got file: File"),
-    (["pretrain", *OVERRIDES, "--out", "file"], "out: expected a folder, got file: File exists"),
+    (["pretrain", *OVERRIDES, "--out", "file"], "out: expected a folder, got file: "),
     (["pretrain", *OVERRIDES, "--out", "x" * 300], "File name too long"),
+    (["pretrain", *OVERRIDES, "--check", "--out", "file/x"], "out: expected a folder, got file/x: "),
+    (["pretrain", *OVERRIDES, "--check", "--out", "RUN"], "out: expected a new folder, got "),
+    (["report", "no"], "run: expected a run folder, got no: no config.json"),
+    (["report", "RUN", "--record", "RUN/config.json"], "--record: expected a new file, or an older one of"),
+    (["report", "RUN", "--record", "x", "--out", "y.html"], "expected one of --out and --record, got both"),
+    (["evaluate", "RUN", "--device", "cpu", "--out", "RUN/config.json"], "--out: expected a new file, or"),
+    (["evaluate", "RUN", "--device", "cpu", "--out", "file"], "--out: expected a new file, or an older one"),
+    (["subnets", "RUN", "method.seed=1"], "subnets: expected a run, or --preset and KEY=VALUE, got both"),
     (["pretrain", "--resume", "file"], "run: expected a run folder, got file: no config.json"),
     (["pretrain", "--out", "new", "--config", "."], "config: expected a JSON file, got .: Is a directory"),
 ]
@@ -136,7 +150,7 @@ def test_where_nothing_can_be_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "evaluate_subnets", None)
     Path("file").write_text("x")
-    assert main([str(trained) if word == "RUN" else word for word in arguments]) == 2
+    assert main([word.replace("RUN", str(trained)) for word in arguments]) == 2
     assert message in (line := capsys.readouterr().err) and line.count("\n") == 1
     assert os.listdir() == ["file"] and not list(trained.rglob("*.partial"))
 

@@ -81,9 +81,9 @@ def arguments(command: str) -> list[str]:
         return [*words, "--seconds", "0.2"]
     if words[0] != "pretrain" or "--preset" not in words or "--check" in words:
         return words
-    short = TRAINED.get(words[words.index("--preset") + 1])
-    if launcher or short is None or Path(words[words.index("--out") + 1]).exists():
-        return [*words, "--check"]
+    short, out = TRAINED.get(words[words.index("--preset") + 1]), words.index("--out") + 1
+    if launcher or short is None or Path(words[out]).exists():
+        return [*words[:out], "runs/another", *words[out + 1 :], "--check"]
     return [*words, *short]
 
 

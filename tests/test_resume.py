@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from poa.checkpoint import Checkpoint, RunFolder
 from poa.errors import InputError, Preempted, SaveError
 from poa.optim import Schedules
 from poa.options import override, to_dict
+from poa.signals import StopSignals
 from poa.step import TrainingState
 from poa.train import Run, pretrain
 
@@ -117,7 +119,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list((tmp_path / "run").glob("**/*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_saves_and_asks_to_be_queued_again(
     number: signal.Signals, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -138,6 +140,16 @@ def test_a_signal_saves_and_asks_to_be_queued_again(
     again = ["pretrain", "--auto-resume", "--config", str(out / "config.json"), "--out", str(out)]
     assert main(again) == 0
     assert_same_run(out, uninterrupted)
+
+
+def test_signals_that_are_ignored_stay_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(said=False) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
@@ -259,10 +271,13 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, capsys: pytest
         assert weights.keys() == saved.keys() and all(torch.equal(weights[k], saved[k]) for k in saved)
     assert [row["step"] for row in rows(second)] == [1, 2, 3, 4, 5, 6]
     wider = ["--preset", "quickstart", *OVERRIDES, "method.backbone.max_width=48"]
-    assert main(["pretrain", "--init-from", str(first), "--out", str(tmp_path / "third"), *wider]) == 2
-    error = capsys.readouterr().err
-    assert "run.init_from: " in error and "expected shape (1, 1, 48), got (1, 1, 32)" in error
-    assert not (tmp_path / "third").exists()
+    for check in ([], ["--check"]):
+        assert main(["pretrain", "--init-from", str(first), "--out", str(second / "x"), *wider, *check]) == 2
+        error = capsys.readouterr().err
+        assert "run.init_from: " in error and "expected shape (1, 1, 48), got (1, 1, 32)" in error
+        assert not (second / "x").exists()
+    shutil.rmtree(first)
+    assert main(["pretrain", "--resume", str(second)]) == 0
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])

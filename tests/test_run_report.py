@@ -169,7 +169,7 @@ def test_runs_are_compared(trained: Path, tmp_path: Path, capsys: pytest.Capture
     other = tmp_path / "other"
     pretrain(tiny_config(*RUN, "method.seed=1", "data.source=digits"), other)
     capsys.readouterr()
-    assert main(["report", str(trained), str(other)]) == 0
+    assert main(["report", str(trained), str(other), str(other)]) == 0  # which are two
     assert capsys.readouterr().out == f"{trained}/comparison.html\n"
     page = (trained / "comparison.html").read_text()
     assert "<h1>run, other</h1>" in page and "<th>run</th><th>other</th>" in page

@@ -19,6 +19,7 @@ from poa.device import tensors_in
 from poa.errors import InputError
 from poa.micro_batch import MicroBatch
 from poa.optim import Schedules
+from poa.plan import require_runnable
 from poa.step import TrainingState, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
@@ -91,10 +92,9 @@ def test_apart_trains_the_same(tmp_path: Path) -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_apart_is_refused_for_several_processes(tmp_path: Path) -> None:
-    config = tiny_config(APART, "method.micro_batches=2")
+def test_apart_is_refused_for_several_processes() -> None:
     with pytest.raises(InputError, match="expected together for several processes, got apart for 2"):
-        run_of(config, tmp_path, size=2)
+        require_runnable(tiny_config(APART), 2)
 
 
 def test_deterministic_runs_repeat_bitwise(tmp_path: Path) -> None:

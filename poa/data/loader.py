@@ -21,6 +21,7 @@ from poa.data.decode import ImageError
 from poa.data.sources import ImageSource
 from poa.errors import DataError, InputError
 from poa.random import stream_seed
+from poa.signals import STOPPING
 
 SUBSTITUTES = 20  # tried in the place of an unreadable image
 WINDOW = 8  # blocks that a block shuffle mixes
@@ -139,10 +140,11 @@ class SampleStream:
         draw = np.random.default_rng(stream_seed(self.seed, "order", epoch))
         if self.block == 1:
             return draw.permutation(self.images)
-        blocks = draw.permutation(-(-self.images // self.block))
-        order = (blocks[:, None] * self.block + np.arange(self.block)).ravel()
+        block = min(self.block, self.images)
+        blocks = draw.permutation(-(-self.images // block))
+        order = (blocks[:, None] * block + np.arange(block)).ravel()
         order = order[order < self.images]
-        window = WINDOW * self.block
+        window = WINDOW * block
         return np.concatenate([draw.permutation(order[i : i + window]) for i in range(0, len(order), window)])
 
 
@@ -282,7 +284,7 @@ def require_shared_memory(canvas: int, batch_size: int, workers: int, evaluates:
 
 def _outlive_signals(worker: int) -> None:
     """Leave it to the training process to stop: a scheduler may send its signals to all processes."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in set(STOPPING) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

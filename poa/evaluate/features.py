@@ -28,12 +28,12 @@ class FeatureSet:
     Attributes:
         features: `[images, channels_i]` on the CPU, of each function.
         labels: int64 `[images]`; empty where the source has none.
-        unreadable: images left out.
+        unreadable: messages about the images that are left out.
     """
 
     features: list[Tensor]
     labels: Tensor
-    unreadable: int
+    unreadable: list[str]
 
 
 def pixels(crops: CropsConfig) -> Function:
@@ -68,14 +68,14 @@ def extract_features(
     positions = torch.as_tensor(world.share(len(source)))
     mine = source.subset(positions.numpy())
     banks = [_Bank(len(mine)) for _ in functions]
-    kept, unreadable = [positions[:0]], 0
+    kept, unreadable = [positions[:0]], list[str]()
     bar = tqdm(
         total=len(mine), desc="features", unit="image", leave=False, disable=None if world.is_main else True
     )
     for batch in evaluation_batches(mine, canvas, workers, patience=world.timeout):
         bar.update(len(batch.positions) + len(batch.unreadable))
         kept.append(batch.positions.clone())  # not the loader's memory, which is an open file a batch
-        unreadable += len(batch.unreadable)
+        unreadable += batch.unreadable
         if not len(batch.images):
             continue
         images = eval_crop(
@@ -92,7 +92,7 @@ def extract_features(
     read = torch.cat(kept)
     labels = torch.zeros(0, dtype=torch.int64) if mine.labels is None else torch.from_numpy(mine.labels)[read]
     gathered = [world.gather_rows(rows) for rows in [labels, *(bank.rows() for bank in banks)]]
-    lost = sum(world.gather(unreadable))
+    lost = sum(world.gather(unreadable), [])
     if not world.is_main:
         return None
     whole = [rows for rows in gathered if rows is not None]

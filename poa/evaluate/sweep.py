@@ -278,7 +278,9 @@ def _scores(
     """Those of each of the features; the main process has them."""
     assert train is not None and queries is not None
     if unreadable := train.unreadable + queries.unreadable:
-        log.warning("evaluation: %d images could not be read and are left out", unreadable)
+        log.warning(
+            "evaluation: %d images could not be read, the first is %s", len(unreadable), unreadable[0]
+        )
     pairs = zip(protocols, train.features, queries.features, strict=True)
     return [
         p.score(Labelled(mine, train.labels), Labelled(theirs, queries.labels), device, seed)

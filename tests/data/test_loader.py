@@ -91,6 +91,7 @@ def test_blocks_stay_together() -> None:
     assert [len(b) for b in blocks] == [8] * 12 + [4]
     assert sorted(order[:80]) != order[:80] and {image // 10 for image in order[:80]} != set(range(8))
     assert order != sum(stream(1000, 50, steps=range(20), block=10, seed=1), [])
+    assert sorted(sum(stream(20, 10, steps=range(2), block=10**9), [])) == list(range(20))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -122,8 +122,8 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
         [class_token(backbone, Subnet(16, 1))], data.train, config.method.crops, ALONE, canvas=32
     )
     assert found is not None
-    assert len(found.labels) == len(found.features[0]) == len(data.train) - found.unreadable
-    assert 0 < found.unreadable <= 6
+    assert len(found.labels) == len(found.features[0]) == len(data.train) - len(found.unreadable)
+    assert 0 < len(found.unreadable) <= 6
 
 
 def test_several_processes_find_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

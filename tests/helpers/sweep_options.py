@@ -45,7 +45,7 @@ def attempt(kind: str, assignment: str, folder: Path) -> tuple[str, str]:
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         out, err = (os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY) for path in (os.devnull, said))
         os.dup2(out, 1), os.dup2(err, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", 1, errors="backslashreplace")
         config = tiny_config() if kind == "vit" else tiny_pyramid(kind)
         base = [f"{key}={text(value)}" for key, _, value, _ in describe(config)]
         try:
