@@ -127,7 +127,7 @@ class RunFolder:
         if self.checkpoints():
             raise InputError(
                 f"out: expected a new folder, got {self.path}, which holds a run; "
-                f"continue it with --resume {self.path}"
+                f"resume it with --resume {self.path}"
             )
         there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

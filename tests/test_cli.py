@@ -148,7 +148,7 @@ def test_resume_with_another_method(run: Run, capsys: pytest.CaptureFixture[str]
 
 def test_out_that_holds_a_run(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run)
-    assert f"continue it with --resume {run}" in fails(capsys, *pretrain(run))
+    assert f"resume it with --resume {run}" in fails(capsys, *pretrain(run))
     assert contents(run) == before
 
 
