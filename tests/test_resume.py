@@ -231,7 +231,7 @@ def test_a_run_is_extended_by_planning_its_schedules_again(
     pretrain(tiny_config(), out)
     before = rows(out)
     assert main(["pretrain", "--resume", str(out), *longer]) == 2
-    refused = "poa: error: method.optim.epochs: expected 3.0 as the run was planned, got 4.0; --replan recomputes"
+    refused = "method.optim.epochs: expected 3.0 as the run was planned, got 4.0; --replan recomputes"
     assert refused in capsys.readouterr().err
     assert main(["pretrain", "--resume", str(out), "--replan", *longer]) == 0
     assert "step 6: schedules recomputed: method.optim.epochs 3.0 -> 4.0, method.optim." in caplog.text
