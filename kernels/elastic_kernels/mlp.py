@@ -132,7 +132,12 @@ def elastic_swiglu(
     validate.prefix(op, "width", width, largest)
     hidden = active_hidden(op, hidden, fc1_weight[: rows // 2], width)
     h = stacked_linear(op, x.reshape(-1, width), fc1_weight, fc1_bias, 2, hidden, scale)
-    h = F.silu(h[:, 0]) * h[:, 1]
+    if linear_backend(op, x).backend == "triton":
+        from elastic_kernels.triton_ops.swiglu import SwiGLUFunction
+
+        h = SwiGLUFunction.apply(h)
+    else:
+        h = F.silu(h[:, 0]) * h[:, 1]
     y = elastic_linear(h, fc2_weight, fc2_bias, out_features=width, scale=scale)
     return y.view(*x.shape[:-1], width)
 

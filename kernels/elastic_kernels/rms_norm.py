@@ -2,7 +2,7 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight[:w]          w = x.shape[-1]
 
-PyTorch's, on any device. Source: Zhang and Sennrich, 2019.
+The Triton kernels are in `triton_ops/rms_norm.py`. Source: Zhang and Sennrich, 2019.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import validate
+from elastic_kernels import dispatch, validate
+from elastic_kernels.layer_norm import MAX_WIDTH
 
 
 def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | None = None) -> Tensor:
@@ -28,6 +29,9 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
     Raises:
         ValueError: `w` is wider than the weight.
         TypeError: tensors of different dtypes outside autocast.
+        RuntimeError: the Triton kernel was forced (see `backend`) and cannot run here.
+
+    Numerics: sums are fp32. Results repeat bitwise.
 
     Example:
         >>> import torch
@@ -39,4 +43,16 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
     validate.prefix(op, "width", width, weight.shape[0])
     validate.operands(op, x=x, weight=weight)
     validate.vectors(op, x, weight=(weight, weight.shape[0]))
+    if rms_norm_backend(x).backend == "triton":
+        from elastic_kernels.triton_ops.rms_norm import RmsNormFunction
+
+        y = RmsNormFunction.apply(x if rows is not None else x.reshape(-1, width), weight, eps, rows)
+        return y if rows is not None else y.view(x.shape)
     return F.rms_norm(x if rows is None else x.index_select(0, rows), (width,), weight[:width], eps)
+
+
+def rms_norm_backend(x: Tensor) -> dispatch.Choice:
+    """The backend that `elastic_rms_norm` takes for such an input, and why."""
+    width = x.shape[-1]
+    limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
+    return dispatch.choose("elastic_rms_norm", x, limit)

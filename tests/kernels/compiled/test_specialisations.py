@@ -16,10 +16,15 @@ from triton.runtime.jit import JITFunction
 from elastic_kernels import (
     ElasticBlock,
     ElasticBottleneck,
+    ElasticPreNormBlock,
+    ElasticRMSNorm,
+    ElasticRotaryAttention,
+    ElasticSwiGLU,
     ElasticSwinBlock,
     KeptRows,
     absent_gpu,
     backend,
+    mixed_width_linear,
 )
 from elastic_kernels.dispatch import planning
 from elastic_kernels.triton_ops import layer_norm, linear, linear_wgrad
@@ -114,4 +119,29 @@ def test_all_subnets_of_a_resnet_need_few_binaries(launches: Launches) -> None:
                 block(x, width * 2**stage).sum().backward()
     counts = binaries(launches)
     assert counts.keys() >= {"_group_norm_fwd_kernel", "_group_norm_bwd_kernel"}
+    assert counts.total() < 60
+
+
+def test_every_size_of_any_network_needs_few_binaries(launches: Launches) -> None:
+    """Width, hidden units, heads, scale, offsets and widths of rows are run-time arguments."""
+    with torch.device("meta"):
+        plain = [ElasticBlock(768, 3072, 64, layer_scale=0.1, scale=scale) for scale in ("offset", None, 0.7)]
+        attn = ElasticRotaryAttention(768, 64, qk_norm="rms")
+        norms = ElasticRMSNorm(768), ElasticRMSNorm(768)
+        modern = ElasticPreNormBlock(norms[0], attn, norms[1], ElasticSwiGLU(768, 2048))
+    with backend("triton"):
+        for width, hidden, heads, images in product((384, 640, 768), (512, 1536), (3, 6), FEW_IMAGES):
+            for block in plain:
+                x = torch.empty(images * 197, width, device="meta", requires_grad=True)
+                block(x, [(images, 197)], hidden=hidden, heads=heads).sum().backward()
+            x = torch.empty(images * 300, width, device="meta", requires_grad=True)
+            ends = torch.empty(images + 1, dtype=torch.int64, device="meta")
+            modern(x, ends, hidden=hidden, heads=heads).sum().backward()
+        for rows in IMAGES:
+            x = torch.empty(rows, 768, device="meta", requires_grad=True)
+            widths = torch.empty(rows, dtype=torch.int64, device="meta")
+            weight = torch.empty(3072, 768, device="meta", requires_grad=True)
+            mixed_width_linear(x, weight, None, widths, widths).sum().backward()
+    counts = binaries(launches)
+    assert counts.keys() >= {"_attention_blocks_bwd_kernel", "_mixed_width_kernel", "_rms_norm_bwd_kernel"}
     assert counts.total() < 60
