@@ -4,8 +4,8 @@
     g = dy * weight,  dx = rstd * (g - xhat * mean_k(g * xhat)),  dw = sum dy * xhat,  xhat = x * rstd
 
 Each program of the backward keeps its share of the weight's gradient in registers; shares are summed in a
-fixed order. Saved for backward: x, and fp32 rstd of each row. Bytes: forward reads and writes rows * w elements,
-backward reads twice and writes once that much.
+fixed order. Saved for backward: x, and fp32 rstd of each row. Bytes: forward reads and writes rows * w
+elements, backward reads twice and writes once that much.
 """
 
 from __future__ import annotations
