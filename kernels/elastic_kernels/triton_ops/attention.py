@@ -34,6 +34,7 @@ from elastic_kernels.triton_ops.attention_blocks import (
 from elastic_kernels.triton_ops.attention_settings import (
     BWD_TUNABLE,
     FWD_TUNABLE,
+    AttentionConfig,
     bwd_config,
     config_of,
     fwd_config,
@@ -101,10 +102,10 @@ def _attention_streaming_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_token", "length", "heads"])
+@triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
 def _attention_bwd_kernel(
-    qkv_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr,
-    first_token, length, heads,
+    qkv_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
+    first_token, first_part, length, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -120,9 +121,11 @@ def _attention_bwd_kernel(
             base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_n, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
+    part = first_part + pid // heads * tl.cdiv(length, BLOCK_M)
     for start_m in range(0, length, BLOCK_M):
         queries_gradients(
-            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_m, length, head, heads, stride_t, stride_g,
+            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, part + start_m // BLOCK_M,
+            row, start_m, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
@@ -148,25 +151,47 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def attention_bwd(qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: Sequence[int]) -> Tensor:
-    """The gradient `[tokens, 3, heads, d]` of qkv; `out`, `lse` and `dout` are contiguous."""
+def attention_bwd(
+    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: Sequence[int], wants_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """Through attention; `out`, `lse` and `dout` are contiguous.
+
+    Returns:
+        The gradient `[tokens, 3, heads, d]` of qkv, and for a bias sums over parts of its tokens, fp32
+        `[parts, 3, heads * d]`, or empty.
+    """
     heads, dim = qkv.shape[2:]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    fallback = bwd_config(dim, qkv.dtype.itemsize, capability(qkv.device))
+    parts = _parts(qkv, groups) if wants_sums else 0
+    sums = torch.empty(parts, 3, heads * dim, dtype=torch.float32, device=qkv.device)
+    wanted, first_part = sums if wants_sums else None, 0
     for first, count, length in _spans(groups):
-        config = config_of(BWD_TUNABLE, fallback, qkv, length)
+        config = _bwd_config(qkv, length)
         if length > LONGEST_OF_ONE_PROGRAM:
-            blocks_bwd(qkv, out, lse, dout, dqkv, Span(None, first, count, length), config)
-            continue
-        _attention_bwd_kernel[(count * heads,)](
-            qkv, out, dout, lse, dqkv,
-            first, length, heads,
-            *qkv.stride()[:3],
-            dim**-0.5, dim**-0.5 * LOG2_E,
-            HEAD_DIM=dim, BLOCK_D=head_block(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-            PRECISION=precision(qkv), num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return dqkv
+            span = Span(None, first, count, length)
+            blocks_bwd(qkv, out, lse, dout, dqkv, span, config, wanted, first_part)
+        else:
+            _attention_bwd_kernel[(count * heads,)](
+                qkv, out, dout, lse, dqkv, wanted,
+                first, first_part, length, heads,
+                *qkv.stride()[:3],
+                dim**-0.5, dim**-0.5 * LOG2_E,
+                HEAD_DIM=dim, BLOCK_D=head_block(dim), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+                PRECISION=precision(qkv), num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+        first_part += count * cdiv(length, config.block_m)
+    return dqkv, sums
+
+
+def _bwd_config(qkv: Tensor, length: int) -> AttentionConfig:
+    fallback = bwd_config(qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
+    return config_of(BWD_TUNABLE, fallback, qkv, length)
+
+
+def _parts(qkv: Tensor, groups: Sequence[int]) -> int:
+    """Blocks of queries in the backward."""
+    spans = _spans(groups)
+    return sum(count * cdiv(length, _bwd_config(qkv, length).block_m) for _, count, length in spans)
 
 
 def _spans(groups: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -188,9 +213,13 @@ register(
     ),
 )
 register(
-    "attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups) -> Tensor",
+    "attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups, bool wants_sums)"
+    " -> (Tensor, Tensor)",
     attention_bwd,
-    lambda qkv, *rest: qkv.new_empty(qkv.shape),
+    lambda qkv, out, lse, dout, groups, wants_sums: (
+        qkv.new_empty(qkv.shape),
+        qkv.new_empty(_parts(qkv, groups) if wants_sums else 0, 3, out.shape[1], dtype=torch.float32),
+    ),
 )
 
 
@@ -210,4 +239,4 @@ class AttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
         qkv, out, lse = ctx.saved_tensors
-        return ops.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups), None
+        return ops.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups, False)[0], None

@@ -110,12 +110,12 @@ def keys_gradients(
 
 @triton.jit
 def queries_gradients(
-    base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_m, length, head, heads, stride_t, stride_g,
-    scale, scale_log2,
+    base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, part,
+    row, start_m, length, head, heads, stride_t, stride_g, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries of the sequence that begins at `row`."""
+    """dq of BLOCK_M queries of the sequence that begins at `row`; perhaps a part of the sums of dqkv."""
     # out, dout and dqkv are contiguous: [tokens, heads, d] and [tokens, 3, heads, d].
     outs = (row * heads + head) * HEAD_DIM
     grads = dqkv_ptr + (row * 3 * heads + head) * HEAD_DIM
@@ -145,6 +145,15 @@ def queries_gradients(
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     ends = grads + offs_m[:, None] * grad_t + offs_d[None, :]
     tl.store(ends, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=cells_m)
+    if sums_ptr is not None:
+        # Rows of p add up to one and those of ds to zero: the sum of dv is that of do, and dk has none.
+        sums, mask_d = (
+            sums_ptr + (part.to(tl.int64) * 3 * heads + head) * HEAD_DIM + offs_d,
+            offs_d < HEAD_DIM,
+        )
+        tl.store(sums, tl.sum(dq, 0) * scale, mask=mask_d)
+        tl.store(sums + out_t, tl.zeros([BLOCK_D], tl.float32), mask=mask_d)
+        tl.store(sums + 2 * out_t, tl.sum(do.to(tl.float32), 0), mask=mask_d)
 
 
 @triton.jit
@@ -177,10 +186,10 @@ def _attention_blocks_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_token", "length", "tokens", "heads"])
+@triton.jit(do_not_specialize=["first_part", "first_token", "length", "tokens", "heads"])
 def _attention_blocks_bwd_kernel(
-    qkv_ptr, offsets_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr,
-    first_token, length, tokens, heads,
+    qkv_ptr, offsets_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
+    first_part, first_token, length, tokens, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
     HAS_OFFSETS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -195,9 +204,11 @@ def _attention_blocks_bwd_kernel(
             base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_n, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
+    first_part += pid // heads * tl.cdiv(length, BLOCK_M)
     for start_m in range(part * BLOCK_M, length, parts * BLOCK_M):
         queries_gradients(
-            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_m, length, head, heads, stride_t, stride_g,
+            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, first_part + start_m // BLOCK_M,
+            row, start_m, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
@@ -234,14 +245,22 @@ def _options(qkv: Tensor, span: Span, config: AttentionConfig) -> dict[str, Any]
 
 
 def blocks_bwd(
-    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dqkv: Tensor, span: Span, config: AttentionConfig
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dqkv: Tensor,
+    span: Span,
+    config: AttentionConfig,
+    sums: Tensor | None = None,
+    first_part: int = 0,
 ) -> None:
-    """Write the gradients of some sequences into `dqkv`."""
+    """Write the gradients of some sequences into `dqkv`; sums of their blocks of queries from a part on."""
     scale = qkv.shape[3] ** -0.5
     grid, arguments = span.arguments(qkv, min(config.block_m, config.block_n))
     _attention_blocks_bwd_kernel[grid](
-        qkv, span.offsets, out, dout, lse, dqkv,
-        *arguments,
+        qkv, span.offsets, out, dout, lse, dqkv, sums,
+        first_part, *arguments,
         scale, scale * LOG2_E,
         **_options(qkv, span, config),
     )  # fmt: skip

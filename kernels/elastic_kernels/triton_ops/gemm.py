@@ -38,11 +38,10 @@ def _halves_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns of a tile in two, or if it is wide in four slices: an epilogue of one at a time needs the fewer
-    registers."""
+def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOUR: tl.constexpr):
+    """Columns of a tile in two or four slices: an epilogue of one at a time needs the fewer registers."""
     slices = _halves_of(acc, BLOCK_M, BLOCK_N)
-    if BLOCK_N > 128:
+    if FOUR:
         slices = _halves_of(slices[0], BLOCK_M, BLOCK_N // 2) + _halves_of(slices[1], BLOCK_M, BLOCK_N // 2)
     return slices
 

@@ -149,12 +149,15 @@ def _attend(qkv: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec) -> t
 
 def _attend_backward(
     qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of qkv, of the bias of windows, and of the padding."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of qkv, its sums for the bias if they are made, gradients of windows' bias and of padding."""
     if spec.windows is None:
-        return ops.attention_bwd(qkv, o, lse, do, spec.attention_groups), None, None
+        arguments = (qkv, o, lse, do, spec.attention_groups)
+        dqkv, sums = ops.attention_bwd(*arguments, layer.bias is not None)
+        return dqkv.flatten(2), sums, None, None
     pad, maps = _padding(layer, qkv), spec.attention_groups
-    return ops.window_attention_bwd(qkv, bias, pad, lse, do, maps, *spec.windows)
+    dqkv, dbias, dpad = ops.window_attention_bwd(qkv, bias, pad, lse, do, maps, *spec.windows)
+    return dqkv.flatten(2), None, dbias, dpad
 
 
 class AttentionHalfFunction(torch.autograd.Function):
@@ -192,12 +195,11 @@ class AttentionHalfFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, places, h, qkv, o, lse, bias), (qkv_layer, proj) = kept(ctx)
-        d = branch_gradient(dout, index, row_scale, h.dtype)
-        dw2, db2, dgamma = proj.wgrad(d, o)
+        d, d_sums = branch_gradient(dout, index, row_scale, proj)
+        dw2, db2, dgamma = proj.wgrad(d, o, d_sums)
         do = proj.dgrad(d)
-        dqkv, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
-        dqkv = dqkv.flatten(2)
-        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, None if dpad is None else dpad.flatten(1))
+        dqkv, sums, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
+        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, sums, None if dpad is None else dpad.flatten(1))
         dh = qkv_layer.dgrad(dqkv)
         dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec)
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None
@@ -234,7 +236,7 @@ class MlpHalfFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, places, h, u), (fc1, fc2) = kept(ctx)
-        d = branch_gradient(dout, index, row_scale, h.dtype)
-        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, h, u, fc1, fc2)
+        d, sums = branch_gradient(dout, index, row_scale, fc2)
+        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, sums, h, u, fc1, fc2)
         dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec)
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None, None

@@ -107,20 +107,21 @@ class Layer:
     def dgrad(self, dy: Tensor) -> Tensor:
         return ops.linear_dgrad(dy, self.weight, self.gamma, self.spec.scale)
 
-    def dgrad_gelu(self, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def dgrad_gelu(self, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return ops.linear_dgrad_gelu(dy, self.weight, self.gamma, u, self.spec.scale)
 
     def wgrad(
-        self, dy: Tensor, x: Tensor, beside: Tensor | None = None
+        self, dy: Tensor, x: Tensor, sums: Tensor | None = None, beside: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of weight, bias and LayerScale, where there are such and they do not wait elsewhere.
 
-        The bias also has a gradient `[groups, n]` from elsewhere, if it is given.
+        `sums` are those of dy over parts of its rows, fp32 `[parts, groups, n]`, if who made it summed them.
+        The bias also has a gradient `[groups, n]` from elsewhere, if `beside` is given.
         """
         ledger, key = self.spec.ledger, self.spec.key
         whole = list(self.weight.shape[1:]) == self.full
         waiting = ledger.arrived(key) if ledger is not None and whole else None
-        dweight, dbias, dgamma = self._gradients(dy, x, *(waiting or (None, None, None)))
+        dweight, dbias, dgamma = self._gradients(dy, x, sums, *(waiting or (None, None, None)))
         if beside is not None and dbias is not None:
             dbias.unflatten(0, (self.spec.groups, -1))[:, : beside.shape[1]] += beside
         if ledger is not None and ledger.awaits_whole(key):
@@ -132,11 +133,20 @@ class Layer:
         return dweight.flatten(0, 1).to(self.grad_dtype), dbias, dgamma
 
     def _gradients(
-        self, dy: Tensor, x: Tensor, waiting: Tensor | None, dbias: Tensor | None, dgamma: Tensor | None
+        self,
+        dy: Tensor,
+        x: Tensor,
+        sums: Tensor | None,
+        waiting: Tensor | None,
+        dbias: Tensor | None,
+        dgamma: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the corner of the weight and of the whole vectors, to each of which one that waits is added."""
         scale, dtype = self.spec.scale, self.grad_dtype
-        sums = None if self.bias is None else ops.linear_bias_sums(dy)
+        if self.bias is None:
+            sums = None
+        elif sums is None:
+            sums = ops.linear_bias_sums(dy)
         if self.gamma is not None:
             p = ops.linear_wgrad(dy, x, scale, torch.float32)
             rest = (waiting, self.full[0], dtype, dbias, dgamma)
@@ -167,12 +177,16 @@ def kept(ctx: Any) -> tuple[list[Any], list[Layer]]:
 
 
 def branch_gradient(
-    dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The gradient of a branch's rows in the dtype of the products; the given one if nothing changes it."""
+    dout: Tensor, index: Tensor | None, row_scale: Tensor | None, layer: Layer
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the rows of the branch that ends in a layer, and sums of it for the layer's bias.
+
+    It is the given one if nothing changes it, and then nobody has summed it.
+    """
+    dtype = layer.weight.dtype
     if index is None and row_scale is None and dout.dtype == dtype:
-        return unit_stride(dout)
-    return ops.branch_grad(dout, index, row_scale, dtype)
+        return unit_stride(dout), None
+    return ops.branch_grad(dout, index, row_scale, dtype, layer.bias is not None)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -222,19 +236,19 @@ class LinearResidualFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, index, row_scale), (layer,) = kept(ctx)
-        d = branch_gradient(dout, index, row_scale, x.dtype)
-        dweight, dbias, dgamma = layer.wgrad(d, x)
+        d, sums = branch_gradient(dout, index, row_scale, layer)
+        dweight, dbias, dgamma = layer.wgrad(d, x, sums)
         return layer.dgrad(d), dweight, dbias, dout, dgamma, None, None, None
 
 
 def mlp_backward(
-    d: Tensor, x: Tensor, u: Tensor, fc1: Layer, fc2: Layer
+    d: Tensor, sums: Tensor | None, x: Tensor, u: Tensor, fc1: Layer, fc2: Layer
 ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """The gradient of the MLP's input and those of the parameters of both layers."""
-    du, activation = fc2.dgrad_gelu(d, u)
-    second = fc2.wgrad(d, activation)
+    """The gradient of the MLP's input and those of all parameters; `d` and `sums` as `branch_gradient`."""
+    du, activation, du_sums = fc2.dgrad_gelu(d, u)
+    second = fc2.wgrad(d, activation, sums)
     del activation
-    return fc1.dgrad(du), fc1.wgrad(du, x), second
+    return fc1.dgrad(du), fc1.wgrad(du, x, du_sums), second
 
 
 class MlpFunction(torch.autograd.Function):
@@ -261,6 +275,6 @@ class MlpFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, u), (fc1, fc2) = kept(ctx)
-        d = branch_gradient(dout, None, None, x.dtype)
-        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, x, u, fc1, fc2)
+        d, sums = branch_gradient(dout, None, None, fc2)
+        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, fc1, fc2)
         return dx, dw1, db1, dw2, db2, None

@@ -6,7 +6,8 @@
     dgrad      dx = s sum_g (dy[g] * gamma) W[g]                     optionally * gelu'(u), and gelu(u) again
 
 Weights are read in place: a pointer, strides, and run-time sizes. The row choice of stochastic depth is an
-index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward.
+index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward. Sums over
+rows for bias gradients come out of the kernels that make the gradients.
 
 Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
 y where a GELU follows. In fp32 the GELU is that of erf; in half precision see `_normal_cdf`.
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import cdiv, precision, unit_stride
+from elastic_kernels.triton_ops.device import cdiv, precision
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
     Form,
@@ -124,7 +125,7 @@ def _linear_fwd_kernel(
     places = offs_m.to(tl.int64)
     if HAS_INDEX:
         places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, BLOCK_N > 128)
     SLICES: tl.constexpr = len(slices)
     for part in tl.static_range(SLICES):
         offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
@@ -139,7 +140,7 @@ def _linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_dgrad_kernel(
-    dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr,
+    dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr, sums_ptr,
     rows, groups, out_features, in_features,
     stride_y, stride_yg, stride_wg, stride_wn, stride_wk,
     scale,
@@ -167,7 +168,7 @@ def _linear_dgrad_kernel(
         w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(dy, w, acc, PRECISION)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, BLOCK_N > 64 if EPILOGUE == "gelu" else BLOCK_N > 128)
     SLICES: tl.constexpr = len(slices)
     for part in tl.static_range(SLICES):
         dx = slices[part]
@@ -179,31 +180,9 @@ def _linear_dgrad_kernel(
             dx *= _gelu_grad(u, u_ptr.dtype.element_ty == tl.float32)
             activation = _gelu(u, u_ptr.dtype.element_ty == tl.float32)
             tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
+            sums = sums_ptr + pid_m.to(tl.int64) * in_features + offs_h
+            tl.store(sums, tl.sum(dx, 0), mask=offs_h < in_features)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _branch_grad_kernel(
-    dout_ptr, index_ptr, row_scale_ptr, d_ptr,
-    rows, width,
-    stride_o,
-    HAS_INDEX: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_r = offs_r < rows
-    mask = mask_r[:, None] & (offs_k < width)[None, :]
-    source = offs_r.to(tl.int64)
-    if HAS_INDEX:
-        source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
-    d = tl.load(dout_ptr + source[:, None] * stride_o + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    if HAS_ROW_SCALE:
-        d *= tl.load(row_scale_ptr + offs_r, mask=mask_r, other=0.0)[:, None]
-    out = d_ptr + offs_r.to(tl.int64)[:, None] * width + offs_k[None, :]
-    tl.store(out, d.to(d_ptr.dtype.element_ty), mask=mask)
-
-
-COPY_ROWS, COPY_BLOCK = 4, 512  # of `_branch_grad_kernel`: 16 values a thread
 
 
 def _fwd(
@@ -306,22 +285,26 @@ def linear_residual_fwd(
 
 def _dgrad(
     dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, and through a GELU its activation and the sums of dx over the rows of each tile."""
     rows, (groups, out, width) = dy.shape[0], weight.shape
+    config = config_for("dgrad" if u is None else "dgrad_gelu", dy, width, out)
+    tiles = cdiv(rows, config.block_m)
     dx = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
-    activation = None if u is None else torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+    activation, sums = None, None
+    if u is not None:
+        activation = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+        sums = torch.empty(tiles, 1, width, dtype=torch.float32, device=dy.device)
     if rows:
-        form: Form = "dgrad" if u is None else "dgrad_gelu"
-        config = config_for(form, dy, width, out)
-        _linear_dgrad_kernel[(cdiv(rows, config.block_m) * cdiv(width, config.block_n),)](
-            dy, weight, gamma, u, dx, activation,
+        _linear_dgrad_kernel[(tiles * cdiv(width, config.block_n),)](
+            dy, weight, gamma, u, dx, activation, sums,
             rows, groups, out, width,
             dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
             scale,
             HAS_GAMMA=gamma is not None, EPILOGUE="none" if u is None else "gelu", PRECISION=precision(dy),
             **launch_options(config),
         )  # fmt: skip
-    return dx, activation
+    return dx, activation, sums
 
 
 def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
@@ -334,27 +317,15 @@ def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float)
 
 def linear_dgrad_gelu(
     dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Through a layer and the GELU before it: du, and gelu(u) for the layer's wgrad; `u` is contiguous."""
-    du, activation = _dgrad(dy, weight, gamma, u, scale)
-    assert activation is not None
-    return du, activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through a layer and the GELU before it, whose `u` is contiguous.
 
-
-def branch_grad(dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Rows of the gradient of a residual sum, scaled and rounded for the products: `[kept, n]`."""
-    dout = unit_stride(dout)
-    rows, width = (dout if index is None else index).shape[0], dout.shape[1]
-    d = torch.empty(rows, width, dtype=dtype, device=dout.device)
-    if rows:
-        _branch_grad_kernel[(cdiv(rows, COPY_ROWS), cdiv(width, COPY_BLOCK))](
-            dout, index, row_scale, d,
-            rows, width,
-            dout.stride(0),
-            HAS_INDEX=index is not None, HAS_ROW_SCALE=row_scale is not None,
-            ROWS=COPY_ROWS, BLOCK=COPY_BLOCK,
-        )  # fmt: skip
-    return d
+    Returns:
+        du, gelu(u) for the layer's wgrad, and partial sums of du for a bias, fp32 `[parts, 1, k]`.
+    """
+    du, activation, sums = _dgrad(dy, weight, gamma, u, scale)
+    assert activation is not None and sums is not None
+    return du, activation, sums
 
 
 register(
@@ -387,14 +358,16 @@ register(
     lambda dy, weight, gamma, scale: dy.new_empty(dy.shape[0], weight.shape[2]),
 )
 register(
-    "linear_dgrad_gelu(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale) -> (Tensor, Tensor)",
+    "linear_dgrad_gelu(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
     linear_dgrad_gelu,
-    lambda dy, weight, gamma, u, scale: tuple(dy.new_empty(u.shape) for _ in range(2)),
-)
-register(
-    "branch_grad(Tensor dout, Tensor? index, Tensor? row_scale, ScalarType dtype) -> Tensor",
-    branch_grad,
-    lambda dout, index, row_scale, dtype: dout.new_empty(
-        (dout if index is None else index).shape[0], dout.shape[1], dtype=dtype
+    lambda dy, weight, gamma, u, scale: (
+        *(dy.new_empty(u.shape) for _ in range(2)),
+        dy.new_empty(
+            cdiv(len(u), config_for("dgrad_gelu", dy, u.shape[1], dy.shape[1]).block_m),
+            1,
+            u.shape[1],
+            dtype=torch.float32,
+        ),
     ),
 )

@@ -3,8 +3,8 @@
     P[g] = s dy[g]^T x,  dW = gamma * P,  db = gamma * sum dy,  dgamma = rowsum(P * W) + b * sum dy
 
 The product P is cuBLAS's, with fp32 results of half-precision operands. LayerScale takes one pass over it, of
-the weight's size: dgamma needs no saved activation. Columns of dy are summed in parts, which are added in a
-fixed order, so that results repeat bitwise.
+the weight's size: dgamma needs no saved activation. Whatever makes dy also sums its columns, in parts, which
+are added in a fixed order, so that results repeat bitwise.
 """
 
 from __future__ import annotations
@@ -14,32 +14,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import cdiv, processors
+from elastic_kernels.triton_ops.device import cdiv, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import product_into
 from elastic_kernels.triton_ops.registration import register
 
 
 @triton.jit(do_not_specialize=["rows", "part_rows"])
-def _linear_bias_sums_kernel(
-    dy_ptr, sums_ptr,
-    rows, part_rows, out_features,
-    stride_y, stride_yg,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _branch_grad_kernel(
+    dout_ptr, index_ptr, row_scale_ptr, d_ptr, sums_ptr,
+    rows, part_rows, width,
+    stride_o,
+    HAS_INDEX: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of BLOCK columns of dy of a group over a part of the rows."""
-    part, group = tl.program_id(1), tl.program_id(2)
-    offs_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask_n = offs_n < out_features
+    """BLOCK columns of a part of the rows, scaled and rounded, and their sums; of both what is wanted."""
+    part = tl.program_id(1)
+    offs_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_k = offs_k < width
     first, last = part * part_rows, tl.minimum((part + 1) * part_rows, rows)
-    columns = dy_ptr + group * stride_yg + offs_n[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(first, last, ROWS):
         offs_r = start + tl.arange(0, ROWS)
-        mask = (offs_r < last)[:, None] & mask_n[None, :]
-        dy = tl.load(columns + offs_r.to(tl.int64)[:, None] * stride_y, mask=mask, other=0.0)
-        total += dy.to(tl.float32)
-    place = (part * tl.num_programs(2) + group) * out_features
-    tl.store(sums_ptr + place + offs_n, tl.sum(total, 0), mask=mask_n)
+        mask_r = offs_r < last
+        mask = mask_r[:, None] & mask_k[None, :]
+        source = offs_r.to(tl.int64)
+        if HAS_INDEX:
+            source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
+        d = tl.load(dout_ptr + source[:, None] * stride_o + offs_k[None, :], mask=mask, other=0.0)
+        d = d.to(tl.float32)
+        if HAS_ROW_SCALE:
+            d *= tl.load(row_scale_ptr + offs_r, mask=mask_r, other=0.0)[:, None]
+        if d_ptr is not None:
+            out = d_ptr + offs_r.to(tl.int64)[:, None] * width + offs_k[None, :]
+            tl.store(out, d.to(d_ptr.dtype.element_ty), mask=mask)
+        total += d
+    if sums_ptr is not None:
+        tl.store(sums_ptr + part * width + offs_k, tl.sum(total, 0), mask=mask_k)
 
 
 @triton.jit
@@ -110,8 +119,8 @@ def _layer_scale_grads_kernel(
     tl.store(dgamma_ptr + offs_n, dgamma.to(dgamma_ptr.dtype.element_ty), mask=inside)
 
 
-SUM_ROWS, SUM_BLOCK = 32, 128  # rows and columns of dy that `_linear_bias_sums_kernel` loads at a time
-MIN_PART_ROWS, SUM_PROGRAMS = 512, 16  # rows of a part at least, and programs for each processor
+COPY_ROWS, COPY_BLOCK = 4, 512  # of `_branch_grad_kernel`: 16 values a thread
+COPY_PROGRAMS = 8  # for each processor: 64 KB under way
 PARTS, BIAS_BLOCK = 64, 32  # partial sums and columns that `_linear_bias_grad_kernel` loads at a time
 SCALE_ROWS, SCALE_BLOCK = 4, 512  # of `_layer_scale_grads_kernel`: 16 values a thread
 
@@ -133,20 +142,46 @@ def linear_wgrad_(total: Tensor, dy: Tensor, x: Tensor, scale: float) -> None:
     product_into(total.flatten(0, 1), dy.flatten(1).t(), x, scale=scale, add=True)
 
 
-def linear_bias_sums(dy: Tensor) -> Tensor:
-    """`dy` `[rows, n]` or `[rows, groups, n]` -> sums over parts of its rows, fp32 `[parts, groups, n]`."""
-    rows, (groups, out) = dy.shape[0], _groups_of(dy)
-    blocks = cdiv(out, SUM_BLOCK)
-    most = cdiv(rows, SUM_ROWS if dy.device.type == "cpu" else MIN_PART_ROWS)
-    parts = max(min(SUM_PROGRAMS * processors(dy.device) // (groups * blocks), most), 1)
-    sums = torch.empty(parts, groups, out, dtype=torch.float32, device=dy.device)
-    _linear_bias_sums_kernel[(blocks, parts, groups)](
-        dy, sums,
-        rows, cdiv(rows, parts), out,
-        dy.stride(0), dy.stride(1) if groups > 1 else 0,
-        ROWS=SUM_ROWS, BLOCK=SUM_BLOCK,
+def _parts(dout: Tensor, rows: int) -> int:
+    """Into which `_branch_grad_kernel` divides the rows."""
+    programs = COPY_PROGRAMS * processors(dout.device) // cdiv(dout.shape[1], COPY_BLOCK)
+    return max(min(programs, cdiv(rows, COPY_ROWS)), 1)
+
+
+def _branch_grad(
+    dout: Tensor, index: Tensor | None, row_scale: Tensor | None, d: Tensor | None, wants_sums: bool
+) -> Tensor:
+    """Write rows of `dout` to `d`; return the sums of their parts, fp32 `[parts, 1, n]`, or nothing."""
+    rows, width = (dout if index is None else index).shape[0], dout.shape[1]
+    parts = _parts(dout, rows)
+    sums = torch.empty(parts if wants_sums else 0, 1, width, dtype=torch.float32, device=dout.device)
+    _branch_grad_kernel[(cdiv(width, COPY_BLOCK), parts)](
+        dout, index, row_scale, d, sums if wants_sums else None,
+        rows, cdiv(rows, parts), width,
+        dout.stride(0),
+        HAS_INDEX=index is not None, HAS_ROW_SCALE=row_scale is not None,
+        ROWS=COPY_ROWS, BLOCK=COPY_BLOCK,
     )  # fmt: skip
     return sums
+
+
+def branch_grad(
+    dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype, wants_sums: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows of the gradient of a residual sum, scaled and rounded for the products.
+
+    Returns:
+        `[kept, n]`, and sums over parts of its rows for a bias, fp32 `[parts, 1, n]`, or empty.
+    """
+    rows, width = (dout if index is None else index).shape[0], dout.shape[1]
+    d = torch.empty(rows, width, dtype=dtype, device=dout.device)
+    return d, _branch_grad(unit_stride(dout), index, row_scale, d, wants_sums)
+
+
+def linear_bias_sums(dy: Tensor) -> Tensor:
+    """`dy` `[rows, (groups,) n]` -> sums over parts of its rows, fp32 `[parts, groups, n]`."""
+    sums = _branch_grad(unit_stride(dy.flatten(1)), None, None, None, True)
+    return sums.view(len(sums), *_groups_of(dy))
 
 
 def linear_bias_grad(sums: Tensor, largest: int, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
@@ -215,10 +250,27 @@ register(
     linear_wgrad_,
     lambda *arguments: None,
 )
+
+
+def _branch_grad_shapes(
+    dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype, wants_sums: bool
+) -> tuple[Tensor, Tensor]:
+    rows = (dout if index is None else index).shape[0]
+    parts = _parts(dout, rows) if wants_sums else 0
+    sums = dout.new_empty(parts, 1, dout.shape[1], dtype=torch.float32)
+    return dout.new_empty(rows, dout.shape[1], dtype=dtype), sums
+
+
+register(
+    "branch_grad(Tensor dout, Tensor? index, Tensor? row_scale, ScalarType dtype, bool wants_sums)"
+    " -> (Tensor, Tensor)",
+    branch_grad,
+    _branch_grad_shapes,
+)
 register(
     "linear_bias_sums(Tensor dy) -> Tensor",
     linear_bias_sums,
-    lambda dy: dy.new_empty(1, *_groups_of(dy), dtype=torch.float32),
+    lambda dy: dy.new_empty(_parts(dy.flatten(1), len(dy)), *_groups_of(dy), dtype=torch.float32),
 )
 register(
     "linear_bias_grad(Tensor sums, int largest, ScalarType dtype, Tensor? beside) -> Tensor",

@@ -82,7 +82,10 @@ def test_registered_operators() -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.elastic_kernels.attention_fwd, (qkv, flat), test_utils=checks)
     arguments = (qkv, out, lse, torch.ones_like(out), flat)
-    torch.library.opcheck(torch.ops.elastic_kernels.attention_bwd, arguments, test_utils=checks)
+    for wants_sums in (False, True):
+        torch.library.opcheck(
+            torch.ops.elastic_kernels.attention_bwd, (*arguments, wants_sums), test_utils=checks
+        )
     offsets = torch.tensor([0, 4, 13])
     torch.library.opcheck(torch.ops.elastic_kernels.attention_offsets_fwd, (qkv, offsets), test_utils=checks)
     arguments = (qkv, offsets, out, lse, torch.ones_like(out))

@@ -218,7 +218,8 @@ def test_registered_operators() -> None:
             ops.layer_scale_grads_,
             (weight[:1].clone(), None, *one, gamma, u[None, :5], 9, torch.float32, None, None),
         ),
-        (ops.branch_grad, (d, index, scale, torch.float16)),
+        (ops.branch_grad, (d, index, scale, torch.float16, True)),
+        (ops.branch_grad, (d, None, None, torch.float16, False)),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in calls:
