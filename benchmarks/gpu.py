@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = {
     "attention": ("attention", "window_attention"),
     "products": ("linear", "linear_gelu", "qkv", "linear_residual", "mlp"),
-    "norms": ("layer_norm", "group_norm"),
+    "norms": ("layer_norm", "group_norm", "rms_norm"),
+    "designs": ("swiglu", "nested_mlp", "mixed_widths", "offsets"),
     "losses": ("prototype_losses", "sinkhorn"),
     "optimizer": ("optimizer",),
     "blocks": ("block", "swin_block", "bottleneck"),
@@ -33,7 +34,7 @@ IMAGES = 64
 OFFICIAL_IMAGES, LARGE = (32, 50), 100e9  # what the official code can take on a GPU of less memory than this
 PARTS = (
     *("environment", "tests", "attention", "products", "norms", "losses", "optimizer", "profile", "step"),
-    *("blocks", "step-swin", "step-resnet", "networks"),
+    *("blocks", "designs", "step-swin", "step-resnet", "networks"),
 )
 
 

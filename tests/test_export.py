@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import poa
 from elastic_kernels import eval_crop
 from helpers import golden_cases as golden
-from helpers.tiny import OVERRIDES
+from helpers.tiny import OVERRIDES, tiny_config
 from poa import export
 from poa.__main__ import main
 from poa.backbones import ElasticViT, ResNetConfig
@@ -93,6 +93,22 @@ def test_golden_extract(name: str, backbone: ElasticViT) -> None:
 def test_strict_keys_and_equal_features_in_timm(subnet: Subnet, backbone: ElasticViT, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
     path = export.extract(backbone, subnet, tmp_path, CROPS)
+    info = json.loads(path.with_suffix(".json").read_text())
+    model = timm.models.VisionTransformer(**info["timm"]).eval()
+    model.load_state_dict(load_file(path), strict=True)
+    size = backbone.config.image_size
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        golden.assert_close(model(images), poa.load(path)(images))
+
+
+def test_registers_in_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
+    backbone = tiny_config("method.backbone.registers=4").method.backbone.build()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
     info = json.loads(path.with_suffix(".json").read_text())
     model = timm.models.VisionTransformer(**info["timm"]).eval()
     model.load_state_dict(load_file(path), strict=True)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.cases import method, pyramids, transformer
+from benchmarks.cases import designs, method, pyramids, transformer
 from benchmarks.cases.common import REAL, TINY, Groups, Sizes, draw, sizes_of
 from benchmarks.harness import Problem
 
@@ -74,6 +74,11 @@ CASES: Sequence[Case] = (
     Case("linear_residual", "proj with bias, LayerScale and residual", transformer.linear_residual),
     Case("mlp", "fc1, GELU, fc2", transformer.mlp),
     Case("block", "a transformer block", transformer.block),
+    Case("rms_norm", "RMSNorm with a weight", designs.rms_norm),
+    Case("swiglu", "a gated MLP; gate and units are two prefixes of one weight", designs.swiglu),
+    Case("nested_mlp", "MatFormer: nested hidden units of the whole width", designs.nested_mlp),
+    Case("mixed_widths", "rows of two widths in one layer", designs.mixed_widths),
+    Case("offsets", "attention of sequences given by offsets", designs.offsets, ("teacher", "student")),
     Case(
         "window_attention",
         "attention within shifted windows of padded maps",

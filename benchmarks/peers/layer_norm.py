@@ -13,7 +13,8 @@ from benchmarks.failures import Unavailable
 from benchmarks.harness import Provider
 
 
-def _imported(package: str, name: str, device: torch.device) -> object:
+def imported(package: str, name: str, device: torch.device) -> object:
+    """A name of a package, or `Unavailable` with the reason."""
     if device.type != "cuda":
         raise Unavailable("runs on CUDA only")
     if importlib.util.find_spec(package.split(".")[0]) is None:
@@ -25,7 +26,7 @@ def _imported(package: str, name: str, device: torch.device) -> object:
 
 
 def liger(eps: float, device: torch.device) -> Provider:
-    function = _imported("liger_kernel.ops.layer_norm", "LigerLayerNormFunction", device)
+    function = imported("liger_kernel.ops.layer_norm", "LigerLayerNormFunction", device)
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         width = x.shape[-1]
@@ -36,7 +37,7 @@ def liger(eps: float, device: torch.device) -> Provider:
 
 def apex(eps: float, device: torch.device) -> Provider:
     """NVIDIA Apex (from source; the package of that name on the index is another)."""
-    function = _imported("apex.normalization.fused_layer_norm", "fused_layer_norm_affine", device)
+    function = imported("apex.normalization.fused_layer_norm", "fused_layer_norm_affine", device)
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         width = x.shape[-1]
@@ -47,7 +48,7 @@ def apex(eps: float, device: torch.device) -> Provider:
 
 def quack(eps: float, device: torch.device) -> Provider:
     """QuACK's LayerNorm has no bias and no backward of its own."""
-    _imported("quack.rmsnorm", "layernorm_fwd", device)
+    imported("quack.rmsnorm", "layernorm_fwd", device)
     raise Unavailable("quack has no LayerNorm with a bias and a backward")
 
 
