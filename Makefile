@@ -6,7 +6,7 @@
 #   make test-newest   the same with the newest that were tried and timm, in .venv-newest
 #   make test-gpu      the tests that need a GPU
 #   make sanitize      those of the kernels without a GPU, every access and race checked; in .venv-sanitize
-#   make bench         tests, kernels and steps against their peers on a GPU, in 9 minutes; RESUME=1 goes on,
+#   make bench         tests, kernels and steps against their peers on a GPU, in 9 minutes; RESUME=1 resumes,
 #                      OFFICIAL=checkout of alipay/POA
 #   make kernel-report compile every Triton kernel for every kind of GPU, without one; WRITE=1 replaces the table
 #   make lint          ruff, ruff format, mypy

@@ -47,7 +47,7 @@ Event = Row | Trying | Refused | Settled
 
 
 class Failures(dict[str, str]):
-    """Why providers failed, by name; the others go on."""
+    """Why providers failed, by name; the others continue."""
 
     _litter = False  # what the last failure's traceback kept alive is still there
 
@@ -59,7 +59,7 @@ class Failures(dict[str, str]):
         """Catch what a provider raises.
 
         Raises:
-            DeviceLost: nothing can go on in this process.
+            DeviceLost: nothing more can run in this process.
         """
         if self._litter:
             free_memory()

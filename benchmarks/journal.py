@@ -22,7 +22,7 @@ class Journal:
 
     Args:
         folder: of the run; made if need be.
-        resume: go on with what is there.
+        resume: continue what the folder holds.
         retry: forget cases that failed or lost a provider, so that they are measured again.
 
     Raises:

@@ -41,7 +41,7 @@ def run(
     """Measure a subnet of a preset, forward, and forward with backward to all weights.
 
     Args:
-        name: of the preset; without a GPU a tiny network stands for it.
+        name: of the preset; without a GPU a tiny network is used instead.
         which: subnet, smallest, middle or intact.
         images: of a forward, in the size of global crops.
         device: to run on.

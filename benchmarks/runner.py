@@ -1,6 +1,6 @@
 """Cases in processes of their own, within minutes: whatever happens to one, the others are measured.
 
-A case that raises or runs out of memory is listed with its reason, and its process goes on. A case whose
+A case that raises or runs out of memory is listed with its reason, and its process continues. A case whose
 process dies, hangs past its share or loses the device is listed too, and a new process takes the next one;
 where a provider of the case is to blame, it is measured again without that one.
 """
@@ -199,7 +199,7 @@ class Runner:
         return worker
 
     def _case(self, part: Part, case: Case, worker: Worker, end: float) -> Worker | None:
-        """Run a case, again without a provider that was lost; returns the worker if it can go on."""
+        """Run a case, again without a provider that was lost; returns the worker if it can continue."""
         key, started = (part.name, case.name), time.monotonic()
         while True:
             without = frozenset(self.journal.aside(key))

@@ -84,7 +84,7 @@ class Setting:
 
 
 def config_of(name: str, device: torch.device) -> Config:
-    """The preset; without a GPU a tiny network of its kind stands for it."""
+    """The preset; without a GPU a tiny network of its kind instead."""
     config = preset(name)
     if device.type == "cuda":
         return config
@@ -236,7 +236,7 @@ def run(
     """Measure steps of a preset; yields rows as they come, and the providers that fail.
 
     Args:
-        name: of the preset; without a GPU a tiny network stands for it.
+        name: of the preset; without a GPU a tiny network is used instead.
         images: of the measured micro-batch.
         device: to run on.
         official: checkout of the official code, or None.
@@ -359,5 +359,5 @@ def row_of(
 
 
 def _whole(work: roofline.Workload) -> roofline.Workload:
-    """As specified: with the tokens of the last block that nobody reads."""
+    """As specified: with the unused tokens of the last block."""
     return roofline.Workload(work.method, work.images, work.masked, skip_dead_tokens=False)

@@ -28,8 +28,8 @@ OF_INPUT = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what ends it early is one line on standard error.
 
-    Exit codes: 2 for wrong input, 1 where training cannot go on, 75 where a signal stopped a run that was
-    saved and can go on, 130 where Ctrl-C did (a second one leaves at once).
+    Exit codes: 2 for wrong input, 1 where training cannot continue, 75 where a signal stopped a run whose
+    checkpoint was saved, 130 where Ctrl-C did (a second one leaves at once).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout:  # it may have been closed
             sys.stdout.flush()
     except BrokenPipeError:
-        discard_output()  # nobody reads on, as in `| head`
+        discard_output()  # the reader has closed the pipe, as `| head` does
         return 141
     except (DataError, DivergenceError, PeerError, SaveError) as error:
         return _ended(f"error: {one_line(error)}", 1)

@@ -1,11 +1,11 @@
 """The folder of a run: its configuration, its metrics and its checkpoints.
 
     config.json                               the configuration
-    beginning.json                            what the run said it found and would do
+    beginning.json                            the first lines of the run: images found, plan
     metrics.jsonl                             a line per logged step, evaluation and alarm, with its checksum
-    unreadable.jsonl                          likewise per image that could not be read, if there are any
+    unreadable.jsonl                          a line per image that could not be read, if any
     lock                                      the process that trains, while it does
-    checkpoints/00001000-0123456789abcdef.pt  everything needed to go on, or to extract and evaluate subnets
+    checkpoints/00001000-0123456789abcdef.pt  everything needed to resume, or to extract and evaluate subnets
 
 The name of a checkpoint is its step and the beginning of its SHA-256, so that one atomic renaming makes it
 whole and findable, and a damaged one is noticed. Loading reads weights and plain values only, never pickled
@@ -144,7 +144,7 @@ class RunFolder:
         write_json(self.path / "config.json", to_dict(config))
 
     def keep_config(self, config: Config) -> None:
-        """Let the run go on with other schedules than it was started with."""
+        """Let the run resume with other schedules than it was started with."""
         if config.method.optim != self.config().method.optim:
             optim = config.method.optim
             kept = self.config()
@@ -243,7 +243,7 @@ class RunFolder:
         Args:
             checkpoint: see `newest`.
             config: its `method` must be the checkpoint's, apart from `micro_batches` and, as they may be
-                planned again, the schedules.
+                recomputed, the schedules.
             mapped: leave the tensors in the file until they are used.
 
         Raises:

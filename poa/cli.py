@@ -14,6 +14,7 @@ import poa
 from poa import commands
 from poa.backbones import CONFIGS
 from poa.config import Config
+from poa.data.layout import SOURCES
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS
 from poa.options import Interval, describe, nearest, shown
@@ -104,7 +105,6 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 
 OPTIONS_HELP = "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
-DATA_HELP = "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
 RUN_HELP = "run folder written by pretrain"
 
 
@@ -165,7 +165,7 @@ def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     command = group.add_parser(
         "loader", help="measure how fast images are read and decoded, without training"
     )
-    command.add_argument("--data", required=True, help=DATA_HELP)
+    command.add_argument("--data", required=True, help=SOURCES)
     _add_preset(command)
     command.add_argument(
         "--workers",
@@ -196,7 +196,7 @@ def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequen
     )
     _add_preset(command)
     command.add_argument("--config", help="config.json of another run, instead of a preset")
-    command.add_argument("--data", help=f"{DATA_HELP} (data.source)")
+    command.add_argument("--data", help=f"{SOURCES} (data.source)")
     command.add_argument("--out", help="new run folder")
     command.add_argument("--resume", metavar="RUN", help="resume this run from its newest checkpoint")
     command.add_argument(
@@ -279,7 +279,7 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     )
     command.add_argument("run", metavar="RUN", help=RUN_HELP)
     command.add_argument("--subnets", default=["all"], **which)
-    command.add_argument("--data", help=f"{DATA_HELP} (default: the data of the run)")
+    command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
     command.add_argument(
         "--initial", action="store_true", help="also evaluate the initial weights, before training"
     )

@@ -137,7 +137,7 @@ class Config:
     performance: PerformanceConfig = section(PerformanceConfig(), "changes speed and memory only")
     run: RunConfig = section(RunConfig(), "device, logging, checkpoints, evaluation")
 
-    RENAMED: ClassVar[dict[str, str]] = {  # what options were called in runs of before
+    RENAMED: ClassVar[dict[str, str]] = {  # old names of options, in configurations of earlier versions
         "method.chunks": "method.micro_batches",
         "performance.reduce": "method.reduce_dtype",
         "run.data": "data.source",

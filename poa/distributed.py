@@ -160,7 +160,7 @@ class World:
 class Poll:
     """Yes or no, asked in every step: whether any process said yes, known one step later.
 
-    It goes between the CPUs while the step runs, so that nobody waits for a device.
+    It goes between the CPUs while the step runs, so that no process waits for a device.
     """
 
     def __init__(self, world: World):

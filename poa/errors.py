@@ -30,7 +30,7 @@ class DataError(OSError):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop: it was saved; the message says how it goes on.
+    """A signal stopped the run: a checkpoint was saved; the message says how to resume.
 
     Attributes:
         interrupted: by Ctrl-C.

@@ -36,7 +36,7 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock, and keep it alive; that of a process which is gone is taken over, which is said.
+        """Take the lock, and keep it alive; that of a dead process is taken over, with a warning.
 
         Raises:
             InputError: another run has it.
@@ -52,7 +52,7 @@ class RunLock:
             holder = _parsed(state[1])
             if self._lives(holder, state):
                 raise self._refusal(holder)
-            log.warning("%s: taken over from %s, which is gone", self.path, _named(holder))
+            log.warning("%s: taken over from %s, which is dead", self.path, _named(holder))
             write_text(self.path, self.text)
             time.sleep(SETTLE_SECONDS)
             state = self._state()

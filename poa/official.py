@@ -71,7 +71,7 @@ def load_backbone(
             state dict, or a safetensors file with official names.
         branch: "teacher" or "student", for files that hold both.
         head_dim: channels of an attention head of a ViT, which shapes do not tell (64 in every official one).
-        norm_groups: of the norms of a ResNet, likewise (32 in the official one).
+        norm_groups: groups of a ResNet's norms (32 in the official one).
 
     Returns:
         The intact backbone; its search space is every width and depth up to it.

@@ -43,13 +43,13 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config, images: int, processes: int, content: dict[str, Any] | None = None) -> Plan:
-        """The plan of a new run, or of one that goes on.
+        """The plan of a new run, or of a resumed one.
 
         Args:
             config: of the run.
             images: to train on.
             processes: that share the micro-batches.
-            content: of the checkpoint to go on from.
+            content: of the checkpoint to resume.
 
         Raises:
             InputError: more ranks than micro-batches.
@@ -89,7 +89,7 @@ class Plan:
     def changes(
         self, config: Config, content: dict[str, Any], data: DataSplit, processes: int
     ) -> Iterator[str]:
-        """What is no more as it was when a checkpoint was written, though the run may go on.
+        """What differs from when the checkpoint was written, without keeping the run from resuming.
 
         Raises:
             InputError: the run would be over.

@@ -14,7 +14,7 @@ log = logging.getLogger("poa")
 
 
 def say(line: str) -> None:
-    """Print a line; where nobody reads it any more, the run goes on."""
+    """Print a line; the run continues if standard output is closed."""
     try:
         print(line, flush=True)
     except OSError as error:

@@ -234,7 +234,7 @@ def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManage
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[None]:
-    """The context in which networks run; meta tensors know no autocast, `planning` stands for it."""
+    """The context in which networks run; meta tensors have no autocast, `planning` replaces it."""
     if precision == "fp32":
         return nullcontext()
     if device.type == "meta":

@@ -156,9 +156,9 @@ class SubnetSampler:
         balanced: the micro-batches of a step get subnets of about equal cost. Each round is sorted by cost
             and cut into groups of neighbours, one group a step, in random order; what is left over (chosen at
             random) joins the next round. Over `micro_batches` rounds every subnet is drawn exactly as often
-            as under per-rank. For the ViT-L space the dearest of 8 micro-batches costs on average 1.5 % more
-            than the mean of its step (at worst 9 %), of 32 micro-batches 7.5 % (27 %); under per-rank that is
-            103 % and 158 %.
+            as under per-rank. For the ViT-L space the most expensive of 8 micro-batches costs on average 1.5
+            % more than the mean of its step (at worst 9 %), of 32 micro-batches 7.5 % (27 %); under per-rank
+            that is 103 % and 158 %.
 
     Args:
         space: the search space.

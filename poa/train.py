@@ -44,7 +44,7 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
     Args:
         config: of the run.
         out: the run folder; new, or with `resume` one with a checkpoint.
-        resume: go on from the newest checkpoint.
+        resume: continue from the newest checkpoint.
         check: only say it, and write nothing.
 
     Raises:
@@ -116,7 +116,7 @@ class Run:
         folder: of the run; nothing is written before `begin`.
         data: training and test images.
         world: this process.
-        content: of the checkpoint to go on from; None for a new run.
+        content: of the checkpoint to resume; None for a new run.
 
     Raises:
         InputError: more ranks than micro-batches, or a checkpoint that does not fit.

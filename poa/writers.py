@@ -39,7 +39,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases named as the folder; one that goes on keeps its identity."""
+    """A run of Weights & Biases named as the folder; a resumed one keeps its identity."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         import wandb

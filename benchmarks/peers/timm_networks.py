@@ -14,7 +14,7 @@ from poa.backbones import Backbone, ResNetConfig, SwinConfig, ViTConfig
 def build(static: Backbone) -> tuple[nn.Module, bool]:
     """timm's network of one size, in evaluation mode, and whether it computes the same function.
 
-    timm has no Swin that normalises its embedding over more channels than it goes on with, so that one gets
+    timm has no Swin that normalises its embedding over more channels than its blocks have, so that one gets
     weights of its own.
 
     Raises:

@@ -51,7 +51,7 @@ def backbone(config: SwinConfig, work: Workload, part: str, subnet: Subnet) -> I
 
 
 def _embedding(config: SwinConfig, work: Workload, part: str, width: int) -> Iterator[Cost]:
-    """All channels are computed and normalised; the first ones go on."""
+    """All channels are computed and normalised; only the first ones are used by the blocks."""
     student, s, out, pixels = part != "teacher", work.stream_bytes, config.embedding, 3 * config.patch_size**2
     patches = positions([(count, config.sides(size)[0]) for count, size in work.crops(student)])
     yield product(part, "forward", "patch embedding", patches, out, pixels)

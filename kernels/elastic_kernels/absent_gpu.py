@@ -1,4 +1,4 @@
-"""A GPU that nobody has: what operators would launch there, found on meta tensors."""
+"""An absent GPU: what operators would launch on it, recorded with meta tensors."""
 
 from __future__ import annotations
 

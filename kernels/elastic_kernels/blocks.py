@@ -96,7 +96,7 @@ class ElasticBlock(nn.Module):
             kept: the sequences that take part in the attention half and in the MLP half.
             only: int64 `[live]`, distinct tokens that are wanted (of a last block): the projection and the
                 MLP are computed for these alone.
-            inplace: the result may overwrite `x`, which nobody else needs.
+            inplace: the result may overwrite `x`, which is not used elsewhere.
             hidden, heads: in use; default the share of each that `w` has of the largest width.
 
         Returns:

@@ -118,7 +118,7 @@ def planned() -> torch.dtype | None:
 
 @contextmanager
 def assuming(gpu: Gpu) -> Iterator[None]:
-    """Take meta tensors for those of a GPU that nobody has; `absent_gpu` also records launches."""
+    """Take meta tensors for those of an absent GPU; `absent_gpu` also records launches."""
     token = _absent.set(gpu)
     try:
         yield

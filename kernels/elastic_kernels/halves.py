@@ -109,7 +109,8 @@ def elastic_attention_half(
         only: int64 `[live]`, distinct tokens that are wanted; the projection is made of these alone. Queries
             are made of all: leaving them out would take attention over ragged queries, for 0.4 % of a step of
             ViT-L/16 by the cost model.
-        inplace: the result may overwrite `x`, which nobody else needs and which is no leaf with gradients.
+        inplace: the result may overwrite `x`, which is not used elsewhere and is no leaf that requires
+            gradients.
         heads: in use; default the share that `w` has of the largest width.
         scale: of both projections, as in `elastic_linear`.
 

@@ -251,7 +251,7 @@ def layer_spec(
 
 
 def factor(scale: Scale, largest: int, width: int) -> float:
-    """The number that a scale stands for where `width` of the `largest` input features are in use."""
+    """The value of a scale where `width` of the `largest` input features are in use."""
     if isinstance(scale, str) and scale != "offset":
         raise ValueError(f"scale: expected 'offset', None or a number, got {scale!r}")
     return 1.0 if scale is None else largest / width if isinstance(scale, str) else float(scale)

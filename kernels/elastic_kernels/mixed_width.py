@@ -156,7 +156,7 @@ def mixed_width_block(block: ElasticBlock, x: Tensor, groups: Groups, widths: Te
 
 
 def row_factors(scale: Scale, largest: int, widths: Tensor) -> Tensor | None:
-    """float32 `[rows]`: what a scale stands for in each row; None means 1 in all."""
+    """float32 `[rows]`: the value of a scale in each row; None means 1 in all."""
     if scale == "offset":
         return (largest / widths.double()).float()
     number = factor(scale, largest, largest)

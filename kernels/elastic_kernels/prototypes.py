@@ -5,7 +5,7 @@
     distill   -<softmax(x1 W^T / tau_s), log softmax(x2 W^T / tau_s)>, the first student being the teacher
 
 Neither targets nor student logits need to exist: with Triton only teacher logits do, in the dtype they are
-given in. `log_scale` is what Sinkhorn leaves of itself (`sinkhorn_scaling`), or `-center / tau_t` for
+given in. `log_scale` is Sinkhorn-Knopp's column scaling (`sinkhorn_scaling`), or `-center / tau_t` for
 centering, or zero.
 
 Source: Sinkhorn-Knopp as in SwAV (Caron et al., 2020) and the official POA code, whose constants cancel;

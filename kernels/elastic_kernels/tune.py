@@ -285,7 +285,7 @@ def compile_all(calls: Counter[Call], architecture: str, folder: Path) -> Iterat
 def tune(calls: Counter[Call], path: Path, minutes: float, device: torch.device) -> Iterator[str]:
     """Find the fastest settings of the kernels of some calls, as many as the time allows.
 
-    The table is written after each, and what it holds already is kept: a later call goes on.
+    The table is written after each, and what it holds already is kept: a later call continues.
 
     Args:
         calls: as `record` counts them.
@@ -294,7 +294,7 @@ def tune(calls: Counter[Call], path: Path, minutes: float, device: torch.device)
         device: a GPU.
 
     Yields:
-        Lines of what was found.
+        Lines of results.
 
     Raises:
         ValueError: `path` holds something else than a table of this GPU and these versions.

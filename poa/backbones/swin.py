@@ -155,7 +155,7 @@ class SwinConfig(PyramidConfig):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens of all channels, normalised over all of them; the first `w` go on (official)."""
+    """Patches to tokens, normalised over all channels; the first `w` enter the blocks (official)."""
 
     def __init__(self, patch_size: int, width: int):
         super().__init__()

@@ -20,6 +20,8 @@ PACKED: dict[str, Callable[[Sequence[Path]], Opened]] = {".tar": open_shards, ".
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_SHARDS = 1_000_000  # of a pattern
 
+SOURCES = "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
+"""What can be found."""
 Opener = Callable[[], Opened]
 
 

@@ -72,7 +72,7 @@ def place_on_canvases(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 def collate(samples: Sequence[Decoded]) -> Canvases:
     """A batch of the images that could be read; of a worker, in memory that it shares.
 
-    PyTorch would put it there in a thread whose failure nobody hears of.
+    PyTorch would put it there in a thread whose failure goes unnoticed.
     """
     readable = [s for s in samples if s.image is not None]
     images, sizes = place_on_canvases([s.image for s in readable if s.image is not None])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from poa.data.decode import ImageError, decode
-from poa.data.layout import find
+from poa.data.layout import SOURCES, find
 from poa.data.storage import Opened, Storage
 from poa.data.summary import EXAMPLES, LeftOut, printable
 from poa.errors import InputError
@@ -21,9 +21,7 @@ from poa.random import stream_seed
 class DataConfig(Options, at="data"):
     """Which images are trained on, and which are held out."""
 
-    source: str = option(
-        "digits", "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
-    )
+    source: str = option("digits", SOURCES)
     holdout: float = option(
         0.25, "share of each class held out for k-NN if there is no test split; 0: none", "[0, 1)"
     )

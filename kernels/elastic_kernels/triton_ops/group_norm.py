@@ -181,7 +181,7 @@ def _config(tunable: Tunable, x: Tensor, groups: int) -> GroupConfig:
 def group_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[N, rows, C]`, contiguous as `residual` -> y likewise, fp32 mean and rstd `[N, groups]`."""
+    """`[N, rows, C]`, contiguous as `residual` -> y of the same layout, fp32 mean and rstd `[N, groups]`."""
     samples, rows, channels = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty(samples, groups, dtype=torch.float32, device=x.device) for _ in range(2))

@@ -236,7 +236,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> 
         y = torch.addmm(x.new_empty(groups * out), x, matrix.t(), beta=0, alpha=scale)
     else:
         y = torch.addmm(bias.reshape(-1).to(x.dtype), x, matrix.t(), alpha=scale)
-    return y.view(shape) if groups > 1 else y  # nobody may overwrite a view that a unit returned
+    return y.view(shape) if groups > 1 else y  # a view out of a Function must not be overwritten
 
 
 def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

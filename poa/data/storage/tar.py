@@ -156,7 +156,7 @@ def _read_table(file: Path) -> ShardTable:
 
 
 def list_shard(path: Path) -> ShardTable:
-    """List a tar file. Behind a damaged header it goes on at the next whole one."""
+    """List a tar file. After a damaged header it continues at the next intact one."""
     with open_regular(str(path)) as file:
         if file.read(8).startswith(COMPRESSED):
             raise OSError("is compressed, expected a plain tar file")
@@ -206,7 +206,7 @@ class _Walk:
         return max(archive.offset, start) if archive else start
 
     def _after(self, start: int, end: int) -> int | None:
-        """Where to go on after what ended here, or None; note what is lost."""
+        """Where to continue after damage, or None; note what is lost."""
         self.file.seek(end)
         block = self.file.read(BLOCK)
         if len(block) == BLOCK and not block.strip(b"\0"):
