@@ -175,7 +175,7 @@ class Runner:
         return [case for case in part.cases if (part.name, case.name) not in finished]
 
     def _serve(self, part: Part, waiting: deque[Case]) -> None:
-        """Take cases, and start a process where the last one is gone."""
+        """Take cases, and start a process if the last one died."""
         worker, end = None, time.monotonic() + part.share * self.seconds
         try:
             while waiting and self._left(end) > 0:

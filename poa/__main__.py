@@ -67,7 +67,7 @@ def _ended(line: str, code: int) -> int:
 
 
 def _of_memory(error: MemoryError | RuntimeError) -> str | None:
-    """What an error says of memory that is not there, of the machine or of a GPU; None of others."""
+    """The line of an out-of-memory error, of the machine or a GPU; None for other errors."""
     text = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or text.startswith("can't allocate memory"):
         return text.removeprefix("CUDA out of memory. ") or "of the machine"

@@ -73,7 +73,7 @@ def run_quickstart(options: argparse.Namespace) -> None:
 
 
 def _free_folder(wanted: Path) -> Path:
-    """The folder itself, or the first of its numbered siblings that is not there yet."""
+    """The folder itself, or the first of its numbered siblings that does not exist."""
     siblings = (wanted.with_name(f"{wanted.name}-{number}") for number in itertools.count(2))
     return next(path for path in itertools.chain([wanted], siblings) if not path.exists())
 

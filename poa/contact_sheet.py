@@ -22,7 +22,7 @@ def contact_sheet(config: Config) -> bytes:
     """A PNG with a row for each image: itself, its two global crops, its local crops.
 
     Raises:
-        InputError: the images are not there any more, or not readable.
+        InputError: the images are missing or unreadable.
     """
     method, crops = config.method, config.method.crops
     source = config.data.open(method.seed).train

@@ -252,7 +252,7 @@ def build_optimizer(
 
 
 def require_optimizer(kind: OptimizerKind) -> None:
-    """Raise InputError where apex was asked for and is not there."""
+    """Raise InputError if apex is requested and not installed."""
     try:
         if kind == "apex":
             importlib.import_module("apex.optimizers")

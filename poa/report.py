@@ -67,7 +67,7 @@ def _names(folders: Sequence[RunFolder]) -> list[str]:
 
 
 def _beginning(folder: RunFolder) -> dict[str, Any]:
-    """What the run said at its beginning; nothing where that is not there, or damaged."""
+    """The first lines of the run and its phases; nothing if they are missing or damaged."""
     with suppress(InputError, AttributeError, KeyError, TypeError, ValueError):
         beginning = read_json(folder.path / "beginning.json", "report: expected the first lines of the run")
         phases = {str(what): int(step) for what, step in beginning["phases"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import subprocess
@@ -296,8 +297,29 @@ def test_one_grammar() -> None:
         reads_a_run = name in ("subnets", "report", "evaluate", "extract")
         assert ("run" in unnamed) == reads_a_run
         assert ("--preset" in command.flags) == (name in work.split()[1:6])
-        alone = [a.help for a in command._actions if not a.help or a.help.split()[0] in UNFINISHED]
-        assert not alone, f"{name}: a line of help says what it is about: {alone}"
+        assert not unfinished(command), name
+
+
+def unfinished(command: argparse.ArgumentParser) -> list[str | None]:
+    """Lines of help that do not say what they are about."""
+    return [a.help for a in command._actions if not a.help or a.help.split()[0] in UNFINISHED]
+
+
+@pytest.mark.parametrize("program", ["benchmarks", "elastic_kernels"])
+def test_the_same_grammar_elsewhere(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse(parser: argparse.ArgumentParser, *_: object) -> None:
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"{program}.__main__").main([])
+    (group,) = (a for a in parsers[0]._actions if isinstance(a, argparse._SubParsersAction))
+    for name, command in group.choices.items():
+        unnamed = [a.dest for a in command._actions if not a.option_strings]
+        assert unnamed in (["overrides"], ["rows"], []) and not unfinished(command), name
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ class OfficialStep:
             sys.modules.update(ours)
 
     def _install_stubs(self) -> list[str]:
-        """Stand-ins for packages that are not there, or whose attention does not run on the device."""
+        """Stand-ins for missing packages, or for those whose attention does not run on the device."""
         wanted = []
         if importlib.util.find_spec("fvcore") is None:
             wanted += [name for name in STUBS if name.startswith("fvcore")]

@@ -1,4 +1,4 @@
-"""What the compiled code promises of a training step's time, without a GPU.
+"""The time of a training step's kernels, predicted from their compiled code, without a GPU.
 
     python -m benchmarks predict --preset vit-l16 --gpu h200 --subnet 640x18
 

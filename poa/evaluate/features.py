@@ -100,7 +100,7 @@ def extract_features(
 
 
 class _Bank:
-    """Rows that come in batches, in memory or, where they are too many, in a file that is gone with them."""
+    """Rows that come in batches, in memory or, where they are too many, in a temporary file."""
 
     def __init__(self, most: int):
         self.most = most

@@ -6,12 +6,12 @@
 
 Fused: the gather of the rows that take part (stochastic depth), statistics, affine, and in the backward the
 addition of the gradient that bypasses the norm. The backward is one pass over rows; each program keeps its
-share of the affine gradients in registers, and the shares are summed in a fixed order.
+partial affine gradients in registers, and the partial sums are added in a fixed order.
 
 Saved for backward: x, and fp32 mean and rstd of each row; or, of a norm in a residual stream, instead of x
 and mean the normalised rows xhat, so that x may be overwritten and only rows that take part are kept. Bytes:
 forward reads and writes rows * w elements, and writes xhat; backward reads twice and writes once that much;
-the shares add programs * w * 8 bytes.
+the partial sums add programs * w * 8 bytes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from elastic_kernels.triton_ops.device import cdiv, processors, unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.tuning import Tunable
 
-PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few shares to sum
+PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few partial sums
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -126,7 +126,7 @@ def _layer_norm_affine_kernel(
     programs, width, largest,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Full-shape affine gradients from the programs' shares; zero outside of the active width."""
+    """Full-shape affine gradients from the programs' partial sums; zero outside of the active width."""
     offs_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     active, inside = offs_k < width, offs_k < largest
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -277,7 +277,7 @@ def affine_gradients(
     weight_beside: Tensor | None = None,
     bias_beside: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum the shares of so many programs into full-shape gradients, and others beside them."""
+    """Add the partial sums of so many programs into full-shape gradients, and others beside them."""
     if weight is None:
         return partials.new_empty(0), partials.new_empty(0)
     dweight, dbias = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))

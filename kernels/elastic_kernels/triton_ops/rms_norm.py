@@ -3,7 +3,7 @@
     y = x * rstd * weight[:w],  rstd = 1 / sqrt(mean(x^2) + eps)
     g = dy * weight,  dx = rstd * (g - xhat * mean_k(g * xhat)),  dw = sum dy * xhat,  xhat = x * rstd
 
-Each program of the backward keeps its share of the weight's gradient in registers; shares are summed in a
+Each program of the backward keeps a partial gradient of the weight in registers; partial sums are summed in a
 fixed order. Saved for backward: x, and fp32 rstd of each row. Bytes: forward reads and writes rows * w
 elements, backward reads twice and writes once that much.
 """
@@ -108,14 +108,14 @@ def rms_norm_bwd(
     if rows:
         config = row_config(width)
         programs = min(cdiv(rows, config.rows), PROGRAMS_PER_SM * processors(x.device))
-        shares = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+        partials = torch.empty(programs, width, dtype=torch.float32, device=x.device)
         _rms_norm_bwd_kernel[(programs,)](
-            dy, x, weight, index, rstd, dx, shares,
+            dy, x, weight, index, rstd, dx, partials,
             rows, width,
             x.stride(0),
             HAS_INDEX=index is not None, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-        dweight[:width] = shares.sum(0)
+        dweight[:width] = partials.sum(0)
     return dx, dweight
 
 

@@ -5,13 +5,13 @@
     dbias = sum ds
 
 Cutting a map into windows, its padding and its shift are arithmetic on addresses: tokens are read and written
-where they lie. A program of the backward goes over a slice of the windows with one head and keeps its share
-of the gradients of the bias, and of k and v of padded positions, in registers; shares are summed in a fixed
+where they lie. A program of the backward goes over a slice of the windows with one head and keeps partial
+gradients of the bias, and of k and v of padded positions, in registers; partial sums are added in a fixed
 order.
 
 Saved for backward: qkv and the fp32 log-sum-exp of each row; a window's row of p is whole in a tile, so o is
 not needed. Bytes: forward reads 3 and writes 1 of tokens * channels elements; backward reads 4 (qkv, do),
-writes 3, and slices * heads * window**4 * 4 bytes of shares.
+writes 3, and slices * heads * window**4 * 4 bytes of partial sums.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from elastic_kernels.triton_ops.heads import head_block, load_head, of_head
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.tuning import Tunable
 
-SLICED_PROGRAMS = 1024  # of the backward of a group, about: some to each multiprocessor, few shares to sum
+SLICED_PROGRAMS = 1024  # of the backward of a group, about: some to each multiprocessor, few partial sums
 
 
 @triton.jit
