@@ -50,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuner.add_argument(
         "--out", type=Path, help="table to write or extend (default: in the user's cache folder)"
     )
-    tuner.add_argument("--arch", help="only compile what would be timed on a GPU architecture, such as sm_90")
+    tuner.add_argument(
+        "--arch", help="compile what would be timed on an absent GPU architecture, such as sm_90, and stop"
+    )
     tuner.add_argument(
         "--cache",
         type=Path,
