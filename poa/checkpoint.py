@@ -32,6 +32,7 @@ from poa.errors import InputError, SaveError, one_line
 from poa.files import (
     append_rows,
     make_folder,
+    open_regular,
     read_json,
     read_rows,
     remove_partial,
@@ -79,11 +80,13 @@ class Checkpoint:
         """
         digest, size = hashlib.sha256(), 0
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 while part := file.read(1 << 20):
                     digest.update(part)
                     size += len(part)
         except FileNotFoundError:
+            if self.path.is_symlink():
+                return "is a link to nothing"
             raise
         except OSError as error:
             return f"cannot be read: {error.strerror}"

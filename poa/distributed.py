@@ -206,6 +206,8 @@ def init_distributed(device_name: str, timeout: float = 600.0, threads: int | No
     rank, size, local = (
         _from_launcher(*what) for what in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
+    if rank >= size:
+        raise InputError(f"RANK: expected one below WORLD_SIZE {size} in the environment, got {rank}")
     device = choose_device(device_name, local)
     use_threads(threads, device)
     if device.type == "cuda":

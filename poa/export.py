@@ -31,7 +31,7 @@ from poa.data.loader import place_on_canvases
 from poa.data.sources import ImageSource
 from poa.data.storage import Files
 from poa.errors import InputError, as_input
-from poa.files import make_folder, read_json, sealed, unsealed, write_bytes, write_json
+from poa.files import make_folder, open_regular, read_json, sealed, unsealed, write_bytes, write_json
 from poa.options import section_from_dict, to_dict
 from poa.subnets import Subnet
 
@@ -176,7 +176,8 @@ def _subnet(path: Path) -> Subnet:
 def _read_model(path: Path) -> ExportedModel:
     with as_input(f"{path}: expected an extracted subnet"):
         info = _read_info(path.with_suffix(".json"))
-        content = path.read_bytes()
+        with open_regular(path) as file:
+            content = file.read()
         if (got := hashlib.sha256(content).hexdigest()) != info["sha256"]:
             raise InputError(
                 f"{path}: expected the weights of its JSON file (sha256 {info['sha256']:.8}), got others "

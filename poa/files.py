@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -140,6 +141,19 @@ def make_folder(path: Path, option: str) -> None:
         raise InputError(f"{option}: expected a folder, got {path}: {error.strerror}") from None
 
 
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file; of anything else, such as a FIFO, a reader might wait for ever.
+
+    Raises:
+        OSError: it cannot be opened, or is none.
+    """
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(number, "rb", buffering)
+
+
 def read_json(path: Path, expected: str) -> Any:
     """The value in a JSON file.
 
@@ -147,7 +161,8 @@ def read_json(path: Path, expected: str) -> Any:
         InputError: `NAME: expected ...`, and why it is not.
     """
     try:
-        return json.loads(path.read_bytes())
+        with open_regular(path) as file:
+            return json.loads(file.read())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise InputError(f"{expected}, got {path}: {reason}") from None
@@ -172,6 +187,8 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     text = "".join(json.dumps(sealed(row)) + "\n" for row in rows).encode()
     try:
+        if path.exists():
+            open_regular(path).close()
         with path.open("ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
@@ -191,7 +208,9 @@ def read_rows(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows, damaged = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    with open_regular(path) as file:
+        lines = file.read().splitlines()
+    for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is None or type(row.get(key)) is not kind:
             damaged.append(number)

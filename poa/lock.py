@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from poa.errors import InputError, SaveError
-from poa.files import make_folder, write_text
+from poa.files import make_folder, open_regular, write_text
 from poa.progress import clock
 
 BEAT_SECONDS = 5.0  # between heartbeats
@@ -78,7 +78,7 @@ class RunLock:
     def _state(self) -> tuple[int, str] | None:
         """Time and content of the lock, None where there is none; opened, as NFS shows news only then."""
         try:
-            with self.path.open("rb") as file:
+            with open_regular(self.path) as file:
                 return os.fstat(file.fileno()).st_mtime_ns, file.read(10_000).decode(errors="replace")
         except FileNotFoundError:
             return None

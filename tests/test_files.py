@@ -147,3 +147,14 @@ def test_lines_of_others_and_no_lines(tmp_path: Path, caplog: pytest.LogCaptureF
     (tmp_path / "rows").write_text('{"step": 1, "note": "by hand"}')
     assert files.read_rows(tmp_path / "rows", "step", int) == [{"step": 1, "note": "by hand"}]
     assert not caplog.text
+
+
+def test_only_regular_files_are_read_and_appended_to(tmp_path: Path) -> None:
+    """Of a FIFO a reader would wait for ever."""
+    os.mkfifo(fifo := tmp_path / "fifo")
+    with pytest.raises(InputError, match=f"x: expected JSON, got {fifo}: not a regular file"):
+        files.read_json(fifo, "x: expected JSON")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.read_rows(fifo, "step", int)
+    with pytest.raises(SaveError, match=f"{fifo} was not written: not a regular file"):
+        files.append_rows(fifo, ROWS)

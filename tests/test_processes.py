@@ -20,6 +20,7 @@ from helpers.run_folders import assert_same, newest, rows
 from helpers.tiny import OVERRIDES, tiny_config
 from poa.checkpoint import RunFolder
 from poa.data.loader import SampleStream
+from poa.distributed import init_distributed
 from poa.errors import InputError
 from poa.plan import Plan
 
@@ -99,6 +100,23 @@ def raise_from(done: list[tuple[int, str, str]]) -> None:
     """All processes ended with the same line of wrong input."""
     assert {code for code, _, _ in done} == {2}
     raise InputError(done[0][2].strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "message"),
+    [
+        ("1", "1", "RANK: expected one below WORLD_SIZE 1 in the environment, got 1"),
+        ("0", "0", "RANK: expected one below WORLD_SIZE 0"),
+        ("-1", "2", "RANK: expected a whole number in the environment, got '-1'"),
+    ],
+)
+def test_launchers_that_make_no_sense(
+    rank: str, size: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(InputError, match=message), init_distributed("cpu"):
+        pass
 
 
 def test_more_micro_batches_repeat_no_image() -> None:

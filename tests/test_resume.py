@@ -119,6 +119,13 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list((tmp_path / "run").glob("**/*.partial"))
 
 
+def test_a_checkpoint_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "00000006-0123456789abcdef.pt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="expected a checkpoint, got .*f.pt is a link to nothing"):
+        RunFolder(tmp_path).newest()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_saves_and_asks_to_be_queued_again(
     number: signal.Signals, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

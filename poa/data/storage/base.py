@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
@@ -82,15 +81,6 @@ class Opened:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's: `.x`, or what systems put beside."""
     return name.startswith(".") or name in SYSTEM
-
-
-def open_regular(path: str, buffering: int = -1) -> BinaryIO:
-    """Open a regular file; of anything else, such as a FIFO, a reader might wait for ever."""
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError("not a regular file")
-    return open(number, "rb", buffering)
 
 
 def is_label(name: str) -> bool:

@@ -9,9 +9,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from poa.data.storage.base import EXTENSIONS, Opened, Strings, is_hidden, is_label, join_labels, open_regular
+from poa.data.storage.base import EXTENSIONS, Opened, Strings, is_hidden, is_label, join_labels
 from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import InputError
+from poa.files import open_regular
 
 
 class Files:

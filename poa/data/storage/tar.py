@@ -21,11 +21,10 @@ from poa.data.storage.base import (
     Strings,
     is_hidden,
     join_labels,
-    open_regular,
 )
 from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import InputError
-from poa.files import write_bytes
+from poa.files import open_regular, write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_LABEL = 256  # bytes of a `.cls` member
