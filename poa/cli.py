@@ -262,23 +262,40 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
         help="write the range of the figures of several runs to this JSON file instead",
     )
     command.set_defaults(command=commands.run_report)
+    _add_evaluate(group)
+    _add_extract(group)
 
-    which: dict[str, Any] = {"nargs": "+", "metavar": "WxD"}
-    which["help"] = "subnets as WIDTHxDEPTH, such as 384x12, or all"
-    branch: dict[str, Any] = {"choices": ("teacher", "student"), "default": "teacher"}
-    branch["help"] = "branch whose weights are used (default: teacher)"
-    step: dict[str, Any] = {
-        "type": number(int, "[1, 1e9]"),
-        "metavar": "N",
-        "help": "step of the checkpoint (default: the newest)",
-    }
 
+def _add_run_weights(command: _Command, **subnets: Any) -> None:
+    """Which run, and which of its weights; `subnets` tells whether they have a default."""
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
+    command.add_argument(
+        "--subnets",
+        nargs="+",
+        metavar="WxD",
+        help="subnets as WIDTHxDEPTH, such as 384x12, or all",
+        **subnets,
+    )
+    command.add_argument(
+        "--branch",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="branch whose weights are used (default: teacher)",
+    )
+    command.add_argument(
+        "--step",
+        type=number(int, "[1, 1e9]"),
+        metavar="N",
+        help="step of the checkpoint (default: the newest)",
+    )
+
+
+def _add_evaluate(group: argparse._SubParsersAction[_Command]) -> None:
     names = ", ".join(protocol.name for protocol in PROTOCOLS)
     command = group.add_parser(
         "evaluate", help=f"measure the accuracy of subnets on held-out images: {names}"
     )
-    command.add_argument("run", metavar="RUN", help=RUN_HELP)
-    command.add_argument("--subnets", default=["all"], **which)
+    _add_run_weights(command, default=["all"])
     command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
     command.add_argument(
         "--initial", action="store_true", help="also evaluate the initial weights, before training"
@@ -293,21 +310,18 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
         "--plot", help="also plot accuracy against size into this picture, such as accuracy.png"
     )
     command.add_argument("--device", default="auto", help="device to compute on: auto, cpu, cuda or cuda:N")
-    command.add_argument("--branch", **branch)
-    command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_evaluate)
 
+
+def _add_extract(group: argparse._SubParsersAction[_Command]) -> None:
     command = group.add_parser(
         "extract", help="export subnets as safetensors files with timm's parameter names"
     )
-    command.add_argument("run", metavar="RUN", help=RUN_HELP)
-    command.add_argument("--subnets", required=True, **which)
+    _add_run_weights(command, required=True)
     command.add_argument("--out", help="folder of the models (default: RUN/models)")
     command.add_argument(
         "--image-size",
         type=number(int, "[1, 4096]"),
         help="input size in pixels, to which position embeddings are interpolated",
     )
-    command.add_argument("--branch", **branch)
-    command.add_argument("--step", **step)
     command.set_defaults(command=commands.run_extract)
