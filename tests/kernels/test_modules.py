@@ -213,7 +213,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "student 0 torch.float16, weight torch.float32",
     ),
-    "targets": (lambda: prototypes([X], targets=INDEX[:, :1]), ValueError, r"targets \(4, 2\), got \(4, 1\)"),
+    "targets": (lambda: prototypes([X], targets=INDEX[:3]), ValueError, r"targets \(4, 2\), got \(3, 2\)"),
     "target dtype": (
         lambda: prototypes([X], targets=INDEX.int()),
         TypeError,
