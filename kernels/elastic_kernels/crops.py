@@ -263,6 +263,7 @@ def _render_triton(
     dtype: torch.dtype,
 ) -> Tensor:
     """`render_crops` by the fused kernels."""
+    from elastic_kernels.triton_ops import crops as _  # noqa: F401, registers the operators
     from elastic_kernels.triton_ops.crops_table import crop_table
 
     operators, p = torch.ops.elastic_kernels, parameters
