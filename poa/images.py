@@ -18,7 +18,7 @@ from poa.errors import InputError
 from poa.progress import say
 
 SAMPLE = 16  # images that are tried at the beginning
-PATIENCE = 5.0  # seconds after which a line says that images are searched
+PATIENCE = 20.0  # seconds after which a line says that images are searched
 
 
 def open_on_ranks(config: Config, world: World) -> DataSplit:
