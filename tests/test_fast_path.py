@@ -139,7 +139,7 @@ def test_warm_up_reaches_every_width() -> None:
     config = tiny_config(*shallow, "run.device=cpu")
     with backend("triton"):
         lines = list(warm_up(config))
-    assert [line.split()[0] for line in lines] == [str(w) for w in config.method.backbone.space.widths]
+    assert [line.split()[1] for line in lines] == [f"{w}:" for w in config.method.backbone.space.widths]
 
 
 @pytest.mark.cuda
