@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_kernels import linear_backend, planning, working_weights
+from elastic_kernels import ElasticBlock, linear_backend, planning, working_weights
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.errors import InputError
@@ -103,8 +103,13 @@ def rounded_weights(student: Network, teacher: Network, precision: Precision) ->
     first = next(student.parameters())
     if precision == "fp32" or linear_backend("working_weights", first).backend != "triton":
         return working_weights([], torch.bfloat16)
-    linears = [m for network in (student, teacher) for m in network.modules() if isinstance(m, nn.Linear)]
-    return working_weights([layer.weight for layer in linears], AUTOCAST[precision])
+    modules = [m for network in (student, teacher) for m in network.modules()]
+    scaled: list[tuple[Tensor, Tensor | None, Tensor]] = []
+    if precision == "bf16":  # LayerScale begins at 1e-5, which fp16 does not hold
+        scaled = [layer for m in modules if isinstance(m, ElasticBlock) for layer in m.scaled_layers()]
+    apart = {id(weight) for weight, _, _ in scaled}
+    weights = [m.weight for m in modules if isinstance(m, nn.Linear) and id(m.weight) not in apart]
+    return working_weights(weights, AUTOCAST[precision], scaled)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ class ElasticBlock(nn.Module):
             hidden=hidden, scale=self.mlp.scale,
         )  # fmt: skip
 
+    def scaled_layers(self) -> list[tuple[Tensor, Tensor | None, Tensor]]:
+        """Weights, biases and gammas of the layers that LayerScale follows, for `working_weights`."""
+        pairs = [(self.attn.proj, self.ls1), (self.mlp.fc2, self.ls2)]
+        return [(layer.weight, layer.bias, scale.gamma) for layer, scale in pairs if scale is not None]
+
     def static_state(
         self, width: int, *, hidden: int | None = None, heads: int | None = None
     ) -> dict[str, Tensor]:

@@ -5,11 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextvars import ContextVar, Token
 from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-_current: ContextVar[dict[int, Tensor] | None] = ContextVar("working_weights", default=None)
+from elastic_kernels import dispatch
+
+if TYPE_CHECKING:
+    from elastic_kernels.triton_ops.folding import Table
+
+
+class Copy(NamedTuple):
+    """What products read instead of a layer's weight.
+
+    Attributes:
+        weight: in half precision, of the weight's shape.
+        gamma: LayerScale, if weight and bias have it as a factor.
+        bias: of the layer times gamma, fp32; None without a bias or gamma.
+    """
+
+    weight: Tensor
+    gamma: Tensor | None = None
+    bias: Tensor | None = None
+
+
+_current: ContextVar[dict[int, Copy] | None] = ContextVar("working_weights", default=None)
 
 
 class working_weights:  # noqa: N801, used as a function, like torch.no_grad
@@ -21,9 +42,13 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
     backward of such products must come before the context is entered again, or PyTorch refuses it. Under
     `torch.compile` rounded weights are not read.
 
+    Where LayerScale follows a layer, its factors may be folded into the layer's weight and bias: products
+    then do without them, in both directions, and gradients are those of the parameters as before.
+
     Args:
         weights: floating point, kept alive by this object, which may be entered any number of times.
         dtype: float16 or bfloat16.
+        scaled: other layers as (weight, bias or None, gamma), contiguous float32; read with that gamma only.
 
     Raises:
         TypeError: another dtype.
@@ -38,24 +63,59 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
         torch.bfloat16
     """
 
-    def __init__(self, weights: Iterable[Tensor], dtype: torch.dtype):
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        dtype: torch.dtype,
+        scaled: Iterable[tuple[Tensor, Tensor | None, Tensor]] = (),
+    ):
         if dtype not in (torch.float16, torch.bfloat16):
             raise TypeError(f"working_weights: expected float16 or bfloat16, got {dtype}")
-        self._weights = list(weights)
+        self._dtype, self._weights, self._scaled = dtype, list(weights), list(scaled)
+        for tensor in (t for layer in self._scaled for t in layer if t is not None):
+            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+                raise TypeError(
+                    "working_weights: expected layers with LayerScale in contiguous float32, "
+                    f"got {tensor.dtype}, strides {tensor.stride()}"
+                )
+        self._rounded = self._copies(self._weights)
+        self._folded = self._copies([weight for weight, _, _ in self._scaled])
+        self._table: Table | None = None
+        self._tokens: list[Token[dict[int, Copy] | None]] = []
+
+    def _copies(self, weights: Iterable[Tensor]) -> list[Tensor]:
         contiguous = torch.contiguous_format
-        self._rounded = [
-            torch.empty_like(w, dtype=dtype, memory_format=contiguous, requires_grad=False)
-            for w in self._weights
+        return [
+            torch.empty_like(w, dtype=self._dtype, memory_format=contiguous, requires_grad=False)
+            for w in weights
         ]
-        self._tokens: list[Token[dict[int, Tensor] | None]] = []
 
     @torch.no_grad()
     def __enter__(self) -> working_weights:
         if self._weights:
             torch._foreach_copy_(self._rounded, self._weights)
-        mine = {id(w): rounded for w, rounded in zip(self._weights, self._rounded, strict=True)}
+        mine = {id(w): Copy(rounded) for w, rounded in zip(self._weights, self._rounded, strict=True)}
+        if self._scaled and dispatch.choose("working_weights", self._folded[0]).backend == "triton":
+            mine |= self._fold()
         self._tokens.append(_current.set((_current.get() or {}) | mine))
         return self
+
+    def _fold(self) -> dict[int, Copy]:
+        from elastic_kernels.triton_ops import folding
+        from elastic_kernels.triton_ops.registration import ops
+
+        weights, biases, gammas = zip(*self._scaled, strict=True)
+        addresses = folding.addresses_of(weights, gammas, self._folded)
+        if self._table is None or self._table.addresses != addresses:
+            self._table = folding.table_of(weights, addresses)
+        ops.fold_layer_scale(self._folded, self._table.tensors, self._table.tiles, self._table.aligned)
+        torch.autograd.graph.increment_version(self._folded)  # which the kernel found by their addresses
+        pairs = [(b, g) for b, g in zip(biases, gammas, strict=True) if b is not None]
+        products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))) if pairs else ())
+        return {
+            id(w): Copy(folded, g, None if b is None else next(products))
+            for w, b, g, folded in zip(weights, biases, gammas, self._folded, strict=True)
+        }
 
     def __exit__(
         self,
@@ -66,9 +126,9 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
         _current.reset(self._tokens.pop())
 
 
-def in_dtype(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as the context rounded it to a dtype, if it did; else the weight itself."""
-    if torch.compiler.is_compiling():
-        return weight
-    rounded = (_current.get() or {}).get(id(weight))
-    return weight if rounded is None or rounded.dtype != dtype else rounded
+def working_copy(weight: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Copy:
+    """The weight as the context has it in a dtype, without gamma or with just this one; else itself."""
+    copy = None if torch.compiler.is_compiling() else (_current.get() or {}).get(id(weight))
+    if copy is None or copy.weight.dtype != dtype or not (copy.gamma is None or copy.gamma is gamma):
+        return Copy(weight)
+    return copy

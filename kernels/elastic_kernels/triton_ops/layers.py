@@ -23,7 +23,7 @@ import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops
-from elastic_kernels.working_weights import in_dtype
+from elastic_kernels.working_weights import working_copy
 
 
 class LayerSpec(NamedTuple):
@@ -48,67 +48,87 @@ class LayerSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """The corners of a layer's parameters, and what their gradients need to know."""
+    """The corners of a layer's parameters, and what their gradients need to know.
+
+    Attributes:
+        weight: as products read it, perhaps with gamma as a factor.
+        bias, gamma: parameters.
+        plain: the parameter that `weight` is made of, if it has gamma as a factor; else None.
+        full: `[n_max, k_max]` of a group.
+        grad_dtype: of the parameters.
+        added: the bias that products add, until backward.
+    """
 
     weight: Tensor
     bias: Tensor | None
     gamma: Tensor | None
+    plain: Tensor | None
     full: list[int]
     grad_dtype: torch.dtype
     spec: LayerSpec
+    added: Tensor | None = None
 
     @classmethod
     def of(
         cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, width: int, spec: LayerSpec
     ) -> Layer:
         """The corner of a weight `[groups * n_max, k_max]` for inputs `width` wide; rounded if it must be."""
-        stack = in_dtype(weight, spec.dtype).unflatten(0, (spec.groups, -1))
-        corner = stack[:, : spec.out_features, :width].to(spec.dtype)
+        copy, out = working_copy(weight, gamma, spec.dtype), spec.out_features
+        stack, parameter = (t.unflatten(0, (spec.groups, -1)) for t in (copy.weight, weight))
         if bias is not None:
-            bias = bias.unflatten(0, (spec.groups, -1))[:, : spec.out_features]
+            bias = bias.unflatten(0, (spec.groups, -1))[:, :out]
+        plain, added = None, bias
+        if copy.gamma is not None:
+            plain, added = parameter[:, :out, :width], None if copy.bias is None else copy.bias[None, :out]
         if gamma is not None:
-            gamma = gamma[: spec.out_features]
-        return cls(corner, bias, gamma, list(stack.shape[1:]), weight.dtype, spec)
+            gamma = gamma[:out]
+        corner = stack[:, :out, :width].to(spec.dtype)
+        return cls(corner, bias, gamma, plain, list(stack.shape[1:]), weight.dtype, spec, added)
+
+    @property
+    def factor(self) -> Tensor | None:
+        """What products multiply their columns with: gamma, where the weight has not."""
+        return self.gamma if self.plain is None else None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """What autograd saves; `restore` takes it back."""
-        return self.weight, self.bias, self.gamma
+        return self.weight, self.bias, self.gamma, self.plain
 
     def restore(self, saved: Sequence[Tensor | None]) -> Layer:
         """This layer with tensors that autograd saved."""
-        weight, bias, gamma = saved
+        weight, bias, gamma, plain = saved
         assert weight is not None
-        return Layer(weight, bias, gamma, self.full, self.grad_dtype, self.spec)
+        return Layer(weight, bias, gamma, plain, self.full, self.grad_dtype, self.spec)
 
     def without_tensors(self) -> Layer:
         """What a context may hold beside the saved tensors."""
-        return Layer(self.weight.new_empty(0), None, None, self.full, self.grad_dtype, self.spec)
+        return Layer(self.weight.new_empty(0), None, None, None, self.full, self.grad_dtype, self.spec)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear_fwd(x, self.weight, self.bias, self.spec.scale)
+        return ops.linear_fwd(x, self.weight, self.added, self.spec.scale)
 
     def forward_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.linear_gelu_fwd(x, self.weight, self.bias, self.spec.scale)
+        return ops.linear_gelu_fwd(x, self.weight, self.added, self.spec.scale)
 
     def forward_residual(
         self, x: Tensor, residual: Tensor, index: Tensor | None, row_scale: Tensor | None
     ) -> Tensor:
         return ops.linear_residual_fwd(
-            x, self.weight, self.bias, residual, self.gamma, index, row_scale, self.spec.scale
+            x, self.weight, self.added, residual, self.factor, index, row_scale, self.spec.scale
         )
 
     def add_to(self, residual: Tensor, x: Tensor, index: Tensor | None, row_scale: Tensor | None) -> None:
         """`forward_residual` in place."""
         ops.linear_residual_(
-            x, self.weight, self.bias, residual, self.gamma, index, row_scale, self.spec.scale
+            x, self.weight, self.added, residual, self.factor, index, row_scale, self.spec.scale
         )
 
     def dgrad(self, dy: Tensor) -> Tensor:
-        return ops.linear_dgrad(dy, self.weight, self.gamma, self.spec.scale)
+        return ops.linear_dgrad(dy, self.weight, self.factor, self.spec.scale)
 
     def dgrad_gelu(self, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_dgrad_gelu(dy, self.weight, self.gamma, u, self.spec.scale)
+        return ops.linear_dgrad_gelu(dy, self.weight, self.factor, u, self.spec.scale)
 
     def wgrad(
         self, dy: Tensor, x: Tensor, sums: Tensor | None = None, beside: Tensor | None = None
@@ -149,8 +169,9 @@ class Layer:
             sums = ops.linear_bias_sums(dy)
         if self.gamma is not None:
             p = ops.linear_wgrad(dy, x, scale, torch.float32)
+            weight = self.weight if self.plain is None else self.plain
             rest = (waiting, self.full[0], dtype, dbias, dgamma)
-            vectors = ops.layer_scale_grads_(p, sums, *self.tensors, *rest)
+            vectors = ops.layer_scale_grads_(p, sums, weight, self.bias, self.gamma, *rest)
             return p, None if sums is None else vectors[0], vectors[1]
         dbias = None if sums is None else ops.linear_bias_grad(sums, self.full[0], dtype, dbias)
         if waiting is not None and waiting.shape == self.weight.shape:
@@ -171,9 +192,9 @@ def keep(ctx: Any, tensors: Sequence[Tensor | None], layers: Sequence[Layer]) ->
 
 def kept(ctx: Any) -> tuple[list[Any], list[Layer]]:
     """What `keep` saved."""
-    saved, count = list(ctx.saved_tensors), 3 * len(ctx.layers)
+    saved, count = list(ctx.saved_tensors), 4 * len(ctx.layers)
     tensors, rest = saved[: len(saved) - count], saved[len(saved) - count :]
-    return tensors, [layer.restore(rest[3 * i : 3 * i + 3]) for i, layer in enumerate(ctx.layers)]
+    return tensors, [layer.restore(rest[4 * i : 4 * i + 4]) for i, layer in enumerate(ctx.layers)]
 
 
 def branch_gradient(

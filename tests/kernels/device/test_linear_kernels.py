@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -86,6 +87,31 @@ def test_gradients_are_added_in_place(widths: tuple[int, int], dtype: torch.dtyp
         gradients("triton", dtype), gradients("reference", dtype), truth, strict=True
     ):
         assert_as_good_as_torch(ours, torchs, exact)
+
+
+@pytest.mark.parametrize("gamma", [1e-5, 0.5])
+def test_layer_scale_in_the_weights(gamma: float) -> None:
+    """Of two networks that share them, under bf16 autocast."""
+    width, narrow, head_dim = sized((1024, 640, 64), (96, 48, 16))
+    torch.manual_seed(0)
+    block = ek.ElasticBlock(width, 3 * width, head_dim, layer_scale=gamma).cuda()
+    for bias in (block.attn.proj.bias, block.mlp.fc2.bias):
+        torch.nn.init.normal_(bias)
+    inputs = [draw(74, w, seed=w).float().cuda() for w in (width, narrow)]
+    folded = ek.working_weights([], torch.bfloat16, block.scaled_layers())
+
+    def results(name: str, block: ek.ElasticBlock) -> list[Tensor]:
+        kind = block.norm1.weight.dtype
+        exact = kind == torch.float64
+        context = contextlib.nullcontext() if exact else torch.autocast("cuda", torch.bfloat16)
+        with backend(name), ek.shared_gradients(), folded, context:
+            branches = [block(x.to(kind), [(2, 37)]) - x.to(kind) for x in inputs]
+        dys = [draw(*y.shape, seed=1).to(y) for y in branches]
+        return [*branches, *torch.autograd.grad(branches, list(block.parameters()), dys)]
+
+    truth = results("reference", copy.deepcopy(block).double())
+    for ours, torchs, exact in zip(results("triton", block), results("reference", block), truth, strict=True):
+        assert_as_good_as_torch(ours.bfloat16(), torchs.bfloat16(), exact)
 
 
 @pytest.mark.parametrize("affine", [True, False])

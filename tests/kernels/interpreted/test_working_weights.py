@@ -24,6 +24,13 @@ def rounded(weights: list[Tensor], once: bool) -> AbstractContextManager[object]
     return ek.working_weights(weights, torch.float16) if once else nullcontext()
 
 
+def folded(block: ek.ElasticBlock) -> ek.working_weights:
+    """LayerScale in the weights of the layers before it, which are not rounded otherwise."""
+    return ek.working_weights(
+        [block.attn.qkv.weight, block.mlp.fc1.weight], torch.float16, block.scaled_layers()
+    )
+
+
 def forward(block: ek.ElasticBlock, width: int = 32) -> Tensor:
     with torch.autocast("cpu", torch.float16):
         return block(draw(10, width).float(), [(2, 5)])
@@ -102,9 +109,32 @@ def test_no_product_uses_an_old_weight(change: str, entered: bool) -> None:
     torch.testing.assert_close(after, x.half() @ weight.detach().half().t(), rtol=1e-2, atol=1e-2)
 
 
-def test_a_backward_that_comes_too_late_is_refused() -> None:
+@pytest.mark.parametrize("width", [32, 16])
+def test_layer_scale_in_the_weights(width: int) -> None:
+    """Results and gradients are those without, up to rounding, and follow LayerScale when it changes."""
+    block, _ = parts()
+    torch.nn.init.normal_(block.attn.proj.bias)
+    copies = folded(block)
+    for largest in (0.5, 1.5):
+        found = []
+        for scale in (block.ls1, block.ls2):
+            torch.nn.init.uniform_(scale.gamma, 0.3, largest)
+        for context in (nullcontext(), copies):
+            with context:
+                y = forward(block, width)
+            found.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
+        assert not torch.equal(found[0][0], found[1][0])
+        for plain, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_backward_that_comes_too_late_is_refused(scaled: bool) -> None:
     block, weights = parts()
-    copies = ek.working_weights(weights, torch.float16)
+    copies = folded(block) if scaled else ek.working_weights(weights, torch.float16)
+    if scaled:  # of which the last one alone needs what was folded
+        for name, parameter in block.named_parameters():
+            parameter.requires_grad_(name.startswith("mlp.fc1"))
     with copies:
         y = forward(block)
     with copies, pytest.raises(RuntimeError, match="modified by an inplace operation"):
