@@ -6,6 +6,8 @@ allocations as none. A library's operator may launch more than one kernel, so th
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,18 +69,11 @@ def launches() -> Iterator[Launches]:
     """Count while the context lasts; Triton's kernels under its interpreter, which does not run them."""
     from triton.runtime.interpreter import GridExecutor
 
-    from elastic_kernels.triton_ops import (
-        attention,
-        crops,
-        layer_norm,
-        linear,
-        linear_wgrad,
-        prototypes,
-        sinkhorn,
-    )
+    from elastic_kernels import triton_ops
 
     found, call = Launches(), GridExecutor.__call__
-    modules = (attention, crops, layer_norm, linear, linear_wgrad, prototypes, sinkhorn)
+    names = [module.name for module in pkgutil.iter_modules(triton_ops.__path__)]
+    modules = [importlib.import_module(f"{triton_ops.__name__}.{name}") for name in names]
     found.implementations = {name: f for module in modules for name, f in vars(module).items()}
 
     def counted(executor: Any, *args: Any, **kwargs: Any) -> None:
