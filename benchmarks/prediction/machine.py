@@ -15,6 +15,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 SCHEDULERS = 4  # of a multiprocessor, each with its units
@@ -71,6 +72,7 @@ class Loop:
                 yield from ((depth + 1, loop) for depth, loop in item.loops())
 
 
+@cache
 def parse(sass: str) -> Loop:
     """The code of a kernel, from `nvdisasm -hex -c`, without the subroutines after it."""
     items: list[Instruction | str] = []
