@@ -99,7 +99,7 @@ def initial_network(config: Config, branch: Branch = "student") -> Network:
 
 
 def rounded_weights(student: Network, teacher: Network, precision: Precision) -> working_weights:
-    """The weights of both networks' linear layers in the dtype of the products, where Triton reads them."""
+    """Weights and biases of both networks' linears in the dtype of the products, where Triton reads them."""
     first = next(student.parameters())
     if precision == "fp32" or linear_backend("working_weights", first).backend != "triton":
         return working_weights([], torch.bfloat16)
@@ -109,7 +109,8 @@ def rounded_weights(student: Network, teacher: Network, precision: Precision) ->
         scaled = [layer for m in modules if isinstance(m, ElasticBlock) for layer in m.scaled_layers()]
     apart = {id(weight) for weight, _, _ in scaled}
     weights = [m.weight for m in modules if isinstance(m, nn.Linear) and id(m.weight) not in apart]
-    return working_weights(weights, AUTOCAST[precision], scaled)
+    biases = [m.bias for m in modules if isinstance(m, nn.Linear) and m.bias is not None]
+    return working_weights([*weights, *biases], AUTOCAST[precision], scaled)
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def train_step(
     method, first = config.method, micro_batches[0].batch
     weight = 1 / len(micro_batches) if weight is None else weight
     state.optimizer.zero_grad(set_to_none=True)
-    values: dict[str, Tensor] = {}
+    names: list[str] = []
+    sums: Tensor | float = 0.0
     health: dict[str, Tensor] = {}
     with state.rounded:
         with autocast(first.global_crops.device, method.precision):
@@ -178,7 +180,7 @@ def train_step(
                 terms, outputs = accumulate_gradients(
                     model, state, config, micro_batch, target, weight, timed
                 )
-            values = {name: values.get(name, 0.0) + weight * term for name, term in terms.items()}
+            names, sums = list(terms), sums + weight * torch.stack(list(terms.values()))
             if observed:
                 seen = observe(target, outputs)
                 health = {name: health.get(name, 0.0) + weight * figure for name, figure in seen.items()}
@@ -187,6 +189,8 @@ def train_step(
     clip, momentum = method.optim.clip, schedules.momentum[step]
     norms, finite = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
     state.scaler.update()
+    assert isinstance(sums, Tensor)
+    values = dict(zip(names, sums.unbind(), strict=True))
     return StepReport(values | {f"grad_norm.{k}": v for k, v in norms.items()}, finite, health)
 
 

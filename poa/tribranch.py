@@ -199,15 +199,14 @@ def _cross_entropies(
     """Of one or two students with the teacher's targets; of two, also of the second with the first."""
     wait_stream(targets.stream)
     rows = _TargetRows.of(batch)
-    count = len(rows.classes)
+    sizes = [len(rows.classes), len(rows.patches)]
 
-    def of_head(head: int, part: slice, target: SoftTargets, index: Tensor) -> Tensor:
+    def of_head(head: int, features: Sequence[Tensor], target: SoftTargets, index: Tensor) -> Tensor:
         """`[students, rows]`, of two students `[3, rows]`."""
         prototypes = students[-1].prototypes[head]
         with without_autocast(prototypes.device):
             per_student = prototype_cross_entropy(
-                [student.features[head][part] for student in students],
-                prototypes, target.logits, target.log_scale, index,
+                features, prototypes, target.logits, target.log_scale, index,
                 student_temperature=config.student_temperature, teacher_temperature=target.temperature,
                 operands=OPERANDS[config.operands],
             )  # fmt: skip
@@ -215,8 +214,9 @@ def _cross_entropies(
 
     cls, patches = [], []
     for head, (cls_target, patch_target) in enumerate(zip(targets.cls, targets.patches, strict=True)):
-        cls.append(of_head(head, slice(count), cls_target, rows.classes))
-        patches.append(of_head(head, slice(count, None), patch_target, rows.patches))
+        of_cls, of_patch = zip(*(student.features[head].split(sizes) for student in students), strict=True)
+        cls.append(of_head(head, of_cls, cls_target, rows.classes))
+        patches.append(of_head(head, of_patch, patch_target, rows.patches))
     of_classes, of_patches = torch.stack(cls, 1), torch.stack(patches, 1)
     return [RowLosses(*pair) for pair in zip(of_classes, of_patches, strict=True)]
 

@@ -46,7 +46,8 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
     then do without them, in both directions, and gradients are those of the parameters as before.
 
     Args:
-        weights: floating point, kept alive by this object, which may be entered any number of times.
+        weights: floating point, kept alive by this object, which may be entered any number of times. Biases
+            may be among them, for plain products; fused ones take them in fp32.
         dtype: float16 or bfloat16.
         scaled: other layers as (weight, bias or None, gamma), contiguous float32; read with that gamma only.
 

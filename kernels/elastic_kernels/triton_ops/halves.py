@@ -181,7 +181,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         spec: HalfSpec,
     ) -> Tensor:
         h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
-        qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first)
+        qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
         proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
         qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
         bias = None if window_bias is None else window_bias.contiguous()

@@ -70,14 +70,27 @@ class Layer:
 
     @classmethod
     def of(
-        cls, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, width: int, spec: LayerSpec
+        cls,
+        weight: Tensor,
+        bias: Tensor | None,
+        gamma: Tensor | None,
+        width: int,
+        spec: LayerSpec,
+        *,
+        alone: bool = False,
     ) -> Layer:
-        """The corner of a weight `[groups * n_max, k_max]` for inputs `width` wide; rounded if it must be."""
-        copy, out = working_copy(weight, gamma, spec.dtype), spec.out_features
+        """The corner of a weight `[groups * n_max, k_max]` for inputs `width` wide; rounded if it must be.
+
+        Products that are `alone`, into which nothing but the bias is fused, take it rounded, where it is.
+        """
+        copy, out, whole_bias = working_copy(weight, gamma, spec.dtype), spec.out_features, bias
         stack, parameter = (t.unflatten(0, (spec.groups, -1)) for t in (copy.weight, weight))
         if bias is not None:
             bias = bias.unflatten(0, (spec.groups, -1))[:, :out]
         plain, added = None, bias
+        if alone and whole_bias is not None:
+            rounded = working_copy(whole_bias, None, spec.dtype).weight
+            added = rounded.unflatten(0, (spec.groups, -1))[:, :out]
         if copy.gamma is not None:
             plain, added = parameter[:, :out, :width], None if copy.bias is None else copy.bias[None, :out]
         if gamma is not None:
@@ -218,7 +231,7 @@ class LinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec, activation: str | None
     ) -> Tensor:
         x = unit_stride(x.to(spec.dtype))
-        layer = Layer.of(weight, bias, None, x.shape[1], spec)
+        layer = Layer.of(weight, bias, None, x.shape[1], spec, alone=activation is None)
         u, y = layer.forward_gelu(x) if activation else (None, layer.forward(x))
         keep(ctx, (x, u), [layer])
         return y
@@ -287,7 +300,7 @@ class MlpFunction(torch.autograd.Function):
     ) -> Tensor:
         x = unit_stride(x.to(specs[0].dtype))
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], specs[0])
-        fc2 = Layer.of(fc2_weight, fc2_bias, None, specs[0].out_features, specs[1])
+        fc2 = Layer.of(fc2_weight, fc2_bias, None, specs[0].out_features, specs[1], alone=True)
         u, activation = fc1.forward_gelu(x)
         keep(ctx, (x, u), [fc1, fc2])
         return fc2.forward(activation)
