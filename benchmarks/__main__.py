@@ -196,7 +196,10 @@ def predict(options: argparse.Namespace) -> None:
 def _planned(options: argparse.Namespace) -> tuple[Config, Subnet]:
     """The step that options of `_launches` describe."""
     torch.set_num_threads(1)
-    config = override(preset(options.preset), options.overrides)
+    named, overrides = options.preset, options.overrides
+    if overrides and "=" not in overrides[0]:
+        named, *overrides = overrides
+    config = override(preset(named), overrides)
     space = config.method.backbone.space
     return config, space.require(Subnet.parse(options.subnet)) if options.subnet else space.intact
 
@@ -327,7 +330,10 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def _launches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="vit-l16", help=PRESET_HELP)
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="any option of a run, such as method.batch_size=32"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="any option of a run, such as method.batch_size=32; the preset may stand before them",
     )
     parser.add_argument(
         "--subnet", metavar="WxD", help="subnet of the elastic student (default: the intact network)"

@@ -28,6 +28,7 @@ from helpers.tiny import OVERRIDES, tiny_config
 from poa.__main__ import main
 from poa.checkpoint import Checkpoint, RunFolder
 from poa.errors import InputError, Preempted, SaveError
+from poa.files import open_regular
 from poa.optim import Schedules
 from poa.options import override, to_dict
 from poa.signals import StopSignals
@@ -337,14 +338,14 @@ def test_a_checkpoint_that_cannot_be_read_falls_back(
 ) -> None:
     pretrain(tiny_config(), tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
-    path, opened = folder.checkpoints()[-1].path, Path.open
+    path, opened = folder.checkpoints()[-1].path, open_regular
 
-    def broken(self: Path, *rest: Any, **options: Any) -> Any:
-        if self == path:
+    def broken(asked: Path) -> Any:
+        if asked == path:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return opened(self, *rest, **options)
+        return opened(asked)
 
-    monkeypatch.setattr(Path, "open", broken)
+    monkeypatch.setattr("poa.checkpoint.open_regular", broken)
     assert folder.network()[1].step == 3
     assert f"{path} cannot be read: Input/output error; using the checkpoint of step 3" in caplog.text
 

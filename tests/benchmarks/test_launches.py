@@ -86,5 +86,5 @@ def test_a_deeper_subnet_launches_more() -> None:
 
 
 def test_a_subnet_outside_of_the_space_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["launches", "--preset", "quickstart", *VIT, "--subnet", "48x9"]) == 1
+    assert main(["launches", "quickstart", *VIT, "--subnet", "48x9"]) == 1
     assert "48x9" in capsys.readouterr().err
