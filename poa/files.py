@@ -148,8 +148,10 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
         OSError: it cannot be opened, or is none.
     """
     number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(number).st_mode):
+    if not stat.S_ISREG(mode := os.fstat(number).st_mode):
         os.close(number)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return open(number, "rb", buffering)
 
