@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -50,14 +52,24 @@ def passes(method: MethodConfig, *subnets: Subnet) -> list[StudentPass]:
     ]
 
 
-def counted_flops(method: MethodConfig, subnet: Subnet) -> int:
+@functools.cache
+def networks(kind: str) -> tuple[FakeTensorMode, Network, Network]:
+    """Student and teacher without values."""
+    method, fake = METHODS[kind], FakeTensorMode(allow_non_fake_inputs=True)
+    with pytest.MonkeyPatch.context() as patch, fake:
+        patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at values
+        student, teacher = (Network(method.backbone, method.head) for _ in range(2))
+    return fake, student, teacher
+
+
+def counted_flops(kind: str, subnet: Subnet) -> int:
     """Of a whole step on tensors without values, by PyTorch."""
+    method, (fake, student, teacher) = METHODS[kind], networks(kind)
     crops = method.crops
     dice, side = python_stream(method.seed, "masks", 0, 0), method.backbone.grid(crops.global_size)
     masks = draw_masks(2 * IMAGES, (side, side), method.masks.probability, method.masks.ratio, dice)
     both = passes(method, method.backbone.space.intact, subnet)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        student, teacher = Network(method.backbone, method.head), Network(method.backbone, method.head)
+    with fake:
         batch = Batch(
             torch.empty(2 * IMAGES, 3, crops.global_size, crops.global_size),
             torch.empty(crops.local_count * IMAGES, 3, crops.local_size, crops.local_size),
@@ -72,13 +84,10 @@ def counted_flops(method: MethodConfig, subnet: Subnet) -> int:
 
 
 @pytest.mark.parametrize(("kind", "subnet"), [(kind, name) for kind in SUBNETS for name in SUBNETS[kind]])
-def test_flops_agree_with_the_counter_of_pytorch(
-    kind: str, subnet: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # it looks at values
-    method, elastic = METHODS[kind], Subnet.parse(subnet)
-    model = Summary.of(roofline.step(Workload.of(method, IMAGES), elastic), H200).flops
-    assert model == pytest.approx(counted_flops(method, elastic), rel=0.01)
+def test_flops_agree_with_the_counter_of_pytorch(kind: str, subnet: str) -> None:
+    elastic = Subnet.parse(subnet)
+    model = Summary.of(roofline.step(Workload.of(METHODS[kind], IMAGES), elastic), H200).flops
+    assert model == pytest.approx(counted_flops(kind, elastic), rel=0.01)
 
 
 def test_bytes_by_hand() -> None:

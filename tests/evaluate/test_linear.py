@@ -126,16 +126,20 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
     assert 0 < len(found.unreadable) <= 6
 
 
-def test_several_processes_find_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_processes_find_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run"
     assert main(["pretrain", "--out", str(out), *OVERRIDES, "run.save_every=6"]) == 0
     evaluate = ["evaluate", str(out), "--linear", "--subnets", "16x1", "32x2"]
     capsys.readouterr()
+    monkeypatch.setattr(linear_module, "FEWEST_STEPS", 500)
     assert main(evaluate) == 0
     printed = capsys.readouterr().out
     assert "linear" in printed.split("subnet", 1)[1].splitlines()[0]
     alone = json.loads((out / "evaluation.json").read_text())
-    done = processes.run(3, "-m", "poa", *evaluate)
+    program = "from poa.evaluate import linear; linear.FEWEST_STEPS = 500\n"
+    done = processes.run(3, "-c", f"{program}from poa.__main__ import main; main({evaluate})")
     together = json.loads((out / "evaluation.json").read_text())
     assert [d[1] for d in done[1:]] == ["", ""]
     assert together["settings"] == alone["settings"] and together["settings"]["linear"]["rates"] == list(

@@ -38,15 +38,18 @@ def problem() -> tuple[Tensor, tuple[CropParameters, CropParameters]]:
     return images, draw_views(CONFIG, sizes, generator)
 
 
+def hosted(views: CropParameters) -> CropParameters:
+    return CropParameters(**{name: None if x is None else on_host(x) for name, x in vars(views).items()})
+
+
 def fused(images: Tensor, views: CropParameters, size: int, **options: Any) -> Tensor:
-    fields = {name: None if x is None else on_host(x) for name, x in vars(views).items()}
     options = {"blur_kernel": CONFIG.blur_kernel, "mean": CONFIG.mean, "std": CONFIG.std} | options
-    return render_crops(images, CropParameters(**fields), size, **options)
+    return render_crops(images, hosted(views), size, **options)
 
 
 def plain(images: Tensor, views: CropParameters, size: int) -> Tensor:
     with backend("reference"):
-        return render(on_host(images), views, size, CONFIG)
+        return render(on_host(images), hosted(views), size, CONFIG)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
