@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import lru_cache
 from importlib.metadata import version
 from typing import NamedTuple
 
@@ -26,6 +25,11 @@ BACKENDS = ("reference", "triton", "sdpa", "xformers")
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton runs kernels on CPU tensors
+RELEASES = {  # which torch.compile cannot ask for
+    package: tuple(map(int, version(package).split(".")[:2]))
+    for package in ("triton", "numpy")
+    if HAS_TRITON and INTERPRETED
+}
 
 
 class Choice(NamedTuple):
@@ -203,11 +207,6 @@ def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | No
     return Choice("triton", f"{x.device.type} tensor of {dtype}")
 
 
-@lru_cache
-def _release(package: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in version(package).split(".")[:2])
-
-
 def _obstacle(device: str, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run on such tensors, or None."""
     if not HAS_TRITON:
@@ -216,8 +215,9 @@ def _obstacle(device: str, dtype: torch.dtype) -> str | None:
         return f"the kernel takes float32, float16 and bfloat16, got {dtype}"
     if device == "cpu" and not INTERPRETED:
         return "the tensors are on a CPU (without TRITON_INTERPRET=1)"
-    if device == "cpu" and _release("triton") < (3, 7) and _release("numpy") >= (2, 4):
-        return f"the interpreter of Triton {version('triton')} expected numpy<2.4, got {version('numpy')}"
+    if device == "cpu" and RELEASES["triton"] < (3, 7) and RELEASES["numpy"] >= (2, 4):
+        triton, numpy = (".".join(map(str, RELEASES[package])) for package in ("triton", "numpy"))
+        return f"the interpreter of Triton {triton} expected numpy<2.4, got {numpy}"
     if device == "meta" and (planned() or absent()):
         return None
     if device not in ("cpu", "cuda"):
