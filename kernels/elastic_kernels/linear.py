@@ -247,7 +247,8 @@ def layer_spec(
         ledger = None
     if ledger is not None and (groups * out_features, width) == tuple(weight.shape):
         ledger.expect(weight)
-    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), ledger, id(weight))
+    key = 0 if ledger is None else id(weight)  # which torch.compile cannot take of a view
+    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), ledger, key)
 
 
 def factor(scale: Scale, largest: int, width: int) -> float:
