@@ -206,14 +206,20 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
-    """The lines of a file of JSON objects that have a `key` of a kind; others are named and left out."""
+    """The lines of a file of JSON objects that have a `key` of a kind; others are named and left out.
+
+    Those of a former version, which come first, have no checksum; any other without one has lost it.
+    """
     if not path.exists():
         return []
-    rows, damaged = [], []
+    rows, damaged, former = [], [], True
     with open_regular(path) as file:
         lines = file.read().splitlines()
     for number, line in enumerate(lines, 1):
-        row = _row(line)
+        row = _object(line)
+        if row is not None:
+            former = former and CHECKSUM not in row
+            row = row if former else unsealed(row)
         if row is None or type(row.get(key)) is not kind:
             damaged.append(number)
         else:
@@ -223,14 +229,12 @@ def read_rows(path: Path, key: str, kind: type) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _object(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict):
-        return None
-    return unsealed(row) if CHECKSUM in row else row  # as of a former version
+    return row if isinstance(row, dict) else None
 
 
 def sync(path: Path) -> None:

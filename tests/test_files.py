@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -123,6 +125,7 @@ DAMAGES = {
     "zeros": lambda lines: [*lines[:2], bytes(50), *lines[2:]],
     "not UTF-8": lambda lines: [*lines[:2], b"\xff\xfe\n", *lines[2:]],
     "a digit": lambda lines: [*lines[:2], lines[2].replace(b"3", b"4", 1), *lines[3:]],
+    "no checksum": lambda lines: [*lines[:2], re.sub(rb', "crc32.*?"(?=})', b"", lines[2]), *lines[3:]],
     "a list": lambda lines: [b"[1]\n", *lines],
     "no step": lambda lines: [b'{"loss": 1}\n', *lines],
     "deep": lambda lines: [b"[" * 100_000 + b"\n", *lines],
@@ -144,8 +147,10 @@ def test_damaged_lines_are_named(damage: str, tmp_path: Path, caplog: pytest.Log
 
 def test_lines_of_others_and_no_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert files.read_rows(tmp_path / "none", "step", int) == []
-    (tmp_path / "rows").write_text('{"step": 1, "note": "by hand"}')
-    assert files.read_rows(tmp_path / "rows", "step", int) == [{"step": 1, "note": "by hand"}]
+    former = {"step": 1, "note": "of a former version"}
+    (tmp_path / "rows").write_text(json.dumps(former) + "\n")
+    files.append_rows(tmp_path / "rows", ROWS)
+    assert files.read_rows(tmp_path / "rows", "step", int) == [former, *ROWS]
     assert not caplog.text
 
 
