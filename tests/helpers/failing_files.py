@@ -83,14 +83,15 @@ class Failure:
             finally:
                 real(target)
 
-        opened = builtins.open, io.open
+        opened = builtins.open, io.open, Path.open
         builtins.open = io.open = _pyio.open  # type: ignore[assignment]
+        Path.open = lambda path, *rest, **options: _pyio.open(path, *rest, **options)  # type: ignore
         setattr(os, self.operation, counted)
         try:
             yield
         finally:
             setattr(os, self.operation, real)
-            builtins.open, io.open = opened  # type: ignore[misc]
+            builtins.open, io.open, Path.open = opened  # type: ignore[misc, method-assign]
 
 
 class Example:
