@@ -28,19 +28,6 @@ from poa.presets import preset
 Run = Path
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["pretrain", "--out", str(out), *OVERRIDES]) == 0
-    return out
-
-
-@pytest.fixture
-def run(trained: Run, tmp_path: Path) -> Run:
-    """A copy of the trained run that a test may damage."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     """Two class folders of small pictures of different sizes."""

@@ -13,24 +13,9 @@ import pytest
 import torch
 
 from helpers.commands import contents, fails
-from helpers.tiny import OVERRIDES
-from poa.__main__ import main
 from poa.checkpoint import RunFolder
 
 Run = Path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["pretrain", "--out", str(out), *OVERRIDES]) == 0
-    return out
-
-
-@pytest.fixture
-def run(trained: Run, tmp_path: Path) -> Run:
-    """A copy of the trained run that a test may damage."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def replace_checkpoints(run: Run, content: bytes) -> None:

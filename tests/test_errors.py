@@ -25,13 +25,6 @@ from poa.errors import InputError, SaveError, as_input, one_line
 from poa.train import pretrain
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained") / "run"
-    assert main(["pretrain", "--out", str(out), *OVERRIDES]) == 0
-    return out
-
-
 def of_parquet() -> Exception:
     pyarrow = pytest.importorskip("pyarrow", reason="without pyarrow")
     return pyarrow.ArrowInvalid("no magic bytes")
