@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 import poa
 from poa import commands
+from poa.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_run_weights, number
 from poa.backbones import CONFIGS
 from poa.config import Config
 from poa.data.layout import SOURCES
-from poa.errors import InputError
 from poa.evaluate import PROTOCOLS
-from poa.options import Interval, describe, nearest, shown
+from poa.options import describe, nearest
 from poa.presets import PRESETS, preset
 
 
@@ -49,54 +48,11 @@ def _meant(word: str, after: str, options: argparse.Namespace) -> str:
     return f"; options of a run are written KEY=VALUE, without dashes: {example}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors are raised, one line without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see {self.prog} --help)")
-
-
-class _Command(_Parser):
-    """The parser of a command, which takes no empty text."""
-
-    def __init__(self, **options: Any):
-        super().__init__(**options)
-        self.register("type", None, _not_empty)
-        self.set_defaults(parser=self)
-
-    @property
-    def flags(self) -> list[str]:
-        return list(self._option_string_actions)
-
-
-def _not_empty(text: str) -> str:
-    """As an unset variable of a script would be."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"expected a value, got {text!r}")
-    return text
-
-
-def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
-    """A reader of an argument that is a number in an interval, for argparse."""
-    interval = Interval.parse(within)
-
-    def read(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if value not in interval:
-            raise argparse.ArgumentTypeError(f"expected a number in {within}, got {shown(text)!r}")
-        return value
-
-    return read
-
-
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="poa", description="Pre-train once, for models of all sizes.")
+    parser = Parser(prog="poa", description="Pre-train once, for models of all sizes.")
     version = f"poa {poa.__version__}, PyTorch {torch.__version__}"
     parser.add_argument("--version", action="version", version=version)
-    group = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Command)
+    group = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
     _add_first(group)
     _add_planning(group)
     _add_pretrain(group, arguments)
@@ -104,15 +60,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-OPTIONS_HELP = "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
-RUN_HELP = "run folder written by pretrain"
-
-
-def _add_preset(command: _Command) -> None:
+def _add_preset(command: Command) -> None:
     command.add_argument("--preset", help="preset whose options are used (default: quickstart)")
 
 
-def _add_first(group: argparse._SubParsersAction[_Command]) -> None:
+def _add_first(group: argparse._SubParsersAction[Command]) -> None:
     """The demonstration, and what there is to train."""
     command = group.add_parser(
         "quickstart", help="pre-train on digits, then extract and evaluate all subnets"
@@ -135,7 +87,7 @@ def _add_first(group: argparse._SubParsersAction[_Command]) -> None:
     command.set_defaults(command=commands.list_subnets, config=None, overrides=[])
 
 
-def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
+def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
     """The commands that prepare a run."""
     command = group.add_parser("memory", help="predict the GPU memory of a training step, without a GPU")
     _add_preset(command)
@@ -183,7 +135,7 @@ def _add_planning(group: argparse._SubParsersAction[_Command]) -> None:
     command.set_defaults(command=commands.run_loader, config=None, overrides=[])
 
 
-def _add_pretrain(group: argparse._SubParsersAction[_Command], arguments: Sequence[str]) -> None:
+def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequence[str]) -> None:
     """`pretrain`, whose help lists every option with the values of the preset in use."""
     longest = max(map(len, PRESETS))
     presets = "\n".join(f"  {name:<{longest}} {text}" for name, (_, text) in PRESETS.items())
@@ -246,7 +198,7 @@ def _described(options: Any, path: str = "") -> Iterator[str]:
         yield f"  {key}={shown}\n      {kind}: {text}"
 
 
-def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
+def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
     """The commands that read runs."""
     command = group.add_parser(
         "report", help="write a page with the curves and figures of a run, or a comparison of several runs"
@@ -266,36 +218,12 @@ def _add_queries(group: argparse._SubParsersAction[_Command]) -> None:
     _add_extract(group)
 
 
-def _add_run_weights(command: _Command, **subnets: Any) -> None:
-    """Which run, and which of its weights; `subnets` tells whether they have a default."""
-    command.add_argument("run", metavar="RUN", help=RUN_HELP)
-    command.add_argument(
-        "--subnets",
-        nargs="+",
-        metavar="WxD",
-        help="subnets as WIDTHxDEPTH, such as 384x12, or all",
-        **subnets,
-    )
-    command.add_argument(
-        "--branch",
-        choices=("teacher", "student"),
-        default="teacher",
-        help="branch whose weights are used (default: teacher)",
-    )
-    command.add_argument(
-        "--step",
-        type=number(int, "[1, 1e9]"),
-        metavar="N",
-        help="step of the checkpoint (default: the newest)",
-    )
-
-
-def _add_evaluate(group: argparse._SubParsersAction[_Command]) -> None:
+def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     names = ", ".join(protocol.name for protocol in PROTOCOLS)
     command = group.add_parser(
         "evaluate", help=f"measure the accuracy of subnets on held-out images: {names}"
     )
-    _add_run_weights(command, default=["all"])
+    add_run_weights(command, default=["all"])
     command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
     command.add_argument(
         "--initial", action="store_true", help="also evaluate the initial weights, before training"
@@ -313,11 +241,11 @@ def _add_evaluate(group: argparse._SubParsersAction[_Command]) -> None:
     command.set_defaults(command=commands.run_evaluate)
 
 
-def _add_extract(group: argparse._SubParsersAction[_Command]) -> None:
+def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
     command = group.add_parser(
         "extract", help="export subnets as safetensors files with timm's parameter names"
     )
-    _add_run_weights(command, required=True)
+    add_run_weights(command, required=True)
     command.add_argument("--out", help="folder of the models (default: RUN/models)")
     command.add_argument(
         "--image-size",

@@ -22,7 +22,7 @@ FLOORS = (
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
     "step plan evaluate memory warmup writers metrics report contact_sheet curves export images",
     "train",
-    "quickstart commands cli __init__ __main__",
+    "arguments quickstart commands cli __init__ __main__",
 )
 
 

@@ -1,0 +1,81 @@
+"""What options of commands share: parsers whose errors are one line, numbers, the weights of a run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from poa.errors import InputError
+from poa.options import Interval, shown
+
+OPTIONS_HELP = "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
+RUN_HELP = "run folder written by pretrain"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are raised, one line without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+class Command(Parser):
+    """The parser of a command, which takes no empty text."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.register("type", None, _not_empty)
+        self.set_defaults(parser=self)
+
+    @property
+    def flags(self) -> list[str]:
+        return list(self._option_string_actions)
+
+
+def _not_empty(text: str) -> str:
+    """As an unset variable of a script would be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a value, got {text!r}")
+    return text
+
+
+def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
+    """A reader of an argument that is a number in an interval, for argparse."""
+    interval = Interval.parse(within)
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if value not in interval:
+            raise argparse.ArgumentTypeError(f"expected a number in {within}, got {shown(text)!r}")
+        return value
+
+    return read
+
+
+def add_run_weights(command: Command, **subnets: Any) -> None:
+    """Which run, and which of its weights; `subnets` tells whether they have a default."""
+    command.add_argument("run", metavar="RUN", help=RUN_HELP)
+    command.add_argument(
+        "--subnets",
+        nargs="+",
+        metavar="WxD",
+        help="subnets as WIDTHxDEPTH, such as 384x12, or all",
+        **subnets,
+    )
+    command.add_argument(
+        "--branch",
+        choices=("teacher", "student"),
+        default="teacher",
+        help="branch whose weights are used (default: teacher)",
+    )
+    command.add_argument(
+        "--step",
+        type=number(int, "[1, 1e9]"),
+        metavar="N",
+        help="step of the checkpoint (default: the newest)",
+    )
