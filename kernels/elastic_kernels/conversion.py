@@ -121,14 +121,11 @@ def _mlp(mlp: Any, scale: Scale) -> ElasticMLP | ElasticSwiGLU:
     split = hasattr(mlp, "fc1_g")
     hidden, width = mlp.fc2.in_features, mlp.fc2.out_features
     gated = split or mlp.fc1.out_features == 2 * hidden
-    if gated and (activation != "silu" or getattr(mlp, "gate_last", False)):
-        raise ValueError(f"{OP}: expected a gate of SiLU, the first half of fc1, got {mlp}")
+    if gated and getattr(mlp, "gate_last", False):
+        raise ValueError(f"{OP}: expected a gate that is the first half of fc1, got {mlp}")
     with torch.device("meta"):
-        elastic = (
-            ElasticSwiGLU(width, hidden, scale=scale)
-            if gated
-            else ElasticMLP(width, hidden, scale=scale, activation=activation)
-        )
+        kind = ElasticSwiGLU if gated else ElasticMLP
+        elastic = kind(width, hidden, scale=scale, activation=activation)
     first = [mlp.fc1_g, mlp.fc1_x] if split else [mlp.fc1]
     bias = None if first[0].bias is None else _one(*(part.bias for part in first))
     _linear(elastic.fc1, _one(*(part.weight for part in first)), bias)

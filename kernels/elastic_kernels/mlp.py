@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import validate
 from elastic_kernels.linear import (
-    FUSED_ACTIVATION,
+    ACTIVATIONS,
     Scale,
     elastic_linear,
     layer_spec,
@@ -48,7 +47,7 @@ def elastic_mlp(
     *,
     hidden: int | None = None,
     scale: Scale = "offset",
-    activation: str = FUSED_ACTIVATION,
+    activation: str = "gelu",
 ) -> Tensor:
     """Apply both linears and the activation: `fc2(act(fc1(x)))`, each `fc` an `elastic_linear`.
 
@@ -80,12 +79,13 @@ def elastic_mlp(
     validate.operands("elastic_mlp", x=x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     validate.mlp("elastic_mlp", x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     hidden = active_hidden("elastic_mlp", hidden, fc1_weight, width)
-    if activation == FUSED_ACTIVATION and linear_backend("elastic_mlp", x).backend == "triton":
+    validate.one_of("elastic_mlp", "activation", activation, ACTIVATIONS)
+    if linear_backend("elastic_mlp", x).backend == "triton":
         from elastic_kernels.triton_ops.layers import MlpFunction
 
         specs = mlp_specs(x, fc1_weight, fc2_weight, hidden, scale)
         parameters = (fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        return MlpFunction.apply(x.reshape(-1, width), *parameters, specs).view(x.shape)
+        return MlpFunction.apply(x.reshape(-1, width), *parameters, specs, activation).view(x.shape)
     inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation=activation)
     return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, scale=scale)
 
@@ -99,8 +99,9 @@ def elastic_swiglu(
     *,
     hidden: int | None = None,
     scale: Scale = "offset",
+    activation: str = "silu",
 ) -> Tensor:
-    """Apply a gated MLP: `fc2(silu(g) * u)`, where `g` and `u` are prefixes of two halves of `fc1(x)`.
+    """Apply a gated MLP: `fc2(act(g) * u)`, where `g` and `u` are prefixes of two halves of `fc1(x)`.
 
     Args:
         x: `[..., w]`.
@@ -108,6 +109,7 @@ def elastic_swiglu(
             units; as timm's `SwiGLUPacked`.
         fc2_weight, fc2_bias: `[w_max, hidden_max]`, `[w_max]`.
         hidden, scale: as in `elastic_mlp`.
+        activation: of the gate, as in `elastic_linear`; with a GELU the layer is called GEGLU.
 
     Returns:
         `[..., w]`, the dtype of the matrix product.
@@ -130,14 +132,15 @@ def elastic_swiglu(
         shapes = f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}"
         raise ValueError(f"{op}: expected fc1_weight [2 * H, C] and fc2_weight [C, H], got {shapes}")
     validate.prefix(op, "width", width, largest)
+    validate.one_of(op, "activation", activation, ACTIVATIONS)
     hidden = active_hidden(op, hidden, fc1_weight[: rows // 2], width)
     h = stacked_linear(op, x.reshape(-1, width), fc1_weight, fc1_bias, 2, hidden, scale)
     if linear_backend(op, x).backend == "triton":
         from elastic_kernels.triton_ops.swiglu import SwiGLUFunction
 
-        h = SwiGLUFunction.apply(h)
+        h = SwiGLUFunction.apply(h, activation)
     else:
-        h = F.silu(h[:, 0]) * h[:, 1]
+        h = ACTIVATIONS[activation](h[:, 0]) * h[:, 1]
     y = elastic_linear(h, fc2_weight, fc2_bias, out_features=width, scale=scale)
     return y.view(*x.shape[:-1], width)
 

@@ -17,7 +17,7 @@ from elastic_kernels.attention import Groups, packed_attention
 from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.layer_norm import elastic_layer_norm
-from elastic_kernels.linear import FUSED_ACTIVATION, Scale, elastic_linear, elastic_qkv, factor
+from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv, factor
 from elastic_kernels.mlp import elastic_mlp
 from elastic_kernels.window_attention import relative_position_bias, window_attention
 
@@ -132,9 +132,7 @@ class ElasticMLP(nn.Module):
         torch.Size([10, 32])
     """
 
-    def __init__(
-        self, width: int, hidden: int, *, scale: Scale = "offset", activation: str = FUSED_ACTIVATION
-    ):
+    def __init__(self, width: int, hidden: int, *, scale: Scale = "offset", activation: str = "gelu"):
         super().__init__()
         self.scale, self.activation = scale, activation
         self.fc1 = nn.Linear(width, hidden)

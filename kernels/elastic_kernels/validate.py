@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,12 @@ def prefix(op: str, name: str, value: int, largest: int) -> None:
     """Raise ValueError unless `1 <= value <= largest`."""
     if not 1 <= value <= largest:
         raise ValueError(f"{op}: expected {name} in 1..{largest}, got {value}")
+
+
+def one_of(op: str, name: str, value: str, names: Iterable[str]) -> None:
+    """Raise ValueError unless a value is one of the names."""
+    if value not in names:
+        raise ValueError(f"{op}: expected {name} one of {', '.join(map(repr, names))}, got {value!r}")
 
 
 def share(op: str, name: str, value: int | None, weight: Tensor, groups: int, width: int) -> int:

@@ -51,6 +51,7 @@ class ElasticSwiGLU(nn.Module):
         width, hidden: of the largest network.
         bias: whether both layers have one.
         scale: of both layers, as in `elastic_linear`.
+        activation: of the gate.
 
     Example:
         >>> import torch
@@ -59,16 +60,24 @@ class ElasticSwiGLU(nn.Module):
         torch.Size([10, 32])
     """
 
-    def __init__(self, width: int, hidden: int, *, bias: bool = True, scale: Scale = "offset"):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        bias: bool = True,
+        scale: Scale = "offset",
+        activation: str = "silu",
+    ):
         super().__init__()
-        self.scale = scale
+        self.scale, self.activation = scale, activation
         self.fc1 = nn.Linear(width, 2 * hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor, hidden: int | None = None) -> Tensor:
         """`[..., w]` -> `[..., w]` with `hidden` units, by default the share that `w` has."""
         layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        return elastic_swiglu(x, *layers, hidden=hidden, scale=self.scale)
+        return elastic_swiglu(x, *layers, hidden=hidden, scale=self.scale, activation=self.activation)
 
 
 class ElasticRotaryAttention(ElasticAttention):

@@ -268,7 +268,7 @@ def asked(preset: str, images: int | None, steps: str = "poa.memory:plan_preset"
 def test_the_calls_of_a_preset() -> None:
     found = command._calls(asked("vit-s16", 2))
     names = {call.operator.__name__.removesuffix(".default") for call in found}
-    assert names >= {"linear_gelu_fwd", "linear_wgrad", "attention_bwd", "prototype_losses_fwd"}
+    assert names >= {"linear_act_fwd", "linear_wgrad", "attention_bwd", "prototype_losses_fwd"}
     with pytest.raises(ValueError, match="expected one of quickstart.*got 'vit'"):
         command._calls(asked("vit", None))
     for steps in ("nowhere:f", "poa.memory:nothing", "poa.memory", ""):

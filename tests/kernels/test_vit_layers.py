@@ -131,5 +131,7 @@ def test_wrong_use() -> None:
         ek.Rotary.of_grid(2, 2, DIM).turn(draw(3, 3, 1, DIM))
     with pytest.raises(ValueError, match=r"fc1_weight \[2 \* H, C\] and fc2_weight \[C, H\], got"):
         ek.elastic_swiglu(draw(2, 4), draw(6, 4), None, draw(4, 4), None)
+    with pytest.raises(ValueError, match="activation one of 'gelu', 'gelu_tanh', 'silu', got 'relu'"):
+        ek.elastic_mlp(draw(2, 4), draw(4, 4), None, draw(4, 4), None, activation="relu")
     with pytest.raises(ValueError, match=r"width in 1..12, got 13"):
         ek.ElasticPatchEmbed(2, 12)(draw(1, 3, 2, 2).float(), 13)

@@ -227,7 +227,7 @@ class MlpHalfFunction(torch.autograd.Function):
         h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
-        u, activation = fc1.forward_gelu(h)
+        u, activation = fc1.forward_act(h, "gelu")
         keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, u), [fc1, fc2])
         ctx.spec = spec
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)

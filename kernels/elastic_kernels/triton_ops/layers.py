@@ -1,8 +1,8 @@
 """`autograd.Function`s of layers over the registered operators: what is saved, and the order of the backward.
 
-    linear            x, and the sum before a GELU
+    linear            x, and the sum before an activation
     linear residual   x; LayerScale's gradient comes out of the weight's
-    mlp               x, and the sum before the GELU; the activation is made again by the product that goes
+    mlp               x, and the sum before the activation, which is made again by the product that goes
                       back through it
 
 They lie outside of the registered operators, which saves host time on each call.
@@ -10,8 +10,9 @@ They lie outside of the registered operators, which saves host time on each call
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -121,8 +122,8 @@ class Layer:
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_fwd(x, self.weight, self.added, self.spec.scale)
 
-    def forward_gelu(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.linear_gelu_fwd(x, self.weight, self.added, self.spec.scale)
+    def forward_act(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        return ops.linear_act_fwd(x, self.weight, self.added, self.spec.scale, kind)
 
     def forward_residual(
         self, x: Tensor, residual: Tensor, index: Tensor | None, row_scale: Tensor | None
@@ -140,8 +141,8 @@ class Layer:
     def dgrad(self, dy: Tensor) -> Tensor:
         return ops.linear_dgrad(dy, self.weight, self.factor, self.spec.scale)
 
-    def dgrad_gelu(self, dy: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_dgrad_gelu(dy, self.weight, self.factor, u, self.spec.scale)
+    def dgrad_act(self, dy: Tensor, u: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.linear_dgrad_act(dy, self.weight, self.factor, u, self.spec.scale, kind)
 
     def wgrad(
         self, dy: Tensor, x: Tensor, sums: Tensor | None = None, beside: Tensor | None = None
@@ -223,8 +224,15 @@ def branch_gradient(
     return ops.branch_grad(dout, index, row_scale, dtype, layer.bias is not None)
 
 
+_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+}
+
+
 class LinearFunction(torch.autograd.Function):
-    """A product with a corner, its bias, and perhaps a GELU."""
+    """A product with a corner, its bias, and perhaps an activation."""
 
     @staticmethod
     def forward(
@@ -232,15 +240,16 @@ class LinearFunction(torch.autograd.Function):
     ) -> Tensor:
         x = unit_stride(x.to(spec.dtype))
         layer = Layer.of(weight, bias, None, x.shape[1], spec, alone=activation is None)
-        u, y = layer.forward_gelu(x) if activation else (None, layer.forward(x))
+        u, y = layer.forward_act(x, activation) if activation else (None, layer.forward(x))
         keep(ctx, (x, u), [layer])
+        ctx.activation = activation
         return y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, u), (layer,) = kept(ctx)
-        dy = unit_stride(dy if u is None else torch.ops.aten.gelu_backward(dy, u))
+        dy = unit_stride(dy if u is None else _ACTIVATION_BACKWARD[ctx.activation](dy, u))
         dx = layer.dgrad(dy) if ctx.needs_input_grad[0] else None
         dweight, dbias, _ = layer.wgrad(dy, x) if any(ctx.needs_input_grad[1:3]) else (None, None, None)
         return dx, dweight, dbias, None, None
@@ -276,17 +285,17 @@ class LinearResidualFunction(torch.autograd.Function):
 
 
 def mlp_backward(
-    d: Tensor, sums: Tensor | None, x: Tensor, u: Tensor, fc1: Layer, fc2: Layer
+    d: Tensor, sums: Tensor | None, x: Tensor, u: Tensor, fc1: Layer, fc2: Layer, kind: str = "gelu"
 ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """The gradient of the MLP's input and those of all parameters; `d` and `sums` as `branch_gradient`."""
-    du, activation, du_sums = fc2.dgrad_gelu(d, u)
+    du, activation, du_sums = fc2.dgrad_act(d, u, kind)
     second = fc2.wgrad(d, activation, sums)
     del activation
     return fc1.dgrad(du), fc1.wgrad(du, x, du_sums), second
 
 
 class MlpFunction(torch.autograd.Function):
-    """Both layers of an MLP around a GELU."""
+    """Both layers of an MLP around an activation."""
 
     @staticmethod
     def forward(
@@ -297,18 +306,20 @@ class MlpFunction(torch.autograd.Function):
         fc2_weight: Tensor,
         fc2_bias: Tensor | None,
         specs: tuple[LayerSpec, LayerSpec],
+        activation: str,
     ) -> Tensor:
         x = unit_stride(x.to(specs[0].dtype))
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], specs[0])
         fc2 = Layer.of(fc2_weight, fc2_bias, None, specs[0].out_features, specs[1], alone=True)
-        u, activation = fc1.forward_gelu(x)
+        u, h = fc1.forward_act(x, activation)
         keep(ctx, (x, u), [fc1, fc2])
-        return fc2.forward(activation)
+        ctx.activation = activation
+        return fc2.forward(h)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, u), (fc1, fc2) = kept(ctx)
         d, sums = branch_gradient(dout, None, None, fc2)
-        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, fc1, fc2)
-        return dx, dw1, db1, dw2, db2, None
+        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, fc1, fc2, ctx.activation)
+        return dx, dw1, db1, dw2, db2, None, None

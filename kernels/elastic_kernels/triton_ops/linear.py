@@ -1,16 +1,16 @@
 """Triton kernels of linear layers over the corners of shared weights, with what surrounds them fused.
 
     forward    y[g] = s x W[g, :n, :k]^T + b[g, :n]                  g: one matrix, or q, k and v
-               a = gelu(y), y kept for backward
+               a = act(y), y kept for backward
                out[rows] = residual[rows] + row_scale * gamma * y
-    dgrad      dx = s sum_g (dy[g] * gamma) W[g]                     optionally * gelu'(u), and gelu(u) again
+    dgrad      dx = s sum_g (dy[g] * gamma) W[g]                     optionally * act'(u), and act(u) again
 
 Weights are read in place: a pointer, strides, and run-time sizes. The row choice of stochastic depth is an
 index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward. Sums over
 rows for bias gradients come out of the kernels that make the gradients.
 
 Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
-y where a GELU follows. In fp32 the GELU is that of erf; in half precision see `_normal_cdf`.
+y where an activation follows (`activations.py`).
 The weight's gradient is in `linear_wgrad.py`.
 """
 
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.activations import activate, activation_grad
 from elastic_kernels.triton_ops.device import cdiv, precision
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
@@ -32,39 +33,6 @@ from elastic_kernels.triton_ops.gemm import (
     tile_of,
 )
 from elastic_kernels.triton_ops.registration import register
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
-INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _normal_cdf(u, EXACT: tl.constexpr):
-    """Phi(u): by erf, or as the sigmoid of u p(u^2): 7,410 instead of 12,690 instructions of fc1 on sm_90.
-
-    p is the polynomial of degree 5 nearest to log(Phi / (1 - Phi)) / u in |u| <= 5, beyond which it stays
-    constant. Largest error of Phi: 1.1e-5, and for -5 <= u < 0 1.1e-3 of it: half of bf16's
-    rounding, but up to four times that of fp16, where the GELU is small.
-    """
-    if EXACT:
-        return 0.5 * (1 + tl.math.erf(u * SQRT_HALF))
-    t = tl.minimum(u * u, 25.0)
-    p = 2.2992446104517775e-06 + t * -3.3033019815615554e-08
-    p = -4.866539233645919e-05 + t * p
-    p = -0.00036313149531971123 + t * p
-    p = 0.07316033069140324 + t * p
-    p = 1.5955882425012544 + t * p
-    return 1 / (1 + tl.exp2(u * p * -LOG2_E))
-
-
-@triton.jit
-def _gelu(u, EXACT: tl.constexpr):
-    return u * _normal_cdf(u, EXACT)
-
-
-@triton.jit
-def _gelu_grad(u, EXACT: tl.constexpr):
-    return _normal_cdf(u, EXACT) + u * tl.exp2(u * u * (-0.5 * LOG2_E)) * INV_SQRT_2PI
 
 
 @triton.jit
@@ -87,13 +55,10 @@ def _fwd_epilogue(
         y += residual.to(tl.float32)
     u = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + out, u, mask=mask)
-    if EPILOGUE == "gelu":
+    if act_ptr is not None:
         # Of the rounded u, so that backward finds the same activation in it.
-        tl.store(
-            act_ptr + out,
-            _gelu(u.to(tl.float32), y_ptr.dtype.element_ty == tl.float32).to(act_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        act = activate(u.to(tl.float32), EPILOGUE, y_ptr.dtype.element_ty == tl.float32)
+        tl.store(act_ptr + out, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -168,17 +133,17 @@ def _linear_dgrad_kernel(
         w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(dy, w, acc, PRECISION)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, BLOCK_N > 64 if EPILOGUE == "gelu" else BLOCK_N > 128)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, BLOCK_N > 64 if EPILOGUE != "none" else BLOCK_N > 128)
     SLICES: tl.constexpr = len(slices)
     for part in tl.static_range(SLICES):
         dx = slices[part]
         offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
         mask = mask_m[:, None] & (offs_h < in_features)[None, :]
         offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
-        if EPILOGUE == "gelu":
+        if EPILOGUE != "none":
             u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            dx *= _gelu_grad(u, u_ptr.dtype.element_ty == tl.float32)
-            activation = _gelu(u, u_ptr.dtype.element_ty == tl.float32)
+            dx *= activation_grad(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
+            activation = activate(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
             tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
             sums = sums_ptr + pid_m.to(tl.int64) * in_features + offs_h
             tl.store(sums, tl.sum(dx, 0), mask=offs_h < in_features)
@@ -193,12 +158,13 @@ def _fwd(
     scale: float,
     *,
     activation: Tensor | None = None,
+    kind: str = "",
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     index: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> None:
-    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`."""
+    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`; `kind` of activation."""
     rows, (groups, out, width) = x.shape[0], weight.shape
     if not rows:
         return
@@ -211,7 +177,7 @@ def _fwd(
         x.stride(0), *weight.stride(), 0 if bias is None else bias.stride(0),
         y.stride(0), y.stride(1) if groups > 1 else 0, 0 if residual is None else residual.stride(0),
         scale,
-        HAS_BIAS=bias is not None, EPILOGUE=form, HAS_GAMMA=gamma is not None,
+        HAS_BIAS=bias is not None, EPILOGUE=kind or form, HAS_GAMMA=gamma is not None,
         HAS_INDEX=index is not None, HAS_ROW_SCALE=row_scale is not None, PRECISION=precision(x),
         **launch_options(config),
     )  # fmt: skip
@@ -239,12 +205,14 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> 
     return y.view(shape) if groups > 1 else y  # a view out of a Function must not be overwritten
 
 
-def linear_gelu_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """As `linear_fwd` of one group: the sum and its GELU."""
+def linear_act_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, kind: str
+) -> tuple[Tensor, Tensor]:
+    """As `linear_fwd` of one group: the sum and its activation, of a kind in `linear.ACTIVATIONS`."""
     u, activation = (
         torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device) for _ in range(2)
     )
-    _fwd(x, weight, bias, u, scale, activation=activation)
+    _fwd(x, weight, bias, u, scale, activation=activation, kind=kind)
     return u, activation
 
 
@@ -284,9 +252,9 @@ def linear_residual_fwd(
 
 
 def _dgrad(
-    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor | None, scale: float
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor | None, scale: float, kind: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, and through a GELU its activation and the sums of dx over the rows of each tile."""
+    """dx, and through an activation of a kind its values and the sums of dx over the rows of each tile."""
     rows, (groups, out, width) = dy.shape[0], weight.shape
     config = config_for("dgrad" if u is None else "dgrad_gelu", dy, width, out)
     tiles = cdiv(rows, config.block_m)
@@ -301,7 +269,7 @@ def _dgrad(
             rows, groups, out, width,
             dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
             scale,
-            HAS_GAMMA=gamma is not None, EPILOGUE="none" if u is None else "gelu", PRECISION=precision(dy),
+            HAS_GAMMA=gamma is not None, EPILOGUE=kind, PRECISION=precision(dy),
             **launch_options(config),
         )  # fmt: skip
     return dx, activation, sums
@@ -311,19 +279,19 @@ def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float)
     """`dy` `[rows, n]` or `[rows, groups, n]`, `weight` `[groups, n, k]` -> dx `[rows, k]`."""
     matrix = _stacked(weight) if gamma is None and PROVIDERS["dgrad"] == "cublas" else None
     if matrix is None:
-        return _dgrad(dy, weight, gamma, None, scale)[0]
+        return _dgrad(dy, weight, gamma, None, scale, "none")[0]
     return torch.addmm(dy.new_empty(weight.shape[2]), dy.flatten(1), matrix, beta=0, alpha=scale)
 
 
-def linear_dgrad_gelu(
-    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float
+def linear_dgrad_act(
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Through a layer and the GELU before it, whose `u` is contiguous.
+    """Through a layer and the activation before it, whose `u` is contiguous.
 
     Returns:
-        du, gelu(u) for the layer's wgrad, and partial sums of du for a bias, fp32 `[parts, 1, k]`.
+        du, act(u) for the layer's wgrad, and partial sums of du for a bias, fp32 `[parts, 1, k]`.
     """
-    du, activation, sums = _dgrad(dy, weight, gamma, u, scale)
+    du, activation, sums = _dgrad(dy, weight, gamma, u, scale, kind)
     assert activation is not None and sums is not None
     return du, activation, sums
 
@@ -336,9 +304,9 @@ register(
     ),
 )
 register(
-    "linear_gelu_fwd(Tensor x, Tensor weight, Tensor? bias, float scale) -> (Tensor, Tensor)",
-    linear_gelu_fwd,
-    lambda x, weight, bias, scale: tuple(x.new_empty(x.shape[0], weight.shape[1]) for _ in range(2)),
+    "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, float scale, str kind) -> (Tensor, Tensor)",
+    linear_act_fwd,
+    lambda x, weight, *rest: tuple(x.new_empty(x.shape[0], weight.shape[1]) for _ in range(2)),
 )
 register(
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? gamma,"
@@ -358,10 +326,10 @@ register(
     lambda dy, weight, gamma, scale: dy.new_empty(dy.shape[0], weight.shape[2]),
 )
 register(
-    "linear_dgrad_gelu(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale)"
+    "linear_dgrad_act(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale, str kind)"
     " -> (Tensor, Tensor, Tensor)",
-    linear_dgrad_gelu,
-    lambda dy, weight, gamma, u, scale: (
+    linear_dgrad_act,
+    lambda dy, weight, gamma, u, *rest: (
         *(dy.new_empty(u.shape) for _ in range(2)),
         dy.new_empty(
             cdiv(len(u), config_for("dgrad_gelu", dy, u.shape[1], dy.shape[1]).block_m),

@@ -1,6 +1,6 @@
-"""Triton kernels of a SwiGLU's gate, one pass each way.
+"""Triton kernels of the gate of a SwiGLU or GEGLU, one pass each way.
 
-    y = silu(g) * u,  dg = dy * u * sigma(g) * (1 + g * (1 - sigma(g))),  du = dy * silu(g)
+    y = act(g) * u,  dg = dy * u * act'(g),  du = dy * act(g)
 
 Saved for backward: g and u. Bytes: forward reads 2 and writes 1 of rows * hidden elements, backward reads 3
 and writes 2.
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.activations import activate, activation_grad
 from elastic_kernels.triton_ops.device import cdiv
 from elastic_kernels.triton_ops.registration import first_order, register
 
@@ -25,7 +26,7 @@ ROWS, BLOCK = 4, 512  # 16 values a thread; not timed on a GPU yet
 def _swiglu_kernel(
     h_ptr, dy_ptr, out_ptr,
     rows, hidden,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     offs_k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -34,50 +35,60 @@ def _swiglu_kernel(
     two = one + offs_r.to(tl.int64)[:, None] * hidden
     g = tl.load(h_ptr + two, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(h_ptr + two + hidden, mask=mask, other=0.0).to(tl.float32)
-    sigma = tl.sigmoid(g)
+    EXACT: tl.constexpr = h_ptr.dtype.element_ty == tl.float32
+    act = activate(g, ACTIVATION, EXACT)
     if BACKWARD:
         dy = tl.load(dy_ptr + one, mask=mask, other=0.0).to(tl.float32)
-        dg = dy * u * sigma * (1 + g * (1 - sigma))
+        dg = dy * u * activation_grad(g, ACTIVATION, EXACT)
         tl.store(out_ptr + two, dg.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptr + two + hidden, (dy * g * sigma).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + two + hidden, (dy * act).to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(out_ptr + one, (g * sigma * u).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + one, (act * u).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(h: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
+def _launch(h: Tensor, dy: Tensor | None, out: Tensor, kind: str) -> Tensor:
     rows, _, hidden = h.shape
     if rows:
         _swiglu_kernel[(cdiv(rows, ROWS), cdiv(hidden, BLOCK))](
-            h, dy, out, rows, hidden, BACKWARD=dy is not None, ROWS=ROWS, BLOCK=BLOCK
-        )
+            h, dy, out,
+            rows, hidden,
+            ACTIVATION=kind, BACKWARD=dy is not None, ROWS=ROWS, BLOCK=BLOCK,
+        )  # fmt: skip
     return out
 
 
-def swiglu_fwd(h: Tensor) -> Tensor:
-    """`h` `[rows, 2, hidden]`, contiguous -> `[rows, hidden]`."""
-    return _launch(h, None, torch.empty(h.shape[0], h.shape[2], dtype=h.dtype, device=h.device))
+def swiglu_fwd(h: Tensor, kind: str) -> Tensor:
+    """`h` `[rows, 2, hidden]`, contiguous -> `[rows, hidden]`; `kind` of activation."""
+    return _launch(h, None, torch.empty(h.shape[0], h.shape[2], dtype=h.dtype, device=h.device), kind)
 
 
-def swiglu_bwd(h: Tensor, dy: Tensor) -> Tensor:
+def swiglu_bwd(h: Tensor, dy: Tensor, kind: str) -> Tensor:
     """The gradient of h; `dy` `[rows, hidden]` is contiguous."""
-    return _launch(h, dy, torch.empty(h.shape, dtype=h.dtype, device=h.device))
+    return _launch(h, dy, torch.empty(h.shape, dtype=h.dtype, device=h.device), kind)
 
 
-register("swiglu_fwd(Tensor h) -> Tensor", swiglu_fwd, lambda h: h.new_empty(h.shape[0], h.shape[2]))
-register("swiglu_bwd(Tensor h, Tensor dy) -> Tensor", swiglu_bwd, lambda h, dy: h.new_empty(h.shape))
+register(
+    "swiglu_fwd(Tensor h, str kind) -> Tensor",
+    swiglu_fwd,
+    lambda h, kind: h.new_empty(h.shape[0], h.shape[2]),
+)
+register(
+    "swiglu_bwd(Tensor h, Tensor dy, str kind) -> Tensor", swiglu_bwd, lambda h, *rest: h.new_empty(h.shape)
+)
 
 
 class SwiGLUFunction(torch.autograd.Function):
     """The gate of `[rows, 2, hidden]`."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Tensor, activation: str) -> Tensor:
         h = h.contiguous()
+        ctx.activation = activation
         ctx.save_for_backward(h)
-        return torch.ops.elastic_kernels.swiglu_fwd(h)
+        return torch.ops.elastic_kernels.swiglu_fwd(h, activation)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (h,) = ctx.saved_tensors
-        return torch.ops.elastic_kernels.swiglu_bwd(h, dy.contiguous())
+        return torch.ops.elastic_kernels.swiglu_bwd(h, dy.contiguous(), ctx.activation), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Case:
         heads: in use, of two more, in attention halves; None means those of the width.
         hidden: units in use in MLPs; None means those of the width.
         scale: of the products in MLPs and halves.
+        activation: of linear layers, MLPs and gates.
     """
 
     rows: int
@@ -40,6 +42,7 @@ class Case:
     heads: int | None = None
     hidden: int | None = None
     scale: Scale = "offset"
+    activation: str = "gelu"
 
     @property
     def largest(self) -> int:
@@ -51,6 +54,10 @@ class Case:
         if self.heads is None:
             return self.width, self.largest
         return self.heads * self.head_dim, (self.heads + 2) * self.head_dim
+
+    @property
+    def of_mlp(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "scale": self.scale, "activation": self.activation}
 
     @property
     def tokens(self) -> int:
@@ -144,7 +151,7 @@ def mlp_parameters(case: Case) -> dict[str, Tensor]:
 
 def mlp(case: Case) -> tuple[Operator, dict[str, Tensor]]:
     def operator(x: Tensor, **parameters) -> Tensor:
-        return ek.elastic_mlp(x, **parameters, hidden=case.hidden, scale=case.scale)
+        return ek.elastic_mlp(x, **parameters, **case.of_mlp)
 
     return operator, {"x": draw(case.rows, case.width), **mlp_parameters(case)}
 
@@ -155,7 +162,7 @@ def swiglu(case: Case) -> tuple[Operator, dict[str, Tensor]]:
         tensors[name] = torch.cat([tensors[name], -tensors[name]])
 
     def operator(x: Tensor, **parameters) -> Tensor:
-        return ek.elastic_swiglu(x, **parameters, hidden=case.hidden, scale=case.scale)
+        return ek.elastic_swiglu(x, **parameters, **case.of_mlp)
 
     return operator, tensors
 
@@ -244,7 +251,7 @@ def forms(case: Case) -> dict[str, tuple[Operator, dict[str, Tensor]]]:
     return choosing | {
         "linear": linear(case, bias=False, activation=None),
         "linear-bias": linear(case, bias=True, activation=None),
-        "linear-gelu": linear(case, bias=True, activation="gelu"),
+        "linear-act": linear(case, bias=True, activation=case.activation),
         "qkv": qkv(case, bias=False),
         "qkv-bias": qkv(case, bias=True),
         "mlp": mlp(case),

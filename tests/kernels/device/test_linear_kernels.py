@@ -60,6 +60,13 @@ def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None
     compare(CASES[name], form, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("form", ["linear-act", "mlp", "swiglu"])
+def test_activations(form: str, activation: str, dtype: torch.dtype) -> None:
+    compare(Case(sized(257, 133), 97, 129, scale=None, activation=activation), form, dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("form", "kept"), [("qkv-bias", None), ("residual-gamma", 133), ("mlp-half", 133)])
 def test_tiles_of_256_columns(form: str, kept: int | None, dtype: torch.dtype) -> None:
@@ -121,7 +128,7 @@ def test_a_stream_that_may_be_overwritten(half: str, affine: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", ["linear-gelu", "residual-gamma", "mlp-half", "attention-half"])
+@pytest.mark.parametrize("form", ["linear-act", "residual-gamma", "mlp-half", "attention-half"])
 def test_autocast_with_fp32_weights(form: str, dtype: torch.dtype) -> None:
     operator, exact = forms(CASES["narrowest"])[form]
     tensors = {key: t.float().cuda() for key, t in exact.items()}

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.linear import _gelu, _gelu_grad, _normal_cdf
+from elastic_kernels.triton_ops.activations import _normal_cdf, activate, activation_grad
 from elastic_kernels.triton_ops.registration import on_its_device
 
 EXACT = 2**-24
@@ -23,8 +23,8 @@ def _values_kernel(u_ptr, out_ptr, size, BLOCK: tl.constexpr, IS_EXACT: tl.const
     mask = offs < size
     u = tl.load(u_ptr + offs, mask=mask)
     tl.store(out_ptr + offs, _normal_cdf(u, IS_EXACT), mask=mask)
-    tl.store(out_ptr + size + offs, _gelu(u, IS_EXACT), mask=mask)
-    tl.store(out_ptr + 2 * size + offs, _gelu_grad(u, IS_EXACT), mask=mask)
+    tl.store(out_ptr + size + offs, activate(u, "gelu", IS_EXACT), mask=mask)
+    tl.store(out_ptr + 2 * size + offs, activation_grad(u, "gelu", IS_EXACT), mask=mask)
 
 
 def found(exact: bool) -> Tensor:

@@ -80,13 +80,19 @@ def test_heads_and_hidden_units_beyond_the_share_of_the_width(form: str) -> None
     compare(Case(17, 16, 16, head_dim=48, heads=1, hidden=60, scale=0.5), form, torch.float16)
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("form", ["linear-act", "mlp", "swiglu"])
+def test_activations(form: str, activation: str) -> None:
+    compare(Case(7, 33, 65, scale=0.5, activation=activation), form, torch.float16)
+
+
 @pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("form", ["linear", "linear-bias", "qkv-bias", "attention-half"])
 def test_both_providers(form: str) -> None:
     compare(CASES["edge-fp32"], form, torch.float32)
 
 
-@pytest.mark.parametrize("form", ["linear-gelu", "residual-gamma", "mlp-half"])
+@pytest.mark.parametrize("form", ["linear-act", "residual-gamma", "mlp-half"])
 def test_wide_tiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose epilogues have four slices, of which 150 columns end in the third."""
     monkeypatch.setattr(gemm, "_FP32", gemm.GemmConfig(16, 256, 16, warps=4, stages=1))
@@ -95,7 +101,7 @@ def test_wide_tiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_strided_inputs_and_upstream_gradients() -> None:
     case = CASES["prime"]
-    for form in ("linear-bias", "linear-gelu", "qkv-bias", "residual-gamma", "mlp-half", "attention-half"):
+    for form in ("linear-bias", "linear-act", "qkv-bias", "residual-gamma", "mlp-half", "attention-half"):
         operator, exact = forms(case)[form]
         plain = {key: t.float() for key, t in exact.items()}
         strided = {key: torch.stack([t, t], -1)[..., 0] if t.dim() == 2 else t for key, t in plain.items()}
@@ -120,7 +126,7 @@ def test_leading_dimensions() -> None:
     assert torch.equal(ek.elastic_linear(x, weight).flatten(0, 1), ek.elastic_linear(x.flatten(0, 1), weight))
 
 
-@pytest.mark.parametrize("form", ["linear-gelu", "residual-gamma", "mlp-half", "attention-half"])
+@pytest.mark.parametrize("form", ["linear-act", "residual-gamma", "mlp-half", "attention-half"])
 def test_autocast_with_fp32_weights(form: str) -> None:
     """As in training: fp32 parameters and stream, products in half precision, fp32 weight gradients."""
     operator, exact = forms(CASES["prime"])[form]
@@ -202,13 +208,13 @@ def test_registered_operators() -> None:
     calls = [
         (ops.linear_fwd, (x, *one, 1.5)),
         (ops.linear_fwd, (x, weight, None, 1.5)),
-        (ops.linear_gelu_fwd, (x, *one, 1.5)),
+        (ops.linear_act_fwd, (x, *one, 1.5, "silu")),
         (ops.linear_residual_fwd, (x, *one, d, gamma, None, None, 1.5)),
         (ops.linear_residual_fwd, (x[:3], *one, d, None, index, scale, 1.5)),
         (ops.linear_residual_, (x[:3], *one, d.clone(), gamma, index, scale, 1.5)),
         (ops.linear_dgrad, (d, weight[:1], gamma, 1.5)),
         (ops.linear_dgrad, (draw(6, 2, 8).float(), weight, None, 1.5)),
-        (ops.linear_dgrad_gelu, (d, weight[:1], gamma, u, 1.5)),
+        (ops.linear_dgrad_act, (d, weight[:1], gamma, u, 1.5, "gelu")),
         (ops.linear_wgrad, (d, x, 1.5, torch.float32)),
         (ops.linear_wgrad, (draw(6, 2, 8).float(), x, 1.5, torch.float32)),
         (ops.linear_wgrad_, (weight.clone(), draw(6, 2, 8).float(), x, 1.5)),

@@ -29,8 +29,8 @@ def test_registered_operators() -> None:
         (ops.rms_norm_fwd, (x, weight, None, 1e-6, torch.float16)),
         (ops.rms_norm_fwd, (x, weight, index, 1e-6, torch.float32)),
         (ops.rms_norm_bwd, (x[:2], x, weight, index, torch.ones(2))),
-        (ops.swiglu_fwd, (draw(3, 2, 7).float(),)),
-        (ops.swiglu_bwd, (draw(3, 2, 7).float(), draw(3, 7).float())),
+        (ops.swiglu_fwd, (draw(3, 2, 7).float(), "silu")),
+        (ops.swiglu_bwd, (draw(3, 2, 7).float(), draw(3, 7).float(), "gelu")),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for operator, arguments in calls:
