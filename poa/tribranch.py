@@ -62,10 +62,10 @@ def teacher_targets(
     With centering, the centers are those before this step and then move. Sinkhorn, with its reductions over
     processes, runs beside what follows.
     """
-    found = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
-    heads = len(found[0][0])
+    outputs = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
+    heads = len(outputs[0][0])
     # A problem is the class tokens, or the patches, of a head: a part for each micro-batch.
-    parts = list(zip(*([*cls, *patches] for cls, patches in found), strict=True))
+    parts = list(zip(*([*cls, *patches] for cls, patches in outputs), strict=True))
     logits = [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in parts]
     counts = [[len(rows) for rows in part] for part in parts]
     stream = None
@@ -103,14 +103,14 @@ class HeadLosses:
         cls, students: Sequence[StudentOutput], targets: Targets, batch: Batch, config: LossConfig
     ) -> HeadLosses:
         """Those of the intact student, and of the elastic one if there is one."""
-        found = _cross_entropies(students, targets, batch, config)
+        entropies = _cross_entropies(students, targets, batch, config)
         intact, *elastic = [
             {"dino": _dino(rows.cls, batch), "ibot": _ibot(rows.patches, batch.masks)}
-            for rows in found[: len(students)]
+            for rows in entropies[: len(students)]
         ]
         if not elastic:
             return cls(intact, None)
-        return cls(intact, elastic[0] | {"distill": _distill(found[-1].cls, batch)})
+        return cls(intact, elastic[0] | {"distill": _distill(entropies[-1].cls, batch)})
 
     def named(self) -> dict[str, Tensor]:
         """Detached scalars by student, term and head."""

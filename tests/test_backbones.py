@@ -38,9 +38,9 @@ def test_a_run_resumes_bitwise_and_gives_models(
 ) -> None:
     config = tiny_pyramid(kind, *CHANGES[kind])
     pretrain(config, tmp_path / "whole")
-    found = rows(tmp_path / "whole")
-    assert [row["step"] for row in found] == [1, 2, 3, 4, 5, 6]
-    assert found[-1]["elastic.ibot.0"] > 0
+    metrics = rows(tmp_path / "whole")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["elastic.ibot.0"] > 0
     (tmp_path / "whole" / "checkpoints").rename(tmp_path / "all")
     (tmp_path / "whole" / "checkpoints").mkdir()
     (tmp_path / "all").replace(tmp_path / "whole" / "checkpoints")

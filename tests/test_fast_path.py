@@ -118,13 +118,13 @@ def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.
             config.method.loss,
             run.state.centers,
         )
-    found = {name: gradients(config, micro_batch, targets, name, False) for name in ("reference", "triton")}
+    actual = {name: gradients(config, micro_batch, targets, name, False) for name in ("reference", "triton")}
     double = Batch(batch.global_crops.double(), batch.local_crops.double(), batch.masks)
     monkeypatch.setitem(OPERANDS, "fp32", torch.float64)
     exact = override(config, ["method.precision=fp32"])
     truth = gradients(exact, MicroBatch(double, micro_batch.passes), targets, "reference", True)
     ours, theirs = (
-        {key: float((gradient.double() - truth[key]).norm()) for key, gradient in found[name].items()}
+        {key: float((gradient.double() - truth[key]).norm()) for key, gradient in actual[name].items()}
         for name in ("triton", "reference")
     )
     ratios = {key: ours[key] / theirs[key] for key in truth}
@@ -181,9 +181,9 @@ def launched(name: str, folder: Path, depth: int, elastic: int) -> Launches:
         (canvases,) = next(run.batches(range(1)))
         micro_batch = run.prepare(0, 0, canvases)
         for _ in range(2):  # the first one sets up
-            with launches() as found:
+            with launches() as counts:
                 train_step(run.model, run.state, run.config, run.schedules, 0, [micro_batch])
-    return found
+    return counts
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -82,8 +82,8 @@ def test_golden_schedules_freeze() -> None:
 def _mask_settings() -> dict[str, tuple[float, float]]:
     """Mask ratios by model as the case states them: `vit (0.1,0.5), swin (0.1,0.3), ...`."""
     text = golden.case("masking")["semantics"]["how"]
-    found = re.findall(r"(\w+) \(([\d.]+),\s*([\d.]+)\)", text)
-    return {name: (float(low), float(high)) for name, low, high in found}
+    triples = re.findall(r"(\w+) \(([\d.]+),\s*([\d.]+)\)", text)
+    return {name: (float(low), float(high)) for name, low, high in triples}
 
 
 def test_golden_masking() -> None:

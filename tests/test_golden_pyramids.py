@@ -36,9 +36,9 @@ CASES = [
 
 def expected(name: str, key: str) -> dict[str, Tensor]:
     outputs = golden.tensors(name, "outputs")
-    found = {k.removeprefix(f"{key}."): v for k, v in outputs.items() if k.startswith(f"{key}.")}
-    assert found, sorted(outputs)[:5]
-    return found
+    matching = {k.removeprefix(f"{key}."): v for k, v in outputs.items() if k.startswith(f"{key}.")}
+    assert matching, sorted(outputs)[:5]
+    return matching
 
 
 @pytest.mark.parametrize(("name", "subnet", "key"), CASES, ids=[f"{c[0][:4]}-{c[1]}" for c in CASES])
@@ -204,10 +204,10 @@ def test_gradients_are_finite_differences(name: str) -> None:
     def moved(step: float) -> float:
         for p, d in zip(parameters, directions, strict=True):
             p.data += step * d
-        found = float(value().detach())
+        actual = float(value().detach())
         for p, d in zip(parameters, directions, strict=True):
             p.data -= step * d
-        return found
+        return actual
 
     grads = torch.autograd.grad(value(), parameters, allow_unused=True)
     slope = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True) if g is not None)

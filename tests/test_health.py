@@ -62,11 +62,11 @@ def test_an_alarm_is_raised_once(name: str, figure: str, value: float) -> None:
     bad = HEALTHY | {figure: value}
     raised = {step: watch.look(step, bad) for step in range(10, 200, 10)}
     first = 10 + max(STEPS, 10 * (LOOKS - 1))
-    assert [(step, alarm.name) for step, found in raised.items() for alarm, _ in found] == [(first, name)]
+    assert [(step, alarm.name) for step, alarms in raised.items() for alarm, _ in alarms] == [(first, name)]
     assert figure in raised[first][0][1]
     assert watch.look(200, HEALTHY) == []
     again = {step: watch.look(step, bad) for step in range(210, 300, 10)}
-    assert [step for step, found in again.items() if found] == [first + 200]
+    assert [step for step, alarms in again.items() if alarms] == [first + 200]
 
 
 def test_seldom_looks_need_as_many() -> None:

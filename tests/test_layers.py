@@ -56,9 +56,9 @@ def imports(file: Path, everywhere: bool) -> Iterator[str]:
 def floor(module: str) -> int:
     """That of a module of poa."""
     part = module.split(".")[1] if "." in module else "__init__"
-    found = [number for number, names in enumerate(FLOORS) if part in names.split()]
-    assert len(found) == 1, f"{module}: expected on one floor, got {found}"
-    return found[0]
+    floors = [number for number, names in enumerate(FLOORS) if part in names.split()]
+    assert len(floors) == 1, f"{module}: expected on one floor, got {floors}"
+    return floors[0]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def floor(module: str) -> int:
 )
 def test_nothing_imports_from_a_package_above(package: str, strangers: tuple[str, ...]) -> None:
     for name, file in modules(package).items():
-        found = {stranger for stranger in imports(file, True) if stranger.split(".")[0] in strangers}
-        assert not found, f"{name} imports {found}"
+        imported = {stranger for stranger in imports(file, True) if stranger.split(".")[0] in strangers}
+        assert not imported, f"{name} imports {imported}"
 
 
 def test_poa_uses_only_what_elastic_kernels_exports() -> None:
@@ -75,7 +75,7 @@ def test_poa_uses_only_what_elastic_kernels_exports() -> None:
     for name, file in modules("poa").items():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("elastic_kernels"):
-                names = {found.name for found in node.names}
+                names = {alias.name for alias in node.names}
                 assert node.module == "elastic_kernels" and names <= exported, f"{name} imports {names}"
 
 

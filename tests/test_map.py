@@ -17,9 +17,9 @@ Follow a step of training from `poa/train.py` to `poa/step.py` and `poa/tribranc
 
 def first_sentence(file: Path) -> str:
     """The first paragraph of a file's docstring."""
-    found = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-    assert found, f"{file}: expected a docstring"
-    return " ".join(found.partition("\n\n")[0].split())
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    assert text, f"{file}: expected a docstring"
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def the_map() -> str:

@@ -107,10 +107,10 @@ def test_bytes_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
         config = override(preset("vit-l16"), [f"method.precision={precision}"])
         with backend(name):
             state = planned_state(config)
-            with Launches() as found:
+            with Launches() as launches:
                 planned_gradients(config, state, Subnet(640, 18))
-        moved[name, precision] = found.bytes
+        moved[name, precision] = launches.bytes
         with capsys.disabled():
-            print(f"\n{name} {precision}: {found.bytes / 1e9:.0f} GB")
+            print(f"\n{name} {precision}: {launches.bytes / 1e9:.0f} GB")
     assert moved["triton", "fp32"] < 0.5 * moved["reference", "fp32"]
     assert moved["triton", "bf16"] < 0.5 * 850e9

@@ -173,13 +173,13 @@ def test_tokens_that_nobody_reads_change_nothing(subnet: Subnet, rate: float, re
         backbone = network()
         marks = {"masks": masks(), "drop": drop, "recompute": recompute}
         if few:
-            found = backbone.gather_tokens(crops(), patches, subnet, **marks)
+            actual = backbone.gather_tokens(crops(), patches, subnet, **marks)
         else:
             features = backbone(crops(), subnet, **marks)
-            found = torch.cat([*(f.cls for f in features), features[-1].patches.flatten(0, 1)[patches]])
-        found.sin().sum().backward()
+            actual = torch.cat([*(f.cls for f in features), features[-1].patches.flatten(0, 1)[patches]])
+        actual.sin().sum().backward()
         used = {name: p.grad for name, p in backbone.named_parameters() if p.grad is not None}
-        return [found.detach(), *used.values()]
+        return [actual.detach(), *used.values()]
 
     for few, every in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(few, every, rtol=1e-10, atol=1e-12)
@@ -191,11 +191,11 @@ def test_a_last_block_without_sequences() -> None:
     none = kept_rows(shapes, [torch.zeros(0, dtype=torch.int64)] * 3, [2.0] * 3)
     drop = StochasticDepth(((none, none),) * 2)
     patches = torch.tensor([1, 0])
-    found = backbone.gather_tokens(crops(), patches, SUBNETS[2], drop=drop)
+    actual = backbone.gather_tokens(crops(), patches, SUBNETS[2], drop=drop)
     features = backbone(crops(), SUBNETS[2], drop=drop)
     chosen = features[-1].patches.flatten(0, 1)[patches]
-    torch.testing.assert_close(found, torch.cat([*(f.cls for f in features), chosen]))
-    found.sum().backward()
+    torch.testing.assert_close(actual, torch.cat([*(f.cls for f in features), chosen]))
+    actual.sum().backward()
     last = backbone.active_blocks(SUBNETS[2])[-1]
     assert all(p.grad is not None for p in last.parameters())
 

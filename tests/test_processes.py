@@ -283,8 +283,8 @@ def test_ranks_with_other_options_are_refused(tmp_path: Path) -> None:
     processes.run(2, "-c", program, *arguments)
     arguments = ["pretrain", *OVERRIDES, "method.seed=RANK", "--out", str(tmp_path / "other")]
     for rank, (code, _, errors) in enumerate(processes.finish(processes.start(2, "-c", program, *arguments))):
-        found = f"got method.seed {rank} on rank {rank}, {1 - rank} on rank {1 - rank}"
-        assert code == 2 and f"options: expected the same on all ranks, {found}" in errors, errors
+        seeds = f"got method.seed {rank} on rank {rank}, {1 - rank} on rank {1 - rank}"
+        assert code == 2 and f"options: expected the same on all ranks, {seeds}" in errors, errors
     assert not (tmp_path / "other").exists()
 
 

@@ -50,7 +50,7 @@ def test_orders_of_backward_are_the_same_mathematics(
     monkeypatch.setattr(tribranch.losses, "sinkhorn", exact_sinkhorn)
     changes = [WITH_MASKS, "method.optim.clip=0", "performance.optimizer=torch"]
     changes += [f"performance.recompute={recompute}", "method.backbone.drop_path=0.3"]
-    found: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+    results: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for order in ("performance.backward=together", APART):
         config = tiny_config(*changes, order)
         state = TrainingState.start(config, torch.device("cpu"))
@@ -59,10 +59,10 @@ def test_orders_of_backward_are_the_same_mathematics(
         micro_batch = exact_micro_batch(config, tmp_path, elastic)
         report = train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
         gradients = {name: p.grad for name, p in state.student.named_parameters() if p.grad is not None}
-        found.append(({**report.values, **report.health}, gradients))
-    assert found[0][0].keys() == found[1][0].keys() and found[0][1].keys() == found[1][1].keys()
-    assert float(found[0][0]["koleo"]) and float(found[0][0]["elastic.ibot.0"])
-    for together, apart in zip(*found, strict=True):
+        results.append(({**report.values, **report.health}, gradients))
+    assert results[0][0].keys() == results[1][0].keys() and results[0][1].keys() == results[1][1].keys()
+    assert float(results[0][0]["koleo"]) and float(results[0][0]["elastic.ibot.0"])
+    for together, apart in zip(*results, strict=True):
         for name in together:
             limit = 1e-12 * float(together[name].abs().max())
             torch.testing.assert_close(apart[name], together[name], rtol=1e-9, atol=limit, msg=name)
@@ -116,12 +116,12 @@ def test_nothing_waits_for_the_device(
     micro_batch = run.prepare(0, 0, canvases)
     none = torch.zeros(())
     monkeypatch.setattr(step_module, "update_weights", lambda *inputs: ({}, none))
-    with Launches() as found:
+    with Launches() as launches:
         train_step(run.model, run.state, run.config, run.schedules, 0, [micro_batch], observed=True)
-    assert found.total and not [wait for wait in WAITS if found.counts[wait]]
-    with Launches() as found:
+    assert launches.total and not [wait for wait in WAITS if launches.counts[wait]]
+    with Launches() as launches:
         bool(none)
-    assert found.counts["_local_scalar_dense"] == 1
+    assert launches.counts["_local_scalar_dense"] == 1
 
 
 def test_half_operands_keep_gradients_of_many_prototypes(tmp_path: Path) -> None:
@@ -130,15 +130,15 @@ def test_half_operands_keep_gradients_of_many_prototypes(tmp_path: Path) -> None
     gradients are 4e-3 away.
     """
     sizes = ["method.batch_size=12", "method.head.prototypes=65536", "method.head.bottleneck=256"]
-    found = {}
+    heads = {}
     for operands in ("fp32", "fp16"):
         run = run_of(tiny_config(WITH_MASKS, *sizes, f"method.loss.operands={operands}"), tmp_path)
         (canvases,) = next(run.batches(range(1)))
         train_step(run.model, run.state, run.config, run.schedules, 0, [run.prepare(0, 0, canvases)])
-        found[operands] = {name: p.grad for name, p in run.state.student.head.named_parameters()}
-    for name, exact in found["fp32"].items():
+        heads[operands] = {name: p.grad for name, p in run.state.student.head.named_parameters()}
+    for name, exact in heads["fp32"].items():
         assert exact is not None and exact.any()
-        assert (found["fp16"][name] - exact).norm() <= 1e-3 * exact.norm(), name
+        assert (heads["fp16"][name] - exact).norm() <= 1e-3 * exact.norm(), name
 
 
 def test_every_tensor_of_a_micro_batch_is_handed_to_the_main_stream(tmp_path: Path) -> None:

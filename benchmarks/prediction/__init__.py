@@ -36,9 +36,9 @@ def step_costs(config: Config, elastic: Subnet, gpu: Gpu) -> list[Cost]:
     binaries = list({kernel.binary: None for kernel in kernels})
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         compiled = dict(zip(binaries, pool.map(Compiled.of, binaries, chunksize=2), strict=True))
-    found = [kernel_cost(k, count, compiled[k.binary], gpu) for k, count in Counter(kernels).items()]
+    kernel_costs = [kernel_cost(k, count, compiled[k.binary], gpu) for k, count in Counter(kernels).items()]
     costs: dict[tuple[str, str], Cost] = {}
-    for cost in [*found, *(operator_cost(operator, gpu) for operator in operators)]:
+    for cost in [*kernel_costs, *(operator_cost(operator, gpu) for operator in operators)]:
         costs.setdefault((cost.name, cost.form), Cost(cost.name, cost.form)).add(cost)
     return sorted(costs.values(), key=lambda cost: -cost.seconds)
 

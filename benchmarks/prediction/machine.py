@@ -82,8 +82,8 @@ def parse(sass: str) -> Loop:
             items.append(label[1])
         elif re.match(r"\$\w+.*:$", line):  # a subroutine: slow paths that are rarely taken
             break
-        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x", line):
-            pending = found[1].strip()
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x", line):
+            pending = instruction[1].strip()
         elif pending and (word := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):
             code = _instruction(pending, int(word[1], 16) >> 41)
             if code.name.startswith("BRA") and str(items[-1]) in code.name:  # to itself: the end

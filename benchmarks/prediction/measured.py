@@ -35,6 +35,6 @@ class Measured:
         profiles = [row["lines"] for row in rows if row["op"] == "profile"]
         kernels: Counter[str] = Counter()
         for line in profiles[-1] if profiles else ():
-            if found := re.match(r" *([\d.]+) ms .* _(\w+)_kernel$", line):
-                kernels[found[2]] += float(found[1])  # type: ignore[assignment]
+            if match := re.match(r" *([\d.]+) ms .* _(\w+)_kernel$", line):
+                kernels[match[2]] += float(match[1])  # type: ignore[assignment]
         return cls(speeds[-1] if speeds else None, dict(kernels))

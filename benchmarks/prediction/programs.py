@@ -80,21 +80,21 @@ class Node:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the last tensor type that it states."""
-        found = re.findall(r"tensor<((?:\d+x)+)", self.text)
-        return tuple(map(int, found[-1].split("x")[:-1])) if found else ()
+        matches = re.findall(r"tensor<((?:\d+x)+)", self.text)
+        return tuple(map(int, matches[-1].split("x")[:-1])) if matches else ()
 
     def number(self, attribute: str) -> int:
         """Of an attribute."""
-        found = re.search(rf"\b{attribute} = (\d+)", self.text)
-        if found is None:
+        match = re.search(rf"\b{attribute} = (\d+)", self.text)
+        if match is None:
             raise ValueError(f"{self.kind}: expected the attribute {attribute}, got {self.text}")
-        return int(found[1])
+        return int(match[1])
 
     @property
     def element(self) -> int:
         """Bytes of an element that an access moves."""
-        found = re.findall(r"ptr<(\w+)>", self.text) or re.findall(r"x(\w+)>", self.text)
-        return BYTES.get(found[-1], 8) if found else 8
+        matches = re.findall(r"ptr<(\w+)>", self.text) or re.findall(r"x(\w+)>", self.text)
+        return BYTES.get(matches[-1], 8) if matches else 8
 
 
 def parse(ttir: str) -> list[Node]:
@@ -185,8 +185,8 @@ class Program:
         if kind == "tt.load" and isinstance(values[0], tuple) and values[0][0].content is not None:
             extent, at = values[0]
             mask = values[1] if len(values) > 1 else True
-            found = np.asarray(extent.content)[np.where(mask, at, 0)]
-            return np.where(mask, found, values[2] if len(values) > 2 else 0)
+            gathered = np.asarray(extent.content)[np.where(mask, at, 0)]
+            return np.where(mask, gathered, values[2] if len(values) > 2 else 0)
         raise Unknown(node.result)
 
 
@@ -195,11 +195,11 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def _constant(text: str) -> Any:
-    found = re.match(r" (?:dense<)?(true|false|-?\d+)>?\s*:\s*(.*)", text)
-    if found is None or "x" in found[1]:
+    literal = re.match(r" (?:dense<)?(true|false|-?\d+)>?\s*:\s*(.*)", text)
+    if literal is None or "x" in literal[1]:
         raise Unknown(text)
-    number: Any = {"true": True, "false": False}.get(found[1]) if found[1][0] in "tf" else int(found[1])
-    shape = re.match(r"tensor<((?:\d+x)+)", found[2])
+    number: Any = {"true": True, "false": False}.get(literal[1]) if literal[1][0] in "tf" else int(literal[1])
+    shape = re.match(r"tensor<((?:\d+x)+)", literal[2])
     return np.full(tuple(map(int, shape[1].split("x")[:-1])), number) if shape else number
 
 

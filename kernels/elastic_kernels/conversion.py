@@ -136,7 +136,7 @@ def _mlp(mlp: Any, scale: Scale) -> ElasticMLP | ElasticSwiGLU:
 def _activation(act: nn.Module) -> str:
     name = type(act).__name__
     tanh = name == "GELUTanh" or getattr(act, "approximate", "none") == "tanh"
-    found = {"GELU": "gelu", "GELUTanh": "gelu", "SiLU": "silu"}.get(name)
-    if found is None:
+    kind = {"GELU": "gelu", "GELUTanh": "gelu", "SiLU": "silu"}.get(name)
+    if kind is None:
         raise ValueError(f"{OP}: expected an activation GELU or SiLU, got {act}")
-    return "gelu_tanh" if tanh else found
+    return "gelu_tanh" if tanh else kind

@@ -59,8 +59,8 @@ def test_networks_of_timm(config: BackboneConfig, same: bool) -> None:
     pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
     subnet = config.space.smallest
     static = config.build().eval().to_static(subnet)
-    model, found = timm_networks.build(static)
-    assert found == same
+    model, matches = timm_networks.build(static)
+    assert matches == same
     images = torch.randn(2, 3, config.image_size, config.image_size)
     with torch.no_grad():
         ours, theirs = static([images])[0].cls, model(images)

@@ -40,20 +40,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("block", [1, 4])
 def test_the_same_batches_from_everywhere(workers: int, block: int, tmp_path: Path) -> None:
-    found = {}
+    loaded = {}
     for name, write in WRITERS.items():
         data = open_data(str(write(tmp_path / name, COUNT)), 0.25, seed=3)
         assert data.test is not None and data.lost == ()
         stream = SampleStream(len(data.train), 4, range(2), 2, range(5), 3, block=block)
-        found[name] = (data, list(training_batches(data.train, stream, 32, workers)))
-    folder, expected = found["folder"]
-    for name, (data, batches) in found.items():
+        loaded[name] = (data, list(training_batches(data.train, stream, 32, workers)))
+    folder, expected = loaded["folder"]
+    for name, (data, batches) in loaded.items():
         assert np.array_equal(data.train.labels, folder.train.labels), name
         assert np.array_equal(data.test.positions, folder.test.positions), name
         for ours, theirs in zip(batches, expected, strict=True):
             assert torch.equal(ours.images, theirs.images) and torch.equal(ours.sizes, theirs.sizes), name
             assert ours.unreadable == []
-    assert found["parquet"][0].train.classes == found["list"][0].train.classes == CLASSES
+    assert loaded["parquet"][0].train.classes == loaded["list"][0].train.classes == CLASSES
 
 
 @pytest.mark.parametrize("kind", ["shards", "parquet"])

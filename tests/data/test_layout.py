@@ -86,9 +86,9 @@ def opened(root: Path, holdout: float = 0.25) -> tuple[int, int | None, tuple[st
 def test_layouts(
     folders: dict[str, int], files: list[str], expected: tuple[object, ...] | None, tmp_path: Path
 ) -> None:
-    found = opened(lay_out(tmp_path / "data", folders, *files))
+    actual = opened(lay_out(tmp_path / "data", folders, *files))
     expected = expected or (12, 4, ("a", "b"), "2 without an ending of images (old.tar, b/old.parquet)")
-    assert (*found[:3], set(found[3].split("; "))) == (*expected[:3], set(str(expected[3]).split("; ")))
+    assert (*actual[:3], set(actual[3].split("; "))) == (*expected[:3], set(str(expected[3]).split("; ")))
 
 
 @pytest.mark.parametrize("name", ["images.tar.gz", "images.zip", "0.png", "list.csv"])

@@ -72,9 +72,9 @@ def grey() -> bytes:
 )
 def test_pictures_of_a_sample(endings: list[str], kept: list[str], tmp_path: Path) -> None:
     path = shard(tmp_path / "x.tar", {f"a/7.{ending}": encoded(1) for ending in endings})
-    found = list_shard(path)
-    assert found.names == [f"a/7.{ending}" for ending in kept]
-    assert sum(count for count, _ in found.left_out.values()) == len(endings) - len(kept)
+    listing = list_shard(path)
+    assert listing.names == [f"a/7.{ending}" for ending in kept]
+    assert sum(count for count, _ in listing.left_out.values()) == len(endings) - len(kept)
 
 
 def test_hidden_and_linked_members(tmp_path: Path) -> None:
@@ -134,8 +134,8 @@ def test_numbered_classes_that_one_side_lacks(tmp_path: Path) -> None:
 def test_archives_one_behind_the_other_are_whole(tmp_path: Path) -> None:
     paths = [shard(tmp_path / name, {f"{name}{i}.png": encoded(i) for i in range(9)}) for name in "ab"]
     (tmp_path / "both.tar").write_bytes(b"".join(path.read_bytes() for path in paths))
-    found = list_shard(tmp_path / "both.tar")
-    assert len(found.names) == 18 and found.damage == ""
+    listing = list_shard(tmp_path / "both.tar")
+    assert len(listing.names) == 18 and listing.damage == ""
 
 
 def test_a_shard_that_changed_is_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,8 @@ def test_open_files_do_not_grow_with_images(monkeypatch: pytest.MonkeyPatch) -> 
         opened.append(len(os.listdir("/proc/self/fd")))
         return images.flatten(1)[:, :2]
 
-    found = features.extract_features([function], source, CropsConfig(), ALONE, canvas=4, workers=1)
-    assert found is not None and torch.equal(found.labels, torch.arange(count))
+    extracted = features.extract_features([function], source, CropsConfig(), ALONE, canvas=4, workers=1)
+    assert extracted is not None and torch.equal(extracted.labels, torch.arange(count))
     assert len(opened) == 100 and max(opened[10:]) <= max(opened[:10]) + 4, opened
 
 

@@ -118,12 +118,12 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
         path.write_bytes(b"no")
     data, config = open_data(str(root), 0.25, 0), tiny_config()
     backbone = initial_network(config).backbone
-    found = extract_features(
+    extracted = extract_features(
         [class_token(backbone, Subnet(16, 1))], data.train, config.method.crops, ALONE, canvas=32
     )
-    assert found is not None
-    assert len(found.labels) == len(found.features[0]) == len(data.train) - len(found.unreadable)
-    assert 0 < len(found.unreadable) <= 6
+    assert extracted is not None
+    assert len(extracted.labels) == len(extracted.features[0]) == len(data.train) - len(extracted.unreadable)
+    assert 0 < len(extracted.unreadable) <= 6
 
 
 def test_several_processes_find_the_same(

@@ -44,12 +44,12 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
     assert "centroid: nearest mean; scales 0.5, 1" in lines
     assert lines[4].split()[-5:] == ["k=20", "init", "centroid", "centroid", "init"]
     assert lines[5].split()[-2:] == ["50.0%", "50.0%"]
-    found = json.loads((run / "evaluation.json").read_text())
-    (row,) = found["subnets"]
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (row,) = evaluation["subnets"]
     assert row["centroid"] == row["centroid_init"] == {
-        "top": 0.5, "rows": found["settings"]["bank_images"], "seed": tiny_config().method.seed,
+        "top": 0.5, "rows": evaluation["settings"]["bank_images"], "seed": tiny_config().method.seed,
     }  # fmt: skip
-    assert found["settings"]["centroid"] == NEAREST_MEAN.settings
+    assert evaluation["settings"]["centroid"] == NEAREST_MEAN.settings
     write_report([RunFolder(run)], tmp_path / "page.html")
     assert ": centroid</th>" in (tmp_path / "page.html").read_text()
 

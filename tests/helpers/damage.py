@@ -177,9 +177,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.getLogger("poa").propagate = False
     place = Path(tempfile.mkdtemp())
-    found = readers_of(place, os.environ.__setitem__)
-    for name in found.files:
+    examples = readers_of(place, os.environ.__setitem__)
+    for name in examples.files:
         dice = random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
-        counts = Counter(tried(name, found, dice) for _ in range(int(sys.argv[1])))
+        counts = Counter(tried(name, examples, dice) for _ in range(int(sys.argv[1])))
         print(f"{name:>16}: {json.dumps(counts)}", flush=True)
     shutil.rmtree(place)

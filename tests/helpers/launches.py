@@ -57,11 +57,11 @@ class Launches(TorchDispatchMode):
             return self._moved(function(*args, **(kwargs or {})), args)
         return function(*args, **(kwargs or {}))
 
-    def _moved(self, found: Any, inputs: Any) -> Any:
-        tensors = [t for t in tree_leaves((inputs, found)) if isinstance(t, Tensor)]
+    def _moved(self, outputs: Any, inputs: Any) -> Any:
+        tensors = [t for t in tree_leaves((inputs, outputs)) if isinstance(t, Tensor)]
         sizes = {id(t): min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors}
         self.bytes += sum(sizes.values())
-        return found
+        return outputs
 
 
 @contextmanager
@@ -71,17 +71,17 @@ def launches() -> Iterator[Launches]:
 
     from elastic_kernels import triton_ops
 
-    found, call = Launches(), GridExecutor.__call__
+    record, call = Launches(), GridExecutor.__call__
     names = [module.name for module in pkgutil.iter_modules(triton_ops.__path__)]
     modules = [importlib.import_module(f"{triton_ops.__name__}.{name}") for name in names]
-    found.implementations = {name: f for module in modules for name, f in vars(module).items()}
+    record.implementations = {name: f for module in modules for name, f in vars(module).items()}
 
     def counted(executor: Any, *args: Any, **kwargs: Any) -> None:
-        found.counts[executor.fn.__name__] += 1
+        record.counts[executor.fn.__name__] += 1
 
     GridExecutor.__call__ = counted
     try:
-        with found:
-            yield found
+        with record:
+            yield record
     finally:
         GridExecutor.__call__ = call

@@ -64,8 +64,8 @@ def record(world: World, config: Config) -> dict[str, object]:
 def main() -> None:
     torch.set_num_threads(1)
     with init_distributed("cpu") as world:
-        found = {name: record(world, config) for name, config in VARIANTS.items()}
-        torch.save(found, Path(sys.argv[1]) / f"{world.size}-{world.rank}.pt")
+        results = {name: record(world, config) for name, config in VARIANTS.items()}
+        torch.save(results, Path(sys.argv[1]) / f"{world.size}-{world.rank}.pt")
 
 
 if __name__ == "__main__":

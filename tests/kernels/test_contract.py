@@ -51,13 +51,15 @@ def test_block(scale: Scale, width: int, hidden: int, heads: int) -> None:
     torch.manual_seed(0)
     block = ek.ElasticBlock(WIDTH, HIDDEN, DIM, heads=HEADS, scale=scale).double()
     x, sizes = draw(8, width), {"hidden": hidden, "heads": heads}
-    found = []
+    results = []
     static = ek.ElasticBlock(width, hidden, DIM, heads=heads, scale=None).double()
     static.load_state_dict(block.static_state(width, **sizes))
     for y in (block(x, GROUPS, **sizes), formula(block, x, hidden, heads, scale)):
-        found.append([y, *torch.autograd.grad((y * draw(8, width, seed=1)).sum(), list(block.parameters()))])
-    torch.testing.assert_close(*found)
-    torch.testing.assert_close(static(x, GROUPS), found[0][0])
+        results.append(
+            [y, *torch.autograd.grad((y * draw(8, width, seed=1)).sum(), list(block.parameters()))]
+        )
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(static(x, GROUPS), results[0][0])
 
 
 def test_sizes_follow_the_width_by_default() -> None:

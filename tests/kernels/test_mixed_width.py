@@ -28,8 +28,8 @@ def test_block(scale: Scale) -> None:
     alone = [block(part[:, :width], [(1, 3)]) for part, width in zip(parts, WIDTHS, strict=True)]
     padded = torch.cat([torch.nn.functional.pad(y, (0, 24 - y.shape[1])) for y in alone])
     torch.testing.assert_close(together, padded)
-    found = [torch.autograd.grad(y.sin().sum(), list(block.parameters())) for y in (together, padded)]
-    torch.testing.assert_close(*found)
+    gradients = [torch.autograd.grad(y.sin().sum(), list(block.parameters())) for y in (together, padded)]
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(

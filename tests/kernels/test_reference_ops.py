@@ -168,8 +168,10 @@ def test_packed_attention_by_offsets(compiled: bool, monkeypatch: pytest.MonkeyP
     qkv = tensor(9, 3, 2, 8).requires_grad_()
     expected = ek.packed_attention(qkv, [(1, 4), (2, 1), (1, 3)])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
-    found = ek.packed_attention(qkv, torch.tensor([0, 4, 5, 5, 6, 9]))
-    for a, b in zip(*([y, *torch.autograd.grad(y.sin().sum(), qkv)] for y in (found, expected)), strict=True):
+    actual = ek.packed_attention(qkv, torch.tensor([0, 4, 5, 5, 6, 9]))
+    for a, b in zip(
+        *([y, *torch.autograd.grad(y.sin().sum(), qkv)] for y in (actual, expected)), strict=True
+    ):
         torch.testing.assert_close(a, b)
     block = ek.ElasticBlock(16, 32, 8).double()
     x = tensor(9, 16)

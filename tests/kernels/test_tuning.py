@@ -187,8 +187,8 @@ def test_a_users_entries_come_before_the_packages(places: tuple[Path, Path]) -> 
     tuning.write(places[1], HEAD, [entry(8, 5)])
     assert tuning.table_of(GPU) == {entry(8, 5).key: Toy(5), entry(16, 1).key: Toy(1)}
     assert tuning.table_of(CPU) is None
-    found = tuning.TUNABLES["toy"].choose(SimpleNamespace(device=GPU, dtype=torch.float32), (8,), Toy(1))
-    assert found == Toy(5)
+    chosen = tuning.TUNABLES["toy"].choose(SimpleNamespace(device=GPU, dtype=torch.float32), (8,), Toy(1))
+    assert chosen == Toy(5)
     missing = Toy(1)
     assert (
         tuning.TUNABLES["toy"].choose(SimpleNamespace(device=GPU, dtype=torch.float16), (8,), missing)
@@ -266,8 +266,8 @@ def asked(preset: str, images: int | None, steps: str = "poa.memory:plan_preset"
 
 
 def test_the_calls_of_a_preset() -> None:
-    found = command._calls(asked("vit-s16", 2))
-    names = {call.operator.__name__.removesuffix(".default") for call in found}
+    calls = command._calls(asked("vit-s16", 2))
+    names = {call.operator.__name__.removesuffix(".default") for call in calls}
     assert names >= {"linear_act_fwd", "linear_wgrad", "attention_bwd", "prototype_losses_fwd"}
     with pytest.raises(ValueError, match="expected one of quickstart.*got 'vit'"):
         command._calls(asked("vit", None))

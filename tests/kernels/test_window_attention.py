@@ -125,6 +125,6 @@ def test_planning_leaves_no_constants_behind() -> None:
             shift=1,
         )
         relative_position_bias(torch.empty(table.shape), 3)
-    found = window_attention(qkv, bias, pad, [(1, 5, 3)], window=3, shift=1)
-    assert found.shape == planned.shape and found.isfinite().all()
+    actual = window_attention(qkv, bias, pad, [(1, 5, 3)], window=3, shift=1)
+    assert actual.shape == planned.shape and actual.isfinite().all()
     assert relative_position_bias(table, 3).isfinite().all()

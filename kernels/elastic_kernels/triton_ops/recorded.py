@@ -181,12 +181,12 @@ class _Recorder:
 
     function = packed_metadata = None
 
-    def __init__(self, binary: Binary, found: Launches) -> None:
-        self.binary, self.found = binary, found
+    def __init__(self, binary: Binary, launches: Launches) -> None:
+        self.binary, self.launches = binary, launches
 
     def launch_metadata(self, *arguments: Any) -> None:
         return None
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        given = rest if self.found.keep_arguments else ()
-        self.found.made.append(Launch(self.binary, (x, y, z), given))
+        given = rest if self.launches.keep_arguments else ()
+        self.launches.made.append(Launch(self.binary, (x, y, z), given))

@@ -283,11 +283,11 @@ def assert_same_in_place(
     if not affine:
         tensors |= {"norm_weight": None, "norm_bias": None}
     leaves = {key: t.nan_to_num().requires_grad_() for key, t in tensors.items() if t is not None}
-    inputs, found = list(leaves.values()), []
+    inputs, results = list(leaves.values()), []
     for inplace in (False, True):
         stream = leaves["x"] * 1.0
         with backend("triton"):
             y = operator(**{**tensors, **leaves, "x": stream, "inplace": inplace})
             assert (y.data_ptr() == stream.data_ptr()) == inplace
-            found.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            results.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -78,15 +78,15 @@ class Addresses:
 
     def tensors(self, record: harness.LaunchRecord) -> dict[str, tuple[int, np.ndarray]]:
         """Address and bytes of the living tensors that the int64 arguments of a launch name."""
-        found = {}
+        tables = {}
         for name, table in record.bound.items():
             if isinstance(table, Tensor) and table.dtype == torch.int64:
                 for place, address in enumerate(table.flatten().tolist()):
                     storage, elements, size = self._asked.get(address, (None, 0, 0))
                     if storage and not storage.expired() and address not in record.bases.values():
                         there = (ctypes.c_uint8 * (elements * size)).from_address(address)
-                        found[f"{name}[{place}]"] = address, np.frombuffer(there, f"u{size}")
-        return found
+                        tables[f"{name}[{place}]"] = address, np.frombuffer(there, f"u{size}")
+        return tables
 
 
 class Launches:
@@ -186,12 +186,12 @@ def device(patch: pytest.MonkeyPatch) -> Iterator[tuple[sanitize.Session, Launch
 
 def complaints(launched: Iterable[str], unchecked: int) -> list[str]:
     """What is wrong with a run that was to launch every kernel."""
-    found = []
+    problems = []
     if missing := entry_kernels() - set(launched):
-        found.append(f"no test launches {', '.join(sorted(missing))}")
+        problems.append(f"no test launches {', '.join(sorted(missing))}")
     if unchecked:
-        found.append(f"{unchecked} launches are too large to be checked for races: take smaller sizes")
-    return found
+        problems.append(f"{unchecked} launches are too large to be checked for races: take smaller sizes")
+    return problems
 
 
 class Plugin:

@@ -64,14 +64,14 @@ GOOD = Row(
 def test_broken_rules_are_named(wrong: dict[str, object], complaint: str) -> None:
     assert not list(complaints([GOOD], excuses=()))
     bad = dataclasses.replace(GOOD, **wrong)
-    (found,) = complaints([bad], excuses=())
-    assert found.startswith(complaint) and "losses_fwd sm_90 TWO BLOCK_M=64" in found
+    (line,) = complaints([bad], excuses=())
+    assert line.startswith(complaint) and "losses_fwd sm_90 TWO BLOCK_M=64" in line
     rule = complaint.partition(":")[0]
     assert not list(
         complaints([bad], [Excuse(rule, "losses_.*", "a reason", architectures="sm_90", forms="TWO")])
     )
     other = Excuse(rule, "losses_.*", "a reason", forms="BLOCK_M=128")
-    assert list(complaints([bad], [other])) == [found, f"no row needs the excuse: {other}"]
+    assert list(complaints([bad], [other])) == [line, f"no row needs the excuse: {other}"]
 
 
 def test_excuses_have_reasons() -> None:

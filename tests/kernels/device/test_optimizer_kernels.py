@@ -23,7 +23,7 @@ def test_addresses_that_allow_no_wide_accesses() -> None:
 
 def test_more_tensors_than_a_block() -> None:
     """Every tensor gets the coefficients of its own group."""
-    found = []
+    results = []
     for name in ("triton", "reference"):
         params = [torch.full((3,), 1.0, device="cuda", requires_grad=True) for _ in range(TENSORS + 7)]
         for n, p in enumerate(params):
@@ -31,8 +31,8 @@ def test_more_tensors_than_a_block() -> None:
         groups = [{"params": params[n::3], "lr": 0.1 * n} for n in range(3)]
         with backend(name):
             FusedAdamW(groups).step(max_norm=1.0)
-        found.append(torch.stack(params).detach())
-    torch.testing.assert_close(*found)
+        results.append(torch.stack(params).detach())
+    torch.testing.assert_close(*results)
 
 
 @gpu_only

@@ -79,10 +79,10 @@ def test_the_second_run_takes_what_held_in_the_first(name: str) -> None:
     network, x = block(), draw(10, WIDTH).float().requires_grad_()
     leaves = [x, *network.parameters()]
     weights = [p for p in network.parameters() if p.dim() == 2]
-    found = []
+    results = []
     for again in (False, True):
         with ek.working_weights(weights, torch.float16), backend(name), torch.autocast("cpu", torch.float16):
             y = recomputed(network, x, GROUPS) if again else network(x, GROUPS)
         with backend("reference" if name == "triton" else "triton"):
-            found.append(torch.autograd.grad(y.sin().sum(), leaves))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            results.append(torch.autograd.grad(y.sin().sum(), leaves))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

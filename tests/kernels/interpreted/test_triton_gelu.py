@@ -27,7 +27,7 @@ def _values_kernel(u_ptr, out_ptr, size, BLOCK: tl.constexpr, IS_EXACT: tl.const
     tl.store(out_ptr + 2 * size + offs, activation_grad(u, "gelu", IS_EXACT), mask=mask)
 
 
-def found(exact: bool) -> Tensor:
+def actual(exact: bool) -> Tensor:
     """Phi, GELU and its gradient, `[3, values]`, by the kernels' functions."""
     return on_its_device(evaluated)(U, exact).double()
 
@@ -47,7 +47,7 @@ def expected() -> Tensor:
 
 
 def test_low_precision_is_within_the_rounding_of_bf16() -> None:
-    (cdf, gelu, gradient), (true_cdf, true_gelu, true_gradient) = found(exact=False), expected()
+    (cdf, gelu, gradient), (true_cdf, true_gelu, true_gradient) = actual(exact=False), expected()
     assert (cdf - true_cdf).abs().max() < 1.2e-5
     tail = (U < 0) & (U >= -5)
     assert ((cdf - true_cdf) / true_cdf)[tail].abs().max() < 1.2e-3
@@ -60,11 +60,11 @@ def test_low_precision_is_within_the_rounding_of_bf16() -> None:
 
 
 def test_fp32_keeps_erf() -> None:
-    difference = (found(exact=True) - expected())[:, :-3].abs()
+    difference = (actual(exact=True) - expected())[:, :-3].abs()
     assert difference.max() < 12 * 4 * EXACT
 
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_zero_is_kept(exact: bool) -> None:
-    values = found(exact)[:, -2]
+    values = actual(exact)[:, -2]
     assert values.tolist() == pytest.approx([0.5, 0.0, 0.5], abs=1e-7)

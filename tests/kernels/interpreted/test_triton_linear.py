@@ -181,12 +181,12 @@ def test_a_product_may_become_the_stream(bias: bool) -> None:
     tensors = {key: t.float().nan_to_num() for key, t in exact.items()}
     width = tensors["x"].shape[1]
     weight, offset = draw(width, width).float().requires_grad_(), torch.ones(width) if bias else None
-    found = []
+    results = []
     for inplace in (False, True):
         stream = ek.elastic_linear(tensors["x"], weight, offset)
         y = operator(**(tensors | {"x": stream}), inplace=inplace)
-        found.append(torch.autograd.grad(y.sin().sum(), weight)[0])
-    assert torch.equal(*found)
+        results.append(torch.autograd.grad(y.sin().sum(), weight)[0])
+    assert torch.equal(*results)
 
 
 def test_overwriting_what_somebody_needs_is_an_error() -> None:
@@ -285,16 +285,16 @@ def test_gradients_are_added_in_place(widths: tuple[int, ...], left: int, added:
     torch.manual_seed(0)
     vit, swin = ek.ElasticBlock(48, 96, 16, layer_scale=0.5), ek.ElasticSwinBlock(48, 96, 16, 2, 1)
     block, groups = (swin, [(1, 2, 5)]) if windows else (vit, [(2, 5)])
-    found, leave, leaves = [], GradientLedger.leave, []
+    results, leave, leaves = [], GradientLedger.leave, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientLedger, "leave", lambda *args: (leaves.append(args[1]), leave(*args)))
         for context in (contextlib.nullcontext(), ek.shared_gradients()):
             with context:
                 loss = sum(block(draw(10, w).float(), groups).sin().sum() for w in widths)
             with Calls() as calls:
-                found.append(torch.autograd.grad(loss, list(block.parameters())))
+                results.append(torch.autograd.grad(loss, list(block.parameters())))
     assert (len(leaves), calls.counts["linear_wgrad_"]) == (left, added)
-    for ours, autograds in zip(*found, strict=True):
+    for ours, autograds in zip(*results, strict=True):
         torch.testing.assert_close(ours, autograds)
 
 

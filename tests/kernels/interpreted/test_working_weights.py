@@ -39,14 +39,14 @@ def forward(block: ek.ElasticBlock, width: int = 32) -> Tensor:
 @pytest.mark.parametrize(("width", "tolerance"), [(32, 0.0), (16, 2e-3)], ids=["whole", "corner"])
 def test_same_results(width: int, tolerance: float) -> None:
     """To the bit; of a corner, which the CPU's library sums in another order, up to rounding."""
-    found = []
+    results = []
     for once in (False, True):
         block, weights = parts()
         with rounded(weights, once):
             y = forward(block, width)
-            found.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
-    assert found[1][1].dtype == torch.float32
-    for ours, plain in zip(*found, strict=True):
+            results.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
+    assert results[1][1].dtype == torch.float32
+    for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=tolerance, atol=tolerance)
 
 
@@ -116,15 +116,15 @@ def test_layer_scale_in_the_weights(width: int) -> None:
     torch.nn.init.normal_(block.attn.proj.bias)
     copies = folded(block)
     for largest in (0.5, 1.5):
-        found = []
+        results = []
         for scale in (block.ls1, block.ls2):
             torch.nn.init.uniform_(scale.gamma, 0.3, largest)
         for context in (nullcontext(), copies):
             with context:
                 y = forward(block, width)
-            found.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
-        assert not torch.equal(found[0][0], found[1][0])
-        for plain, ours in zip(*found, strict=True):
+            results.append([y, *torch.autograd.grad(y.sin().sum(), list(block.parameters()))])
+        assert not torch.equal(results[0][0], results[1][0])
+        for plain, ours in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2 * plain.abs().max().item())
 
 
