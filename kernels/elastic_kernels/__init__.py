@@ -36,6 +36,7 @@ from elastic_kernels.modules import (
 )
 from elastic_kernels.optimizer import FusedAdamW, fused_adamw_backend
 from elastic_kernels.prototypes import prototype_cross_entropy, sinkhorn_scaling
+from elastic_kernels.qk_norm import qk_norm
 from elastic_kernels.recompute import recomputed
 from elastic_kernels.resample import check_canvases, eval_crop
 from elastic_kernels.rms_norm import elastic_rms_norm
@@ -111,6 +112,7 @@ __all__ = [
     "packed_attention",
     "planning",
     "prototype_cross_entropy",
+    "qk_norm",
     "recomputed",
     "relative_position_bias",
     "render_crops",

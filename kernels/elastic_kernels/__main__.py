@@ -21,6 +21,8 @@ from elastic_kernels.group_norm import group_norm_backend
 from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
 from elastic_kernels.optimizer import fused_adamw_backend
+from elastic_kernels.qk_norm import qk_norm_backend
+from elastic_kernels.rms_norm import rms_norm_backend
 from elastic_kernels.tune import Call, compile_all, record, tune
 from elastic_kernels.window_attention import window_attention_backend
 
@@ -123,6 +125,7 @@ def report() -> None:
     choices |= {
         op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
     }
+    choices |= {"elastic_rms_norm": rms_norm_backend(x), "qk_norm": qk_norm_backend(x.view(197, 3, 2, 64))}
     choices["window_attention"] = window_attention_backend(x, 7, 16)
     choices["elastic_group_norm"] = group_norm_backend(x, 32)
     choices |= {op: dispatch.choose(op, x) for op in ("prototype_cross_entropy", "sinkhorn_scaling")}

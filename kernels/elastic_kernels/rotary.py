@@ -74,13 +74,20 @@ class Rotary:
         """Of some of the tokens."""
         return Rotary(self.sin.index_select(0, rows), self.cos.index_select(0, rows), self.halves)
 
-    def turn(self, qkv: Tensor) -> Tensor:
-        """Turn queries and keys of `[tokens, 3, heads, head_dim]`; in fp32 if the angles are."""
+    def check(self, qkv: Tensor) -> None:
+        """Raise ValueError unless there are angles of all tokens and channels of a head."""
         if self.sin.shape != (qkv.shape[0], qkv.shape[3]) or self.cos.shape != self.sin.shape:
             raise ValueError(
                 f"Rotary: expected sin and cos {[qkv.shape[0], qkv.shape[3]]}, got {list(self.sin.shape)} "
                 f"and {list(self.cos.shape)}"
             )
+
+    def turn(self, qkv: Tensor) -> Tensor:
+        """Turn queries and keys of `[tokens, 3, heads, head_dim]`; in fp32 if the angles are.
+
+        This is the plain definition; `qk_norm` has a kernel.
+        """
+        self.check(qkv)
         x = qkv[:, :2]
         if self.halves:
             first, second = x.chunk(2, -1)

@@ -16,6 +16,7 @@ from elastic_kernels.dispatch import autocast_operands
 from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv
 from elastic_kernels.mlp import elastic_swiglu
 from elastic_kernels.modules import ElasticAttention, ElasticLayerNorm, ElasticMLP, LayerScale
+from elastic_kernels.qk_norm import qk_norm
 from elastic_kernels.rms_norm import elastic_rms_norm
 from elastic_kernels.rotary import Rotary
 
@@ -121,16 +122,17 @@ class ElasticRotaryAttention(ElasticAttention):
         qkv, dim = self.qkv, self.head_dim
         heads = validate.heads("ElasticRotaryAttention", heads, qkv.weight, dim, x.shape[-1])
         h = elastic_qkv(x, qkv.weight, qkv.bias, out_features=heads * dim, scale=self.scale)
-        h = h.unflatten(-1, (heads, dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            # Under autocast products are in half precision, and norms in that of their weights.
-            q, k = (
-                n(h[:, i].to(n.weight.dtype)).to(h.dtype) for i, n in enumerate((self.q_norm, self.k_norm))
-            )
-            h = torch.stack([q, k, h[:, 2]], 1)
-        if rotary is not None:
-            h = rotary.turn(h)
+        h = self.before_attention(h.unflatten(-1, (heads, dim)), rotary)
         return self.proj(packed_attention(h, groups), out_features=x.shape[-1])
+
+    def before_attention(self, qkv: Tensor, rotary: Rotary | None) -> Tensor:
+        """Norm and turn queries and keys of `[tokens, 3, heads, head_dim]`."""
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if not norms:
+            return qkv if rotary is None else qk_norm(qkv, rotary=rotary)
+        biases = tuple(norm.bias for norm in norms if isinstance(norm, ElasticLayerNorm))
+        weight = torch.stack(tuple(norm.weight for norm in norms))
+        return qk_norm(qkv, weight, torch.stack(biases) if biases else None, norms[0].eps, rotary=rotary)
 
 
 class ElasticPreNormBlock(nn.Module):

@@ -140,8 +140,8 @@ def under_autocast(function: Function) -> Function:
 
 CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
     "elastic_linear": lambda: (ek.elastic_linear, [draw(7, WIDTH), *linear()]),
-    "elastic_linear gelu": lambda: (
-        partial(ek.elastic_linear, out_features=40, activation="gelu"),
+    "elastic_linear silu": lambda: (
+        partial(ek.elastic_linear, out_features=40, activation="silu"),
         [draw(7, WIDTH), *linear()],
     ),
     "elastic_linear autocast": lambda: (under_autocast(ek.elastic_linear), [draw(7, WIDTH), *linear()]),
@@ -187,6 +187,10 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
     ),
     "mixed_width_block": lambda: module(
         MixedWidth(LARGEST, 2 * LARGEST, HEAD_DIM), draw(5, LARGEST), torch.tensor([32, 32, 16, 16, 16])
+    ),
+    "qk_norm": lambda: (
+        lambda x, *t: ek.qk_norm(x, *t, 1e-6, rotary=ek.Rotary.of_grid(1, 5, HEAD_DIM)),
+        [draw(5, 3, 2, HEAD_DIM), draw(2, HEAD_DIM), draw(2, HEAD_DIM)],
     ),
     "elastic_swiglu": lambda: (
         partial(ek.elastic_swiglu, hidden=20),
