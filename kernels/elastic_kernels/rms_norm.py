@@ -2,7 +2,7 @@
 
     y = x / sqrt(mean(x^2) + eps) * weight[:w]          w = x.shape[-1]
 
-The Triton kernels are in `triton_ops/rms_norm.py`. Source: Zhang and Sennrich, 2019.
+The Triton kernels are those of LayerNorm. Source: Zhang and Sennrich, 2019.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
     validate.operands(op, x=x, weight=weight)
     validate.vectors(op, x, weight=(weight, weight.shape[0]))
     if rms_norm_backend(x).backend == "triton":
-        from elastic_kernels.triton_ops.rms_norm import RmsNormFunction
+        from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
-        y = RmsNormFunction.apply(x if rows is not None else x.reshape(-1, width), weight, eps, rows)
+        flat = x if rows is not None else x.reshape(-1, width)
+        y = LayerNormFunction.apply(flat, weight, None, eps, rows)
         return y if rows is not None else y.view(x.shape)
     return F.rms_norm(x if rows is None else x.index_select(0, rows), (width,), weight[:width], eps)
 

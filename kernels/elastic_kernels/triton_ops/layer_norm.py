@@ -1,8 +1,10 @@
-"""Triton kernels of LayerNorm over the active width, with an optional gather of rows before it.
+"""Triton kernels of LayerNorm and RMSNorm over the active width, with an optional gather of rows before it.
 
     xhat = (x - mean) * rstd,  y = xhat * weight[:w] + bias[:w]
     g = dy * weight,  dx = rstd * (g - mean_k(g) - xhat * mean_k(g * xhat)) + dsum
     dw = sum dy * xhat,  db = sum dy
+
+RMSNorm is the norm that has a weight and no bias: without `mean`, `bias` and `mean_k(g)`.
 
 Fused: the gather of the rows that take part (stochastic depth), statistics, affine, and in the backward the
 addition of the gradient that bypasses the norm. The backward is one pass over rows; each program keeps its
@@ -51,19 +53,23 @@ def _layer_norm_fwd_kernel(
         source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
     out = place[:, None] * width + offs_k[None, :]
     x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 1) / width
-    centred = tl.where(mask, x - mean[:, None], 0.0)
+    centred = x
+    if mean_ptr is not None:
+        mean = tl.sum(x, 1) / width
+        centred = tl.where(mask, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
     xhat = centred * rstd[:, None]
     y = xhat
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = xhat * weight[None, :] + bias[None, :]
+        y = xhat * weight[None, :]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
     if KEEP_XHAT:
         tl.store(xhat_ptr + out, xhat.to(xhat_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + offs_r, mean, mask=mask_r)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + offs_r, mean, mask=mask_r)
     tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
 
 
@@ -76,6 +82,7 @@ def _layer_norm_bwd_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By tokens: `places` holds the row of each token among the normalised ones, or -1."""
+    CENTRED: tl.constexpr = IN_STREAM or mean_ptr is not None
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs_k = tl.arange(0, BLOCK)
     mask_k = offs_k < width
@@ -100,15 +107,19 @@ def _layer_norm_bwd_kernel(
             xhat = xhat.to(tl.float32)
         else:
             x = tl.load(x_ptr + token[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0)
-            mean = tl.load(mean_ptr + place, mask=mask_r, other=0.0)
-            xhat = tl.where(mask, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+            xhat = x.to(tl.float32)
+            if CENTRED:
+                xhat -= tl.load(mean_ptr + place, mask=mask_r, other=0.0)[:, None]
+            xhat = tl.where(mask, xhat * rstd[:, None], 0.0)
         g = dy
         if HAS_AFFINE:
             dweight += tl.sum(dy * xhat, 0)
             dbias += tl.sum(dy, 0)
             g = dy * weight[None, :]
         along = tl.sum(g * xhat, 1) / width
-        dx = (g - (tl.sum(g, 1) / width)[:, None] - xhat * along[:, None]) * rstd[:, None]
+        if CENTRED:
+            g -= (tl.sum(g, 1) / width)[:, None]
+        dx = (g - xhat * along[:, None]) * rstd[:, None]
         if IN_STREAM:
             dsum_ptrs = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
             dx += tl.load(dsum_ptrs, mask=every, other=0.0).to(tl.float32)
@@ -201,29 +212,47 @@ def layer_norm_fwd(
 
     Args:
         x: `[tokens, w]`.
-        weight, bias, eps, index: as above.
+        weight, bias, eps, index: as above; a weight without a bias is that of RMSNorm.
         dtype: of y.
         keep_xhat: also give the rows before the affine.
 
     Returns:
-        y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean and rstd `[rows]`.
+        y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean (empty for RMSNorm) and rstd `[rows]`.
     """
-    rows, width = (x if index is None else index).shape[0], x.shape[1]
-    y = torch.empty(rows, width, dtype=dtype, device=x.device)
-    xhat = torch.empty(y.shape if keep_xhat else (0,), dtype=dtype, device=x.device)
-    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    y, xhat, mean, rstd = results = _empty_results(x, weight, bias, eps, index, dtype, keep_xhat)
+    rows, width = y.shape
     if rows:
         config = _config(_FWD, x)
         _layer_norm_fwd_kernel[(cdiv(rows, config.rows),)](
-            x, weight, bias, index, y, xhat, mean, rstd,
+            x, weight, bias, index, y, xhat, mean if _is_centred(weight, bias) else None, rstd,
             rows, width,
             x.stride(0),
             eps,
             HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, KEEP_XHAT=keep_xhat,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
-    return y, xhat, mean, rstd
+    return results
+
+
+def _is_centred(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether these are of a LayerNorm, which takes off the mean, and not of an RMSNorm."""
+    return weight is None or bias is not None
+
+
+def _empty_results(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    index: Tensor | None,
+    dtype: torch.dtype,
+    keep_xhat: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = (x if index is None else index).shape[0]
+    y = x.new_empty(rows, x.shape[1], dtype=dtype)
+    mean = x.new_empty(rows if _is_centred(weight, bias) else 0, dtype=torch.float32)
+    xhat = torch.empty_like(y) if keep_xhat else y.new_empty(0)
+    return y, xhat, mean, x.new_empty(rows, dtype=torch.float32)
 
 
 def layer_norm_bwd(
@@ -240,8 +269,9 @@ def layer_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and of weight and bias in full shape (empty without them).
 
-    `dy` `[rows, w]` is contiguous. Either `x` and `mean` are given, or, in a residual stream, `xhat`,
-    contiguous, and `dsum` `[tokens, w]`, rows of any stride, of the dtype of x: added to its gradient.
+    `dy` `[rows, w]` is contiguous. Either `x` and `mean` (but for RMSNorm) are given, or, in a residual
+    stream, `xhat`, contiguous, and `dsum` `[tokens, w]`, rows of any stride, of the dtype of x: added to its
+    gradient.
     Those of weight and bias are added to others beside them, if there are such.
     """
     like = _like(x, dsum)
@@ -293,13 +323,7 @@ register(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
     " ScalarType dtype, bool keep_xhat=False) -> (Tensor, Tensor, Tensor, Tensor)",
     layer_norm_fwd,
-    lambda x, weight, bias, eps, index, dtype, keep_xhat=False: (
-        x.new_empty((x if index is None else index).shape[0], x.shape[1], dtype=dtype),
-        x.new_empty(
-            ((x if index is None else index).shape[0], x.shape[1]) if keep_xhat else (0,), dtype=dtype
-        ),
-        *(x.new_empty((x if index is None else index).shape[0], dtype=torch.float32) for _ in range(2)),
-    ),
+    _empty_results,
 )
 register(
     "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
@@ -314,7 +338,7 @@ register(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """LayerNorm with its gradients; outside of the registered operators, which saves host time."""
+    """LayerNorm or RMSNorm with its gradients; outside of the registered operators, which saves host time."""
 
     @staticmethod
     def forward(
@@ -328,7 +352,8 @@ class LayerNormFunction(torch.autograd.Function):
         x = unit_stride(x)
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
         y, _, mean, rstd = ops.layer_norm_fwd(x, weight, bias, eps, index, dtype)
-        ctx.save_for_backward(x, weight, mean, rstd, index)
+        ctx.save_for_backward(x, weight, mean if _is_centred(weight, bias) else None, rstd, index)
+        ctx.has_bias = bias is not None
         return y
 
     @staticmethod
@@ -337,5 +362,4 @@ class LayerNormFunction(torch.autograd.Function):
         x, weight, mean, rstd, index = ctx.saved_tensors
         places = None if index is None else places_of(index, len(x))
         dx, dweight, dbias = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, None)
-        affine = (None, None) if weight is None else (dweight, dbias)
-        return dx, *affine, None, None
+        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_kernels.triton_ops import rms_norm, swiglu
+from elastic_kernels.triton_ops import layer_norm, swiglu
 from helpers.kernels.numerics import DTYPES, draw
 from helpers.kernels.rms_norm_cases import assert_accurate
 
@@ -18,17 +18,18 @@ def test_forward_and_gradients(sizes: tuple[int, int], gather: bool, dtype: torc
 
 
 def test_registered_operators() -> None:
-    assert rms_norm.RmsNormFunction and swiglu.SwiGLUFunction  # importing registers
+    assert layer_norm.LayerNormFunction and swiglu.SwiGLUFunction  # importing registers
     ops, x, weight, index = (
         torch.ops.elastic_kernels,
         draw(6, 5).float(),
         draw(9).float(),
         torch.tensor([4, 0]),
     )
+    places = torch.tensor([1, -1, -1, -1, 0, -1], dtype=torch.int32)
     calls = [
-        (ops.rms_norm_fwd, (x, weight, None, 1e-6, torch.float16)),
-        (ops.rms_norm_fwd, (x, weight, index, 1e-6, torch.float32)),
-        (ops.rms_norm_bwd, (x[:2], x, weight, index, torch.ones(2))),
+        (ops.layer_norm_fwd, (x, weight, None, 1e-6, None, torch.float16)),
+        (ops.layer_norm_fwd, (x, weight, None, 1e-6, index, torch.float32)),
+        (ops.layer_norm_bwd, (x[:2], x, None, weight, None, torch.ones(2), places, None)),
         (ops.swiglu_fwd, (draw(3, 2, 7).float(), "silu")),
         (ops.swiglu_bwd, (draw(3, 2, 7).float(), draw(3, 7).float(), "gelu")),
     ]
