@@ -23,7 +23,7 @@ from poa.micro_batch import MicroBatch
 from poa.network import Network
 from poa.presets import preset
 from poa.step import train_step
-from poa.train import Run
+from poa.train import Trainer
 
 POINTS = 4  # evaluations after the first
 
@@ -31,7 +31,7 @@ POINTS = 4  # evaluations after the first
 class Ours:
     """The trainer's step."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Trainer):
         self.run = run
 
     def step(self, number: int, micro_batch: MicroBatch) -> None:
@@ -48,7 +48,7 @@ class Ours:
 class Official:
     """The official step on the same batches, schedules and subnets."""
 
-    def __init__(self, run: Run, checkout: Path):
+    def __init__(self, run: Trainer, checkout: Path):
         self.run, method = run, run.config.method
         self.official = OfficialStep(checkout, method, run.world.device)
         self.official.load_from(run.state.student)
@@ -94,7 +94,7 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
     if official is not None:
         require_checkout(official)
     config = with_data(preset(name), data)
-    makers: dict[str, Callable[[Run], Ours | Official]] = {"ours": Ours}
+    makers: dict[str, Callable[[Trainer], Ours | Official]] = {"ours": Ours}
     if official is not None:
         makers["official"] = lambda run: Official(run, official)
     else:
@@ -106,13 +106,17 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
 
 
 def _train(
-    which: str, make: Callable[[Run], Ours | Official], config: Config, device: torch.device, seconds: float
+    which: str,
+    make: Callable[[Trainer], Ours | Official],
+    config: Config,
+    device: torch.device,
+    seconds: float,
 ) -> list[Row]:
     source = config.data.open(config.method.seed)
     if source.test is None:
         raise ValueError(f"--data: expected class folders to evaluate on, got {config.data.source}")
     with tempfile.TemporaryDirectory() as folder:
-        whole = Run(config, RunFolder(Path(folder)), source, World(0, 1, device))
+        whole = Trainer(config, RunFolder(Path(folder)), source, World(0, 1, device))
         trainer = make(whole)
         rows, spent, images, due = [], 0.0, 0, 0.0
         steps = range(whole.schedules.total_steps)
@@ -134,7 +138,7 @@ def _train(
     return rows
 
 
-def _evaluate(which: str, trainer: Ours | Official, whole: Run, seconds: float, images: int) -> list[Row]:
+def _evaluate(which: str, trainer: Ours | Official, whole: Trainer, seconds: float, images: int) -> list[Row]:
     subnets = [whole.space.intact, whole.space.smallest]
     limit = whole.config.run.knn_images
     scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, whole.world, limit)

@@ -3,6 +3,7 @@
 from poa import official
 from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.export import ExportedModel, load
+from poa.run import Run, pretrain
 from poa.subnets import SearchSpace, Subnet
 from poa.version import VERSION
 
@@ -13,10 +14,12 @@ __all__ = [
     "ElasticViT",
     "ExportedModel",
     "ResNetConfig",
+    "Run",
     "SearchSpace",
     "Subnet",
     "SwinConfig",
     "ViTConfig",
     "load",
     "official",
+    "pretrain",
 ]

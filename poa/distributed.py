@@ -234,6 +234,11 @@ def init_distributed(device_name: str, timeout: float = 600.0, threads: int | No
             _linger(ours, size)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints, also before and after `init_distributed`."""
+    return _from_launcher("RANK", 0) == 0
+
+
 def _from_launcher(name: str, default: int) -> int:
     """An environment variable of `torchrun` and the like."""
     text = os.environ.get(name, str(default))

@@ -133,6 +133,15 @@ def require_writable(path: Path, option: str) -> None:
         ) from None
 
 
+def require_json(path: Path, option: str, key: str) -> None:
+    """Raise InputError where no JSON can be written, or there is a file without this key, thus another's."""
+    require_writable(path, option)
+    expected = f"{option}: expected a new file, or an older one of this command to replace"
+    there = read_json(path, expected) if path.exists() else {key: None}
+    if not isinstance(there, dict) or key not in there:
+        raise InputError(f"{expected}, got {path}")
+
+
 def make_folder(path: Path, option: str) -> None:
     """Make a folder and those above it; raise InputError where none can be."""
     try:

@@ -10,6 +10,7 @@ import numpy as np
 from poa.checkpoint import log
 from poa.config import Config
 from poa.data.decode import ImageError
+from poa.data.layout import Found
 from poa.data.loader import require_shared_memory
 from poa.data.sources import DataSplit, ImageSource
 from poa.data.summary import printable
@@ -21,8 +22,12 @@ SAMPLE = 16  # images that are tried at the beginning
 PATIENCE = 20.0  # seconds after which a line says that images are searched
 
 
-def open_on_ranks(config: Config, world: World) -> DataSplit:
+def open_on_ranks(config: Config, world: World, found: Found | None = None) -> DataSplit:
     """Open the images; the main process does so first, so that shards are listed once.
+
+    Args:
+        config, world: of the run.
+        found: how to open them, where the configuration does not name a place.
 
     Raises:
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
@@ -30,7 +35,7 @@ def open_on_ranks(config: Config, world: World) -> DataSplit:
     splits: list[DataSplit] = []
 
     def opened() -> None:
-        splits.append(config.data.open(config.method.seed))
+        splits.append(config.data.open(config.method.seed, found))
 
     line = f"data: looking for the images of {printable(config.data.source)}"
     patience = threading.Timer(PATIENCE, say, [line])

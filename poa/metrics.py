@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ from poa.subnets import SubnetSampler
 from poa.writers import Writer, flat, open_writers
 
 T = TypeVar("T")
+Callback = Callable[[dict[str, Any]], None]
+"""Called with each row of `metrics.jsonl`: logged steps, evaluations (`knn`) and alarms."""
 
 
 class Meter:
@@ -201,6 +203,7 @@ class Journal:
 
     Args:
         config, folder, world, plan, schedules, sampler: of the run.
+        callbacks: called with every row on the main process.
     """
 
     def __init__(
@@ -211,10 +214,12 @@ class Journal:
         plan: Plan,
         schedules: Schedules,
         sampler: SubnetSampler,
+        callbacks: Sequence[Callback] = (),
     ):
         method = config.method
         self.config, self.folder, self.world = config, folder, world
         self.plan, self.schedules, self.sampler = plan, schedules, sampler
+        self.callbacks = callbacks
         self.step_images = plan.micro_batches * method.batch_size
         self.meter = Meter(world, self.step_images)
         self.guard = Guard(world, config.run.skip_limit)
@@ -317,3 +322,5 @@ class Journal:
         self.folder.log(row)
         for writer in self.writers:
             writer.write(row["step"], {k: v for k, v in flat(row).items() if k != "step"})
+        for callback in self.callbacks:
+            callback(dict(row))

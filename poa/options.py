@@ -160,29 +160,33 @@ def _sections(hint: Any) -> list[type]:
     return [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
 
 
-def override(options: T, assignments: Sequence[str]) -> T:
-    """Apply `dotted.key=value` assignments.
+def override(options: T, assignments: Sequence[str] | Mapping[str, Any]) -> T:
+    """Apply `dotted.key=value` assignments, or values by dotted keys.
 
-    Values are JSON, or bare words; tuples may be written `0.3,1`. Another `kind` gives its section the
-    defaults of that kind, over which the other assignments win.
+    Text is JSON, or bare words; tuples may be written `0.3,1`. The beginning of a key may be left out, as
+    all options have names of their own. Another `kind` gives its section the defaults of that kind, over
+    which the other assignments win.
 
     Raises:
         InputError: not an assignment, an unknown key (with a suggestion), or a value of the wrong type.
     """
-    pairs = []
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise InputError(f"expected an option KEY=VALUE, got {shown(assignment)!r}")
-        pairs.append((getattr(options, "RENAMED", {}).get(key, key), text))
+    given = assignments.items() if isinstance(assignments, Mapping) else map(_assigned, assignments)
+    pairs = [(getattr(options, "RENAMED", {}).get(key, key), value) for key, value in given]
     values = to_dict(options)
-    for key, text in pairs:
-        if key.endswith(".kind"):
-            _change_kind(options, values, key, text)
-    for key, text in pairs:
-        group, name = _place(values, key)
-        group[name] = _parse(text, group[name])
+    for key, value in pairs:
+        if key.rpartition(".")[2] == "kind":
+            _change_kind(options, values, _whole_key(values, key), value)
+    for key, value in pairs:
+        group, name = _place(values, _whole_key(values, key))
+        group[name] = _parse(value, group[name]) if isinstance(value, str) else value
     return from_dict(type(options), values)
+
+
+def _assigned(assignment: str) -> tuple[str, str]:
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise InputError(f"expected an option KEY=VALUE, got {shown(assignment)!r}")
+    return key, text
 
 
 def _change_kind(options: Any, values: dict[str, Any], key: str, kind: str) -> None:
@@ -197,11 +201,17 @@ def _change_kind(options: Any, values: dict[str, Any], key: str, kind: str) -> N
         group.update(to_dict(section_from_dict(sections, {name: kind}, key.removesuffix(".kind"))))
 
 
+def _whole_key(values: dict[str, Any], key: str) -> str:
+    """The dotted key among nested values that is this one or ends with it."""
+    known = list(_keys(values))
+    meant = next((name for name in known if f".{name}".endswith(f".{key}")), None)
+    if meant is None:
+        raise _unknown(key, known)
+    return meant
+
+
 def _place(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     """The group among nested values that holds a dotted key, and its name there."""
-    known = list(_keys(values))
-    if key not in known:
-        raise _unknown(key, known)
     *parents, name = key.split(".")
     for parent in parents:
         values = values[parent]

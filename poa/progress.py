@@ -8,7 +8,7 @@ import sys
 import time
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 log = logging.getLogger("poa")
 
@@ -42,7 +42,7 @@ class Progress:
         self.shown = shown
         self.bar = None
         self.started, self.start = time.perf_counter(), start
-        if shown and sys.stderr.isatty():
+        if shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=True)
 
     def __enter__(self) -> Progress:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,14 @@ from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.contact_sheet import contact_sheet
 from poa.curves import Band, Row, draw_curves, figures_of
-from poa.drawing import require_drawable, write_figure
+from poa.drawing import require_drawable, require_matplotlib, write_figure
 from poa.errors import InputError
 from poa.evaluate import reported
 from poa.files import read_json, write_text
 from poa.options import describe
 from poa.presets import PRESETS, preset
 from poa.subnets import Subnet
+from poa.table import html_table
 
 EXPECTED = Path(__file__).parent / "expected"
 BANDED = ("loss", "knn.", "target_entropy.", "feature_std.")
@@ -43,21 +44,34 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> None:
         InputError: no metrics yet, no matplotlib, an unknown ending, or a place where nothing can be written.
     """
     require_drawable(out, "report", also=".html")
-    rows = {name: folder.rows() for name, folder in zip(_names(folders), folders, strict=True)}
-    for folder, logged in zip(folders, rows.values(), strict=True):
-        if not any("loss" in row for row in logged):
-            raise InputError(f"report: expected metrics in {folder.metrics}, got none yet")
-    alone = len(folders) == 1
-    beginning = _beginning(folders[0]) if alone else {}
-    band = expected_band(folders[0].config()) if alone else {}
-    figure = draw_curves(rows, band, beginning.get("phases", {}))
+    figure = curves_of(folders)
     if out.suffix != ".html":
         write_figure(figure, out, 110)
         return
     image = io.StringIO()
     figure.savefig(image, format="svg")
     svg = image.getvalue()
-    write_text(out, _page(folders, rows, beginning, svg[svg.index("<svg") :]))
+    write_text(out, _page(folders, svg[svg.index("<svg") :]))
+
+
+def curves_of(folders: Sequence[RunFolder]) -> Any:
+    """The curves of runs, a figure of matplotlib; of one alone over the range that runs like it have shown.
+
+    Raises:
+        InputError: no metrics yet, or no matplotlib.
+    """
+    require_matplotlib()
+    rows = _rows(folders)
+    for folder, logged in zip(folders, rows.values(), strict=True):
+        if not any("loss" in row for row in logged):
+            raise InputError(f"report: expected metrics in {folder.metrics}, got none yet")
+    alone = len(folders) == 1
+    band = expected_band(folders[0].config()) if alone else {}
+    return draw_curves(rows, band, _beginning(folders[0]).get("phases", {}) if alone else {})
+
+
+def _rows(folders: Sequence[RunFolder]) -> dict[str, list[dict[str, Any]]]:
+    return {name: folder.rows() for name, folder in zip(_names(folders), folders, strict=True)}
 
 
 def _names(folders: Sequence[RunFolder]) -> list[str]:
@@ -121,10 +135,9 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     return shown
 
 
-def _page(
-    folders: Sequence[RunFolder], rows: Mapping[str, Sequence[Row]], beginning: Mapping[str, Any], svg: str
-) -> str:
-    alone = len(folders) == 1
+def _page(folders: Sequence[RunFolder], svg: str) -> str:
+    rows, alone = _rows(folders), len(folders) == 1
+    beginning = _beginning(folders[0]) if alone else {}
     figures = [summary(logged) for logged in rows.values()]
     shown = list(dict.fromkeys(name for run in figures for name in run))
     alarms = [
@@ -140,7 +153,7 @@ def _page(
     parts = [
         f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
         f"<h1>{title}</h1>",
-        _table([] if alone else ["", *rows], ([n, *(run.get(n, "") for run in figures)] for n in shown)),
+        html_table([] if alone else ["", *rows], ([n, *(run.get(n, "") for run in figures)] for n in shown)),
         f"<pre>{_text(chr(10).join(beginning.get('said', [])))}</pre>",
         f"<h2>Alarms</h2>{'<ul>' + ''.join(alarms) + '</ul>' if alarms else '<p>None.</p>'}",
         f"<h2>Curves</h2>{f'<p>Dotted: {_text(marks)}.</p>' if marks else ''}{svg}",
@@ -155,30 +168,31 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    def line(tag: str, cells: Sequence[object]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table>{line('th', head) if head else ''}{''.join(line('td', row) for row in rows)}</table>"
+def evaluations(folder: RunFolder) -> dict[str, dict[str, float]]:
+    """Accuracies of subnets by their names, of every protocol of every evaluation in a folder."""
+    columns: dict[str, dict[str, float]] = {}
+    for file in sorted(folder.path.glob("evaluation*.json")):
+        with suppress(InputError, LookupError, AttributeError, TypeError):  # or damaged
+            evaluation = read_json(file, "evaluation")
+            about = "{branch} of step {step}, {data}".format(**evaluation["settings"])
+            for row in evaluation["subnets"]:
+                for kind, accuracy in reported(row).items():
+                    columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
+    return columns
 
 
 def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
     """Accuracies by subnet, of all evaluations in the folders."""
-    columns: dict[str, dict[str, float]] = {}
-    for name, folder in zip(names, folders, strict=True):
-        for file in sorted(folder.path.glob("evaluation*.json")):
-            with suppress(InputError, LookupError, AttributeError, TypeError):  # or damaged
-                evaluation = read_json(file, "evaluation")
-                about = "{branch} of step {step}, {data}".format(**evaluation["settings"])
-                about = f"{name}: {about}" if len(names) > 1 else about
-                for row in evaluation["subnets"]:
-                    for kind, accuracy in reported(row).items():
-                        columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
+    columns = {
+        f"{name}: {about}" if len(names) > 1 else about: scores
+        for name, folder in zip(names, folders, strict=True)
+        for about, scores in evaluations(folder).items()
+    }
     if not columns:
         return "<p>None yet: poa evaluate RUN makes one.</p>"
     subnets = sorted({subnet for scores in columns.values() for subnet in scores}, key=Subnet.parse)
     cells = ([s, *(f"{c[s]:.1%}" if s in c else "" for c in columns.values())] for s in subnets)
-    return _table(["subnet", *columns], cells)
+    return html_table(["subnet", *columns], cells)
 
 
 def _crops(config: Config) -> str:
@@ -196,6 +210,8 @@ def _options(configs: Sequence[Config], names: Sequence[str]) -> str:
     keys = list(dict.fromkeys(key for run in values for key in run))
     rows = [[key, *(run.get(key, "") for run in values)] for key in keys]
     if len(names) == 1:
-        return f"<h2>Options</h2><details><summary>All {len(rows)}</summary>{_table([], rows)}</details>"
+        return f"<h2>Options</h2><details><summary>All {len(rows)}</summary>{html_table([], rows)}</details>"
     different = [row for row in rows if len(set(row[1:])) > 1]
-    return f"<h2>Options that differ</h2>{_table(['', *names], different) if different else '<p>None.</p>'}"
+    return (
+        f"<h2>Options that differ</h2>{html_table(['', *names], different) if different else '<p>None.</p>'}"
+    )

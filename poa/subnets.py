@@ -126,6 +126,21 @@ class SearchSpace:
             )
         return subnet
 
+    def named(self, names: Sequence[str]) -> list[Subnet]:
+        """The subnets of these names, which may also be joined by commas; `["all"]`: every one.
+
+        Raises:
+            InputError: none, or one that is not in the space.
+        """
+        if list(names) == ["all"]:
+            return list(self)
+        parts = [part for name in names for part in name.split(",") if part]
+        if not parts:
+            raise InputError(
+                f"--subnets: expected subnets such as {self.smallest}, or all, got {' '.join(names)!r}"
+            )
+        return [self.require(Subnet.parse(part)) for part in dict.fromkeys(parts)]
+
     def multiplicities(self) -> dict[Subnet, int]:
         """How often each subnet stands in one round of draws: `round(ws * ds)`, half to even."""
         width_scale = np.linspace(self.width_scale, 1, len(self.widths))

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config, with_run
+from poa.data.layout import Found
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
 from poa.device import deterministic_algorithms, prepared_ahead
@@ -24,7 +25,7 @@ from poa.errors import DivergenceError, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.images import open_on_ranks
 from poa.lock import RunLock
-from poa.metrics import Journal
+from poa.metrics import Callback, Journal
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe
 from poa.plan import Plan, evaluated_subnets, first_lines, last_lines, phases, require_runnable
@@ -38,7 +39,15 @@ from poa.writers import require_writers
 LOCAL = {"data.source", "run.device", "performance.workers", "performance.threads"}
 
 
-def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = False) -> None:
+def pretrain(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = False,
+    check: bool = False,
+    found: Found | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> None:
     """Train a run to its end; first say what was found and what will be done, last what to do next.
 
     Args:
@@ -46,6 +55,8 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
         out: the run folder; new, or with `resume` one with a checkpoint.
         resume: continue from the newest checkpoint.
         check: only say it, and write nothing.
+        found: how to open the images, where the configuration does not name a place.
+        callbacks: called on the main process with every line of the metrics.
 
     Raises:
         InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
@@ -61,24 +72,42 @@ def pretrain(config: Config, out: Path, *, resume: bool = False, check: bool = F
     ):
         lock = RunLock(out)
         try:
-            _train(config, RunFolder(out, lock), world, resume, check)
+            folder = RunFolder(out, lock)
+            content = _content(config, folder, world, resume, check)
+            require_runnable(config, world.size)
+            world.require_same(
+                "options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL}
+            )
+            data = open_on_ranks(config, world, found)
+            _train(config, folder, world, data, content, check, callbacks)
         finally:
             if world.is_main:
                 lock.release()
 
 
-def _train(config: Config, folder: RunFolder, world: World, resume: bool, check: bool) -> None:
-    """Everything that may hold the process group, gone when this returns."""
-    content = None
+def _content(
+    config: Config, folder: RunFolder, world: World, resume: bool, check: bool
+) -> dict[str, Any] | None:
+    """That of the checkpoint to resume, whose run is locked; None for a new run."""
+    if not resume:
+        return None
     assert folder.lock
-    if resume and not check:
+    if not check:
         world.from_main(folder.lock.acquire)
-    if resume:
-        checkpoint = world.from_main(folder.newest)
-        content = folder.load(checkpoint, config)
-    require_runnable(config, world.size)
-    world.require_same("options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL})
-    data = open_on_ranks(config, world)
+    return folder.load(world.from_main(folder.newest), config)
+
+
+def _train(
+    config: Config,
+    folder: RunFolder,
+    world: World,
+    data: DataSplit,
+    content: dict[str, Any] | None,
+    check: bool,
+    callbacks: Sequence[Callback],
+) -> None:
+    """Everything that may hold the process group, gone when this returns."""
+    assert folder.lock
     plan = Plan.of(config, len(data.train), world.size, content)
     schedules = plan.schedules(config)
     beginning = list(first_lines(config, plan, schedules, data, world))
@@ -98,8 +127,8 @@ def _train(config: Config, folder: RunFolder, world: World, resume: bool, check:
             initial_network(config)  # may not fit
         return
     started = time.monotonic()
-    run = Run(config, folder, data, world, content)
-    if not resume:
+    run = Trainer(config, folder, data, world, content, callbacks)
+    if not content:
         world.from_main(folder.lock.acquire)
     run.begin()
     world.from_main(partial(folder.keep_beginning, beginning, dict(phases(config, plan, schedules))))
@@ -108,7 +137,7 @@ def _train(config: Config, folder: RunFolder, world: World, resume: bool, check:
         say(line)
 
 
-class Run:
+class Trainer:
     """One process's part of a run.
 
     Args:
@@ -117,6 +146,7 @@ class Run:
         data: training and test images.
         world: this process.
         content: of the checkpoint to resume; None for a new run.
+        callbacks: called on the main process with every line of the metrics.
 
     Raises:
         InputError: more ranks than micro-batches, or a checkpoint that does not fit.
@@ -129,6 +159,7 @@ class Run:
         data: DataSplit,
         world: World,
         content: dict[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
     ):
         method = config.method
         self.config, self.folder, self.data, self.world = config, folder, data, world
@@ -142,7 +173,7 @@ class Run:
         )
         random = with_run(config, init_from="") if content else config  # the checkpoint has all
         self.state = TrainingState.start(random, world.device)
-        self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler)
+        self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler, callbacks)
         self.images = data.digest()
         self.first_step = 0
         if content:

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.tiny import tiny_config
 from poa.checkpoint import RunFolder
-from poa.train import Run, pretrain
+from poa.train import Trainer, pretrain
 
 STEPS = 2000
 
@@ -25,16 +25,16 @@ def resident_mib() -> float:
 def test_two_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all subnets, with saves and evaluations: memory, open files and threads stay as they are."""
     measured: list[tuple[float, int, int]] = []
-    step = Run.step
+    step = Trainer.step
 
-    def watched(self: Run, number: int, *rest: Any, **options: Any) -> Any:
+    def watched(self: Trainer, number: int, *rest: Any, **options: Any) -> Any:
         if number in (STEPS // 4, STEPS - 1):
             gc.collect()
             files, threads = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task"))
             measured.append((resident_mib(), files, threads))
         return step(self, number, *rest, **options)
 
-    monkeypatch.setattr(Run, "step", watched)
+    monkeypatch.setattr(Trainer, "step", watched)
     options = ["method.batch_size=4", "method.crops.local_count=1", f"method.optim.epochs={STEPS / 2}"]
     often = ["run.log_every=10", "run.save_every=100", "run.evaluate_every=200", "run.knn_images=40"]
     pretrain(tiny_config(*options, *often), tmp_path / "run")

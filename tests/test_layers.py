@@ -16,12 +16,14 @@ PACKAGES = {"poa": ROOT, "elastic_kernels": ROOT / "kernels", "benchmarks": ROOT
 
 # From the ground up: a module imports from its own floor and those below. Names stand for packages, too.
 FLOORS = (
-    "errors random options subnets weights files lock drawing device distributed signals progress version",
+    "errors random options subnets weights files lock drawing device distributed signals progress table "
+    "version",
     "data masks multicrop",
     "backbones heads losses network official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
     "step plan evaluate memory warmup writers metrics report contact_sheet curves export images",
     "train",
+    "run",
     "arguments quickstart commands cli __init__ __main__",
 )
 

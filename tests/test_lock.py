@@ -24,7 +24,7 @@ from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.errors import InputError, SaveError
 from poa.lock import RunLock
-from poa.train import Run, pretrain
+from poa.train import Trainer, pretrain
 
 
 @contextmanager
@@ -66,15 +66,15 @@ def test_a_second_run_is_refused(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from poa.__main__ import main
-from poa.train import Run
-step = Run.step
+from poa.train import Trainer
+step = Trainer.step
 
 def slow(self, *rest, **options):
     print("step", flush=True)
     time.sleep(0.7)
     return step(self, *rest, **options)
 
-Run.step = slow
+Trainer.step = slow
 sys.exit(main(["pretrain", "--out", *sys.argv[1:]]))
 """
 
@@ -147,15 +147,15 @@ def test_a_run_that_lost_its_lock_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
     """As one that slept for hours, while another machine went on with it."""
-    step, text = Run.step, ""
+    step, text = Trainer.step, ""
 
-    def overtaken(self: Run, number: int, *rest: Any, **options: Any) -> Any:
+    def overtaken(self: Trainer, number: int, *rest: Any, **options: Any) -> Any:
         nonlocal text
         if number == 4:
             text = left(self.folder.path)
         return step(self, number, *rest, **options)
 
-    monkeypatch.setattr(Run, "step", overtaken)
+    monkeypatch.setattr(Trainer, "step", overtaken)
     with pytest.raises(SaveError, match="lock: expected that of this run, got .* on node7, begun 1:00:"):
         pretrain(tiny_config(), tmp_path / "run")
     folder = RunFolder(tmp_path / "run")

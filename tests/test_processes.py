@@ -204,15 +204,15 @@ def test_numbers_lost_for_good_on_one_rank_are_reported(tmp_path: Path) -> None:
 LOST_RANK = """
 import os, signal, sys, time
 from poa.__main__ import main
-from poa.train import Run
-step = Run.step
+from poa.train import Trainer
+step = Trainer.step
 
 def lost(self, number, *rest, **options):
     if number == 4 and self.world.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "killed" else time.sleep(1000)
     return step(self, number, *rest, **options)
 
-Run.step = lost
+Trainer.step = lost
 sys.exit(main(["pretrain", "--out", sys.argv[1], *sys.argv[3:]]))
 """
 
@@ -238,15 +238,15 @@ def test_a_lost_rank_ends_the_others_with_a_message(how: str, tmp_path: Path) ->
 FAILED_RANK = """
 import sys
 from poa.__main__ import main
-from poa.train import Run
-step = Run.step
+from poa.train import Trainer
+step = Trainer.step
 
 def failing(self, number, *rest, **options):
     if number == 2 and self.world.rank == int(sys.argv[2]):
         raise KeyError("a connection of its own")
     return step(self, number, *rest, **options)
 
-Run.step = failing
+Trainer.step = failing
 sys.exit(main(["pretrain", "--out", sys.argv[1], *sys.argv[3:]]))
 """
 

@@ -33,7 +33,7 @@ from poa.optim import Schedules
 from poa.options import override, to_dict
 from poa.signals import StopSignals
 from poa.step import TrainingState
-from poa.train import Run, pretrain
+from poa.train import Trainer, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +131,16 @@ def test_a_checkpoint_that_is_a_link_to_nothing(tmp_path: Path) -> None:
 def test_a_signal_saves_and_asks_to_be_queued_again(
     number: signal.Signals, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    out, step = tmp_path / "run", Run.step
+    out, step = tmp_path / "run", Trainer.step
 
-    def asked(self: Run, index: int, *rest: Any, **options: Any) -> Any:
+    def asked(self: Trainer, index: int, *rest: Any, **options: Any) -> Any:
         if index == 7:
             os.kill(os.getpid(), number)
         return step(self, index, *rest, **options)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", asked)
+        patch.setattr(Trainer, "step", asked)
         with pytest.raises(Preempted, match=f"step 8: stopped by {number.name}"):
             pretrain(tiny_config(*OPTIONS), out)
     assert signal.getsignal(number) == before
@@ -164,13 +164,13 @@ def test_signals_that_are_ignored_stay_so() -> None:
 def test_the_exit_code_of_a_stopped_run(
     number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    step = Run.step
+    step = Trainer.step
 
-    def asked(self: Run, *rest: Any, **options: Any) -> Any:
+    def asked(self: Trainer, *rest: Any, **options: Any) -> Any:
         os.kill(os.getpid(), number)
         return step(self, *rest, **options)
 
-    monkeypatch.setattr(Run, "step", asked)
+    monkeypatch.setattr(Trainer, "step", asked)
     (tmp_path / "c.json").write_text(json.dumps(to_dict(tiny_config())))
     out = tmp_path / "a run"
     assert main(["pretrain", "--config", str(tmp_path / "c.json"), "--out", str(out)]) == code
@@ -185,7 +185,7 @@ def test_the_exit_code_of_a_stopped_run(
 LEFT_AT_ONCE = """
 import sys, threading, time
 from poa.__main__ import main
-from poa.train import Run
+from poa.train import Trainer
 
 def stuck(self, *rest, **options):
     print("stuck", flush=True)
@@ -193,7 +193,7 @@ def stuck(self, *rest, **options):
 
 lock = threading.Lock()
 lock.acquire()
-Run.step = stuck
+Trainer.step = stuck
 main(["pretrain", "--out", *sys.argv[1:]])
 """
 

@@ -17,7 +17,7 @@ from poa.checkpoint import RunFolder
 from poa.errors import DivergenceError, InputError
 from poa.optim import restore_optimizer
 from poa.step import initial_network
-from poa.train import Run, pretrain
+from poa.train import Trainer, pretrain
 
 
 @pytest.mark.parametrize(
@@ -35,15 +35,15 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
 ) -> None:
     config = tiny_config(*changes)
     pretrain(config, tmp_path / "whole")
-    step = Run.step
+    step = Trainer.step
 
-    def dies(self: Run, number: int, *rest: Any, **options: Any) -> Any:
+    def dies(self: Trainer, number: int, *rest: Any, **options: Any) -> Any:
         if number == 5:
             raise KeyboardInterrupt
         return step(self, number, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "step", dies)
+        patch.setattr(Trainer, "step", dies)
         with pytest.raises(KeyboardInterrupt):
             pretrain(config, tmp_path / "parts")
     assert newest(tmp_path / "parts")["step"] == 3
@@ -113,9 +113,9 @@ def test_prototypes_are_frozen_at_first(tmp_path: Path) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
     """Gradients that are NaN in these steps."""
-    step = Run.step
+    step = Trainer.step
 
-    def poisoned(self: Run, number: int, *rest: Any, **options: Any) -> Any:
+    def poisoned(self: Trainer, number: int, *rest: Any, **options: Any) -> Any:
         parameter = next(self.state.student.parameters())
         handle = parameter.register_hook(lambda grad: grad * torch.nan) if number in steps else None
         before = parameter.detach().clone()
@@ -126,7 +126,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
         assert report.values["loss"].isfinite() and bool(report.finite) == (number not in steps)
         return report
 
-    monkeypatch.setattr(Run, "step", poisoned)
+    monkeypatch.setattr(Trainer, "step", poisoned)
 
 
 @pytest.mark.parametrize("optimizer", ["fused", "torch"])
@@ -169,13 +169,13 @@ def test_the_loss_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytest
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the gradients are finite."""
-    step = Run.step
+    step = Trainer.step
 
-    def infinite(self: Run, *inputs: Any, **options: Any) -> Any:
+    def infinite(self: Trainer, *inputs: Any, **options: Any) -> Any:
         report = step(self, *inputs, **options)
         return replace(report, values=report.values | {"loss": torch.tensor(float("inf"))})
 
-    monkeypatch.setattr(Run, "step", infinite)
+    monkeypatch.setattr(Trainer, "step", infinite)
     with pytest.raises(DivergenceError, match="step 1: the loss is NaN or inf, though gradients are finite"):
         pretrain(tiny_config(), tmp_path / "run")
 
@@ -185,15 +185,15 @@ def test_weights_that_are_no_numbers_are_not_saved_over_good_ones(
     value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though gradients were finite."""
-    step = Run.step
+    step = Trainer.step
 
-    def broken(self: Run, number: int, *rest: Any, **options: Any) -> Any:
+    def broken(self: Trainer, number: int, *rest: Any, **options: Any) -> Any:
         report = step(self, number, *rest, **options)
         if number == 5:
             next(self.state.teacher.parameters())[0] = value
         return report
 
-    monkeypatch.setattr(Run, "step", broken)
+    monkeypatch.setattr(Trainer, "step", broken)
     message = (
         "step 6: weights are NaN or inf, .* no checkpoint was saved, that of step 3 is the newest; lower"
     )

@@ -5,11 +5,20 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from poa.data.storage import Opened, load_digits, open_parquet, open_shards, read_folder, read_list
+from poa.data.storage import (
+    Opened,
+    load_digits,
+    open_dataset,
+    open_parquet,
+    open_shards,
+    read_folder,
+    read_list,
+)
 from poa.data.storage.base import EXTENSIONS, is_hidden
 from poa.data.summary import LeftOut
 from poa.errors import InputError
@@ -19,6 +28,8 @@ TEST_NAMES = ("val", "valid", "validation", "test", "testing")
 PACKED: dict[str, Callable[[Sequence[Path]], Opened]] = {".tar": open_shards, ".parquet": open_parquet}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_SHARDS = 1_000_000  # of a pattern
+DATASET = "dataset:"
+"""How the name of what lies in the memory of a Python program begins."""
 
 SOURCES = "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
 """What can be found."""
@@ -50,6 +61,11 @@ def find(name: str) -> Found:
     kind = root.suffix.lower()
     if name == "digits":
         return Found(load_digits)
+    if name.startswith(DATASET):
+        raise InputError(
+            f"data: expected the dataset {name.removeprefix(DATASET)} as an object, as in "
+            "poa.Run(RUN, dataset), got its name; or name other images with --data"
+        )
     if name.strip() and root.is_dir():
         return _find_in_folder(root)
     if kind == ".txt" and root.is_file():
@@ -62,6 +78,26 @@ def find(name: str) -> Found:
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
         f"got {name!r}: {why}"
     )
+
+
+def find_datasets(data: Any) -> tuple[str, Found]:
+    """A name of a dataset, or of a mapping of its splits, as Hugging Face's; and how to open it.
+
+    Raises:
+        InputError: no training images are among the splits.
+    """
+    if not isinstance(data, Mapping):
+        return f"{DATASET}{type(data).__name__}", Found(lambda: open_dataset(data))
+    trains, tests = (
+        [data[name] for name in _called(names, list(data))] for names in (TRAIN_NAMES, TEST_NAMES)
+    )
+    if not trains:
+        raise InputError(f"data: expected a split called train, got {', '.join(map(str, data)) or 'none'}")
+    left_out = LeftOut()
+    for name in _called(TEST_NAMES, list(data))[1:]:
+        left_out.add("more test splits", name, len(data[name]))
+    test = (lambda: open_dataset(tests[0])) if tests else None
+    return f"{DATASET}{type(trains[0]).__name__}", Found(lambda: open_dataset(trains[0]), test, left_out)
 
 
 def _find_in_folder(root: Path) -> Found:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from PIL import Image
 
-from poa.data.decode import ImageError, decode
-from poa.data.layout import SOURCES, find
+from poa.data.decode import ImageError, decode, to_pixels
+from poa.data.layout import SOURCES, Found, find
 from poa.data.storage import Opened, Storage
 from poa.data.summary import EXAMPLES, LeftOut, printable
 from poa.errors import InputError
@@ -36,9 +37,9 @@ class DataConfig(Options, at="data"):
         if not self.source.strip():
             raise self.wrong("source", "digits, or where the images are")
 
-    def open(self, seed: int) -> DataSplit:
+    def open(self, seed: int, found: Found | None = None) -> DataSplit:
         """`open_data` of these options."""
-        data = open_data(self.source, self.holdout, seed, self.unreadable_share)
+        data = open_data(self.source, self.holdout, seed, self.unreadable_share, found)
         train = replace(data.train, bits=self.bits)
         return replace(data, train=train, test=data.test and replace(data.test, bits=self.bits))
 
@@ -79,6 +80,8 @@ class ImageSource:
             opened = self.storage.open(position)
             if isinstance(opened, np.ndarray):
                 return opened
+            if isinstance(opened, Image.Image):
+                return to_pixels(opened, canvas, self.bits)
             with opened:
                 return decode(opened, canvas, self.bits)
         except Exception as error:  # decoders raise whatever they like
@@ -129,7 +132,9 @@ class DataSplit:
         return digest.hexdigest()[:16]
 
 
-def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> DataSplit:
+def open_data(
+    name: str, holdout: float, seed: int, lost_share: float = 0.0, found: Found | None = None
+) -> DataSplit:
     """Open images by the name of where they are.
 
     - `digits`;
@@ -148,12 +153,13 @@ def open_data(name: str, holdout: float, seed: int, lost_share: float = 0.0) -> 
         holdout: share held out; 0: all images are trained on.
         seed: of the choice of held-out images.
         lost_share: share of shards or folders that may be missing, damaged or not readable.
+        found: how to open them, where no name says it; see `poa.data.layout.find_datasets`.
 
     Raises:
         InputError: nothing there, no images in it, or too much is lost.
     """
     try:
-        layout = find(name)
+        layout = found or find(name)
         opened = [layout.train(), *([layout.test()] if layout.test else [])]
     except OSError as error:
         raise InputError(f"data: expected images that can be read in {name}, got: {error}") from None

@@ -17,6 +17,7 @@ import torch
 from poa.backbones import Backbone
 from poa.checkpoint import Checkpoint, RunFolder, log
 from poa.config import Config
+from poa.data.layout import DATASET
 from poa.data.sources import DataSplit, ImageSource
 from poa.distributed import World
 from poa.drawing import write_figure
@@ -27,6 +28,7 @@ from poa.evaluate.linear import LINEAR
 from poa.evaluate.protocol import Function, Labelled, Protocol
 from poa.files import read_json, write_json
 from poa.subnets import Subnet
+from poa.table import Table
 from poa.version import VERSION
 
 # All protocols, in the order of their columns; plots show the first.
@@ -51,7 +53,7 @@ class Origin:
 
 def data_place(name: str) -> str:
     """The same name for the same data, from wherever it is asked."""
-    return name if name == "digits" else os.path.abspath(name)
+    return name if name == "digits" or name.startswith(DATASET) else os.path.abspath(name)
 
 
 def evaluation_file(folder: RunFolder, data: str, branch: str) -> Path:
@@ -98,12 +100,30 @@ def reported(values: Mapping[str, Any]) -> dict[str, float]:
     return {p.reported: p.headline(values[p.name]) for p in PROTOCOLS if p.name in values}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """Scores of subnets, with all settings that the numbers depend on."""
+    """Scores of subnets, with all settings that the numbers depend on; shows itself as a table.
+
+    Attributes:
+        scores: of each subnet.
+        settings: of them all.
+        files: in which they lie.
+    """
 
     scores: list[SubnetScore]
     settings: dict[str, Any]
+    files: tuple[Path, ...] = ()
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"subnet": s.subnet, "params": s.parameters, "GFLOPs": s.flops / 1e9, **s.columns()}
+            for s in self.scores
+        ]
+        accuracies = dict.fromkeys(self.scores[0].columns(), ".1%")
+        return Table(rows, {"params": ",", "GFLOPs": ".3f", **accuracies})._repr_html_()
 
     def table(self) -> str:
         """A text table: the settings, then one line per subnet."""
@@ -136,12 +156,15 @@ class Report:
         ]
         write_json(path, {"settings": self.settings, "subnets": rows})
 
-    def plot(self, path: Path, baseline: tuple[str, float] | None = None) -> None:
+    def plot(self, path: Path | None = None, baseline: tuple[str, float] | None = None) -> Any:
         """Draw accuracy against parameters, a line per width; hollow marks are before training.
 
         Args:
-            path: of the picture; its ending chooses the format.
+            path: of a picture to write, too; its ending chooses the format.
             baseline: name and accuracy of a horizontal line.
+
+        Returns:
+            A figure of matplotlib.
         """
         from matplotlib.figure import Figure  # optional, and slow to import
 
@@ -165,7 +188,9 @@ class Report:
         axes.set_title(f"One training run, {len(self.scores)} models: {data}{hollow}", fontsize=10)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-        write_figure(figure, path, 150)
+        if path:
+            write_figure(figure, path, 150)
+        return figure
 
 
 def evaluate_subnets(

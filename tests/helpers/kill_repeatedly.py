@@ -16,7 +16,7 @@ import torch
 from helpers.tiny import tiny_config
 from poa import files
 from poa.checkpoint import RunFolder
-from poa.train import Run, pretrain
+from poa.train import Trainer, pretrain
 
 OPTIONS = ["method.optim.epochs=18", "method.optim.warmup_epochs=1", "run.evaluate_every=15"]
 MOMENTS = ("step", "step", "write", "rename", "metrics")
@@ -35,8 +35,8 @@ def arrange_death(moment: str, count: int) -> None:
         return left[0] == 0
 
     if moment == "step":
-        step = Run.step
-        Run.step = lambda *a, **k: die() if comes() else step(*a, **k)  # type: ignore[method-assign]
+        step = Trainer.step
+        Trainer.step = lambda *a, **k: die() if comes() else step(*a, **k)  # type: ignore[method-assign]
     elif moment == "write":  # in the middle of the file of a checkpoint
         write = files.HashedFile.write
 

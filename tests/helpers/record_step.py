@@ -13,7 +13,7 @@ from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.data.sources import open_data
 from poa.distributed import World, init_distributed
-from poa.train import Run
+from poa.train import Trainer
 from poa.tribranch import Targets
 
 MICRO_BATCHES = 4
@@ -35,7 +35,7 @@ VARIANTS = {
 def record(world: World, config: Config) -> dict[str, object]:
     """Losses, targets, gradients and centers of the first step."""
     data = open_data("digits", config.data.holdout, config.method.seed)
-    run = Run(config, RunFolder(Path(sys.argv[1])), data, world)
+    run = Trainer(config, RunFolder(Path(sys.argv[1])), data, world)
     run.wrap()
     seen: list[Targets] = []
     compute = step_module.teacher_targets

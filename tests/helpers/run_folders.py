@@ -10,7 +10,7 @@ import torch
 from poa.checkpoint import RunFolder, read_checkpoint
 from poa.config import Config
 from poa.distributed import World
-from poa.train import Run
+from poa.train import Trainer
 
 TIMINGS = (
     "seconds",
@@ -24,10 +24,10 @@ TIMINGS = (
 )
 
 
-def run_of(config: Config, folder: Path, rank: int = 0, size: int = 1) -> Run:
+def run_of(config: Config, folder: Path, rank: int = 0, size: int = 1) -> Trainer:
     """A process of a run on the CPU, before its beginning."""
     data = config.data.open(config.method.seed)
-    return Run(config, RunFolder(folder), data, World(rank, size, torch.device("cpu")))
+    return Trainer(config, RunFolder(folder), data, World(rank, size, torch.device("cpu")))
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

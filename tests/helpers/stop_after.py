@@ -7,19 +7,19 @@ from pathlib import Path
 
 from helpers.tiny import tiny_config
 from poa.errors import Preempted
-from poa.train import Run, pretrain
+from poa.train import Trainer, pretrain
 
-step = Run.step
+step = Trainer.step
 
 
-def stopped(self: Run, number: int, *rest: object, **options: object) -> object:
+def stopped(self: Trainer, number: int, *rest: object, **options: object) -> object:
     # Several processes agree on a stop one step later.
     if number + 1 == int(sys.argv[2]) - (self.world.size > 1):
         os.kill(os.getpid(), signal.SIGTERM)
     return step(self, number, *rest, **options)
 
 
-Run.step = stopped
+Trainer.step = stopped
 try:
     pretrain(tiny_config("run.save_every=100"), Path(sys.argv[1]))
 except Preempted:

@@ -1,10 +1,11 @@
-"""Where encoded images lie: memory, files, tar shards, Parquet tables. All are read by position.
+"""Where encoded images lie: memory, datasets, files, tar shards, Parquet tables. All are read by position.
 
 Tables of names and offsets are flat arrays, which the forks of a loader share, however many images there are.
 """
 
 from poa.data.storage.array import Arrays, load_digits
 from poa.data.storage.base import EXTENSIONS, Opened, Storage, Strings
+from poa.data.storage.dataset import open_dataset
 from poa.data.storage.folder import Files, read_folder, read_list
 from poa.data.storage.parquet import Parquet, open_parquet
 from poa.data.storage.tar import Shards, ShardTable, list_shard, open_shards
@@ -21,6 +22,7 @@ __all__ = [
     "Strings",
     "list_shard",
     "load_digits",
+    "open_dataset",
     "open_parquet",
     "open_shards",
     "read_folder",

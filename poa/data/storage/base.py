@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
+from PIL import Image
 
 from poa.data.summary import LeftOut
 
@@ -32,8 +33,8 @@ class Storage(Protocol):
     def name(self, index: int) -> str:
         """What to call an image in messages."""
 
-    def open(self, index: int) -> BinaryIO | np.ndarray:
-        """An encoded image, or decoded pixels uint8 `[H, W, 3]`."""
+    def open(self, index: int) -> BinaryIO | Image.Image | np.ndarray:
+        """An encoded image, a picture, or pixels uint8 `[H, W, 3]` that fit every canvas."""
 
     def identity(self) -> Iterable[bytes | np.ndarray]:
         """What the same images have in common, wherever they lie."""

@@ -1,0 +1,269 @@
+"""Runs from Python: `pretrain`, and what can be asked of a run. The command line calls these."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from poa import train
+from poa.backbones.base import BackboneConfig
+from poa.checkpoint import Branch, Checkpoint, RunFolder
+from poa.config import Config, with_data
+from poa.data.layout import Found, find_datasets
+from poa.distributed import World, init_distributed
+from poa.drawing import require_drawable
+from poa.errors import InputError
+from poa.evaluate import PROTOCOLS, Origin, Report, evaluate_subnets, evaluation_file
+from poa.export import ExportedModel, load
+from poa.files import require_json
+from poa.images import open_on_ranks
+from poa.metrics import Callback
+from poa.network import Network
+from poa.options import differences, override
+from poa.presets import preset as preset_of
+from poa.progress import say
+from poa.report import curves_of, evaluations, summary
+from poa.step import initial_network
+from poa.subnets import Subnet
+from poa.table import Table
+
+Images = str | Path | Dataset[Any] | Mapping[str, Dataset[Any]]
+"""A path, as `--data` takes it; a map-style dataset; or such datasets by the name of their split."""
+
+
+def pretrain(
+    data: Images | None = None,
+    preset: str | Config = "quickstart",
+    *,
+    out: str | Path | None,
+    resume: bool = False,
+    check: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> Run:
+    """Train a run to its end.
+
+    Args:
+        data: images to train on, alone or with labels; default those of the preset.
+        preset: name of the preset whose options are used, or a whole configuration.
+        out: the run folder, new; None only to `check`.
+        resume: resume the run in `out` if there is one.
+        check: only print which images were found and what the run would do.
+        callbacks: called with each row of the metrics: logged steps, evaluations (`row["knn"]`) and alarms.
+        options: of the run, by the ends of their names, such as `epochs=10`, or by whole names, such as
+            `**{"method.optim.epochs": 10}`.
+
+    Raises:
+        InputError: wrong options or data; nothing is written then.
+        Preempted: it was asked to stop, as by an interrupt of a notebook's cell; it can be resumed.
+
+    Example:
+        >>> import poa, torch
+        >>> from torch.utils.data import TensorDataset
+        >>> dataset = TensorDataset(torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8))
+        >>> run = poa.pretrain(  # doctest: +ELLIPSIS
+        ...     dataset, "small-images", out="runs/mine", check=True, epochs=5, **{"crops.jitter": 0.4}
+        ... )
+        device: ...
+        data: 200 images of dataset:TensorDataset to train on without labels; none held out (no labels)
+        ...
+    """
+    config, found = _with_images(preset_of(preset) if isinstance(preset, str) else preset, data)
+    config, folder = override(config, options), RunFolder(Path(out or "."))
+    resume = resume and bool(folder.checkpoints())
+    if out and not resume:
+        folder.require_new()
+    train.pretrain(config, folder.path, resume=resume, check=check, found=found, callbacks=callbacks)
+    return Run(folder.path, data)
+
+
+class Run:
+    """A run, by its folder.
+
+    Args:
+        path: of the folder.
+        data: its images, where it was trained on a dataset, which lies in no file.
+
+    Example:
+        >>> import poa
+        >>> run = poa.Run("runs/first")
+        >>> run.subnet("16x1")("photo.jpg").shape
+        torch.Size([1, 16])
+    """
+
+    def __init__(self, path: str | Path, data: Images | None = None):
+        self.folder = RunFolder(Path(path))
+        self.data = data
+
+    @property
+    def config(self) -> Config:
+        """All options."""
+        return self.folder.config()
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`."""
+        return self.folder.rows()
+
+    def resume(
+        self,
+        data: Images | None = None,
+        config: Config | None = None,
+        *,
+        replan: bool = False,
+        check: bool = False,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
+    ) -> Run:
+        """Train on from the newest checkpoint; the arguments are those of `pretrain`.
+
+        Args:
+            config: the options; default those it was started with.
+            replan: allow other `method.optim` options, whose schedules are recomputed.
+
+        Raises:
+            InputError: no checkpoint of these options, or other schedules without `replan`.
+        """
+        before = self.config
+        config, found = _with_images(config or before, self.data if data is None else data)
+        config = override(config, options)
+        changed = next(differences(config.method.optim, before.method.optim), None)
+        if changed and not replan:
+            raise InputError(
+                f"method.optim.{changed[0]}: expected {changed[2]} as the run was planned, got {changed[1]}; "
+                "--replan recomputes its schedules"
+            )
+        path = self.folder.path
+        train.pretrain(config, path, resume=True, check=check, found=found, callbacks=callbacks)
+        return self if data is None else Run(path, data)
+
+    def models(self) -> Table:
+        """The subnets with their sizes, and what evaluations scored."""
+        scores = evaluations(self.folder)
+        rows = subnet_rows(self.config.method.backbone)
+        for title, column in scores.items():
+            for row in rows:
+                row[title] = column.get(row["subnet"])
+        return Table(rows, {"params": ",", "flops": ".3g", **dict.fromkeys(scores, ".1%")})
+
+    def subnet(
+        self, name: str | Subnet | None = None, *, branch: Branch = "teacher", step: int | None = None
+    ) -> ExportedModel:
+        """A subnet, such as `384x12`, as a model of its own; default the intact network. See `poa.load`."""
+        return load(self.folder.path, name, branch=branch, step=step)
+
+    def evaluate(
+        self,
+        subnets: str | Sequence[str] = "all",
+        data: Images | None = None,
+        *,
+        protocols: Sequence[str] = (),
+        initial: bool = False,
+        branch: Branch = "teacher",
+        step: int | None = None,
+        device: str = "auto",
+        out: str | Path | None = None,
+        plot: str | Path | None = None,
+    ) -> Report:
+        """Score subnets on held-out images, and write the scores into the folder.
+
+        Args:
+            subnets: names such as `384x12`, or all.
+            data: images; default those of the run.
+            protocols: besides k-NN, such as `linear`.
+            initial: score the weights before training, too.
+            branch, step: whose weights, of which checkpoint; default the newest.
+            device: auto, cpu, cuda or cuda:N.
+            out: JSON file; default `evaluation.json` in the folder, or `evaluation-2.json` where that has
+                other data.
+            plot: a picture, too, of accuracy against size.
+
+        Raises:
+            InputError: wrong subnets, data or places; no held-out images with labels.
+        """
+        folder = self.folder
+        config, found = _with_images(self.config, self.data if data is None else data)
+        chosen = config.method.backbone.space.named([subnets] if isinstance(subnets, str) else subnets)
+        asked = [p for p in PROTOCOLS if p.help is None or p.name in protocols]
+        out = Path(out or evaluation_file(folder, config.data.source, branch))
+        with init_distributed(device, config.run.timeout, config.performance.threads) as world:
+            world.from_main(partial(_require_outputs, out, plot))
+            images = open_on_ranks(config, world, found)
+            network, checkpoint = _same_network(folder, branch, step, world)
+            origin, before = Origin.of(folder, checkpoint, branch), None
+            backbone = network.backbone.to(world.device)
+            if initial:
+                before = initial_network(config, branch).backbone.to(world.device)
+            report = evaluate_subnets(
+                backbone, chosen, images, config, world, origin, initial=before, protocols=asked
+            )
+            if world.is_main:
+                if images.left_out:
+                    say(f"left out: {images.left_out}")
+                report.write(out)
+                if plot:
+                    report.plot(Path(plot))
+        return replace(report, files=tuple(Path(file) for file in (out, plot) if file))
+
+    def plot(self) -> Any:
+        """The curves of the run, a figure of matplotlib."""
+        return curves_of([self.folder])
+
+    def __repr__(self) -> str:
+        return f"run {self.folder.path}\n{self._figures()!r}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>run {self.folder.path}</p>{self._figures()._repr_html_()}"
+
+    def _figures(self) -> Table:
+        rows = self.metrics
+        figures = summary(rows) if any("loss" in row for row in rows) else {"steps": "none logged yet"}
+        return Table({"": name, "value": value} for name, value in figures.items())
+
+
+def subnet_rows(backbone: BackboneConfig) -> list[dict[str, Any]]:
+    """Names and sizes of all subnets, and how often a round of draws takes each."""
+    counts = Counter(backbone.space.round_of_draws())
+    return [
+        {
+            "subnet": str(s),
+            "width": s.width,
+            "depth": s.depth,
+            "params": backbone.parameters(s),
+            "flops": backbone.flops(s),
+            "draws": counts[s],
+        }
+        for s in backbone.space
+    ]
+
+
+def _with_images(config: Config, data: Images | None) -> tuple[Config, Found | None]:
+    """The configuration with the name of the images, and how to open them where no name says it."""
+    if data is None:
+        return config, None
+    if isinstance(data, str | Path):
+        return with_data(config, str(data)), None
+    name, found = find_datasets(data)
+    return with_data(config, name), found
+
+
+def _same_network(
+    folder: RunFolder, branch: Branch, step: int | None, world: World
+) -> tuple[Network, Checkpoint]:
+    """The same network in all processes, also where a run is saving newer ones meanwhile."""
+    while True:
+        network, checkpoint = folder.network(branch, step)
+        if len(set(world.gather(checkpoint.step))) == 1:
+            return network, checkpoint
+
+
+def _require_outputs(out: Path, plot: str | Path | None) -> None:
+    require_json(out, "--out", "settings")
+    if plot:
+        require_drawable(Path(plot), "--plot")
