@@ -1,9 +1,9 @@
-"""Targets and KoLeo; the cross-entropies are `elastic_kernels.prototype_cross_entropy`.
+"""The targets; cross-entropies and KoLeo are operators of `elastic_kernels`.
 
 Logits are float32 `[rows, prototypes]`. Reductions over ranks go through `torch.distributed` when a process
 group is initialised; the rows of a rank may be any number, also none.
 
-Source: POA (Zhang et al., ECCV 2024), section 3.4; DINOv2 (Oquab et al., 2023); Sablayrolles et al., 2019.
+Source: POA (Zhang et al., ECCV 2024), section 3.4; DINOv2 (Oquab et al., 2023).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import sinkhorn_scaling, without_autocast
+from elastic_kernels import koleo as koleo
+from elastic_kernels import sinkhorn_scaling
 from poa.options import Options, option
 
 
@@ -132,24 +132,3 @@ def update_centers(
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor, op)
-
-
-def koleo(x: Tensor) -> Tensor:
-    """KoLeo regulariser: minus the mean log distance to the nearest neighbour on the unit sphere.
-
-    Args:
-        x: `[rows, channels]`; computed in at least float32.
-
-    Returns:
-        A scalar; 0 for fewer than two rows, which have no neighbour.
-    """
-    eps = 1e-8
-    if x.shape[0] < 2:
-        return x.sum() * 0.0
-    with without_autocast(x.device):
-        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=eps)
-        with torch.no_grad():
-            similarity = x @ x.t()
-            nearest = similarity.fill_diagonal_(-1).argmax(dim=1)
-        distance = F.pairwise_distance(x, x[nearest], eps=eps)
-        return -torch.log(distance + eps).mean()

@@ -165,19 +165,13 @@ def _loss(
     loss = sum(summands[1:], summands[0]).mean()
     if not config.koleo:
         return loss, terms.named()
-    koleo = _koleo(students)
+    koleo = losses.koleo(*(student.tokens for student in students), groups=VIEWS) / 2
     return loss + config.koleo * koleo, terms.named() | {"koleo": koleo.detach()}
 
 
 def _weighted(terms: Terms, config: LossConfig) -> Tensor:
     """CE(student, targets) of each head."""
     return config.dino * terms["dino"] + config.ibot * terms["ibot"]
-
-
-def _koleo(students: Sequence[StudentOutput]) -> Tensor:
-    """The regulariser of the students' class tokens, view by view."""
-    views = [view for student in students for view in student.tokens.chunk(VIEWS)]
-    return sum((losses.koleo(view) for view in views), views[0].new_zeros(())) / 2
 
 
 @dataclass(frozen=True)

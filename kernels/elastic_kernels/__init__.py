@@ -19,6 +19,7 @@ from elastic_kernels.halves import (
     elastic_attention_half,
     elastic_mlp_half,
 )
+from elastic_kernels.koleo import koleo
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
@@ -105,6 +106,7 @@ __all__ = [
     "elastic_swiglu",
     "eval_crop",
     "fused_adamw_backend",
+    "koleo",
     "linear_backend",
     "mixed_width_block",
     "mixed_width_layer_norm",

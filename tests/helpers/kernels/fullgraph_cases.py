@@ -156,6 +156,7 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
         [draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
     ),
     "unit_rows": lambda: (ek.unit_rows, [draw(6, WIDTH), draw(6, 1)]),
+    "koleo": lambda: (partial(ek.koleo, groups=2), [draw(6, WIDTH), draw(4, LARGEST)]),
     "packed_attention": lambda: (
         partial(ek.packed_attention, groups=GROUPS),
         [draw(TOKENS, 3, 2, HEAD_DIM)],

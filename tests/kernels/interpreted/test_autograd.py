@@ -30,6 +30,7 @@ def weight(*shape: int) -> Tensor:
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda x: ek.elastic_layer_norm(x, weight(WIDTH), weight(WIDTH), 1e-6),
     "unit_rows": lambda x: ek.unit_rows(x, weight(10, 1)),
+    "koleo": lambda x: ek.koleo(x),
     "linear": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None),
     "linear-gelu": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None, activation="gelu"),
     "linear-residual": lambda x: ek.elastic_linear_residual(x, weight(WIDTH, WIDTH), None, weight(10, WIDTH)),
