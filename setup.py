@@ -17,7 +17,7 @@ setup(
     extras_require={
         "quickstart": ["scikit-learn", "matplotlib"],
         "plot": ["matplotlib"],
-        "timm": ["timm"],
+        "timm": ["timm>=1.0.31"],
         "xformers": ["xformers>=0.0.35"],
         "triton": ["triton>=3.6"],
         "parquet": ["pyarrow"],

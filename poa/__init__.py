@@ -2,6 +2,7 @@
 
 from poa import official
 from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
+from poa.data.preprocessing import Preprocessing
 from poa.export import ExportedModel, load
 from poa.run import Run, pretrain
 from poa.subnets import SearchSpace, Subnet
@@ -13,6 +14,7 @@ __all__ = [
     "ElasticSwin",
     "ElasticViT",
     "ExportedModel",
+    "Preprocessing",
     "ResNetConfig",
     "Run",
     "SearchSpace",

@@ -242,9 +242,7 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
 
 
 def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
-    command = group.add_parser(
-        "extract", help="export subnets as safetensors files with timm's parameter names"
-    )
+    command = group.add_parser("extract", help="export subnets as model folders, which timm reads, too")
     add_run_weights(command, required=True)
     command.add_argument("--out", help="folder of the models (default: RUN/models)")
     command.add_argument(

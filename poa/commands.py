@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -81,6 +82,8 @@ def run_extract(options: argparse.Namespace) -> None:
             source=f"{checkpoint.path} ({options.branch})",
         )
         print(path)
+    if backbone_config.timm_model() is None:
+        print(f"poa: timm has no such {backbone_config.kind}; poa.load reads these folders", file=sys.stderr)
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 LONGEST = 1000  # characters of a message
 
@@ -72,3 +74,22 @@ def as_input(expected: str) -> Iterator[None]:
     except Exception as error:
         kind = type(error).__name__
         raise InputError(f"{expected}, got a damaged or foreign one: {kind}: {one_line(error)}") from error
+
+
+def optional_package(name: str, extra: str) -> Any:
+    """Import a package that only some commands need.
+
+    Args:
+        name: of the module.
+        extra: what `pip install '.[EXTRA]'` installs it with.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # beside versions that do not fit, packages fail in many ways
+        raise InputError(
+            f"{name}: expected this package, got {type(error).__name__}: {one_line(error)}; "
+            f"pip install 'poa-pretrain[{extra}]'"
+        ) from None

@@ -168,4 +168,4 @@ def test_registers_attend_and_are_no_output(tmp_path: Path) -> None:
     assert config.parameters(small) == sum(p.numel() for p in network.to_static(small).parameters())
     path = extract(network.eval(), small, tmp_path, preset("quickstart").method.crops, image_size=2 * size)
     assert poa.load(path)(torch.randn(1, 3, 2 * size, 2 * size)).shape == (1, small.width)
-    assert config.timm_arguments()["reg_tokens"] == 3
+    assert config.timm_model().arguments["reg_tokens"] == 3

@@ -206,9 +206,9 @@ def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["extract", str(out), "--subnets", "16x1,32x2", "--out", str(models)]) == 0
     written = capsys.readouterr().out.split()
-    assert written == [f"{models}/vit-16x1.safetensors", f"{models}/vit-32x2.safetensors"]
-    assert all(Path(path).with_suffix(".json").exists() for path in written)
-    assert load_file(written[0])["cls_token"].shape == (1, 1, 16)
+    assert written == [f"{models}/vit-16x1", f"{models}/vit-32x2"]
+    assert all((Path(path) / "config.json").exists() for path in written)
+    assert load_file(f"{written[0]}/model.safetensors")["cls_token"].shape == (1, 1, 16)
 
 
 def test_an_evaluation_is_replaced_by_that_of_the_same_data_and_branch_alone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from helpers import golden_cases as golden
 from helpers.tiny import OVERRIDES, tiny_config
 from poa import export
 from poa.__main__ import main
-from poa.backbones import ElasticViT, ResNetConfig
+from poa.backbones import Backbone, ElasticViT, ResNetConfig
 from poa.data.crops import CropsConfig
 from poa.data.loader import place_on_canvases
 from poa.errors import InputError
@@ -57,10 +58,8 @@ def test_extracted_file_equals_the_subnet(
         assert float((got.cls - expected.cls).abs().max()) < 1e-5
         assert float((got.patches - expected.patches).abs().max()) < 1e-5
         assert torch.equal(model(images), got.cls)
-    info = json.loads(path.with_suffix(".json").read_text())
-    assert info["params"] == sum(p.numel() for p in poa.load(path).parameters()) - patches_more(
-        info, backbone
-    )
+    info = model.info
+    assert info["params"] == sum(p.numel() for p in model.parameters()) - patches_more(info, backbone)
     assert (info["width"], info["depth"]) == (subnet.width, subnet.depth)
     assert info["preprocessing"]["size"] == size
 
@@ -89,51 +88,54 @@ def test_golden_extract(name: str, backbone: ElasticViT) -> None:
         golden.assert_close(ours[key], recorded[key], relative=1e-6)
 
 
-@pytest.mark.parametrize("subnet", eight_subnets(), ids=str)
-def test_strict_keys_and_equal_features_in_timm(subnet: Subnet, backbone: ElasticViT, tmp_path: Path) -> None:
+RESNETS = [Subnet(width, (1, 1 + width // 128, 1, deep)) for width in (64, 96, 128, 160) for deep in (1, 2)]
+
+
+def resnet() -> Backbone:
+    depths = {"min_depths": (1, 1, 1, 1), "max_depths": (1, 2, 1, 2)}
+    return ResNetConfig(image_size=64, max_width=160, **depths).build()
+
+
+@pytest.mark.parametrize("kind", ["vit", "registers", "resnet"])
+def test_timm_gives_the_same_bits(kind: str, backbone: ElasticViT, tmp_path: Path) -> None:
+    """Of eight subnets at two sizes, under strict names; also as parts, with classes and of other sizes."""
     timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
-    path = export.extract(backbone, subnet, tmp_path, CROPS)
-    info = json.loads(path.with_suffix(".json").read_text())
-    model = timm.models.VisionTransformer(**info["timm"]).eval()
-    model.load_state_dict(load_file(path), strict=True)
-    size = backbone.config.image_size
-    images = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        golden.assert_close(model(images), poa.load(path)(images))
-
-
-def test_registers_in_timm(tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
-    backbone = tiny_config("method.backbone.registers=4").method.backbone.build()
-    with torch.no_grad():
-        for parameter in backbone.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape)
-    path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
-    info = json.loads(path.with_suffix(".json").read_text())
-    model = timm.models.VisionTransformer(**info["timm"]).eval()
-    model.load_state_dict(load_file(path), strict=True)
-    size = backbone.config.image_size
-    images = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        golden.assert_close(model(images), poa.load(path)(images))
-
-
-@pytest.mark.parametrize(("width", "depths"), [(64, (1, 2, 1, 1)), (96, (1, 1, 2, 1)), (128, (1, 2, 2, 1))])
-def test_resnets_in_timm(width: int, depths: tuple[int, ...], tmp_path: Path) -> None:
-    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
-    elastic = ResNetConfig(image_size=64, min_depths=(1, 1, 1, 1), max_depths=(1, 2, 2, 1)).build()
-    with torch.no_grad():
-        for parameter in elastic.parameters():
-            parameter += 0.02 * torch.randn(parameter.shape)
-    path = export.extract(elastic, Subnet(width, depths), tmp_path, CROPS)
-    info = json.loads(path.with_suffix(".json").read_text())
-    bottleneck = timm.models.resnet.Bottleneck
-    model = timm.models.ResNet(bottleneck, norm_layer=timm.layers.GroupNorm, **info["timm"]).eval()
-    model.load_state_dict(load_file(path), strict=True)
-    for size in (64, 96):
-        images = torch.randn(2, 3, size, size)
+    elastic, subnets = (resnet(), RESNETS) if kind == "resnet" else (backbone, eight_subnets())
+    if kind == "registers":
+        elastic = tiny_config("method.backbone.registers=4").method.backbone.build()
+        subnets = list(elastic.space)
+    if elastic is not backbone:
         with torch.no_grad():
-            golden.assert_close(model(images), poa.load(path)(images))
+            for parameter in elastic.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape)
+    step = getattr(elastic.config, "patch_size", 32)
+    for subnet in subnets:
+        for size in (elastic.config.image_size, elastic.config.image_size + step):
+            path = export.extract(elastic, subnet, tmp_path, CROPS, image_size=size)
+            model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+            images = torch.randn(2, 3, size, size)
+            with torch.no_grad():
+                assert torch.equal(model(images), poa.load(path)(images))
+            assert model.state_dict().keys() == load_file(path / "model.safetensors").keys()
+    assert torch.equal(poa.load(path).to_timm()(images), model(images))
+    settings = timm.data.resolve_model_data_config(model)
+    assert settings["input_size"] == (3, size, size) and tuple(settings["mean"]) == CROPS.mean
+    assert round(size / settings["crop_pct"]) == CROPS.eval_resize(size)
+    asked = {"features_only": True, "out_indices": [-1]}
+    (maps,) = timm.create_model(f"local-dir:{path}", pretrained=True, **asked).eval()(images)
+    assert maps.shape[:2] == (2, poa.load(path)(images).shape[1])
+    larger = {} if kind == "resnet" else {"img_size": 2 * size}
+    model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=7, **larger)
+    assert model(torch.randn(1, 3, 2 * size, 2 * size)).shape == (1, 7)
+
+
+def test_what_timm_does_not_have_is_not_offered_to_it(tmp_path: Path) -> None:
+    for name in ("quickstart-swin", "quickstart-resnet"):
+        elastic = preset(name).method.backbone.build()
+        path = export.extract(elastic, elastic.space.smallest, tmp_path, CROPS)
+        assert json.loads((path / "config.json").read_text()).keys() == {"poa", CHECKSUM}
+        with pytest.raises(InputError, match="to_timm: timm has no such"):
+            poa.load(path).to_timm()
 
 
 @pytest.mark.parametrize("name", ["quickstart", "quickstart-swin", "quickstart-resnet"])
@@ -188,47 +190,53 @@ def test_files_that_are_no_extracted_subnets(backbone: ElasticViT, tmp_path: Pat
     with pytest.raises(InputError, match="nothing.json: expected the JSON file of an extracted subnet"):
         poa.load(tmp_path / "nothing.safetensors")
     path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
-    state = load_file(path)
+    state, config = load_file(path / "model.safetensors"), path / "config.json"
     less = {name: value for name, value in state.items() if name != "norm.bias"}
     for weights, message in (
         (state | {"extra": torch.zeros(1)}, r"1 unknown \(first: extra\)"),
         (less, r"1 expected weights missing \(first: norm.bias\)"),
         (less | {"norm.bias": torch.zeros(3)}, "norm.bias: expected shape"),
     ):
-        save_file(weights, path)
+        save_file(weights, path / "model.safetensors")
         with pytest.raises(InputError, match="expected the weights of its JSON file"):
             poa.load(path)
-        info = json.loads(path.with_suffix(".json").read_text())
+        info = json.loads(config.read_text())
         del info[CHECKSUM]
-        info["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        path.with_suffix(".json").write_text(json.dumps(sealed(info)))
+        info["poa"]["sha256"] = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+        config.write_text(json.dumps(sealed(info)))
         with pytest.raises(InputError, match=message):
             poa.load(path)
         export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
 
 
-NO_SUBNETS = [
-    "[]",
-    "null",
-    "{",
-    "\xff",
-    '{"format": "poa-model-1"}',
-    '{"format": "poa-model-1", "sha256": []}',
-]
+def test_a_file_of_a_former_version_is_the_same_model(backbone: ElasticViT, tmp_path: Path) -> None:
+    """Weights with a JSON file of the same name beside them, whose lists of settings were shorter."""
+    model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path / "new", CROPS))
+    weights = tmp_path / "new" / f"vit-{model.subnet}" / "model.safetensors"
+    shutil.copy(weights, tmp_path / "old.safetensors")
+    pixels = {name: model.info["preprocessing"][name] for name in ("size", "resize", "mean", "std")}
+    info = model.info | {"format": "poa-model-1", "preprocessing": pixels, "timm": {}}
+    (tmp_path / "old.json").write_text(json.dumps(sealed(info)))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 60, 3), dtype=np.uint8))
+    for path in (tmp_path / "old.safetensors", tmp_path, weights):
+        assert torch.equal(poa.load(path)(picture), model(picture))
+
+
+NO_SUBNETS = ["[]", "null", "{", "\xff", '{"poa": []}', '{"poa": {"format": "poa-model-2", "sha256": []}}']
 
 
 @pytest.mark.parametrize("info", NO_SUBNETS)
 def test_json_that_is_no_subnet(info: str, backbone: ElasticViT, tmp_path: Path) -> None:
     path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
-    path.with_suffix(".json").write_bytes(info.encode("latin-1"))
-    with pytest.raises(InputError, match=f"{path.stem}.*: expected "):
+    (path / "config.json").write_bytes(info.encode("latin-1"))
+    with pytest.raises(InputError, match=f"{path.name}.*: expected "):
         poa.load(path)
 
 
 def test_another_preprocessing_beside_the_weights(backbone: ElasticViT, tmp_path: Path) -> None:
     """One digit of the JSON file, which would change every feature."""
     path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
-    info = path.with_suffix(".json")
+    info = path / "config.json"
     info.write_text(info.read_text().replace('"resize": ', '"resize": 1'))
     with pytest.raises(InputError, match="expected what extract wrote, got a changed file"):
         poa.load(path)
@@ -245,12 +253,12 @@ def test_a_run_its_models_and_what_is_saved_again_are_the_same_model(
     loaded = [
         poa.load("run", "16x1"),
         poa.load("run/models", "16x1"),
-        poa.load("run/models/vit-16x1.safetensors"),
+        poa.load("run/models/vit-16x1"),
     ]
-    loaded[1].save("again/mine.safetensors")
+    loaded[1].save("again/mine")
     loaded.append(poa.load("again"))
-    assert Path("again/mine.safetensors").read_bytes() == Path("run/models/vit-16x1.safetensors").read_bytes()
-    assert Path("again/mine.json").read_bytes() == Path("run/models/vit-16x1.json").read_bytes()
+    for name in ("model.safetensors", "config.json"):
+        assert Path(f"again/mine/{name}").read_bytes() == Path(f"run/models/vit-16x1/{name}").read_bytes()
     for model in loaded:
         assert not any(module.training for module in model.modules())
         assert model.info | {"sha256": ""} == loaded[1].info | {"sha256": ""}
@@ -267,5 +275,5 @@ def test_a_run_its_models_and_what_is_saved_again_are_the_same_model(
     ):
         with pytest.raises(InputError, match=message):
             poa.load(place, subnet)
-    with pytest.raises(InputError, match="save: expected a name that ends in .safetensors, got mine.pt"):
-        loaded[0].save("mine.pt")
+    with pytest.raises(InputError, match="save: expected the name of a folder, got mine.safetensors"):
+        loaded[0].save("mine.safetensors")

@@ -88,8 +88,8 @@ def test_a_static_subnet_equals_the_elastic_one(name: str, subnet: Subnet, key: 
     """At two input sizes; both official conversions fail this."""
     model, inputs = golden.pyramid(name), golden.tensors(name, "inputs")
     static = model.to_static(subnet)
-    copy = static.config.build().eval()
-    copy.load_exported_state(static.exported_state(), "test")
+    copy = static.config.plain().eval()
+    copy.load_state_dict(static.exported_state())
     assert model.config.parameters(subnet) == sum(p.numel() for p in static.parameters())
     for crops in (inputs["global_crops"], inputs["local_crops"]):
         (wanted,), (got,) = model([crops], subnet), copy([crops])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,6 +47,8 @@ NOT_RUN = {
     "}": "ends the citation",
 }
 """How other lines of code begin, and why they are not run here."""
+OPTIONAL = ("timm", "onnxruntime")
+"""Packages without which programs that import them are not run, and a warning says so."""
 NOT_RUN_BLOCKS = {"text": "shows output", "bash": "needs SLURM"}
 
 
@@ -87,6 +91,14 @@ def arguments(command: str) -> list[str]:
     return [*words, *short]
 
 
+def absent(package: str, program: str) -> bool:
+    """Whether a program needs a package that cannot be imported."""
+    try:
+        return f"import {package}" in program and not importlib.import_module(package)
+    except Exception:  # beside a torchvision that does not fit it, timm fails in many ways
+        return True
+
+
 def test_commands_and_programs_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +118,8 @@ def test_commands_and_programs_run_in_their_order(
                 assert code == 0 and said.out, f"{file}: {text}: {said.err}"
             kind = "trained" if "--out" in words and words[0] == "pretrain" else "asked"
             seen["checked" if "--check" in words else kind] += 1
+        elif missing := next((name for name in OPTIONAL if absent(name, text)), None):
+            warnings.warn(f"{file}: a program was not run, {missing} does not import here", stacklevel=1)
         else:
             exec(compile(text, file, "exec"), {})
             seen["programs"] += 1

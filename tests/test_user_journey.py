@@ -95,9 +95,7 @@ def test_from_own_pictures_to_a_model(home: Path) -> None:
     assert len(json.loads((home / table[-1]).read_text())["subnets"]) == 4
 
     models = typed(home, advice[2]).split()
-    assert models == [
-        f"runs/first/models/vit-{name}.safetensors" for name in ("16x1", "16x2", "32x1", "32x2")
-    ]
+    assert models == [f"runs/first/models/vit-{name}" for name in ("16x1", "16x2", "32x1", "32x2")]
     model = poa.load(home / models[0])
     with torch.no_grad():
         features = model(home / "photos" / "cat" / "0.jpg")

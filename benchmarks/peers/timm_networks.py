@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from benchmarks.failures import Unavailable
-from poa.backbones import Backbone, ResNetConfig, SwinConfig, ViTConfig
+from poa.backbones import Backbone, SwinConfig
 
 
 def build(static: Backbone) -> tuple[nn.Module, bool]:
@@ -25,21 +24,14 @@ def build(static: Backbone) -> tuple[nn.Module, bool]:
     except Exception as error:  # beside a torchvision that does not fit it fails in many ways
         raise Unavailable(f"timm does not import: {type(error).__name__}") from None
     config = static.config
-    makers: dict[type, Callable[[Any, Any], nn.Module]] = {
-        ViTConfig: _vit,
-        SwinConfig: _swin,
-        ResNetConfig: _resnet,
-    }
-    model, same = makers[type(config)](timm, config).eval(), config.timm_arguments() is not None
-    if same:
-        model.load_state_dict(static.exported_state(), strict=True)
-    return model, same
-
-
-def _vit(timm: Any, config: ViTConfig) -> nn.Module:
-    arguments = config.timm_arguments()
-    assert arguments is not None
-    return timm.models.VisionTransformer(**arguments)
+    if isinstance(config, SwinConfig):
+        return _swin(timm, config).eval(), False
+    found = config.timm_model()
+    if found is None:
+        raise Unavailable("timm has ResNets of four stages and a stem of 64 channels alone")
+    model = timm.create_model(found.architecture, num_classes=0, **found.arguments).eval()
+    model.load_state_dict(static.exported_state(), strict=True)
+    return model, True
 
 
 def _swin(timm: Any, config: SwinConfig) -> nn.Module:
@@ -49,11 +41,3 @@ def _swin(timm: Any, config: SwinConfig) -> nn.Module:
         depths=config.max_depths, num_heads=heads, window_size=config.window, mlp_ratio=config.mlp_ratio,
         num_classes=0, drop_path_rate=0.0,
     )  # fmt: skip
-
-
-def _resnet(timm: Any, config: ResNetConfig) -> nn.Module:
-    arguments = config.timm_arguments()
-    if arguments is None:
-        raise Unavailable("timm has ResNets of four stages and a stem of 64 channels alone")
-    bottleneck, norm = timm.models.resnet.Bottleneck, timm.layers.GroupNorm
-    return timm.models.ResNet(bottleneck, norm_layer=norm, **arguments)

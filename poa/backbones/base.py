@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from poa.errors import InputError
 from poa.multicrop import StochasticDepth
 from poa.options import Options
 from poa.subnets import SearchSpace, Subnet
-from poa.weights import load_strictly
 
 MOST_SUBNETS = 100_000
 
@@ -98,9 +97,30 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
     def build(self, generator: torch.Generator | None = None) -> Backbone:
         """The network with initial weights; `generator` is a CPU generator, default torch's own."""
 
-    def timm_arguments(self) -> dict[str, Any] | None:
-        """What makes this network (of one size) in timm, or None where timm has no such network."""
+    def timm_model(self) -> TimmModel | None:
+        """This network (of one size) in timm, or None where timm has no such network."""
         return None
+
+    def plain(self) -> nn.Module:
+        """This network (of one size) for what `Backbone.exported_state` gives; called with crop groups."""
+        return self.build()
+
+
+@dataclass(frozen=True)
+class TimmModel:
+    """A network of timm.
+
+    Attributes:
+        architecture, arguments: of `timm.create_model`.
+        first_conv, classifier: names of these layers, which take other images and classes.
+        fixed_input_size: whether an image has the size that the network was made for.
+    """
+
+    architecture: str
+    arguments: dict[str, Any]
+    first_conv: str
+    classifier: str
+    fixed_input_size: bool
 
 
 class Backbone(nn.Module, ABC):
@@ -198,18 +218,6 @@ class Backbone(nn.Module, ABC):
     def exported_state(self) -> dict[str, Tensor]:
         """The weights of a static network as files hold them, under timm's names where timm has it."""
         return self.state_dict()
-
-    def load_exported_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Read what `exported_state` of a network of this configuration gave.
-
-        Args:
-            state: its weights.
-            source: where they come from, for messages.
-
-        Raises:
-            InputError: names or shapes are not those of this network.
-        """
-        load_strictly(self, state, source)
 
 
 @torch.no_grad()

@@ -11,16 +11,17 @@ official `DynamicResNet`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import ElasticBottleneck, ElasticGroupNorm, conv_channels_last, recomputed
-from poa.backbones.base import Features, copied, initialise_as_torch
+from poa.backbones.base import Features, TimmModel, copied, initialise_as_torch
+from poa.backbones.plain import PlainResNet
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.multicrop import StochasticDepth
 from poa.options import option
@@ -109,14 +110,16 @@ class ResNetConfig(PyramidConfig):
     def build(self, generator: torch.Generator | None = None) -> ElasticResNet:
         return ElasticResNet(self, generator)
 
-    def timm_arguments(self) -> dict[str, Any] | None:
-        """Keyword arguments of `timm.models.ResNet` beside `Bottleneck` and `timm.layers.GroupNorm`.
-
-        There the stem has 64 channels, stages are four and groups 32.
-        """
+    def timm_model(self) -> TimmModel | None:
+        """As `BackboneConfig.timm_model`; there the stem has 64 channels, stages are four and groups 32."""
         if (self.base_width, len(self.max_depths), self.norm_groups) != (64, 4, 32):
             return None
-        return {"layers": list(self.max_depths), "base_width": self.max_width, "num_classes": 0}
+        arguments = {"layers": list(self.max_depths), "base_width": self.max_width, "norm_layer": "groupnorm"}
+        return TimmModel("resnet50", arguments, "conv1", "fc", fixed_input_size=False)
+
+    def plain(self) -> PlainResNet:
+        sizes = self.base_width, self.max_width, self.max_depths, self.norm_groups
+        return PlainResNet(*sizes, expansion=EXPANSION, scale=self.mask_scale)
 
 
 class ElasticResNet(Pyramid):
@@ -232,24 +235,7 @@ class ElasticResNet(Pyramid):
 
     def exported_state(self) -> dict[str, Tensor]:
         """As `Backbone.exported_state`; 1x1 convolutions have four dimensions there."""
-        state = self.state_dict()
-        return {_timm_name(name): state[name].view(shape) for name, shape in self._timm_shapes().items()}
-
-    def load_exported_state(self, state: Mapping[str, Tensor], source: str) -> None:
-        """As `Backbone.load_exported_state`."""
-        mine = {_timm_name(name): (name, shape) for name, shape in self._timm_shapes().items()}
-        weights = {}
-        for key, tensor in state.items():
-            name, shape = mine.get(key, (key, tensor.shape))
-            weights[name] = tensor.flatten(1) if len(shape) == 4 and shape[2:] == (1, 1) else tensor
-        load_strictly(self, weights, source)
-
-    def _timm_shapes(self) -> dict[str, tuple[int, ...]]:
         return {
-            name: (*tensor.shape, 1, 1) if tensor.dim() == 2 else tuple(tensor.shape)
+            name.replace("norm", "bn"): tensor[..., None, None] if tensor.dim() == 2 else tensor
             for name, tensor in self.state_dict().items()
         }
-
-
-def _timm_name(name: str) -> str:
-    return name.replace("norm", "bn")

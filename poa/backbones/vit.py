@@ -9,23 +9,28 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import (
     ElasticBlock,
     ElasticLayerNorm,
     ElasticPatchEmbed,
-    cached_constant,
     elastic_hidden_features,
     recomputed,
-    without_autocast,
 )
-from poa.backbones.base import Backbone, BackboneConfig, Features, copied, initialise_as_torch
+from poa.backbones.base import (
+    Backbone,
+    BackboneConfig,
+    Features,
+    TimmModel,
+    copied,
+    initialise_as_torch,
+)
+from poa.backbones.plain import PlainViT
+from poa.backbones.positions import positions_of_grid
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
 from poa.options import option
@@ -171,32 +176,24 @@ class ViTConfig(BackboneConfig):
             masked=False,
         )
 
-    def timm_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `timm.models.VisionTransformer`."""
-        return {
+    def timm_model(self) -> TimmModel:
+        arguments = {
             "img_size": self.image_size,
             "patch_size": self.patch_size,
             "embed_dim": self.max_width,
             "depth": self.max_depth,
             "num_heads": self.max_width // self.head_dim,
             "mlp_ratio": self.mlp_ratio,
-            "init_values": self.layer_scale,
+            "init_values": self.layer_scale or 1.0,  # timm leaves a scale of 0 out
             "reg_tokens": self.registers,
-            "num_classes": 0,
         }
+        name = "vit_base_patch16_224"
+        return TimmModel(name, arguments, "patch_embed.proj", "head", fixed_input_size=True)
 
-
-@lru_cache
-def _interpolation(side: int, height: int, breadth: int, device: torch.device) -> Tensor:
-    """The matrix `[height * breadth, side * side]` of a bicubic interpolation of positions, float64.
-
-    Its product has the same gradient bits every time, which PyTorch's bicubic interpolation lacks on a GPU.
-    """
-    grid = torch.eye(side * side, dtype=torch.float64).view(-1, 1, side, side)
-    factors = ((height + 0.1) / side, (breadth + 0.1) / side)
-    resized = F.interpolate(grid, scale_factor=factors, mode="bicubic")
-    assert resized.shape[-2:] == (height, breadth)
-    return resized.flatten(1).t().contiguous().to(device)
+    def plain(self) -> PlainViT:
+        heads, grid = self.max_width // self.head_dim, self.grid(self.image_size)
+        sizes = (grid, self.patch_size, self.max_width, self.max_depth, heads, self.hidden, self.registers)
+        return PlainViT(*sizes, eps=LAYER_NORM_EPS)
 
 
 class ElasticViT(Backbone):
@@ -325,19 +322,8 @@ class ElasticViT(Backbone):
         return torch.cat([*rows, x], dim=1) + self.position_embedding(height, breadth, width)
 
     def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
-        """The position embedding `[1, prefix + height * breadth, width]` of a grid of patches.
-
-        Interpolated (bicubic) unless the grid is the trained one. The scale factors carry the official + 0.1,
-        which changes the sampled positions; passing the size instead would not match.
-        """
-        positions, prefix = self.pos_embed[..., :width], self.config.prefix
-        side = math.isqrt(positions.shape[1] - prefix)
-        if (height, breadth) == (side, side):
-            return positions
-        with without_autocast(positions.device):
-            matrix = cached_constant(positions, _interpolation, side, height, breadth, positions.device)
-            patches = matrix.to(positions) @ positions[:, prefix:]
-        return torch.cat([positions[:, :prefix], patches], dim=1)
+        """As `positions_of_grid`, of a subnet's width."""
+        return positions_of_grid(self.pos_embed[..., :width], self.config.prefix, height, breadth)
 
     def normalise(self, x: Tensor) -> Tensor:
         """The last LayerNorm, over the width of `x`."""

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from elastic_kernels import eval_crop
 from poa.data.crops import CropsConfig
 from poa.data.loader import evaluation_batches
+from poa.data.preprocessing import Preprocessing
 from poa.data.sources import ImageSource
 from poa.distributed import World
 from poa.evaluate.protocol import Function
@@ -67,7 +67,7 @@ def extract_features(
     """
     positions = torch.as_tensor(world.share(len(source)))
     mine = source.subset(positions.numpy())
-    banks = [_Bank(len(mine)) for _ in functions]
+    banks, preprocessing = [_Bank(len(mine)) for _ in functions], Preprocessing.of(crops, canvas)
     kept, unreadable = [positions[:0]], list[str]()
     bar = tqdm(
         total=len(mine), desc="features", unit="image", leave=False, disable=None if world.is_main else True
@@ -78,14 +78,7 @@ def extract_features(
         unreadable += batch.unreadable
         if not len(batch.images):
             continue
-        images = eval_crop(
-            batch.images.to(world.device, non_blocking=True),
-            batch.sizes,
-            crops.global_size,
-            crops.mean,
-            crops.std,
-            resize=crops.eval_resize(),
-        )
+        images = preprocessing.crop(batch.images.to(world.device, non_blocking=True), batch.sizes)
         for bank, function in zip(banks, functions, strict=True):
             bank.add(function(images).cpu())
     bar.close()

@@ -12,12 +12,12 @@ import torch
 from PIL import Image, ImageFile
 
 import poa
-from elastic_kernels import eval_crop
 from helpers.tiny import tiny_config
 from poa import export
 from poa.data.crops import CropsConfig
 from poa.data.decode import decode, to_pixels
 from poa.data.loader import evaluation_batches
+from poa.data.preprocessing import Preprocessing
 from poa.data.sources import open_data
 from poa.step import initial_network
 
@@ -141,10 +141,7 @@ def test_what_is_deployed_is_what_was_evaluated(ending: str, tmp_path: Path) -> 
         )
         source = config.data.open(config.method.seed).train
         (batch,) = evaluation_batches(source, method.canvas, 0)
-        crops = method.crops
-        evaluated = eval_crop(
-            batch.images, batch.sizes, crops.global_size, crops.mean, crops.std, crops.eval_resize()
-        )
+        evaluated = Preprocessing.of(method.crops, 48).crop(batch.images, batch.sizes)
         files = [source.storage.name(i) for i in range(len(source))]
         assert torch.equal(poa.load(path).preprocess(files), evaluated)
         if ending == "png":

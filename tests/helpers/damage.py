@@ -88,14 +88,14 @@ class Readers:
 
     def __init__(self, run: Path, cache: Path, notes: Notes):
         self.run, self.notes = RunFolder(run), notes
-        self.model = run / "models" / "vit-16x1.safetensors"
+        self.model = run / "models" / "vit-16x1"
         self.rows, self.config = self.run.rows(), self.run.config()
         self.info = poa.load(self.model).info
         self.names = self._names()
         self.files: dict[str, tuple[Path, Callable[[], str]]] = {
             "checkpoint": (self.run.checkpoints()[-1].path, self.read_checkpoint),
-            "export, weights": (self.model, self.read_export),
-            "export, JSON": (self.model.with_suffix(".json"), self.read_export),
+            "export, weights": (self.model / "model.safetensors", self.read_export),
+            "export, JSON": (self.model / "config.json", self.read_export),
             "config": (run / "config.json", self.read_config),
             "metrics": (self.run.metrics, self.read_metrics),
             "evaluation": (run / "evaluation.json", self.read_evaluation),

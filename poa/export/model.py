@@ -1,0 +1,203 @@
+"""A subnet as a model of its own, whose features are checked against the elastic subnet's.
+
+It has the prefix of every weight, the offset scale folded into it, and the kept blocks renumbered.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as tensor_bytes
+from torch import Tensor, nn
+
+from poa.backbones import Backbone, BackboneConfig
+from poa.data.crops import CropsConfig
+from poa.data.preprocessing import Picture, Preprocessing
+from poa.errors import InputError, optional_package
+from poa.files import make_folder, sealed, write_bytes, write_json
+from poa.options import to_dict
+from poa.subnets import Subnet
+from poa.weights import load_strictly
+
+FORMAT = "poa-model-2"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TOLERANCE = 1e-5  # largest difference of a model's forward from the elastic subnet's, fp32, relative to 1
+
+
+class ExportedModel(nn.Module):
+    """A subnet as an ordinary network: images in, features out.
+
+    Attributes:
+        backbone: the network, in plain PyTorch operations, which also gives patch tokens:
+            `model.backbone([images])[0].patches`.
+        config: its shape.
+        preprocess: from files or pictures of any size to its normalised images, as in evaluation.
+        info: subnet, parameters, pre-processing, where the weights come from.
+
+    Example:
+        >>> import poa
+        >>> model = poa.load("runs/first")
+        >>> images = model.preprocess(["photo.jpg", "photo.jpg"])
+        >>> model.backbone([images])[0].patches.shape
+        torch.Size([2, 9, 32])
+    """
+
+    def __init__(self, backbone: nn.Module, config: BackboneConfig, info: dict[str, Any]):
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.info = info
+        self.preprocess = Preprocessing.from_dict(info["preprocessing"])
+
+    @property
+    def subnet(self) -> Subnet:
+        """Which network of its run."""
+        depth = self.info["depth"]
+        return Subnet(self.info["width"], tuple(depth) if isinstance(depth, list) else depth)
+
+    def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        """Features as k-NN sees them.
+
+        Args:
+            images: normalised, float32 `[B, 3, H, W]` on the device of the model; or a file, a picture or
+                several of them, of any sizes, which `preprocess` prepares.
+
+        Returns:
+            float32 `[B, width]` (of a Swin or ResNet as many channels as its last stage has).
+
+        Raises:
+            ImageError: a file is no image; the message names it.
+        """
+        if not isinstance(images, Tensor):
+            images = self.preprocess(images).to(next(self.backbone.parameters()).device)
+        features: Tensor = self.backbone([images])[0].cls
+        return features
+
+    def to_timm(self) -> nn.Module:
+        """The same network as timm's, with the same weights, in evaluation mode.
+
+        Raises:
+            InputError: timm has no such network, or is not installed.
+        """
+        found = self.config.timm_model()
+        if found is None:
+            raise InputError(f"to_timm: timm has no such {self.config.kind}")
+        timm = optional_package("timm", "timm")
+        model: nn.Module = timm.create_model(found.architecture, num_classes=0, **found.arguments)
+        model.load_state_dict(self.backbone.state_dict())
+        return model.eval()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the model as it is now, so that `load` and timm give it again.
+
+        Args:
+            folder: made as needed.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: a name that ends in .safetensors, or no folder can be made.
+            SaveError: the file system refused it.
+        """
+        folder = Path(folder)
+        if folder.suffix == ".safetensors":
+            raise InputError(f"save: expected the name of a folder, got {folder}")
+        make_folder(folder, "save")
+        content = tensor_bytes(self.backbone.state_dict(), metadata={"format": "pt"})
+        info = self.info | {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
+        write_json(folder / CONFIG, sealed(_for_timm(self) | {"poa": info}))
+        write_bytes(folder / WEIGHTS, content)
+        return folder
+
+
+def _for_timm(model: ExportedModel) -> dict[str, Any]:
+    """What timm reads; nothing where it has no such network."""
+    found, pixels = model.config.timm_model(), model.preprocess
+    if found is None:
+        return {}
+    return {
+        "architecture": found.architecture,
+        "num_classes": 0,
+        "num_features": model.config.feature_width(model.subnet),
+        "model_args": found.arguments,
+        "pretrained_cfg": {
+            "input_size": [3, pixels.size, pixels.size],
+            "fixed_input_size": found.fixed_input_size,
+            "interpolation": "bicubic",
+            "crop_pct": pixels.size / pixels.resize,
+            "crop_mode": "center",
+            "mean": list(pixels.mean),
+            "std": list(pixels.std),
+            "num_classes": 0,
+            "first_conv": found.first_conv,
+            "classifier": found.classifier,
+            "custom_load": False,
+        },
+    }
+
+
+def static_model(
+    backbone: Backbone,
+    subnet: Subnet,
+    crops: CropsConfig,
+    *,
+    canvas: int | None = None,
+    bits: int | None = None,
+    image_size: int | None = None,
+    source: str = "",
+) -> ExportedModel:
+    """A subnet as a model of its own, in evaluation mode, after a check that its features are the same.
+
+    Args:
+        backbone: the shared weights.
+        subnet: which network.
+        crops: gives the pre-processing.
+        canvas: side in pixels of the square that images are shrunk to fit, at the image size of training;
+            default: as many as the shorter side has before the crop.
+        bits: of pixels that have more than 8; default: as many as each image needs.
+        image_size: pixels of its images; a position embedding is interpolated to it. Default: as trained.
+        source: where the weights come from, kept in the JSON file.
+
+    Raises:
+        InputError: a subnet outside the space, or an image size that the backbone cannot take.
+    """
+    static = backbone.to_static(backbone.space.require(subnet), image_size)
+    config, network = static.config, static.config.plain().eval()
+    load_strictly(network, static.exported_state(), "static")
+    size = config.image_size
+    scaled = round(canvas * size / backbone.config.image_size) if canvas else None
+    info = {
+        "format": FORMAT,
+        "width": subnet.width,
+        "depth": list(subnet.depth) if isinstance(subnet.depth, tuple) else subnet.depth,
+        "params": backbone.config.parameters(subnet),
+        "backbone": to_dict(config),
+        "preprocessing": Preprocessing.of(crops, scaled, bits, size).to_dict(),
+        "source": source,
+        "largest_difference": _largest_difference(backbone, network, subnet, size),
+    }
+    return ExportedModel(network, config, info).eval()
+
+
+@torch.no_grad()
+def _largest_difference(elastic: Backbone, network: nn.Module, subnet: Subnet, size: int) -> float:
+    """Compare both networks on random images of the model's size; raise where they are not equal."""
+    weight = next(elastic.parameters())
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    whole = elastic if weight.dtype == torch.float32 else copy.deepcopy(elastic).float()
+    (a,) = whole([images.to(weight.device)], subnet)
+    (b,) = network([images])
+    pairs = ((a.cls.cpu(), b.cls), (a.patches.cpu(), b.patches))
+    worst = max(float((x - y).abs().max() / max(1.0, float(y.abs().max()))) for x, y in pairs)
+    if not worst < TOLERANCE:  # also where it is NaN
+        raise RuntimeError(
+            f"extract: the static model differs from subnet {subnet} by {worst:.2e}, "
+            f"expected less than {TOLERANCE:.0e}; nothing was written"
+        )
+    return worst
