@@ -23,7 +23,8 @@ from elastic_kernels.koleo import koleo
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
-from elastic_kernels.mixed_width import mixed_width_block, mixed_width_layer_norm, mixed_width_linear
+from elastic_kernels.mixed_width import mixed_width_layer_norm, mixed_width_linear, mixed_width_rms_norm
+from elastic_kernels.mixed_width_blocks import mixed_width_attention, mixed_width_block, mixed_width_mlp
 from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp, elastic_swiglu
 from elastic_kernels.modules import (
     ElasticAttention,
@@ -108,9 +109,12 @@ __all__ = [
     "fused_adamw_backend",
     "koleo",
     "linear_backend",
+    "mixed_width_attention",
     "mixed_width_block",
     "mixed_width_layer_norm",
     "mixed_width_linear",
+    "mixed_width_mlp",
+    "mixed_width_rms_norm",
     "packed_attention",
     "planning",
     "prototype_cross_entropy",

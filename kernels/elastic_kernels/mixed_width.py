@@ -1,12 +1,12 @@
 """Many widths in one launch: every row of a batch passes through the subnet of its own width.
 
-    y[r, :n_r] = s_r * x[r, :w_r] W[:n_r, :w_r]^T + b[:n_r],   0 beyond          w_r, n_r: of row r
+    y[r, :n_r] = act(s_r * x[r, :w_r] W[:n_r, :w_r]^T + b[:n_r]),   0 beyond          w_r, n_r: of row r
 
 For serving requests of different budgets together, and for training several subnets on one batch: gradients
 of all add up in the full weight. Rows are as wide as the largest network; what lies beyond the width of a row
 is not read, and is 0 in results. Widths are tensors on the device: nothing waits for them. Any order of rows
-is right; where rows of one width lie together, no tile of the Triton kernel (`triton_ops/mixed_width.py`)
-computes more than its rows need.
+is right; where rows of one width lie together, no tile of the Triton kernels (`triton_ops/mixed_width.py`,
+`triton_ops/layer_norm.py`) computes more than its rows need. Whole modules: `mixed_width_blocks.py`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
-from elastic_kernels.attention import Groups, packed_attention
-from elastic_kernels.blocks import ElasticBlock
-from elastic_kernels.linear import Scale, factor, linear_backend
+from elastic_kernels.linear import ACTIVATIONS, Scale, factor, linear_backend
+from elastic_kernels.rms_norm import rms_norm_backend
 
 
 def mixed_width_linear(
@@ -29,6 +28,7 @@ def mixed_width_linear(
     out_widths: Tensor,
     *,
     scale: Scale = "offset",
+    activation: str | None = None,
 ) -> Tensor:
     """Multiply every row by the corner of a shared weight that belongs to its widths.
 
@@ -39,6 +39,7 @@ def mixed_width_linear(
         widths: int64 `[rows]`, from 1 to `in_max`, on the device of `x`.
         out_widths: int64 `[rows]`, from 1 to `out_max`.
         scale: of each row, as in `elastic_linear`: "offset" is `in_max / widths[r]`.
+        activation: as in `elastic_linear`.
 
     Returns:
         `[rows, out_max]`, the dtype of the matrix product; row `r` is 0 from `out_widths[r]` on.
@@ -60,23 +61,46 @@ def mixed_width_linear(
                 [4., 4., 4., 4.]])
     """
     op = "mixed_width_linear"
+    if activation is not None:
+        validate.one_of(op, "activation", activation, ACTIVATIONS)
+    y = mixed_width_stacked(
+        op, x, weight, bias, widths, out_widths, 1, scale=scale, activation=activation
+    )  # fmt: skip
+    return y.flatten(1)
+
+
+def mixed_width_stacked(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: Tensor,
+    out_widths: Tensor,
+    groups: int,
+    *,
+    scale: Scale,
+    activation: str | None = None,
+) -> Tensor:
+    """`[rows, in_max]` -> `[rows, groups, out_max]`, by each of the matrices stacked in a weight."""
     if x.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: expected x [rows, {weight.shape[1]}], got {list(x.shape)}")
     validate.operands(op, x=x, weight=weight, bias=bias)
     validate.vectors(op, x, bias=(bias, weight.shape[0]))
     _check_widths(op, x, widths=widths, out_widths=out_widths)
-    factors = row_factors(scale, weight.shape[1], widths)
+    factors = row_factors(scale, weight.shape[1], widths, torch.promote_types(x.dtype, torch.float32))
     if linear_backend(op, x).backend == "triton":
         from elastic_kernels.triton_ops.mixed_width import MixedWidthFunction
 
-        dtype = dispatch.product_dtype(x)
-        return MixedWidthFunction.apply(x, weight, bias, widths, out_widths, factors, dtype)
+        rest = (widths, out_widths, factors, groups, dispatch.product_dtype(x), activation or "")
+        return MixedWidthFunction.apply(x, weight, bias, *rest)
     y = F.linear(x.masked_fill(beyond(widths, x.shape[1]), 0), weight)
     if factors is not None:
-        y = y * factors.to(y.dtype).unsqueeze(1)
+        y = (y * factors.unsqueeze(1)).to(y.dtype)
     if bias is not None:
         y = y + bias.to(y.dtype)
-    return y.masked_fill(beyond(out_widths, y.shape[1]), 0)
+    y = y.unflatten(1, (groups, -1))
+    y = y.masked_fill(beyond(out_widths, y.shape[2]).unsqueeze(1), 0)
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def mixed_width_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, widths: Tensor) -> Tensor:
@@ -92,7 +116,7 @@ def mixed_width_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, 
         The shape of `x`, the wider dtype of `x` and `weight`; row `r` is 0 from `widths[r]` on.
 
     Raises:
-        ValueError, TypeError: as `mixed_width_linear`.
+        ValueError, TypeError, RuntimeError: as `mixed_width_linear`.
 
     Example:
         >>> import torch
@@ -101,66 +125,51 @@ def mixed_width_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, 
         >>> mixed_width_layer_norm(x, one, zero, 0.0, torch.tensor([2]))
         tensor([[-1.,  1.,  0.]])
     """
-    op = "mixed_width_layer_norm"
-    validate.operands(op, x=x, weight=weight, bias=bias)
-    validate.vectors(op, x, weight=(weight, x.shape[1]), bias=(bias, x.shape[1]))
-    _check_widths(op, x, widths=widths)
-    outside, count = beyond(widths, x.shape[1]), widths.clamp(max=x.shape[1]).unsqueeze(1)
-    wide = x.to(torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32))
-    wide = wide.masked_fill(outside, 0)
-    centred = (wide - wide.sum(1, keepdim=True) / count).masked_fill(outside, 0)
-    normed = centred * (centred.square().sum(1, keepdim=True) / count + eps).rsqrt()
-    return (normed * weight + bias).masked_fill(outside, 0).to(torch.promote_types(x.dtype, weight.dtype))
+    return _row_norm("mixed_width_layer_norm", x, weight, bias, eps, widths)
 
 
-def mixed_width_block(block: ElasticBlock, x: Tensor, groups: Groups, widths: Tensor) -> Tensor:
-    """Pass every row through a block at its own width, with the heads and hidden units that go with it.
+def mixed_width_rms_norm(x: Tensor, weight: Tensor, eps: float, widths: Tensor) -> Tensor:
+    """Divide every row by the root mean square of its own width.
 
     Args:
-        block: of the largest network.
-        x: `[tokens, w_max]`, packed tokens; those of one sequence are equally wide.
-        groups: as of `packed_attention`.
-        widths: int64 `[tokens]`, as in `mixed_width_linear`; their shares of the heads are whole numbers.
+        x, weight, eps, widths: as of `mixed_width_layer_norm`.
 
-    Returns:
-        `[tokens, w_max]`, the dtype of `x`; beyond its width a row is 0.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: as the operators it is made of.
+    Returns, Raises: as `mixed_width_layer_norm`.
 
     Example:
         >>> import torch
-        >>> from elastic_kernels import ElasticBlock, mixed_width_block
-        >>> widths = torch.tensor([16] * 5 + [32] * 5)  # two sequences of 5 tokens
-        >>> mixed_width_block(ElasticBlock(32, 64, 16), torch.randn(10, 32), [(2, 5)], widths).shape
-        torch.Size([10, 32])
+        >>> from elastic_kernels import mixed_width_rms_norm
+        >>> mixed_width_rms_norm(torch.tensor([[3.0, 3.0, 9.0]]), torch.ones(3), 0.0, torch.tensor([2]))
+        tensor([[1., 1., 0.]])
     """
-    attn, mlp, largest = block.attn, block.mlp, x.shape[1]
-    inner, hidden = attn.qkv.out_features // 3, mlp.fc1.out_features
-    heads = widths * inner // largest
-    units = (widths.double() / largest * hidden).long()  # as `elastic_hidden_features`
-    x = x.masked_fill(beyond(widths, largest), 0)
-
-    h = mixed_width_layer_norm(x, block.norm1.weight, block.norm1.bias, block.norm1.eps, widths)
-    parts = attn.qkv.weight.chunk(3), (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-    qkv = [mixed_width_linear(h, w, b, widths, heads, scale=attn.scale) for w, b in zip(*parts, strict=True)]
-    # Values of heads that a row does not have are 0, so their outputs are.
-    h = packed_attention(torch.stack(qkv, 1).unflatten(-1, (-1, attn.head_dim)), groups)
-    h = mixed_width_linear(h, attn.proj.weight, attn.proj.bias, heads, widths, scale=attn.scale)
-    x = x + (h if block.ls1 is None else h * block.ls1.gamma).to(x.dtype)
-
-    h = mixed_width_layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps, widths)
-    h = F.gelu(mixed_width_linear(h, mlp.fc1.weight, mlp.fc1.bias, widths, units, scale=mlp.scale))
-    h = mixed_width_linear(h, mlp.fc2.weight, mlp.fc2.bias, units, widths, scale=mlp.scale)
-    return x + (h if block.ls2 is None else h * block.ls2.gamma).to(x.dtype)
+    return _row_norm("mixed_width_rms_norm", x, weight, None, eps, widths)
 
 
-def row_factors(scale: Scale, largest: int, widths: Tensor) -> Tensor | None:
-    """float32 `[rows]`: the value of a scale in each row; None means 1 in all."""
+def _row_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, widths: Tensor) -> Tensor:
+    validate.operands(op, x=x, weight=weight, bias=bias)
+    validate.vectors(op, x, weight=(weight, x.shape[1]), bias=(bias, x.shape[1]))
+    _check_widths(op, x, widths=widths)
+    if rms_norm_backend(x, op).backend == "triton":
+        from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
+
+        return LayerNormFunction.apply(x, weight, bias, eps, None, widths)
+    outside, count = beyond(widths, x.shape[1]), widths.clamp(max=x.shape[1]).unsqueeze(1)
+    wide = x.to(torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32))
+    wide = wide.masked_fill(outside, 0)
+    if bias is not None:
+        wide = (wide - wide.sum(1, keepdim=True) / count).masked_fill(outside, 0)
+    y = wide * (wide.square().sum(1, keepdim=True) / count + eps).rsqrt() * weight
+    if bias is not None:
+        y = y + bias
+    return y.masked_fill(outside, 0).to(torch.promote_types(x.dtype, weight.dtype))
+
+
+def row_factors(scale: Scale, largest: int, widths: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """`[rows]` in a dtype: the value of a scale in each row; None means 1 in all."""
     if scale == "offset":
-        return (largest / widths.double()).float()
+        return (largest / widths.double()).to(dtype)
     number = factor(scale, largest, largest)
-    return None if number == 1 else widths.new_full(widths.shape, number, dtype=torch.float32)
+    return None if number == 1 else widths.new_full(widths.shape, number, dtype=dtype)
 
 
 def beyond(widths: Tensor, largest: int) -> Tensor:

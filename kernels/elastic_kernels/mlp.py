@@ -135,14 +135,17 @@ def elastic_swiglu(
     validate.one_of(op, "activation", activation, ACTIVATIONS)
     hidden = active_hidden(op, hidden, fc1_weight[: rows // 2], width)
     h = stacked_linear(op, x.reshape(-1, width), fc1_weight, fc1_bias, 2, hidden, scale)
-    if linear_backend(op, x).backend == "triton":
+    y = elastic_linear(gated(op, h, activation), fc2_weight, fc2_bias, out_features=width, scale=scale)
+    return y.view(*x.shape[:-1], width)
+
+
+def gated(op: str, h: Tensor, activation: str) -> Tensor:
+    """`[rows, 2, hidden]` -> `[rows, hidden]`: the activation of the gate times the units."""
+    if linear_backend(op, h).backend == "triton":
         from elastic_kernels.triton_ops.swiglu import SwiGLUFunction
 
-        h = SwiGLUFunction.apply(h, activation)
-    else:
-        h = ACTIVATIONS[activation](h[:, 0]) * h[:, 1]
-    y = elastic_linear(h, fc2_weight, fc2_bias, out_features=width, scale=scale)
-    return y.view(*x.shape[:-1], width)
+        return SwiGLUFunction.apply(h, activation)
+    return ACTIVATIONS[activation](h[:, 0]) * h[:, 1]
 
 
 def active_hidden(op: str, hidden: int | None, fc1_weight: Tensor, width: int) -> int:

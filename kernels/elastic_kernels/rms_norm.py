@@ -52,8 +52,8 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
     return F.rms_norm(x if rows is None else x.index_select(0, rows), (width,), weight[:width], eps)
 
 
-def rms_norm_backend(x: Tensor) -> dispatch.Choice:
-    """The backend that `elastic_rms_norm` takes for such an input, and why."""
+def rms_norm_backend(x: Tensor, op: str = "elastic_rms_norm") -> dispatch.Choice:
+    """The backend that `elastic_rms_norm`, or a norm of rows of several widths, takes, and why."""
     width = x.shape[-1]
     limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
-    return dispatch.choose("elastic_rms_norm", x, limit)
+    return dispatch.choose(op, x, limit)

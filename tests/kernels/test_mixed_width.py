@@ -18,14 +18,35 @@ def poisoned(width: int, rows: int) -> Tensor:
     return torch.cat([draw(rows, width, seed=width), torch.full((rows, 24 - width), torch.nan)], 1).double()
 
 
+def modern(scale: Scale) -> ek.ElasticPreNormBlock:
+    """RMSNorm before attention with norms of queries and keys, LayerNorm before a gate."""
+    attn = ek.ElasticRotaryAttention(24, 4, qk_norm="layer", scale=scale)
+    mlp = ek.ElasticSwiGLU(24, 40, scale=scale, activation="gelu")
+    return ek.ElasticPreNormBlock(ek.ElasticRMSNorm(24), attn, ek.ElasticLayerNorm(24), mlp)
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["shares", "free"])
+@pytest.mark.parametrize("kind", ["plain", "modern"])
 @pytest.mark.parametrize("scale", ["offset", None, 0.5])
-def test_block(scale: Scale) -> None:
+def test_block(scale: Scale, kind: str, free: bool) -> None:
     torch.manual_seed(0)
-    block = ek.ElasticBlock(24, 40, 4, layer_scale=0.5, scale=scale).double()
+    plain = ek.ElasticBlock(24, 40, 4, layer_scale=0.5, scale=scale)
+    block = (plain if kind == "plain" else modern(scale)).double()
     parts = [poisoned(width, 3) for width in WIDTHS]
     widths = torch.tensor(WIDTHS).repeat_interleave(3)
-    together = ek.mixed_width_block(block, torch.cat(parts), [(3, 3)], widths)
-    alone = [block(part[:, :width], [(1, 3)]) for part, width in zip(parts, WIDTHS, strict=True)]
+    sizes = [{"hidden": 7 + width, "heads": 6 - width // 8} if free else {} for width in WIDTHS]
+    tensors = {
+        key: torch.tensor([size[key] for size in sizes]).repeat_interleave(3)
+        for key in ("hidden", "heads")
+        if free
+    }
+    angles = {key: ek.Rotary.of_grid(1, 2, 4, prefix=1, count=n) for key, n in (("one", 1), ("all", 3))}
+    rotary = [{"rotary": angles[n]} if kind == "modern" else {} for n in ("one", "all")]
+    together = ek.mixed_width_block(block, torch.cat(parts), [(3, 3)], widths, **tensors, **rotary[1])
+    alone = [
+        block(part[:, :width], [(1, 3)], **size, **rotary[0])
+        for part, width, size in zip(parts, WIDTHS, sizes, strict=True)
+    ]
     padded = torch.cat([torch.nn.functional.pad(y, (0, 24 - y.shape[1])) for y in alone])
     torch.testing.assert_close(together, padded)
     gradients = [torch.autograd.grad(y.sin().sum(), list(block.parameters())) for y in (together, padded)]

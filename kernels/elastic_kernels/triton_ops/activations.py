@@ -7,13 +7,25 @@ The exact GELU is that of erf in fp32; in half precision see `_normal_cdf`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 LOG2_E = tl.constexpr(1.4426950408889634)
 TANH_SLOPE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+
+# In a pass of its own, where no product follows that it could be fused into.
+ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "silu": torch.ops.aten.silu_backward,
+}
 
 
 @triton.jit

@@ -4,7 +4,8 @@
     g = dy * weight,  dx = rstd * (g - mean_k(g) - xhat * mean_k(g * xhat)) + dsum
     dw = sum dy * xhat,  db = sum dy
 
-RMSNorm is the norm that has a weight and no bias: without `mean`, `bias` and `mean_k(g)`.
+RMSNorm is the norm that has a weight and no bias: without `mean`, `bias` and `mean_k(g)`. Rows may have
+widths of their own: then they are as long as the widest, and 0 beyond theirs.
 
 Fused: the gather of the rows that take part (stochastic depth), statistics, affine, and in the backward the
 addition of the gradient that bypasses the norm. The backward is one pass over rows; each program keeps its
@@ -34,9 +35,19 @@ from elastic_kernels.tuning import Tunable
 PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few partial sums
 
 
+@triton.jit
+def _within(mask, widths_ptr, rows, mask_r, offs_k, width):
+    """How many channels rows have, and which elements of a tile are among these."""
+    count = width
+    if widths_ptr is not None:
+        count = tl.minimum(tl.load(widths_ptr + rows, mask=mask_r, other=1), width).to(tl.int32)
+        mask = mask & (offs_k[None, :] < count[:, None])
+    return count, mask
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, index_ptr, y_ptr, xhat_ptr, mean_ptr, rstd_ptr,
+    x_ptr, weight_ptr, bias_ptr, index_ptr, widths_ptr, y_ptr, xhat_ptr, mean_ptr, rstd_ptr,
     rows, width,
     stride_x,
     eps,
@@ -52,12 +63,13 @@ def _layer_norm_fwd_kernel(
     if HAS_INDEX:
         source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
     out = place[:, None] * width + offs_k[None, :]
-    x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
+    count, within = _within(mask, widths_ptr, offs_r, mask_r, offs_k, width)
+    x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=within, other=0.0).to(tl.float32)
     centred = x
     if mean_ptr is not None:
-        mean = tl.sum(x, 1) / width
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / width + eps)
+        mean = tl.sum(x, 1) / count
+        centred = tl.where(within, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / count + eps)
     xhat = centred * rstd[:, None]
     y = xhat
     if HAS_AFFINE:
@@ -65,6 +77,8 @@ def _layer_norm_fwd_kernel(
         y = xhat * weight[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        if widths_ptr is not None:
+            y = tl.where(within, y, 0.0)
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
     if KEEP_XHAT:
         tl.store(xhat_ptr + out, xhat.to(xhat_ptr.dtype.element_ty), mask=mask)
@@ -75,7 +89,8 @@ def _layer_norm_fwd_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, xhat_ptr, weight_ptr, places_ptr, mean_ptr, rstd_ptr, dsum_ptr, dx_ptr, shares_ptr,
+    dy_ptr, x_ptr, xhat_ptr, weight_ptr, places_ptr, widths_ptr, mean_ptr, rstd_ptr, dsum_ptr,
+    dx_ptr, shares_ptr,
     tokens, width,
     stride_x, stride_s,
     HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr,
@@ -99,7 +114,7 @@ def _layer_norm_bwd_kernel(
         if HAS_INDEX:
             place = tl.load(places_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
             mask_r = place >= 0
-        mask = mask_r[:, None] & mask_k[None, :]
+        count, mask = _within(mask_r[:, None] & mask_k[None, :], widths_ptr, offs_t, mask_t, offs_k, width)
         dy = tl.load(dy_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + place, mask=mask_r, other=0.0)
         if IN_STREAM:
@@ -116,10 +131,12 @@ def _layer_norm_bwd_kernel(
             dweight += tl.sum(dy * xhat, 0)
             dbias += tl.sum(dy, 0)
             g = dy * weight[None, :]
-        along = tl.sum(g * xhat, 1) / width
+        along = tl.sum(g * xhat, 1) / count
         if CENTRED:
-            g -= (tl.sum(g, 1) / width)[:, None]
+            g -= (tl.sum(g, 1) / count)[:, None]
         dx = (g - xhat * along[:, None]) * rstd[:, None]
+        if widths_ptr is not None:
+            dx = tl.where(mask, dx, 0.0)
         if IN_STREAM:
             dsum_ptrs = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
             dx += tl.load(dsum_ptrs, mask=every, other=0.0).to(tl.float32)
@@ -207,6 +224,7 @@ def layer_norm_fwd(
     index: Tensor | None,
     dtype: torch.dtype,
     keep_xhat: bool = False,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise rows.
 
@@ -215,6 +233,7 @@ def layer_norm_fwd(
         weight, bias, eps, index: as above; a weight without a bias is that of RMSNorm.
         dtype: of y.
         keep_xhat: also give the rows before the affine.
+        widths: int64 `[tokens]`, of each row, without an index.
 
     Returns:
         y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean (empty for RMSNorm) and rstd `[rows]`.
@@ -224,7 +243,7 @@ def layer_norm_fwd(
     if rows:
         config = _config(_FWD, x)
         _layer_norm_fwd_kernel[(cdiv(rows, config.rows),)](
-            x, weight, bias, index, y, xhat, mean if _is_centred(weight, bias) else None, rstd,
+            x, weight, bias, index, widths, y, xhat, mean if _is_centred(weight, bias) else None, rstd,
             rows, width,
             x.stride(0),
             eps,
@@ -247,6 +266,7 @@ def _empty_results(
     index: Tensor | None,
     dtype: torch.dtype,
     keep_xhat: bool = False,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (x if index is None else index).shape[0]
     y = x.new_empty(rows, x.shape[1], dtype=dtype)
@@ -266,6 +286,7 @@ def layer_norm_bwd(
     dsum: Tensor | None,
     weight_beside: Tensor | None = None,
     bias_beside: Tensor | None = None,
+    widths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, and of weight and bias in full shape (empty without them).
 
@@ -283,7 +304,7 @@ def layer_norm_bwd(
     if tokens:
         config = _config(_BWD, like)
         _layer_norm_bwd_kernel[(programs,)](
-            dy, x, xhat, weight, places, mean, rstd, dsum,
+            dy, x, xhat, weight, places, widths, mean, rstd, dsum,
             dx, partials,
             tokens, width,
             0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
@@ -321,14 +342,14 @@ def affine_gradients(
 
 register(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
-    " ScalarType dtype, bool keep_xhat=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType dtype, bool keep_xhat=False, Tensor? widths=None) -> (Tensor, Tensor, Tensor, Tensor)",
     layer_norm_fwd,
     _empty_results,
 )
 register(
     "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
-    " Tensor? places, Tensor? dsum, Tensor? weight_beside=None, Tensor? bias_beside=None)"
-    " -> (Tensor, Tensor, Tensor)",
+    " Tensor? places, Tensor? dsum, Tensor? weight_beside=None, Tensor? bias_beside=None,"
+    " Tensor? widths=None) -> (Tensor, Tensor, Tensor)",
     layer_norm_bwd,
     lambda dy, x, xhat, weight, mean, rstd, places, dsum, *rest: (
         _like(x, dsum).new_empty(_like(x, dsum).shape),
@@ -348,18 +369,21 @@ class LayerNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         index: Tensor | None,
+        widths: Tensor | None = None,
     ) -> Tensor:
         x = unit_stride(x)
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-        y, _, mean, rstd = ops.layer_norm_fwd(x, weight, bias, eps, index, dtype)
-        ctx.save_for_backward(x, weight, mean if _is_centred(weight, bias) else None, rstd, index)
+        widths = None if widths is None else widths.contiguous()
+        y, _, mean, rstd = ops.layer_norm_fwd(x, weight, bias, eps, index, dtype, False, widths)
+        ctx.save_for_backward(x, weight, mean if _is_centred(weight, bias) else None, rstd, index, widths)
         ctx.has_bias = bias is not None
         return y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, index = ctx.saved_tensors
+        x, weight, mean, rstd, index, widths = ctx.saved_tensors
         places = None if index is None else places_of(index, len(x))
-        dx, dweight, dbias = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, None)
-        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None
+        rest = (None, None, None, widths)
+        dx, dweight, dbias = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, *rest)
+        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None, None

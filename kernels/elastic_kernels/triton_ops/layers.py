@@ -10,9 +10,8 @@ They lie outside of the registered operators, which saves host time on each call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 import elastic_kernels.triton_ops.linear
 import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
 from elastic_kernels.shared_gradients import GradientLedger
+from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops
 from elastic_kernels.working_weights import working_copy
@@ -224,13 +224,6 @@ def branch_gradient(
     return ops.branch_grad(dout, index, row_scale, dtype, layer.bias is not None)
 
 
-_ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    "silu": torch.ops.aten.silu_backward,
-}
-
-
 class LinearFunction(torch.autograd.Function):
     """A product with a corner, its bias, and perhaps an activation."""
 
@@ -249,7 +242,7 @@ class LinearFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, u), (layer,) = kept(ctx)
-        dy = unit_stride(dy if u is None else _ACTIVATION_BACKWARD[ctx.activation](dy, u))
+        dy = unit_stride(dy if u is None else ACTIVATION_BACKWARD[ctx.activation](dy, u))
         dx = layer.dgrad(dy) if ctx.needs_input_grad[0] else None
         dweight, dbias, _ = layer.wgrad(dy, x) if any(ctx.needs_input_grad[1:3]) else (None, None, None)
         return dx, dweight, dbias, None, None

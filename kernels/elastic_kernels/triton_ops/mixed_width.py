@@ -1,11 +1,11 @@
 """Triton kernel of products whose rows have widths of their own.
 
-    forward    y[r, :n_r] = s_r x[r, :w_r] W[:n_r, :w_r]^T + b[:n_r],  0 beyond
-    dgrad      dx[r, :w_r] = s_r dy[r, :n_r] W[:n_r, :w_r],            0 beyond: the same kernel
-    wgrad      dW = (s dy)^T x, db = 1^T dy, of rows that are 0 beyond their widths: one cuBLAS product
+    forward    y[r, g, :n_r] = s_r x[r, :w_r] W[g, :n_r, :w_r]^T + b[g, :n_r],  0 beyond;  perhaps act(y)
+    dgrad      dx[r, :w_r] = s_r sum_g dy[r, g, :n_r] W[g, :n_r, :w_r],  0 beyond: the same kernel
+    wgrad      dW[g] = (s dy[g])^T x, db = 1^T dy, of rows that are 0 beyond their widths: one cuBLAS product
 
-A tile reduces over the widest of its rows only, and tiles beyond all their rows write zeros. Saved for
-backward: x and the weight.
+g: one matrix, or q, k and v, or a gate and its units. A tile reduces over the widest of its rows only, and
+tiles beyond all their rows write zeros. Saved for backward: x, the weight, and y where an activation follows.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability, precision, unit_stride
-from elastic_kernels.triton_ops.gemm import dot, gemm_config, tile_of
-from elastic_kernels.triton_ops.registration import first_order, register
+from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD, activate
+from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
+from elastic_kernels.triton_ops.gemm import dot, gemm_config, launch_options, tile_of
+from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _mixed_width_kernel(
-    x_ptr, weight_ptr, bias_ptr, widths_ptr, out_widths_ptr, factors_ptr, y_ptr,
-    rows, out_features, in_features,
-    stride_x, stride_wn, stride_wk,
-    HAS_BIAS: tl.constexpr, HAS_FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, widths_ptr, out_widths_ptr, factors_ptr, y_ptr, act_ptr,
+    rows, summed, out_features, in_features,
+    stride_x, stride_xg, stride_wg, stride_wn, stride_wk,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
+    """Of a matrix for each program of axis 1, or of the sum over several (`summed`)."""
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    matrix = tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < rows, offs_n < out_features
@@ -39,64 +42,113 @@ def _mixed_width_kernel(
     wanted = offs_n[None, :] < out_widths[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x
-    last = tl.max(widths, 0)
+    steps = tl.cdiv(tl.max(widths, 0).to(tl.int32), BLOCK_K)
     if tl.max(out_widths, 0) <= pid_n * BLOCK_N:
-        last = last * 0
-    for start in range(0, last, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_rows + offs_k[None, :], mask=offs_k[None, :] < widths[:, None], other=0.0)
-        w_ptrs = weight_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+        steps = steps * 0
+    for step in range(0, summed * steps):
+        group = step // steps
+        offs_k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_ptrs = x_rows + group * stride_xg + offs_k[None, :]
+        x = tl.load(x_ptrs, mask=offs_k[None, :] < widths[:, None], other=0.0)
+        w_ptrs = weight_ptr + (matrix + group) * stride_wg
+        w_ptrs += offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
         w = tl.load(w_ptrs, mask=(offs_k < in_features)[:, None] & mask_n[None, :], other=0.0)
         acc = dot(x, w, acc, PRECISION)
-    if HAS_FACTORS:
+    if factors_ptr is not None:
         acc *= tl.load(factors_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    acc = tl.where(wanted, acc, 0.0)
-    out = y_ptr + offs_m.to(tl.int64)[:, None] * out_features + offs_n[None, :]
-    tl.store(out, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + matrix * out_features + offs_n, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    y = tl.where(wanted, acc, 0.0).to(y_ptr.dtype.element_ty)
+    places = (offs_m.to(tl.int64)[:, None] * tl.num_programs(1) + matrix) * out_features + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    tl.store(y_ptr + places, y, mask=mask)
+    if act_ptr is not None:  # of the rounded y, and 0 where that is
+        act = activate(y.to(tl.float32), ACTIVATION, y_ptr.dtype.element_ty == tl.float32)
+        tl.store(act_ptr + places, act.to(act_ptr.dtype.element_ty), mask=mask)
 
 
-def mixed_width_product(
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    widths: tuple[Tensor, Tensor],
+    factors: Tensor | None,
+    y: Tensor,
+    *,
+    act: Tensor | None = None,
+    kind: str = "",
+) -> Tensor:
+    """`x` `[rows, k]`, `weight` `[g, n, k]` -> y `[rows, g, n]`, or of x `[rows, g, k]` the sum, `[rows, n]`.
+
+    x has unit stride.
+    """
+    (rows, groups), (_, out, width) = (x.shape[0], weight.shape[0]), weight.shape
+    if rows:
+        config = gemm_config("dgrad_gelu", out, x.dtype.itemsize, capability(x.device))  # never the wide tile
+        tiles = cdiv(rows, config.block_m) * cdiv(out, config.block_n)
+        summed = groups if x.dim() == 3 else 1
+        _mixed_width_kernel[(tiles, groups // summed)](
+            x, weight, bias, *widths, factors, y, act,
+            rows, summed, out, width,
+            x.stride(0), x.stride(1) if summed > 1 else 0, *weight.stride(),
+            ACTIVATION=kind, PRECISION=precision(x),
+            **launch_options(config),
+        )  # fmt: skip
+    return y
+
+
+def mixed_width_fwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     widths: Tensor,
     out_widths: Tensor,
     factors: Tensor | None,
+    kind: str,
+) -> tuple[Tensor, Tensor]:
+    """`x` `[rows, k]`, `weight` `[g, n, k]`, `bias` `[g * n]` -> y `[rows, g, n]`, its activation or none."""
+    shape = x.shape[0], weight.shape[0], weight.shape[1]
+    y, act = (
+        torch.empty(size, dtype=x.dtype, device=x.device) for size in (shape, shape if kind else (0, 0, 0))
+    )
+    _product(x, weight, bias, (widths, out_widths), factors, y, act=act if kind else None, kind=kind)
+    return y, act
+
+
+def mixed_width_dgrad(
+    dy: Tensor, weight: Tensor, widths: Tensor, out_widths: Tensor, factors: Tensor | None
 ) -> Tensor:
-    """`x` `[rows, k]` with unit stride, `weight` `[n, k]` of any strides -> `[rows, n]`."""
-    (rows, width), out = x.shape, weight.shape[0]
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    if rows:
-        config = gemm_config("dgrad_gelu", out, x.dtype.itemsize, capability(x.device))  # never the wide tile
-        tiles = triton.cdiv(rows, config.block_m) * triton.cdiv(out, config.block_n)
-        _mixed_width_kernel[(tiles,)](
-            x, weight, bias, widths, out_widths, factors, y,
-            rows, out, width,
-            x.stride(0), *weight.stride(),
-            HAS_BIAS=bias is not None, HAS_FACTORS=factors is not None, PRECISION=precision(x),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, GROUP_M=config.group_m,
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-    return y
+    """`dy` `[rows, g, n]`, `weight` `[g, n, k]` -> dx `[rows, k]`."""
+    dx = torch.empty(dy.shape[0], weight.shape[2], dtype=dy.dtype, device=dy.device)
+    return _product(dy, weight.mT, None, (out_widths, widths), factors, dx)
 
 
 register(
-    "mixed_width_product(Tensor x, Tensor weight, Tensor? bias, Tensor widths, Tensor out_widths,"
-    " Tensor? factors) -> Tensor",
-    mixed_width_product,
-    lambda x, weight, *rest: x.new_empty(x.shape[0], weight.shape[0]),
+    "mixed_width_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor widths, Tensor out_widths,"
+    " Tensor? factors, str kind) -> (Tensor, Tensor)",
+    mixed_width_fwd,
+    lambda x, weight, bias, widths, out_widths, factors, kind: (
+        x.new_empty(x.shape[0], *weight.shape[:2]),
+        x.new_empty((x.shape[0], *weight.shape[:2]) if kind else (0, 0, 0)),
+    ),
+)
+register(
+    "mixed_width_dgrad(Tensor dy, Tensor weight, Tensor widths, Tensor out_widths, Tensor? factors)"
+    " -> Tensor",
+    mixed_width_dgrad,
+    lambda dy, weight, *rest: dy.new_empty(dy.shape[0], weight.shape[2]),
 )
 
 
 def _within(x: Tensor, widths: Tensor) -> Tensor:
-    """Rows that are 0 beyond their widths."""
-    return x.masked_fill(torch.arange(x.shape[1], device=x.device) >= widths.unsqueeze(1), 0)
+    """`[rows, ..., n]` that is 0 beyond the widths of rows."""
+    beyond = torch.arange(x.shape[-1], device=x.device) >= widths.unsqueeze(1)
+    return x.masked_fill(beyond if x.dim() == 2 else beyond.unsqueeze(1), 0)
 
 
 class MixedWidthFunction(torch.autograd.Function):
-    """The product and its gradients; the weight's has its full shape."""
+    """The product with g stacked matrices, `[rows, k]` -> `[rows, g, n]`; the weight's gradient is whole."""
 
     @staticmethod
     def forward(
@@ -107,28 +159,32 @@ class MixedWidthFunction(torch.autograd.Function):
         widths: Tensor,
         out_widths: Tensor,
         factors: Tensor | None,
+        groups: int,
         dtype: torch.dtype,
+        activation: str,
     ) -> Tensor:
-        rounded, low = unit_stride(x.to(dtype)), weight.to(dtype)
+        rounded, low = unit_stride(x.to(dtype)), weight.to(dtype).unflatten(0, (groups, -1))
         widths, out_widths = widths.contiguous(), out_widths.contiguous()
-        ctx.save_for_backward(rounded, low, widths, out_widths, factors)
+        y, act = ops.mixed_width_fwd(rounded, low, bias, widths, out_widths, factors, activation)
+        ctx.save_for_backward(rounded, low, widths, out_widths, factors, y if activation else None)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return torch.ops.elastic_kernels.mixed_width_product(rounded, low, bias, widths, out_widths, factors)
+        ctx.activation = activation
+        return act if activation else y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, widths, out_widths, factors = ctx.saved_tensors
+        x, weight, widths, out_widths, factors, y = ctx.saved_tensors
         dx = dweight = dbias = None
+        if y is not None:
+            dy = ACTIVATION_BACKWARD[ctx.activation](dy, y)
         dy = unit_stride(dy)
         if ctx.needs_input_grad[0]:
-            dx = torch.ops.elastic_kernels.mixed_width_product(
-                dy, weight.t(), None, out_widths, widths, factors
-            ).to(ctx.dtypes[0])
-        dy = _within(dy, out_widths)
+            dx = ops.mixed_width_dgrad(dy, weight, widths, out_widths, factors).to(ctx.dtypes[0])
+        dy = _within(dy, out_widths).flatten(1)
         if ctx.needs_input_grad[2]:
             dbias = dy.sum(0, dtype=torch.float32).to(ctx.dtypes[2])
         if ctx.needs_input_grad[1]:
             scaled = dy if factors is None else (dy * factors.unsqueeze(1)).to(dy.dtype)
             dweight = (scaled.t() @ _within(x, widths)).to(ctx.dtypes[1])
-        return dx, dweight, dbias, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None, None

@@ -11,7 +11,7 @@ from elastic_kernels import backend, packed_attention
 from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 Groups = list[tuple[int, int]]
-PARTIAL_DIMS = (1, 5, 8, 24, 72, 80)  # of heads that do not fill their tile
+PARTIAL_DIMS = (1, 5, 8, 24, 48, 72, 80, 96, 112)  # of heads that do not fill their tile
 
 
 def active_heads(groups: Groups, dim: int, heads: int = 2) -> Tensor:

@@ -104,9 +104,11 @@ def module(layer: torch.nn.Module, x: Tensor, *arguments: object) -> tuple[Funct
     return lambda x, *parameters: layer(x, *arguments), [x, *layer.parameters()]
 
 
-class MixedWidth(ek.ElasticBlock):
-    def forward(self, x: Tensor, widths: Tensor) -> Tensor:  # type: ignore[override]
-        return ek.mixed_width_block(self, x, [(1, 2), (1, 3)], widths)
+def mixed(function: Callable[..., Tensor], layer: torch.nn.Module) -> tuple[Function, list[Tensor]]:
+    """An operator on two sequences of 16 and 32 channels, and a module."""
+    widths = torch.tensor([32, 32, 16, 16, 16])
+    rest = (widths,) if function is ek.mixed_width_mlp else ([(1, 2), (1, 3)], widths)
+    return lambda x, *parameters: function(layer, x, *rest), [draw(5, LARGEST), *layer.parameters()]
 
 
 def sinkhorn() -> tuple[Function, list[Tensor]]:
@@ -186,8 +188,16 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
         lambda x, *t: ek.mixed_width_layer_norm(x, *t, 1e-6, torch.tensor([8, 32])),
         [draw(2, LARGEST), *norm()],
     ),
-    "mixed_width_block": lambda: module(
-        MixedWidth(LARGEST, 2 * LARGEST, HEAD_DIM), draw(5, LARGEST), torch.tensor([32, 32, 16, 16, 16])
+    "mixed_width_rms_norm": lambda: (
+        lambda x, weight: ek.mixed_width_rms_norm(x, weight, 1e-6, torch.tensor([8, 32])),
+        [draw(2, LARGEST), draw(LARGEST)],
+    ),
+    "mixed_width_attention": lambda: mixed(
+        ek.mixed_width_attention, ek.ElasticRotaryAttention(LARGEST, HEAD_DIM, qk_norm="rms")
+    ),
+    "mixed_width_mlp": lambda: mixed(ek.mixed_width_mlp, ek.ElasticSwiGLU(LARGEST, 30)),
+    "mixed_width_block": lambda: mixed(
+        ek.mixed_width_block, ek.ElasticBlock(LARGEST, 2 * LARGEST, HEAD_DIM)
     ),
     "qk_norm": lambda: (
         lambda x, *t: ek.qk_norm(x, *t, 1e-6, rotary=ek.Rotary.of_grid(1, 5, HEAD_DIM)),

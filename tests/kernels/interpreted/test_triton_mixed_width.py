@@ -1,4 +1,4 @@
-"""Products whose rows have widths of their own, under Triton's interpreter."""
+"""Rows that have widths of their own, under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,23 +6,29 @@ import pytest
 import torch
 
 from elastic_kernels.triton_ops import mixed_width
-from helpers.kernels.mixed_width_cases import assert_accurate
+from helpers.kernels.mixed_width_cases import LINEARS, NORMS, Case, assert_accurate
 from helpers.kernels.numerics import DTYPES, draw
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("scale", "rows"), [("offset", 67), (None, 1), (0.5, 0)])
-def test_forward_and_gradients(scale: object, rows: int, dtype: torch.dtype) -> None:
-    assert_accurate(dtype, scale, rows)
+@pytest.mark.parametrize("case", LINEARS + NORMS, ids=str)
+def test_forward_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    assert_accurate(case, dtype)
 
 
-def test_registered_operator() -> None:
+def test_registered_operators() -> None:
     assert mixed_width.MixedWidthFunction  # importing registers
-    x, weight, widths = draw(5, 16).float(), draw(8, 16).float(), torch.arange(1, 6)
-    operator = torch.ops.elastic_kernels.mixed_width_product
-    for arguments in (
-        (x, weight, None, widths, widths, None),
-        (x, weight, draw(8).float(), widths, widths, x[:, 0]),
-    ):
-        checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    ops, x, weight, widths = (
+        torch.ops.elastic_kernels,
+        draw(5, 16).float(),
+        draw(3, 8, 16).float(),
+        torch.arange(1, 6),
+    )
+    calls = [
+        (ops.mixed_width_fwd, (x, weight, None, widths, widths, None, "silu")),
+        (ops.mixed_width_fwd, (x, weight, draw(24).float(), widths, widths, x[:, 0], "")),
+        (ops.mixed_width_dgrad, (draw(5, 3, 8).float(), weight, widths, widths, x[:, 0])),
+    ]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for operator, arguments in calls:
         torch.library.opcheck(operator, arguments, test_utils=checks)
