@@ -18,6 +18,7 @@ setup(
         "quickstart": ["scikit-learn", "matplotlib"],
         "plot": ["matplotlib"],
         "timm": ["timm>=1.0.31"],
+        "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "xformers": ["xformers>=0.0.35"],
         "triton": ["triton>=3.6"],
         "parquet": ["pyarrow"],

@@ -14,7 +14,16 @@ import torch
 from safetensors import SafetensorError
 
 from poa.cli import parse
-from poa.errors import DataError, DivergenceError, InputError, PeerError, Preempted, SaveError, one_line
+from poa.errors import (
+    DataError,
+    DivergenceError,
+    ExportError,
+    InputError,
+    PeerError,
+    Preempted,
+    SaveError,
+    one_line,
+)
 from poa.progress import discard_output
 from poa.signals import INTERRUPTED
 
@@ -28,8 +37,8 @@ OF_INPUT = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; what ends it early is one line on standard error.
 
-    Exit codes: 2 for wrong input, 1 where training cannot continue, 75 where a signal stopped a run whose
-    checkpoint was saved, 130 where Ctrl-C did (a second one leaves at once).
+    Exit codes: 2 for wrong input, 1 where training cannot continue or an export is refused, 75 where a signal
+    stopped a run whose checkpoint was saved, 130 where Ctrl-C did (a second one leaves at once).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -42,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_output()  # the reader has closed the pipe, as `| head` does
         return 141
-    except (DataError, DivergenceError, PeerError, SaveError) as error:
+    except (DataError, DivergenceError, ExportError, PeerError, SaveError) as error:
         return _ended(f"error: {one_line(error)}", 1)
     except Preempted as stop:
         return _ended(str(stop), INTERRUPTED if stop.interrupted else REQUEUE)

@@ -16,6 +16,7 @@ from poa.backbones import CONFIGS
 from poa.config import Config
 from poa.data.layout import SOURCES
 from poa.evaluate import PROTOCOLS
+from poa.export.formats import DTYPES
 from poa.options import describe, nearest
 from poa.presets import PRESETS, preset
 
@@ -249,5 +250,17 @@ def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
         "--image-size",
         type=number(int, "[1, 4096]"),
         help="input size in pixels, to which position embeddings are interpolated",
+    )
+    command.add_argument(
+        "--format",
+        choices=("timm", "onnx", "pt2"),
+        default="timm",
+        help="file to write into each folder as well: onnx, or pt2 of torch.export (default: timm, none)",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="fp32",
+        help="dtype of the file's computation (default: fp32)",
     )
     command.set_defaults(command=commands.run_extract)

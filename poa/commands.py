@@ -16,7 +16,7 @@ from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS
-from poa.export import extract
+from poa.export import export_file, extract, load
 from poa.files import make_folder, read_json, require_json
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
@@ -82,6 +82,8 @@ def run_extract(options: argparse.Namespace) -> None:
             source=f"{checkpoint.path} ({options.branch})",
         )
         print(path)
+        if options.format != "timm":
+            print(export_file(load(path), path, options.format, options.dtype))
     if backbone_config.timm_model() is None:
         print(f"poa: timm has no such {backbone_config.kind}; poa.load reads these folders", file=sys.stderr)
 

@@ -22,6 +22,10 @@ class DivergenceError(ArithmeticError):
     """Losses or gradients became NaN or inf; the message says which, where and since when."""
 
 
+class ExportError(RuntimeError):
+    """An exported file does not compute what its model does; the message says by how much."""
+
+
 class SaveError(OSError):
     """A file could not be written, and is as it was before; of a checkpoint the message says which is the
     newest."""

@@ -138,19 +138,6 @@ def test_what_timm_does_not_have_is_not_offered_to_it(tmp_path: Path) -> None:
             poa.load(path).to_timm()
 
 
-@pytest.mark.parametrize("name", ["quickstart", "quickstart-swin", "quickstart-resnet"])
-def test_torch_export_with_any_number_of_images(name: str, tmp_path: Path) -> None:
-    backbone = preset(name).method.backbone.build()
-    model = poa.load(export.extract(backbone, backbone.space.smallest, tmp_path, CROPS))
-    size = backbone.config.image_size
-    batches = {0: torch.export.Dim("batch", min=1, max=64)}
-    with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(2, 3, size, size),), dynamic_shapes=(batches,))
-        for count in (1, 5, 64):
-            images = torch.randn(count, 3, size, size)
-            golden.assert_close(program.module()(images), model(images))
-
-
 def test_a_wrong_fold_is_refused(
     backbone: ElasticViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

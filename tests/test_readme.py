@@ -114,6 +114,8 @@ def test_commands_and_programs_run_in_their_order(
             said = capsys.readouterr()
             if words[0] == "warmup" and not torch.cuda.is_available():
                 assert code == 2 and "expected a device that runs Triton kernels" in said.err
+            elif "onnx" in words and absent("onnxruntime", "import onnxruntime"):
+                assert code == 2 and "expected this package" in said.err
             else:
                 assert code == 0 and said.out, f"{file}: {text}: {said.err}"
             kind = "trained" if "--out" in words and words[0] == "pretrain" else "asked"

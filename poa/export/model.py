@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from poa.backbones import Backbone, BackboneConfig
 from poa.data.crops import CropsConfig
 from poa.data.preprocessing import Picture, Preprocessing
-from poa.errors import InputError, optional_package
+from poa.errors import ExportError, InputError, optional_package
 from poa.files import make_folder, sealed, write_bytes, write_json
 from poa.options import to_dict
 from poa.subnets import Subnet
@@ -196,7 +196,7 @@ def _largest_difference(elastic: Backbone, network: nn.Module, subnet: Subnet, s
     pairs = ((a.cls.cpu(), b.cls), (a.patches.cpu(), b.patches))
     worst = max(float((x - y).abs().max() / max(1.0, float(y.abs().max()))) for x, y in pairs)
     if not worst < TOLERANCE:  # also where it is NaN
-        raise RuntimeError(
+        raise ExportError(
             f"extract: the static model differs from subnet {subnet} by {worst:.2e}, "
             f"expected less than {TOLERANCE:.0e}; nothing was written"
         )

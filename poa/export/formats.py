@@ -1,0 +1,159 @@
+"""Models as files for other runtimes: ONNX, and `torch.export` programs.
+
+A file takes any number of float32 images `[B, 3, S, S]`, as `Preprocessing` makes them, and gives float32
+features `[B, channels]`. It is read back and run before it gets its name: its features must be the model's.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poa.errors import ExportError, optional_package
+from poa.export.model import ExportedModel
+from poa.files import writing
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3}
+"""Largest difference of a file's features from the model's, relative to the largest feature or 1."""
+
+BATCHES = (1, 2, 5)  # images that a file is tried with
+METADATA = "preprocessing"
+"""The entry of an ONNX file's metadata that `Preprocessing.from_dict` reads."""
+
+Runner = Callable[[Tensor], Tensor]
+
+
+class _Served(nn.Module):
+    """Features of a network that computes in one dtype, float32 in and out."""
+
+    def __init__(self, model: ExportedModel, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = copy.deepcopy(model.backbone).to(dtype), dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.network([images.to(self.dtype)])[0].cls.float()
+        return features
+
+
+def export_file(model: ExportedModel, folder: Path, kind: str, dtype: str = "fp32") -> Path:
+    """Write a model as one file.
+
+    Args:
+        model: on the CPU, in evaluation mode.
+        folder: exists.
+        kind: "onnx" or "pt2" (`torch.export`, to be loaded by `torch.export.load`).
+        dtype: of the computation, a key of `DTYPES`.
+
+    Returns:
+        The path: `model.onnx`, `model.fp16.onnx`, `model.pt2` or `model.fp16.pt2`.
+
+    Raises:
+        InputError: a package that the format needs is not installed.
+        ExportError: the file does not compute the model's features.
+        SaveError: the file system refused it.
+    """
+    make, run = {"onnx": (_onnx, onnx_runner), "pt2": (_program, _program_runner)}[kind]
+    path = folder / f"model{'' if dtype == 'fp32' else f'.{dtype}'}.{kind}"
+    served = _Served(model, DTYPES[dtype]).eval()
+    with _quiet(), torch.no_grad():
+        content = make(served, model)
+    write_checked(path, content, run, model, TOLERANCE[dtype])
+    return path
+
+
+def write_checked(
+    path: Path, content: bytes, run: Callable[[Path], Runner], model: ExportedModel, tolerance: float
+) -> None:
+    """Write a file that gets its name where its features are the model's; see `export_file`."""
+    with writing(path) as file:
+        file.write(content)
+        file.flush()
+        worst = largest_difference(model, run(Path(file.file.name)))
+        if not worst < tolerance:  # also where it is NaN
+            raise ExportError(
+                f"{path}: expected features within {tolerance:g} of the model's, got a largest difference of "
+                f"{worst:.2e}; the file was not written"
+            )
+
+
+@torch.no_grad()
+def largest_difference(model: ExportedModel, run: Runner) -> float:
+    """Of features from the model's, on random images, relative to the largest of those or 1."""
+    size, generator, worst = model.preprocess.size, torch.Generator().manual_seed(0), 0.0
+    for count in BATCHES:
+        images = torch.randn(count, 3, size, size, generator=generator)
+        wanted, got = model(images), run(images)
+        difference = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
+    return worst
+
+
+def _example(model: ExportedModel) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
+    """Images, and the dimension of them that is free."""
+    size = model.preprocess.size
+    return (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch", min=1)},)
+
+
+def _onnx(served: _Served, model: ExportedModel) -> bytes:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        optional_package(name, "export")
+    images, sizes = _example(model)
+    program = torch.onnx.export(
+        served,
+        images,
+        dynamo=True,
+        dynamic_shapes=sizes,
+        input_names=["images"],
+        output_names=["features"],
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props[METADATA] = json.dumps(model.preprocess.to_dict())
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+def onnx_runner(path: Path) -> Runner:
+    """Features by onnxruntime on the CPU."""
+    runtime = optional_package("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # errors; fp16 warns of every product that it cannot fold
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _program(served: _Served, model: ExportedModel) -> bytes:
+    images, sizes = _example(model)
+    program = torch.export.export(served, images, dynamic_shapes=sizes)
+    torch.export.save(program, content := io.BytesIO())
+    return content.getvalue()
+
+
+def _program_runner(path: Path) -> Runner:
+    runner: Runner = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    return runner
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters say of their own insides; errors are raised."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

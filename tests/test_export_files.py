@@ -1,0 +1,140 @@
+"""Models as files of other runtimes: they compute what the model does, also in another process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import poa
+from helpers.tiny import tiny_config
+from poa.backbones import Backbone
+from poa.data.crops import CropsConfig
+from poa.distributed import World
+from poa.errors import ExportError, InputError
+from poa.evaluate.features import extract_features
+from poa.evaluate.knn import class_token
+from poa.export import export_file, extract, formats
+from poa.export.formats import TOLERANCE
+from poa.presets import preset
+
+ALONE = World(0, 1, torch.device("cpu"))
+ELSEWHERE = """
+import sys
+import numpy, onnxruntime
+import poa
+path, out, *files = sys.argv[1:]
+session = onnxruntime.InferenceSession(path)
+pixels = poa.Preprocessing.from_dict(session.get_modelmeta().custom_metadata_map["preprocessing"])(files)
+(features,) = session.run(["features"], {"images": pixels.numpy()})
+numpy.savez(out, pixels=pixels, features=features)
+"""
+
+
+def need_onnx() -> None:
+    for name in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+
+
+def trained(backbone: Backbone) -> Backbone:
+    """With weights that are not near to their initial ones."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart-swin"])
+def test_programs_take_any_number_of_images(name: str, tmp_path: Path) -> None:
+    backbone = trained(preset(name).method.backbone.build())
+    model = poa.load(extract(backbone, backbone.space.smallest, tmp_path, CropsConfig()))
+    path = export_file(model, tmp_path, "pt2")
+    program = torch.export.load(path)
+    norms = [node for node in program.graph.nodes if "layer_norm" in str(node.target)]
+    assert len(norms) == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+    images = torch.randn(64, 3, model.preprocess.size, model.preprocess.size)
+    with torch.no_grad():
+        assert float((program.module()(images) - model(images)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_a_wrong_export_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "onnx":
+        need_onnx()
+    backbone = trained(tiny_config().method.backbone.build())
+    model = poa.load(extract(backbone, backbone.space.smallest, tmp_path, CropsConfig()))
+    right = formats._Served.forward
+    monkeypatch.setattr(formats._Served, "forward", lambda self, images: right(self, images) * 1.001)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ExportError, match="within 0.0001 of .* largest difference of 1.00e-03"):
+        export_file(model, tmp_path, kind)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    backbone = tiny_config().method.backbone.build()
+    model = poa.load(extract(backbone, backbone.space.smallest, tmp_path, CropsConfig()))
+    with pytest.raises(InputError, match=r"onnx: expected this package, .*poa-pretrain\[export\]"):
+        export_file(model, tmp_path, "onnx")
+
+
+def odd_images(folder: Path) -> list[str]:
+    """Grey, with a palette, transparent, of 16 bits, CMYK, upright by EXIF alone, narrow, tiny."""
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 4), dtype=np.uint8)
+    whole = Image.fromarray(noise[..., :3])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    for name, image in (
+        ("grey.png", whole.convert("L")),
+        ("palette.gif", whole.convert("P")),
+        ("transparent.png", Image.fromarray(noise)),
+        ("deep.png", deep),
+        ("print.jpg", whole.convert("CMYK")),
+        ("narrow.png", whole.resize((300, 5))),
+        ("tiny.png", whole.resize((1, 1))),
+    ):
+        image.save(folder / name)
+    whole.save(folder / "turned.jpg", exif=turned)
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_an_image_has_the_same_feature_everywhere(dtype: str, tmp_path: Path) -> None:
+    """In evaluation, of the folder, and of an ONNX file in another process; of images nobody expects."""
+    need_onnx()
+    (tmp_path / "images").mkdir()
+    files = odd_images(tmp_path / "images")
+    config = tiny_config(f"data.source={tmp_path / 'images'}", "method.canvas=48", "data.bits=16")
+    crops, backbone = config.method.crops, trained(config.method.backbone.build())
+    subnet, source = backbone.space.smallest, config.data.open(0).train
+    pixels: list[torch.Tensor] = []
+    functions = [class_token(backbone, subnet), lambda images: pixels.append(images) or images.flatten(1)]
+    evaluated = extract_features(functions, source, crops, ALONE, canvas=48)
+    assert evaluated and [source.storage.name(i) for i in range(len(source))] == files
+
+    model = poa.load(extract(backbone, subnet, tmp_path, crops, canvas=48, bits=16))
+    assert torch.equal(model.preprocess(files), torch.cat(pixels))
+    path = export_file(model, tmp_path, "onnx", dtype)
+    command = [sys.executable, "-c", ELSEWHERE, str(path), str(tmp_path / "seen.npz"), *files]
+    places = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=120, env=places)
+    seen = np.load(tmp_path / "seen.npz")
+    assert np.array_equal(seen["pixels"], torch.cat(pixels).numpy())
+    with torch.no_grad():
+        features, elsewhere = model(files), torch.from_numpy(seen["features"])
+    assert float((features - evaluated.features[0]).abs().max()) < 1e-5
+    limit = TOLERANCE[dtype] * max(1.0, float(features.abs().max()))
+    assert 0 < float((features - elsewhere).abs().max()) < limit
+    graph = importlib.import_module("onnx").load(path).graph
+    norms = sum(node.op_type == "LayerNormalization" for node in graph.node)
+    assert norms == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
