@@ -19,14 +19,8 @@ Groups = tuple[tuple[int, int], ...]
 """`(crops, tokens a crop)` of each crop group, in packing order."""
 
 
-def pack(tokens: Sequence[Tensor]) -> tuple[Tensor, Groups]:
-    """Concatenate `[crops, length, width]` tensors into `[tokens, width]`; return it with its groups."""
-    groups = tuple((t.shape[0], t.shape[1]) for t in tokens)
-    return torch.cat([t.flatten(0, 1) for t in tokens]), groups
-
-
 def unpack(packed: Tensor, groups: Groups) -> list[Tensor]:
-    """The inverse of `pack`: views `[crops, length, width]` of each group."""
+    """Views `[crops, length, width]` of each group."""
     parts = packed.split([crops * length for crops, length in groups])
     return [p.unflatten(0, group) for p, group in zip(parts, groups, strict=True)]
 

@@ -12,6 +12,7 @@ from elastic_kernels.compilations import compilations
 from elastic_kernels.conversion import elastic_block_from_timm
 from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, render_crops
 from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
+from elastic_kernels.embedding import EmbeddingWeights, elastic_embedding, resized_positions
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.halves import (
     AttentionWeights,
@@ -77,6 +78,7 @@ __all__ = [
     "ElasticSwiGLU",
     "ElasticSwinBlock",
     "ElasticWindowAttention",
+    "EmbeddingWeights",
     "FusedAdamW",
     "KeptRows",
     "LayerScale",
@@ -95,6 +97,7 @@ __all__ = [
     "elastic_attention_half",
     "elastic_block_from_timm",
     "elastic_block_from_vit",
+    "elastic_embedding",
     "elastic_group_norm",
     "elastic_hidden_features",
     "elastic_layer_norm",
@@ -122,6 +125,7 @@ __all__ = [
     "recomputed",
     "relative_position_bias",
     "render_crops",
+    "resized_positions",
     "shared_gradients",
     "sinkhorn_scaling",
     "sort_channels",

@@ -7,12 +7,11 @@ Parameter names are timm's; nothing is stored about a subnet.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import validate
 from elastic_kernels.attention import Groups, packed_attention
-from elastic_kernels.dispatch import autocast_operands
+from elastic_kernels.embedding import embedded_patches
 from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv
 from elastic_kernels.mlp import elastic_swiglu
 from elastic_kernels.modules import ElasticAttention, ElasticLayerNorm, ElasticMLP, LayerScale
@@ -223,8 +222,7 @@ class ElasticPatchEmbed(nn.Module):
         """`[B, channels, H, W]` -> `[B, patches, width]`; H and W multiples of the patch size."""
         assert self.proj.bias is not None
         validate.prefix("ElasticPatchEmbed", "width", width, self.proj.out_channels)
-        images, weight, bias = autocast_operands(images, self.proj.weight[:width], self.proj.bias[:width])
-        return F.conv2d(images, weight, bias, stride=self.proj.stride).flatten(2).transpose(1, 2)
+        return embedded_patches(images, self.proj.weight[:width], self.proj.bias[:width])
 
 
 class ElasticConv1x1(nn.Conv2d):

@@ -9,27 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import cached_constant, without_autocast
+from elastic_kernels import cached_constant, resized_positions
 
 
 def positions_of_grid(positions: Tensor, prefix: int, height: int, breadth: int) -> Tensor:
     """The position embedding `[1, prefix + height * breadth, width]` of a grid of patches.
-
-    Interpolated (bicubic) unless the grid is the trained one. The scale factors carry the official + 0.1,
-    which changes the sampled positions; passing the size instead would not match.
 
     Args:
         positions: `[1, prefix + side * side, width]`, the trained one.
         prefix: tokens before the patches.
         height, breadth: patches.
     """
+    return resized_positions(positions, prefix, resizing_of_grid(positions, prefix, height, breadth))
+
+
+def resizing_of_grid(positions: Tensor, prefix: int, height: int, breadth: int) -> Tensor | None:
+    """The matrix that makes the positions of a grid: bicubic interpolation; None for the trained grid.
+
+    The scale factors carry the official + 0.1, which changes the sampled positions; passing the size instead
+    would not match.
+    """
     side = math.isqrt(positions.shape[1] - prefix)
     if (height, breadth) == (side, side):
-        return positions
-    with without_autocast(positions.device):
-        matrix = cached_constant(positions, _interpolation, side, height, breadth, positions.device)
-        patches = matrix.to(positions) @ positions[:, prefix:]
-    return torch.cat([positions[:, :prefix], patches], dim=1)
+        return None
+    return cached_constant(positions, _interpolation, side, height, breadth, positions.device)
 
 
 @lru_cache

@@ -18,6 +18,8 @@ from elastic_kernels import (
     ElasticBlock,
     ElasticLayerNorm,
     ElasticPatchEmbed,
+    EmbeddingWeights,
+    elastic_embedding,
     elastic_hidden_features,
     recomputed,
 )
@@ -30,9 +32,9 @@ from poa.backbones.base import (
     initialise_as_torch,
 )
 from poa.backbones.plain import PlainViT
-from poa.backbones.positions import positions_of_grid
+from poa.backbones.positions import positions_of_grid, resizing_of_grid
 from poa.errors import InputError
-from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, pack, unpack
+from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, unpack
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet, active_blocks
 from poa.weights import load_strictly
@@ -288,8 +290,7 @@ class ElasticViT(Backbone):
     ) -> tuple[Tensor, Groups]:
         """Packed tokens before the last norm, all or `only` some of them."""
         subnet = self.space.intact if subnet is None else self.space.require(subnet)
-        masks = masks or [None] * len(crops)
-        x, groups = pack([self.embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)])
+        x, groups = self.embed(crops, subnet.width, masks)
         blocks = self.active_blocks(subnet)
         for block, kept in zip(blocks, drop.blocks if drop else [None] * len(blocks), strict=True):
             wanted = only if block is blocks[-1] else None
@@ -300,7 +301,7 @@ class ElasticViT(Backbone):
         return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
-        x, groups = pack([self.embed(images, self.space.require(subnet).width)])
+        x, groups = self.embed([images], self.space.require(subnet).width)
         outputs = [x := block(x, groups, None) for block in self.active_blocks(subnet)]
         return [self._features(output, groups)[0] for output in outputs[-count:]]
 
@@ -309,17 +310,16 @@ class ElasticViT(Backbone):
         prefix = self.config.prefix
         return [Features(n[:, 0], n[:, prefix:], t) for t, n in zip(tokens, normed, strict=True)]
 
-    def embed(self, images: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
-        """Images `[B, 3, H, W]` to tokens `[B, prefix + patches, width]`: class token, registers, patches."""
-        height, breadth = self._grid(images)
-        x = self.patch_embed(images, width)
-        if mask is not None:
-            if self.mask_token is None:
-                raise ValueError("mask: expected None for a ViT without a mask token, got a mask")
-            x = torch.where(mask.unsqueeze(-1), self.mask_token[:, :width].to(x.dtype), x)
-        first = [self.cls_token] if self.reg_token is None else [self.cls_token, self.reg_token]
-        rows = [token[..., :width].to(x.dtype).expand(x.shape[0], -1, -1) for token in first]
-        return torch.cat([*rows, x], dim=1) + self.position_embedding(height, breadth, width)
+    def embed(
+        self, crops: Sequence[Tensor], width: int, masks: Sequence[Tensor | None] | None = None
+    ) -> tuple[Tensor, Groups]:
+        """Packed tokens `[tokens, width]` of all crops: class token, registers and patches of each."""
+        conv = self.patch_embed.proj
+        assert conv.bias is not None
+        tokens = self.cls_token, self.reg_token, self.pos_embed, self.mask_token
+        weights = EmbeddingWeights(conv.weight, conv.bias, *tokens)
+        resizings = [resizing_of_grid(self.pos_embed, weights.prefix, *self._grid(c)) for c in crops]
+        return elastic_embedding(crops, weights, width, masks=masks, resizings=resizings), self.groups(crops)
 
     def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
         """As `positions_of_grid`, of a subnet's width."""

@@ -34,6 +34,7 @@ NO_OPERATORS = {
     "absent_gpu": "stands for a device",
     "planning": "stands for autocast on meta tensors",
     "autocast_operands": "casts for meta tensors",
+    "resized_positions": "a part of elastic_embedding",
     "cached_constant": "is made anew in a graph",
     "without_autocast": "is a context of PyTorch's",
     "upload": "leaves the CPU",
@@ -158,6 +159,15 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
         [draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
     ),
     "unit_rows": lambda: (ek.unit_rows, [draw(6, WIDTH), draw(6, 1)]),
+    "elastic_embedding": lambda: (
+        lambda x, *t: ek.elastic_embedding(
+            [x[:1], x], ek.EmbeddingWeights(*t), WIDTH, masks=[torch.ones(1, 4) > 0, None]
+        ),
+        [
+            draw(2, 3, 4, 4), draw(LARGEST, 3, 2, 2), draw(LARGEST), draw(1, 1, LARGEST),
+            draw(1, 2, LARGEST), draw(1, 7, LARGEST), draw(1, LARGEST),
+        ],
+    ),
     "koleo": lambda: (partial(ek.koleo, groups=2), [draw(6, WIDTH), draw(4, LARGEST)]),
     "packed_attention": lambda: (
         partial(ek.packed_attention, groups=GROUPS),

@@ -30,6 +30,11 @@ def weight(*shape: int) -> Tensor:
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "layer_norm": lambda x: ek.elastic_layer_norm(x, weight(WIDTH), weight(WIDTH), 1e-6),
     "unit_rows": lambda x: ek.unit_rows(x, weight(10, 1)),
+    "embedding": lambda x: ek.elastic_embedding(
+        [x[:8].view(2, 1, 8, 16)],
+        ek.EmbeddingWeights(weight(40, 1, 8, 8), weight(40), weight(1, 1, 40), None, weight(1, 3, 40)),
+        WIDTH,
+    ),
     "koleo": lambda x: ek.koleo(x),
     "linear": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None),
     "linear-gelu": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None, activation="gelu"),

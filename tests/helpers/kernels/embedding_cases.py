@@ -1,0 +1,47 @@
+"""Inputs and truth of the tests of the embedding, interpreted and on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elastic_kernels import EmbeddingWeights, backend, elastic_embedding
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
+
+
+def assert_accurate(
+    width: int,
+    largest: int,
+    registers: int,
+    masked: bool,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    crops: int = 3,
+) -> None:
+    """Tokens and gradients of a group with other positions and of one with the trained ones, masked."""
+    tensors: list[Tensor | None] = [
+        draw(largest, 3, 2, 2), draw(largest), draw(1, 1, largest),
+        draw(1, registers, largest) if registers else None,
+        draw(1, 1 + registers + 6, largest), draw(1, largest) if masked else None,
+    ]  # fmt: skip
+    images = [draw(crops + 1, 3, 4, 2), draw(crops, 3, 4, 6)]
+    resizings = [draw(2, 6).to(device), None]
+    masks = [None, (draw(crops, 6) > 0).to(device) if masked else None]
+    images, tensors = ([t if t is None else t.to(device, dtype) for t in part] for part in (images, tensors))
+    tokens = sum(len(c) * (1 + registers + n) for c, n in zip(images, (2, 6), strict=True))
+
+    def run(name: str, wide: torch.dtype) -> list[Tensor]:
+        leaves = [t if t is None else t.to(wide).requires_grad_() for t in tensors]
+        with backend(name):
+            x = elastic_embedding(
+                [c.to(wide) for c in images], EmbeddingWeights(*leaves), width,
+                masks=masks, resizings=resizings,
+            )  # fmt: skip
+            dx = draw(tokens + 1, width, seed=2)[1:].to(x)
+            return [x.detach(), *torch.autograd.grad(x, [t for t in leaves if t is not None], dx)]
+
+    found = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for number, (mine, theirs, exact) in enumerate(zip(*found, strict=True)):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        assert not mine[..., width:].any() if number > 2 else True
+        assert_as_good_as_torch(mine, theirs, exact, f"gradient {number}" if number else "tokens")
