@@ -57,8 +57,8 @@ def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
     return read
 
 
-def add_run_weights(command: Command, **subnets: Any) -> None:
-    """Which run, and which of its weights; `subnets` tells whether they have a default."""
+def add_subnets(command: Command, **subnets: Any) -> None:
+    """Which run, and which of its subnets; `subnets` tells whether they have a default."""
     command.add_argument("run", metavar="RUN", help=RUN_HELP)
     command.add_argument(
         "--subnets",
@@ -67,6 +67,10 @@ def add_run_weights(command: Command, **subnets: Any) -> None:
         help="subnets as WIDTHxDEPTH, such as 384x12, or all",
         **subnets,
     )
+
+
+def add_weights(command: Command) -> None:
+    """Which weights of a run."""
     command.add_argument(
         "--branch",
         choices=("teacher", "student"),

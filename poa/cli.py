@@ -11,7 +11,7 @@ import torch
 
 import poa
 from poa import commands
-from poa.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_run_weights, number
+from poa.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, add_weights, number
 from poa.backbones import CONFIGS
 from poa.config import Config
 from poa.data.layout import SOURCES
@@ -19,6 +19,7 @@ from poa.evaluate import PROTOCOLS
 from poa.export.formats import DTYPES
 from poa.options import describe, nearest
 from poa.presets import PRESETS, preset
+from poa.selection_commands import add_latency, add_select
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -216,6 +217,8 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
     )
     command.set_defaults(command=commands.run_report)
     _add_evaluate(group)
+    add_latency(group)
+    add_select(group)
     _add_extract(group)
 
 
@@ -224,7 +227,8 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     command = group.add_parser(
         "evaluate", help=f"measure the accuracy of subnets on held-out images: {names}"
     )
-    add_run_weights(command, default=["all"])
+    add_subnets(command, default=["all"])
+    add_weights(command)
     command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
     command.add_argument(
         "--initial", action="store_true", help="also evaluate the initial weights, before training"
@@ -244,7 +248,8 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
 
 def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
     command = group.add_parser("extract", help="export subnets as model folders, which timm reads, too")
-    add_run_weights(command, required=True)
+    add_subnets(command, required=True)
+    add_weights(command)
     command.add_argument("--out", help="folder of the models (default: RUN/models)")
     command.add_argument(
         "--image-size",

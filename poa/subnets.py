@@ -71,7 +71,9 @@ def depth_text(depth: Depth) -> str:
 
 def active_blocks(max_depth: int, depth: int) -> list[int]:
     """Indices of the blocks a subnet keeps: `floor(linspace(0, max_depth - 1, depth))`."""
-    return [int(i) for i in np.linspace(0, max_depth - 1, depth).astype(np.int64)]
+    # Not by NumPy, whose integers torch.compile cannot take as indices.
+    last = max_depth - 1
+    return [0] if depth == 1 else [*(int(i * (last / (depth - 1))) for i in range(depth - 1)), last]
 
 
 def stage_depths(smallest: Sequence[int], largest: Sequence[int]) -> tuple[Depth, ...]:

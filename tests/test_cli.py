@@ -276,12 +276,12 @@ UNFINISHED = {"of", "for", "to", "likewise", "the", "whose", "instead", "until",
 def test_one_grammar() -> None:
     """Commands come in the order of work; a run comes first, its options last, all else has a name."""
     (group,) = (a for a in _parser([])._actions if isinstance(a, argparse._SubParsersAction))
-    work = "quickstart subnets memory warmup loader pretrain report evaluate extract"
+    work = "quickstart subnets memory warmup loader pretrain report evaluate latency select extract"
     assert list(group.choices) == work.split()
     for name, command in group.choices.items():
         unnamed = [a.dest for a in command._actions if not a.option_strings]
         assert unnamed in (["run"], ["overrides"], []), name
-        reads_a_run = name in ("subnets", "report", "evaluate", "extract")
+        reads_a_run = name in ("subnets", "report", "evaluate", "latency", "select", "extract")
         assert ("run" in unnamed) == reads_a_run
         assert ("--preset" in command.flags) == (name in work.split()[1:6])
         assert not unfinished(command), name

@@ -21,10 +21,10 @@ FLOORS = (
     "data masks multicrop",
     "backbones heads losses network official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
-    "step plan evaluate memory warmup writers metrics report contact_sheet curves export images",
+    "step plan evaluate selection memory warmup writers metrics report contact_sheet curves export images",
     "train",
     "run",
-    "arguments quickstart commands cli __init__ __main__",
+    "arguments quickstart selection_commands commands cli __init__ __main__",
 )
 
 

@@ -83,6 +83,10 @@ def arguments(command: str) -> list[str]:
     words = [places.get(word, word) for word in shlex.split(rest)]
     if words[0] == "loader":
         return [*words, "--seconds", "0.2"]
+    if words[0] == "latency":
+        return [*words, *([] if "--sample" in words else ["--sample", "10"]), "--seconds", "0.01"]
+    if words[0] == "select":
+        return ["cpu=1e6" if word == "cpu=0.4" else "20M" if word == "5.5M" else word for word in words]
     if words[0] != "pretrain" or "--preset" not in words or "--check" in words:
         return words
     short, out = TRAINED.get(words[words.index("--preset") + 1]), words.index("--out") + 1
@@ -104,6 +108,7 @@ def test_commands_and_programs_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("poa.evaluate.linear.FEWEST_STEPS", 10)
+    monkeypatch.setattr("poa.selection.runtimes.ROUNDS", (1, 1))
     write_folder(Path("path/to/images"), 24)
     Path("path/to/photo.jpg").write_bytes(encoded(0))
     seen = {"trained": 0, "checked": 0, "asked": 0, "programs": 0}

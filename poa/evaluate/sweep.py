@@ -282,7 +282,7 @@ def score(
     """
     if data.test is None:
         raise InputError(f"evaluation: expected held-out images with labels, got none ({data.untested})")
-    sources = [_limited(source, limit) for source in (data.train.labelled(), data.test)]
+    sources = [limited(source, limit) for source in (data.train.labelled(), data.test)]
     scores: list[Any] = []
     for group in _groups(tasks, max(len(source) for source in sources), config, world.device):
         train, queries = (_extract([f for _, f in group], source, config, world) for source in sources)
@@ -336,7 +336,8 @@ def _extract(
     return extract_features(functions, source, method.crops, world, canvas=method.canvas, workers=workers)
 
 
-def _limited(source: ImageSource, limit: int | None) -> ImageSource:
+def limited(source: ImageSource, limit: int | None) -> ImageSource:
+    """At most so many images, spread over the source."""
     if limit is None or limit >= len(source):
         return source
     return source.subset(np.linspace(0, len(source) - 1, limit).astype(np.int64))

@@ -1,0 +1,293 @@
+"""Latency tables: what each subnet takes on a device, measured or interpolated from a sample.
+
+Latency is interpolated as `sum_ij c_ij w^i d_j`: linear in the blocks `d_j` of every stage that varies (and
+`d_0 = 1`), quadratic in the width `w`, fitted by least squares of relative errors. The error that a table
+states is that of held-out subnets: each measured one as the fit to all others predicts it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from poa.backbones import BackboneConfig
+from poa.errors import InputError, as_input
+from poa.export import plain_network
+from poa.files import read_json, write_json
+from poa.selection.runtimes import RUNTIMES, ClassToken, interleaved
+from poa.subnets import SearchSpace, Subnet
+
+BUSY = 0.05  # share of disturbed calls that is worth a note
+DEGREE = 2  # of the polynomial in the width
+R2 = (0.7548776662466927, 0.5698402909980532)  # 1/p and 1/p^2 of p^3 = p + 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a latency depends on, besides the subnet.
+
+    Attributes:
+        device: `cpu` or `cuda`, or a GPU's own name in PyTorch.
+        machine: name of the CPU or GPU.
+        threads: CPU threads of PyTorch.
+        batch: images of a call.
+        image_size: pixels.
+        runtime: one of `RUNTIMES`.
+        pytorch: its version.
+    """
+
+    device: str
+    machine: str
+    threads: int
+    batch: int
+    image_size: int
+    runtime: str
+    pytorch: str
+
+    @classmethod
+    def of(cls, device: torch.device, batch: int, image_size: int, runtime: str) -> Setting:
+        """That of this process."""
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+        threads = torch.get_num_threads()
+        return cls(str(device.type), machine, threads, batch, image_size, runtime, torch.__version__)
+
+    def name(self, trained_size: int) -> str:
+        """A short one, such as `cpu`, or `cpu-4threads-batch8-compile` where it is not the usual one."""
+        parts = (
+            (self.device, True),
+            (f"{self.threads}threads", self.device == "cpu" and self.threads > 1),
+            (f"batch{self.batch}", self.batch > 1),
+            (f"{self.image_size}px", self.image_size != trained_size),
+            (self.runtime, self.runtime != "torch"),
+        )
+        return "-".join(part for part, said in parts if said)
+
+    def __str__(self) -> str:
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""
+        images = f"batch {self.batch} of {self.image_size} px, fp32"
+        return f"{self.machine}{threads}, {images}, {self.runtime} (PyTorch {self.pytorch})"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a call: median, 95th percentile and the fastest; measured, or else interpolated."""
+
+    median: float
+    p95: float
+    fastest: float
+    measured: bool = True
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Latencies of subnets in one setting.
+
+    Attributes:
+        setting: what they depend on.
+        latencies: by subnet.
+        disturbed: share of calls in which other processes took a CPU away. They do not count for subnets that
+            have enough others.
+        error: relative errors of the medians of `subnets` held-out ones, `median` and `largest`; None where
+            all are measured.
+    """
+
+    setting: Setting
+    latencies: Mapping[Subnet, Latency]
+    disturbed: float
+    error: Mapping[str, float] | None = None
+
+    def lines(self) -> list[str]:
+        """A text table."""
+        wide = max(9, *(len(str(subnet)) for subnet in self.latencies))
+        lines = [f"{self.setting}; ms per call", f"{'subnet':>{wide}} {'median':>9} {'p95':>9}"]
+        for subnet, found in self.latencies.items():
+            how = "" if found.measured else "  interpolated"
+            lines.append(f"{subnet!s:>{wide}} {found.median:>9.3f} {found.p95:>9.3f}{how}")
+        return [*lines, *self.notes()]
+
+    def notes(self) -> list[str]:
+        """What to know before these latencies are believed, a line each."""
+        notes = []
+        if self.disturbed > BUSY:
+            notes.append(f"other processes interrupted {self.disturbed:.0%} of the calls")
+        if self.error:
+            of = f"{self.error['subnets']} held-out subnets, each left out of the fit"
+            off = f"median {self.error['median']:.1%}, largest {self.error['largest']:.1%}"
+            notes.append(f"error of interpolation on {of}: {off}")
+        return notes
+
+    def write(self, path: Path) -> None:
+        """Write JSON."""
+        rows = [{"subnet": str(subnet), **asdict(found)} for subnet, found in self.latencies.items()]
+        about = {"latency": asdict(self.setting), "disturbed": self.disturbed, "error": self.error}
+        write_json(path, about | {"subnets": rows})
+
+    @classmethod
+    def read(cls, path: Path, space: SearchSpace) -> LatencyTable:
+        """What `write` wrote, on whatever machine.
+
+        Raises:
+            InputError: it is something else, or of subnets outside of the space.
+        """
+        expected = f"{path}: expected a latency table, as poa latency writes it"
+        with as_input(expected):
+            content = read_json(path, expected)
+            latencies = {
+                space.require(Subnet.parse(row["subnet"])): Latency(
+                    float(row["median"]), float(row["p95"]), float(row["fastest"]), bool(row["measured"])
+                )
+                for row in content["subnets"]
+            }
+            return cls(Setting(**content["latency"]), latencies, content["disturbed"], content["error"])
+
+
+def measure(
+    config: BackboneConfig, subnets: Sequence[Subnet], setting: Setting, device: torch.device, seconds: float
+) -> LatencyTable:
+    """Measure the latency of subnets as networks of their own.
+
+    Weights are random: latency does not depend on them.
+
+    Args:
+        config: of the backbone.
+        subnets: which networks; all are in memory at the same time.
+        setting: batch, image size and runtime, and what else goes into the table.
+        device: to run on.
+        seconds: of measuring each.
+
+    Raises:
+        InputError: no room for all of them, or a runtime that does not take them.
+    """
+    _require_room(sum(config.parameters(s) for s in subnets) * 4, len(subnets), device)
+    draw = torch.Generator().manual_seed(0)
+    backbone = config.build(draw)
+    images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, generator=draw).to(device)
+    with torch.inference_mode():
+        calls = {}
+        for subnet in subnets:
+            network, _ = plain_network(backbone, subnet, setting.image_size)
+            calls[subnet] = RUNTIMES[setting.runtime](ClassToken(network).to(device), images)
+            calls[subnet]()
+        times = interleaved(calls, device, seconds)
+    disturbed = sum(len(found.disturbed) for found in times.values())
+    share = disturbed / (disturbed + sum(len(found.quiet) for found in times.values()))
+    latencies = {s: _latency(np.percentile(found.counted, (50, 95, 0))) for s, found in times.items()}
+    return LatencyTable(setting, latencies, share)
+
+
+def _latency(values: np.ndarray, measured: bool = True) -> Latency:
+    """Of the three of an array; interpolated ones are put into order."""
+    fastest, median, p95 = (round(float(value), 5) for value in np.sort(values))
+    return Latency(median, p95, fastest, measured)
+
+
+def _require_room(needed: int, count: int, device: torch.device) -> None:
+    """Raise InputError where the weights do not fit into free memory, as far as that is known."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif found := re.search(r"MemAvailable: +(\d+) kB", _text_of("/proc/meminfo")):
+        free = int(found[1]) * 1024
+    else:
+        return
+    if needed > free:
+        raise InputError(
+            f"latency: expected {needed / 1e9:.1f} GB free for the weights of {count} subnets, got "
+            f"{free / 1e9:.1f} GB; --sample measures fewer and interpolates"
+        )
+
+
+def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
+    """The table of all subnets of a space, from one of some of them.
+
+    Raises:
+        InputError: those measured do not determine the others when one of them is held out.
+    """
+    measured = table.latencies
+    rows = {subnet: _terms(subnet, space) for subnet in space}
+    values = {s: np.array([found.median, found.p95, found.fastest]) for s, found in measured.items()}
+    weights = _fit(rows, values)
+    off = []
+    for subnet, value in values.items():
+        others = _fit(rows, {s: v for s, v in values.items() if s != subnet})
+        if others is not None:
+            off.append(abs(float((rows[subnet] @ others)[0] / value[0]) - 1))
+    if weights is None or not off:
+        raise InputError(
+            f"--sample: expected at least {fewest_sampled(space)} subnets that determine the others, got "
+            f"{', '.join(map(str, measured))}"
+        )
+    latencies = {s: measured[s] if s in measured else _latency(rows[s] @ weights, False) for s in space}
+    error = {"subnets": len(off), "median": float(np.median(off)), "largest": max(off)}
+    return replace(table, latencies=latencies, error=error)
+
+
+def _terms(subnet: Subnet, space: SearchSpace) -> np.ndarray:
+    """Products of powers of the width and the blocks of the stages that vary, each in 0..1."""
+    stages = list(zip(*(Subnet(1, depth).blocks for depth in space.depths), strict=True))
+    varied = [b / max(s) for b, s in zip(subnet.blocks, stages, strict=True) if len(set(s)) > 1]
+    powers = (subnet.width / space.widths[-1]) ** np.arange(min(DEGREE, len(space.widths) - 1) + 1.0)
+    return np.outer(powers, [1.0, *varied]).ravel()
+
+
+def _fit(rows: Mapping[Subnet, np.ndarray], values: Mapping[Subnet, np.ndarray]) -> np.ndarray | None:
+    """The weights of `_terms` that minimise the relative errors of medians and percentiles, `[terms, 3]`;
+    None where the subnets do not determine them."""
+    terms, found = np.stack([rows[s] for s in values]), np.stack(list(values.values()))
+    fits = [np.linalg.lstsq(terms / f[:, None], np.ones(len(f)), rcond=None) for f in found.T]
+    if any(rank < terms.shape[1] for _, _, rank, _ in fits):
+        return None
+    return np.stack([weights for weights, *_ in fits], axis=1)
+
+
+def fewest_sampled(space: SearchSpace) -> int:
+    """Subnets that a fit needs when one of them is held out, and one to spare."""
+    return len(_terms(space.intact, space)) + 2
+
+
+def require_sample(space: SearchSpace, count: int) -> None:
+    """Raise InputError where so many subnets, or all there are, cannot be a sample."""
+    fewest = fewest_sampled(space)
+    if len(space) < fewest:
+        raise InputError(
+            f"--sample: expected a search space of at least {fewest} subnets, got {len(space)}; measure all"
+        )
+    if not fewest <= count <= len(space):
+        raise InputError(f"--sample: expected {fewest} to {len(space)} subnets, got {count}")
+
+
+def sampled(space: SearchSpace, count: int) -> list[Subnet]:
+    """So many subnets: those that determine a fit best, then a low-discrepancy sequence (R2) of the space."""
+    subnets, (widths, depths) = list(space), (space.widths, space.depths)
+    rows = np.stack([_terms(subnet, space) for subnet in subnets])
+    chosen: dict[Subnet, None] = {}
+    for _ in range(rows.shape[1]):  # the largest that is orthogonal to those before
+        pick = int(np.linalg.norm(rows, axis=1).argmax())
+        axis = rows[pick] / np.linalg.norm(rows[pick])
+        rows = rows - np.outer(rows @ axis, axis)
+        chosen[subnets[pick]] = None
+    for number in itertools.count():
+        if len(chosen) >= min(count, len(space)):
+            break
+        at = [
+            int(number * step % 1 * size) for step, size in zip(R2, (len(widths), len(depths)), strict=True)
+        ]
+        chosen[Subnet(widths[at[0]], depths[at[1]])] = None
+    return sorted(chosen)
+
+
+def _cpu_name() -> str:
+    named = re.search(r"model name\s*: (.+)", _text_of("/proc/cpuinfo"))
+    return named[1].strip() if named else platform.processor() or platform.machine()
+
+
+def _text_of(path: str) -> str:
+    """Of a file of Linux; empty on other systems."""
+    return Path(path).read_text() if os.path.exists(path) else ""

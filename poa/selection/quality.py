@@ -1,0 +1,138 @@
+"""What subnets are worth: k-NN accuracies that an evaluation noted, or agreement with the intact network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poa.checkpoint import Branch, RunFolder
+from poa.config import Config
+from poa.distributed import World
+from poa.errors import InputError
+from poa.evaluate.knn import KNN, REPORTED_K
+from poa.evaluate.sweep import data_place, limited
+from poa.files import read_json, write_json
+from poa.selection.agreement import Agreement, agreements
+from poa.subnets import Subnet
+
+AGREEMENT = "agreement.json"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What subnets are ranked by; more is better.
+
+    Attributes:
+        name: of its column.
+        about: where it comes from, in a line.
+        values: by subnet.
+        shown: a value in words.
+        scale: that a plot multiplies values with, and `unit` of the product.
+        notes: further columns by subnet.
+    """
+
+    name: str
+    about: str
+    values: Mapping[Subnet, float]
+    shown: Callable[[float], str]
+    scale: float = 1.0
+    unit: str = ""
+    notes: Mapping[Subnet, Mapping[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Whose quality is asked for: a run, its branch, and the step of a checkpoint or None for the newest."""
+
+    folder: RunFolder
+    branch: Branch
+    step: int | None
+
+    @property
+    def wanted_step(self) -> int | None:
+        """The step; None where the folder has no checkpoints to tell."""
+        checkpoints = self.folder.checkpoints()
+        return self.step or (checkpoints[-1].step if checkpoints else None)
+
+
+def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
+    """20-NN accuracies of an evaluation in the folder of a run.
+
+    Args:
+        weights: whose.
+        data: that it was made on; None: the run's own (`source`) if there is such an evaluation, or else any.
+        source: of the run's images.
+
+    Raises:
+        InputError: there is none, or of other steps only.
+    """
+    run, step = weights.folder.path, weights.wanted_step
+    known = []
+    for path in sorted(run.glob("evaluation*.json")):
+        with suppress(InputError, LookupError, TypeError, AttributeError, ValueError):  # or damaged
+            content = read_json(path, "evaluation")
+            values = {Subnet.parse(row["subnet"]): KNN.headline(row[KNN.name]) for row in content["subnets"]}
+            settings = content["settings"]
+            if settings["branch"] == weights.branch and data in (None, settings["data"]):
+                known.append((settings["data"] != data_place(source), path, settings, values))
+    fresh = [found for found in known if step in (None, found[2]["step"])]
+    if not fresh:
+        got = f"step {', '.join(str(found[2]['step']) for found in known)}" if known else "none"
+        of = f" of step {step}" if step else ""
+        raise InputError(
+            f"select: expected an evaluation{of} of the {weights.branch} in {run}, got {got}; make one: "
+            f"poa evaluate {run}; or rank without labels: --rank agreement"
+        )
+    _, path, settings, values = min(fresh, key=lambda found: found[:2])
+    of = f"{settings['branch']} of step {settings['step']}"
+    about = f"{of}, {REPORTED_K}-NN accuracy on {settings['data']} ({path.name})"
+    return Quality(f"{REPORTED_K}-NN", about, values, "{:.1%}".format, 100.0, "accuracy, %")
+
+
+def agreement_quality(weights: Weights, config: Config, images: int, device: torch.device) -> Quality:
+    """Linear CKA of all subnets with the intact network, with RankMe beside.
+
+    They are kept in the folder of the run, and read from there when they are asked for again.
+
+    Args:
+        weights: whose.
+        config: of the run; its data are used, held-out images if there are any.
+        images: so many at most.
+        device: to compute on.
+    """
+    folder, space = weights.folder, config.method.backbone.space
+    asked: dict[str, Any] = {"branch": weights.branch, "data": data_place(config.data.source)}
+    asked |= {"step": weights.wanted_step, "at_most": images}
+    if (found := _kept(folder.path / AGREEMENT, asked)) is None:
+        network, checkpoint = folder.network(weights.branch, weights.step)
+        data = config.data.open(config.method.seed)
+        source = limited(data.test or data.train, images)
+        backbone, world = network.backbone.to(device), World(0, 1, device)
+        found = dict(zip(space, agreements(backbone, list(space), source, config, world), strict=True))
+        rows = [{"subnet": str(subnet), **asdict(values)} for subnet, values in found.items()]
+        asked["step"] = checkpoint.step
+        write_json(folder.path / AGREEMENT, {"agreement": asked, "subnets": rows})
+    about = (
+        f"{weights.branch} of step {asked['step']}, agreement with {space.intact} on at most {images:,} "
+        f"images of {asked['data']} ({AGREEMENT})"
+    )
+    values = {subnet: one.cka for subnet, one in found.items()}
+    notes = {subnet: {"RankMe": f"{one.rankme:.1f}"} for subnet, one in found.items()}
+    return Quality("CKA", about, values, "{:.3f}".format, 1.0, "linear CKA", notes)
+
+
+def _kept(path: Path, asked: Mapping[str, Any]) -> dict[Subnet, Agreement] | None:
+    """What was computed before for the same question."""
+    with suppress(InputError, LookupError, TypeError, ValueError):  # or damaged
+        content = read_json(path, "agreement")
+        if content["agreement"] == asked:
+            return {
+                Subnet.parse(row["subnet"]): Agreement(float(row["cka"]), float(row["rankme"]))
+                for row in content["subnets"]
+            }
+    return None

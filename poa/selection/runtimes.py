@@ -1,0 +1,117 @@
+"""What runs a subnet when its latency is measured, and timing of calls that take turns."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from poa.errors import InputError, one_line
+from poa.random import python_stream
+
+K = TypeVar("K")
+Call = Callable[[], object]
+Runtime = Callable[[nn.Module, Tensor], Call]
+"""From a network and normalised images `[B, 3, S, S]`, both on the device, to a call of one forward."""
+
+CALLS = 3  # timed in a turn, after one that is not
+ROUNDS = (10, 200)  # at least, at most
+QUIET = 20  # calls that suffice for a median and a 95th percentile
+
+
+class ClassToken(nn.Module):
+    """A network whose result is the class tokens alone, `[B, width]`."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens: Tensor = self.network([images])[0].cls
+        return tokens
+
+
+def _torch(network: nn.Module, images: Tensor) -> Call:
+    return lambda: network(images)
+
+
+def _compile(network: nn.Module, images: Tensor) -> Call:
+    """Compiled by itself for these images; PyTorch's limits of recompilations are meant for one network."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    compiled = torch.compile(network, dynamic=False, fullgraph=True)
+    try:
+        compiled(images)
+    except Exception as error:
+        raise InputError(
+            f"--runtime: expected a network that torch.compile takes on this machine, got: {one_line(error)}"
+        ) from error
+    return lambda: compiled(images)
+
+
+RUNTIMES: dict[str, Runtime] = {"torch": _torch, "compile": _compile}
+
+
+@dataclass
+class Times:
+    """Milliseconds of calls.
+
+    Attributes:
+        quiet: of those in which no other process took a CPU away from this one.
+        disturbed: of the others.
+    """
+
+    quiet: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+
+    @property
+    def counted(self) -> list[float]:
+        """Those that tell of the network rather than of its neighbours: the quiet ones, if these suffice."""
+        return self.quiet if len(self.quiet) >= QUIET else self.quiet + self.disturbed
+
+
+def interleaved(calls: Mapping[K, Call], device: torch.device, seconds: float) -> dict[K, Times]:
+    """Times of single calls that take turns, so that a drift of the machine hits all alike.
+
+    In every round each has one turn, in random order: a call that is not timed, which brings its weights back
+    into the caches, and `CALLS` that are.
+
+    Args:
+        calls: what is timed; each has run before.
+        device: they run on; a GPU is waited for after each call.
+        seconds: of measuring each, within `ROUNDS`.
+    """
+    times = {key: Times() for key in calls}
+    least, most = ROUNDS
+    bar = tqdm(range(most), desc="latency", unit="round", leave=False, disable=None)
+    end = time.perf_counter() + seconds * len(calls)
+    for number in bar:
+        if number >= least and time.perf_counter() > end:
+            break
+        order = list(calls)
+        python_stream(0, "latency", number).shuffle(order)
+        for key in order:
+            _timed(calls[key], device)
+            for _ in range(CALLS):
+                spent, switches = _timed(calls[key], device)
+                (times[key].disturbed if switches else times[key].quiet).append(spent)
+    bar.close()
+    return times
+
+
+def _timed(call: Call, device: torch.device) -> tuple[float, int]:
+    """Milliseconds of a call, and how often a thread of this process lost its CPU to another process."""
+    switches, start = _switches(), time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * (time.perf_counter() - start), _switches() - switches
+
+
+def _switches() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
