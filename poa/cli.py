@@ -264,8 +264,8 @@ def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
     )
     command.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
-        default="fp32",
-        help="dtype of the file's computation (default: fp32)",
+        choices=(*DTYPES, "int8"),
+        help="dtype that the file computes in; int8 of onnx is quantised with training images and scored "
+        "(default: fp32)",
     )
     command.set_defaults(command=commands.run_extract)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from poa.config import Config, with_data, with_run
 from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
-from poa.evaluate import PROTOCOLS
+from poa.evaluate import PROTOCOLS, REPORTED_K
 from poa.export import export_file, extract, load
+from poa.export.int8 import export_int8
 from poa.files import make_folder, read_json, require_json
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
@@ -67,6 +69,11 @@ def run_extract(options: argparse.Namespace) -> None:
     subnets = backbone_config.space.named(options.subnets)
     if options.image_size is not None:
         backbone_config.grid(options.image_size)
+    if options.dtype and not (
+        options.format == "onnx" or options.format == "pt2" and options.dtype != "int8"
+    ):
+        expected = "--format onnx" if options.dtype == "int8" else "--format onnx or pt2"
+        raise InputError(f"--dtype {options.dtype}: expected {expected} with it, got {options.format}")
     out = Path(options.out or folder.path / "models")
     network, checkpoint = folder.network(options.branch, options.step)
     make_folder(out, "--out")
@@ -82,10 +89,20 @@ def run_extract(options: argparse.Namespace) -> None:
             source=f"{checkpoint.path} ({options.branch})",
         )
         print(path)
-        if options.format != "timm":
-            print(export_file(load(path), path, options.format, options.dtype))
+        for line in _exported(options, path, config):
+            print(line)
     if backbone_config.timm_model() is None:
         print(f"poa: timm has no such {backbone_config.kind}; poa.load reads these folders", file=sys.stderr)
+
+
+def _exported(options: argparse.Namespace, path: Path, config: Config) -> Iterator[str]:
+    """Write the file that is asked for beside a model; what to say of it."""
+    if options.dtype == "int8":
+        data = config.data.open(config.method.seed)
+        done = export_int8(load(path), path, data, config)
+        yield f"{done.path}: {REPORTED_K}-NN accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32"
+    elif options.format != "timm":
+        yield str(export_file(load(path), path, options.format, options.dtype or "fp32"))
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 
 import poa
-from helpers.tiny import tiny_config
+from helpers.tiny import ONE_STEP, OVERRIDES, tiny_config
+from poa.__main__ import main
 from poa.backbones import Backbone
 from poa.data.crops import CropsConfig
 from poa.distributed import World
@@ -22,7 +24,9 @@ from poa.errors import ExportError, InputError
 from poa.evaluate.features import extract_features
 from poa.evaluate.knn import class_token
 from poa.export import export_file, extract, formats
-from poa.export.formats import TOLERANCE
+from poa.export.formats import TOLERANCE, largest_difference, onnx_runner
+from poa.files import write_json
+from poa.options import to_dict
 from poa.presets import preset
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -138,3 +142,39 @@ def test_an_image_has_the_same_feature_everywhere(dtype: str, tmp_path: Path) ->
     graph = importlib.import_module("onnx").load(path).graph
     norms = sum(node.op_type == "LayerNormalization" for node in graph.node)
     assert norms == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+
+
+def test_int8_is_scored_beside_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need_onnx()
+    runtime, onnx = (importlib.import_module(name) for name in ("onnxruntime", "onnx"))
+    run = str(tmp_path / "run")
+    assert main(["pretrain", "--out", run, *OVERRIDES, *ONE_STEP, "data.holdout=0.9"]) == 0
+    capsys.readouterr()
+    assert main(["extract", run, "--subnets", "32x2", "--format", "onnx", "--dtype", "int8"]) == 0
+    folder, said = capsys.readouterr().out.splitlines()
+    path = Path(folder) / "model.int8.onnx"
+    known = runtime.InferenceSession(path).get_modelmeta().custom_metadata_map
+    scores = json.loads(known["knn"])
+    accuracies = f"{scores['int8']:.1%} in int8, {scores['fp32']:.1%} in fp32"
+    assert said == f"{path}: 20-NN accuracy {accuracies}" and scores["fp32"] > 0.3
+    assert abs(scores["fp32"] - scores["int8"]) < 0.05
+    assert poa.Preprocessing.from_dict(known["preprocessing"]) == poa.load(folder).preprocess
+    graph = onnx.load(path).graph
+    weights = [w for w in graph.initializer if w.data_type == onnx.TensorProto.INT8 and len(w.dims) > 1]
+    assert len(weights) == 1 + 2 * 4, "of the patch embedding and of two blocks"
+    assert 0 < largest_difference(poa.load(folder), onnx_runner(path)) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "fp16"], "--dtype fp16: expected --format onnx or pt2 with it, got timm"),
+        (["--format", "pt2", "--dtype", "int8"], "--dtype int8: expected --format onnx with it, got pt2"),
+    ],
+)
+def test_dtypes_go_with_formats(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_json(tmp_path / "config.json", to_dict(tiny_config()))
+    assert main(["extract", str(tmp_path), "--subnets", "16x1", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""Models in 8 bits: ONNX files that onnxruntime quantises, with their k-NN accuracy beside that of fp32."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from poa.config import Config
+from poa.data.loader import evaluation_batches
+from poa.data.sources import DataSplit
+from poa.distributed import World
+from poa.errors import InputError, optional_package
+from poa.evaluate import REPORTED_K
+from poa.evaluate.knn import KNN
+from poa.evaluate.sweep import score
+from poa.export.formats import export_file, onnx_runner
+from poa.export.model import ExportedModel
+from poa.files import write_bytes
+
+CALIBRATION = 256  # training images, spread over all, whose activations set the ranges
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """An int8 file.
+
+    Attributes:
+        path: of the file; its metadata holds both accuracies under "knn".
+        fp32, int8: k-NN accuracy of the held-out images, 0..1, both by onnxruntime.
+    """
+
+    path: Path
+    fp32: float
+    int8: float
+
+
+def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Config) -> Quantised:
+    """Write a model whose weights and their inputs are 8-bit integers; norms, softmax and sums are fp32.
+
+    Args:
+        model: of the image size of training.
+        folder: exists; gets `model.int8.onnx`.
+        data: training images, to calibrate with and as the bank of k-NN, and held-out ones.
+        config: of the run.
+
+    Raises:
+        InputError: no labelled images are held out, another image size, or a package is missing.
+    """
+    if data.test is None:
+        raise InputError(
+            f"--dtype int8: expected held-out images with labels, to score it, got none ({data.untested})"
+        )
+    if model.preprocess.size != config.method.crops.global_size:
+        wanted = config.method.crops.global_size
+        raise InputError(
+            f"--dtype int8: expected the image size of training {wanted}, got {model.preprocess.size}"
+        )
+    onnx = optional_package("onnx", "export")
+    with tempfile.TemporaryDirectory() as scratch:
+        whole = export_file(model, Path(scratch), "onnx")
+        small = Path(scratch) / "model.int8.onnx"
+        _quantise(whole, small, _calibration(model, data, config))
+        tasks = [(KNN, onnx_runner(file)) for file in (whole, small)]
+        alone = World(0, 1, torch.device("cpu"))
+        fp32, int8 = (found[REPORTED_K] for found in score(tasks, data, config, alone))
+        proto = onnx.load(small)
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = "knn", json.dumps({"k": REPORTED_K, "fp32": fp32, "int8": int8})
+        path = folder / small.name
+        write_bytes(path, proto.SerializeToString())
+    return Quantised(path, fp32, int8)
+
+
+def _calibration(model: ExportedModel, data: DataSplit, config: Config) -> Iterator[dict[str, Any]]:
+    """Batches of training images, as onnxruntime takes them."""
+    count = len(data.train)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, CALIBRATION)).astype(np.int64))
+    batches = evaluation_batches(data.train.subset(chosen), config.method.canvas, 0, batch_size=BATCH)
+    for batch in batches:
+        if len(batch.images):
+            yield {"images": model.preprocess.crop(batch.images, batch.sizes).numpy()}
+
+
+def _quantise(whole: Path, small: Path, batches: Iterator[dict[str, Any]]) -> None:
+    quantization = optional_package("onnxruntime.quantization", "export")
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
+        def get_next(self) -> dict[str, Any] | None:
+            return next(batches, None)
+
+    quantization.quantize_static(
+        whole,
+        small,
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+        per_channel=True,
+        extra_options={"MatMulConstBOnly": True},
+    )
