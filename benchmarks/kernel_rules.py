@@ -76,7 +76,8 @@ class Row:
 
 COLUMNS = "\t".join(field.name for field in dataclasses.fields(Row))
 BANDWIDTH_BOUND = (
-    "adamw", "adamw_norms", "branch_grad", "column_merge", "column_pass", "crops_blur", "crops_colour",
+    "adamw", "adamw_norms", "branch_grad", "column_merge", "column_pass", "column_scaling", "column_total",
+    "crops_blur", "crops_colour",
     "crops_finish", "crops_horizontal", "crops_vertical", "embedding_bwd", "embedding_fwd", "fold",
     "group_norm_bwd", "group_norm_fwd", "koleo_bwd", "koleo_fwd", "layer_norm_affine", "layer_norm_bwd",
     "layer_norm_fwd", "layer_scale_grads", "linear_bias_grad", "losses_bwd", "losses_fwd", "losses_merge",

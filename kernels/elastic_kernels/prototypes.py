@@ -15,7 +15,7 @@ losses of DINO (Caron et al., 2021), iBOT (Zhou et al., 2022) and POA (Zhang et 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,29 +72,41 @@ def sinkhorn_scaling(
         if t.dim() != 2:
             raise ValueError(f"sinkhorn_scaling: expected logits [rows, prototypes], got {tuple(t.shape)}")
     validate.operands("sinkhorn_scaling", **{f"logits {i}": t for i, t in enumerate(logits)})
-    columns, rows = _passes(list(logits), temperature)
-    log_u = -_over_processes(*columns(None), None, reduce)
+    passes = _passes(list(logits), temperature)
+    log_u, lse = _over_processes(passes, *passes.columns(None), None, reduce)
     for _ in range(iterations - 1):
-        log_u = -_over_processes(*columns(rows(log_u)), log_u, reduce)
+        log_u, lse = _over_processes(passes, *passes.columns(passes.rows(log_u)), lse, reduce)
     return list(log_u.split([t.shape[1] for t in logits]))
 
 
-Columns = Callable[[Tensor | None], tuple[Tensor, Tensor]]
-Rows = Callable[[Tensor], Tensor]
+class _Passes(NamedTuple):
+    """The passes over all problems, whose vectors lie one after the other.
+
+    Attributes:
+        columns: of log v or None the maximum and the sum of exponentials of each column.
+        rows: log v of each row, of log u.
+        total: maximum, sum -> sum relative to common numbers, float64.
+        scaling: total, common numbers -> log u, and minus log u.
+    """
+
+    columns: Callable[[Tensor | None], tuple[Tensor, Tensor]]
+    rows: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor, Tensor, Tensor], Tensor]
+    scaling: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def _passes(logits: list[Tensor], tau: float) -> tuple[Columns, Rows]:
-    """The two passes over all problems, whose vectors lie one after the other: (maximum, sum) of each column,
-    and log v of each row."""
+def _passes(logits: list[Tensor], tau: float) -> _Passes:
     if dispatch.choose("sinkhorn_scaling", logits[0]).backend == "triton":
         import elastic_kernels.triton_ops.sinkhorn  # noqa: F401, registers the operators
         from elastic_kernels.triton_ops.registration import ops
 
         logits = [t if t.stride(-1) == 1 else t.contiguous() for t in logits]
         table = ops.sinkhorn_table(logits)
-        return (
+        return _Passes(
             lambda v: ops.sinkhorn_columns(logits, table, v, tau),
             lambda u: ops.sinkhorn_rows(logits, table, u, tau),
+            ops.sinkhorn_total,
+            ops.sinkhorn_scaling,
         )
     scores = [t.to(torch.promote_types(t.dtype, torch.float32)) / tau for t in logits]
     (heights, widths) = ([t.shape[d] for t in logits] for d in range(2))
@@ -108,7 +120,7 @@ def _passes(logits: list[Tensor], tau: float) -> tuple[Columns, Rows]:
         parts = zip(scores, log_u.split(widths), strict=True)
         return torch.cat([-torch.logsumexp(s + u, dim=1) for s, u in parts])
 
-    return columns, rows
+    return _Passes(columns, rows, _total, _scaling)
 
 
 def _column_sums(scores: Tensor, log_v: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -120,25 +132,37 @@ def _column_sums(scores: Tensor, log_v: Tensor | None) -> tuple[Tensor, Tensor]:
     return largest, (shifted - largest).exp().sum(0)
 
 
-def _over_processes(largest: Tensor, sums: Tensor, log_u: Tensor | None, reduce: Reduce | None) -> Tensor:
-    """Log-sum-exps of all columns over all processes.
+def _over_processes(
+    passes: _Passes, largest: Tensor, sums: Tensor, common: Tensor | None, reduce: Reduce | None
+) -> tuple[Tensor, Tensor]:
+    """Minus log-sum-exps of all columns over all processes, and those themselves.
 
     The sums of processes must be relative to the same numbers. At first these are the common maxima. Later
     they are `-log_u` of the iteration before: `log v_b = -lse(S_b + log u) <= -(S_bk + log u_k)`, so that no
     `S_bk + log v_b` is larger, and no maximum has to be asked for.
     """
-    if log_u is not None:
-        common = -log_u
-    else:
+    if common is None:
         common = largest.clone()
         if reduce is not None:
             reduce(common, "max")
-    common = torch.where(common.isfinite(), common, 0.0)  # a problem without rows anywhere
-    total = sums.double() * (largest - common).double().exp()
+    total = passes.total(largest, sums, common)
     if reduce is not None:
         reduce(total, "sum")
+    return passes.scaling(total, common)
+
+
+def _finite(common: Tensor) -> Tensor:
+    return torch.where(common.isfinite(), common, 0.0)  # a problem without rows anywhere
+
+
+def _total(largest: Tensor, sums: Tensor, common: Tensor) -> Tensor:
+    return sums.double() * (largest - _finite(common)).double().exp()
+
+
+def _scaling(total: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
     tiny = torch.finfo(torch.float64).tiny
-    return (common + total.clamp(min=tiny).log()).to(sums.dtype)
+    lse = (_finite(common) + total.clamp(min=tiny).log()).to(common.dtype)
+    return -lse, lse
 
 
 def prototype_cross_entropy(

@@ -344,8 +344,8 @@ def prototype_losses_bwd(
         )  # fmt: skip
         product_into(dx, part.flatten(0, 1), weight[start : start + count], add=start > 0)
         product_into(dweight[start : start + count], part.flatten(0, 1).t(), x.flatten(0, 1))
-    scale = largest / DZ_SCALE
-    return dx.mul_(scale).view(x.shape), dweight.mul_(scale)
+    torch._foreach_mul_([dx, dweight], largest / DZ_SCALE)
+    return dx.view(x.shape), dweight
 
 
 def dz_prototypes(rows: int, students: int, itemsize: int) -> int:

@@ -148,6 +148,39 @@ def _column_merge_kernel(
     tl.store(sums_ptr + first + offs, z, mask=mask)
 
 
+@triton.jit
+def _common(common_ptr, offs, mask):
+    """What sums are relative to; 0 where no process has rows."""
+    common = tl.load(common_ptr + offs, mask=mask, other=0.0)
+    return tl.where(tl.abs(common) < float("inf"), common, 0.0)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _column_total_kernel(largest_ptr, sums_ptr, common_ptr, total_ptr, width, BLOCK: tl.constexpr):
+    """Sums of exponentials, float64, relative to common numbers instead of each column's largest."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < width
+    largest = tl.load(largest_ptr + offs, mask=mask, other=0.0)
+    shift = (largest - _common(common_ptr, offs, mask)).to(tl.float64)
+    total = tl.load(sums_ptr + offs, mask=mask, other=0.0).to(tl.float64) * tl.exp(shift)
+    tl.store(total_ptr + offs, total, mask=mask)
+
+
+@triton.jit(do_not_specialize=["width"])
+def _column_scaling_kernel(
+    total_ptr, common_ptr, log_u_ptr, lse_ptr,
+    width,
+    TINY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """log u and minus log u of columns."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < width
+    total = tl.maximum(tl.load(total_ptr + offs, mask=mask, other=1.0), TINY)
+    lse = (_common(common_ptr, offs, mask).to(tl.float64) + tl.log(total)).to(tl.float32)
+    tl.store(log_u_ptr + offs, -lse, mask=mask)
+    tl.store(lse_ptr + offs, lse, mask=mask)
+
+
 class Table(NamedTuple):
     """What a program looks up of its problem, int64 `[problems]` on the device."""
 
@@ -243,6 +276,22 @@ def sinkhorn_columns(
     return largest, sums
 
 
+def sinkhorn_total(largest: Tensor, sums: Tensor, common: Tensor) -> Tensor:
+    """Sums of exponentials relative to common numbers, float64, of those relative to the largest."""
+    total = torch.empty(largest.shape, dtype=torch.float64, device=largest.device)
+    grid = (triton.cdiv(len(total), MERGE),)
+    _column_total_kernel[grid](largest, sums, common, total, len(total), BLOCK=MERGE, num_warps=2)
+    return total
+
+
+def sinkhorn_scaling(total: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
+    """log u and minus log u, of sums of exponentials over all processes."""
+    log_u, lse = (torch.empty(common.shape, dtype=torch.float32, device=common.device) for _ in range(2))
+    tiny, grid = torch.finfo(torch.float64).tiny, (triton.cdiv(len(total), MERGE),)
+    _column_scaling_kernel[grid](total, common, log_u, lse, len(total), TINY=tiny, BLOCK=MERGE, num_warps=2)
+    return log_u, lse
+
+
 def _fp32(like: Tensor, size: int) -> Tensor:
     return like.new_empty(size, dtype=torch.float32)
 
@@ -261,4 +310,14 @@ register(
     "sinkhorn_columns(Tensor[] logits, Tensor table, Tensor? log_v, float tau) -> (Tensor, Tensor)",
     sinkhorn_columns,
     lambda logits, *rest: tuple(_fp32(logits[0], sum(t.shape[1] for t in logits)) for _ in range(2)),
+)
+register(
+    "sinkhorn_total(Tensor largest, Tensor sums, Tensor common) -> Tensor",
+    sinkhorn_total,
+    lambda largest, *rest: largest.new_empty(largest.shape, dtype=torch.float64),
+)
+register(
+    "sinkhorn_scaling(Tensor total, Tensor common) -> (Tensor, Tensor)",
+    sinkhorn_scaling,
+    lambda total, common: tuple(torch.empty_like(common) for _ in range(2)),
 )
