@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ class Features:
     cls: Tensor
     patches: Tensor
     tokens: Tensor
+
+
+class Inputs(NamedTuple):
+    """The arguments of `Backbone.forward`, with their defaults filled in."""
+
+    crops: Sequence[Tensor]
+    subnet: Subnet
+    masks: Sequence[Tensor | None]
+    drop: StochasticDepth | None
+    recompute: bool
 
 
 class BackboneConfig(Options, ABC, at="method.backbone"):
@@ -136,7 +146,6 @@ class Backbone(nn.Module, ABC):
         self.config = config
         self.space = config.space
 
-    @abstractmethod
     def forward(
         self,
         crops: Sequence[Tensor],
@@ -161,8 +170,8 @@ class Backbone(nn.Module, ABC):
         Raises:
             InputError: a subnet outside the search space, or a crop of a size that the backbone cannot take.
         """
+        return self._features(self._inputs(crops, subnet, masks, drop, recompute))
 
-    @abstractmethod
     def gather_tokens(
         self,
         crops: Sequence[Tensor],
@@ -185,6 +194,26 @@ class Backbone(nn.Module, ABC):
         Raises:
             InputError: as `forward`.
         """
+        return self._tokens(self._inputs(crops, subnet, masks, drop, recompute), patches)
+
+    def _inputs(
+        self,
+        crops: Sequence[Tensor],
+        subnet: Subnet | None,
+        masks: Sequence[Tensor | None] | None,
+        drop: StochasticDepth | None,
+        recompute: bool,
+    ) -> Inputs:
+        subnet = self.space.intact if subnet is None else self.space.require(subnet)
+        return Inputs(crops, subnet, masks or [None] * len(crops), drop, recompute)
+
+    @abstractmethod
+    def _features(self, inputs: Inputs) -> list[Features]:
+        """What `forward` returns."""
+
+    @abstractmethod
+    def _tokens(self, inputs: Inputs, patches: Tensor) -> Tensor:
+        """What `gather_tokens` returns."""
 
     @abstractmethod
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from poa.backbones.base import Backbone, BackboneConfig, Features
+from poa.backbones.base import Backbone, BackboneConfig, Features, Inputs
 from poa.errors import InputError
-from poa.multicrop import StochasticDepth
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet, active_blocks, stage_depths
 
@@ -131,44 +129,18 @@ class Pyramid(Backbone):
     config: PyramidConfig
 
     @abstractmethod
-    def maps(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet,
-        masks: Sequence[Tensor | None],
-        drop: StochasticDepth | None,
-        recompute: bool,
-    ) -> list[Tensor]:
+    def maps(self, inputs: Inputs) -> list[Tensor]:
         """The last map `[crops, height, width, channels]` of each group."""
 
     def normalise(self, x: Tensor) -> Tensor:
         """The last norm, where there is one."""
         return x
 
-    def forward(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet | None = None,
-        *,
-        masks: Sequence[Tensor | None] | None = None,
-        drop: StochasticDepth | None = None,
-        recompute: bool = False,
-    ) -> list[Features]:
-        """As `Backbone.forward`."""
-        return [self._features(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
+    def _features(self, inputs: Inputs) -> list[Features]:
+        return [self._features_of(x) for x in self.maps(inputs)]
 
-    def gather_tokens(
-        self,
-        crops: Sequence[Tensor],
-        patches: Tensor,
-        subnet: Subnet | None = None,
-        *,
-        masks: Sequence[Tensor | None] | None = None,
-        drop: StochasticDepth | None = None,
-        recompute: bool = False,
-    ) -> Tensor:
-        """As `Backbone.gather_tokens`."""
-        maps = [self.normalise(x) for x in self._last_maps(crops, subnet, masks, drop, recompute)]
+    def _tokens(self, inputs: Inputs, patches: Tensor) -> Tensor:
+        maps = [self.normalise(x) for x in self.maps(inputs)]
         last = maps[-1]
         height, width = last.shape[1:3]
         scale = self.config.mask_scale
@@ -177,18 +149,7 @@ class Pyramid(Backbone):
         chosen = last.flatten(0, 2).index_select(0, (image * height + row) * width + column)
         return torch.cat([*(_mean(x) for x in maps), chosen])
 
-    def _last_maps(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet | None,
-        masks: Sequence[Tensor | None] | None,
-        drop: StochasticDepth | None,
-        recompute: bool,
-    ) -> list[Tensor]:
-        subnet = self.space.intact if subnet is None else self.space.require(subnet)
-        return self.maps(crops, subnet, masks or [None] * len(crops), drop, recompute)
-
-    def _features(self, x: Tensor) -> Features:
+    def _features_of(self, x: Tensor) -> Features:
         normed, scale = self.normalise(x), self.config.mask_scale
         patches = normed.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         return Features(_mean(normed), patches.flatten(1, 2), x.flatten(1, 2))

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import ElasticBottleneck, ElasticGroupNorm, conv_channels_last, recomputed
-from poa.backbones.base import Features, TimmModel, copied, initialise_as_torch
+from poa.backbones.base import Features, Inputs, TimmModel, copied, initialise_as_torch
 from poa.backbones.plain import PlainResNet
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.multicrop import StochasticDepth
@@ -165,22 +165,15 @@ class ElasticResNet(Pyramid):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 initialise_as_torch(module, generator)
 
-    def maps(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet,
-        masks: Sequence[Tensor | None],
-        drop: StochasticDepth | None,
-        recompute: bool,
-    ) -> list[Tensor]:
-        assert drop is None, "a ResNet has no stochastic depth"
+    def maps(self, inputs: Inputs) -> list[Tensor]:
+        assert inputs.drop is None, "a ResNet has no stochastic depth"
         maps = []
-        for images, mask in zip(crops, masks, strict=True):
+        for images, mask in zip(inputs.crops, inputs.masks, strict=True):
             x = self._stem(images, mask)
-            for stage, blocks in enumerate(self.active_stages(subnet)):
-                middle = subnet.width * 2**stage
+            for stage, blocks in enumerate(self.active_stages(inputs.subnet)):
+                middle = inputs.subnet.width * 2**stage
                 for block in blocks:
-                    x = recomputed(block, x, middle) if recompute else block(x, middle)
+                    x = recomputed(block, x, middle) if inputs.recompute else block(x, middle)
             maps.append(x)
         return maps
 
@@ -205,7 +198,7 @@ class ElasticResNet(Pyramid):
         x, outputs = self._stem(images, None), []
         for stage, blocks in enumerate(self.active_stages(self.space.require(subnet))):
             outputs = [x := block(x, subnet.width * 2**stage) for block in blocks]
-        return [self._features(output) for output in outputs[-count:]]
+        return [self._features_of(output) for output in outputs[-count:]]
 
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator

@@ -27,7 +27,7 @@ from elastic_kernels import (
     elastic_linear,
     recomputed,
 )
-from poa.backbones.base import Features, copied, initialise_as_torch
+from poa.backbones.base import Features, Inputs, copied, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
 from poa.errors import InputError
 from poa.multicrop import StochasticDepth, draw_samples
@@ -253,20 +253,14 @@ class ElasticSwin(Pyramid):
     def normalise(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
-    def maps(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet,
-        masks: Sequence[Tensor | None],
-        drop: StochasticDepth | None,
-        recompute: bool,
-    ) -> list[Tensor]:
-        embedded = [self._embed(c, subnet.width, m) for c, m in zip(crops, masks, strict=True)]
-        x, maps = _pack(embedded)
+    def maps(self, inputs: Inputs) -> list[Tensor]:
+        crops = zip(inputs.crops, inputs.masks, strict=True)
+        subnet, drop = inputs.subnet, inputs.drop
+        x, maps = _pack([self._embed(images, subnet.width, mask) for images, mask in crops])
         halves = iter(drop.blocks if drop else [None] * sum(subnet.blocks))
         for stage, blocks in self.active_stages(subnet):
             for block in blocks:
-                if recompute:
+                if inputs.recompute:
                     x = recomputed(block, x, maps, next(halves))
                 else:
                     x = block(x, maps, next(halves), inplace=True)
@@ -303,7 +297,7 @@ class ElasticSwin(Pyramid):
             if stage.downsample is not None:
                 x, maps = _pack([_neighbours(part) for part in _unpack(x, maps)])
                 x = stage.downsample(x)
-        return [self._features(_unpack(output, maps)[0]) for output in outputs[-count:]]
+        return [self._features_of(_unpack(output, maps)[0]) for output in outputs[-count:]]
 
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator

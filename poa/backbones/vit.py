@@ -27,6 +27,7 @@ from poa.backbones.base import (
     Backbone,
     BackboneConfig,
     Features,
+    Inputs,
     TimmModel,
     copied,
     initialise_as_torch,
@@ -247,54 +248,29 @@ class ElasticViT(Backbone):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
 
-    def forward(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet | None = None,
-        *,
-        masks: Sequence[Tensor | None] | None = None,
-        drop: StochasticDepth | None = None,
-        recompute: bool = False,
-    ) -> list[Features]:
-        """As `Backbone.forward`; all groups are one packed token tensor."""
-        x, groups = self._run(crops, subnet, masks, drop, recompute)
-        return self._features(x, groups)
+    def _features(self, inputs: Inputs) -> list[Features]:
+        """All groups are one packed token tensor."""
+        return self._features_of(*self._run(inputs))
 
-    def gather_tokens(
-        self,
-        crops: Sequence[Tensor],
-        patches: Tensor,
-        subnet: Subnet | None = None,
-        *,
-        masks: Sequence[Tensor | None] | None = None,
-        drop: StochasticDepth | None = None,
-        recompute: bool = False,
-    ) -> Tensor:
-        """As `Backbone.gather_tokens`; the last block makes no other tokens."""
+    def _tokens(self, inputs: Inputs, patches: Tensor) -> Tensor:
+        """The last block makes no other tokens."""
+        crops = inputs.crops
         cls = class_tokens(self.groups(crops), patches.device)
         last = math.prod(self._grid(crops[-1]))
         # Every image of the last group has its class token and registers before its patches.
         start = sum(crops * length for crops, length in self.groups(crops[:-1]))
         tokens = torch.cat([*cls, patches + (patches // last + 1) * self.config.prefix + start])
-        x, _ = self._run(crops, subnet, masks, drop, recompute, only=tokens)
+        x, _ = self._run(inputs, only=tokens)
         return self.normalise(x)
 
-    def _run(
-        self,
-        crops: Sequence[Tensor],
-        subnet: Subnet | None,
-        masks: Sequence[Tensor | None] | None,
-        drop: StochasticDepth | None,
-        recompute: bool,
-        only: Tensor | None = None,
-    ) -> tuple[Tensor, Groups]:
+    def _run(self, inputs: Inputs, only: Tensor | None = None) -> tuple[Tensor, Groups]:
         """Packed tokens before the last norm, all or `only` some of them."""
-        subnet = self.space.intact if subnet is None else self.space.require(subnet)
-        x, groups = self.embed(crops, subnet.width, masks)
+        subnet, drop = inputs.subnet, inputs.drop
+        x, groups = self.embed(inputs.crops, subnet.width, inputs.masks)
         blocks = self.active_blocks(subnet)
         for block, kept in zip(blocks, drop.blocks if drop else [None] * len(blocks), strict=True):
             wanted = only if block is blocks[-1] else None
-            if recompute:
+            if inputs.recompute:
                 x = recomputed(block, x, groups, kept, only=wanted)
             else:
                 x = block(x, groups, kept, only=wanted, inplace=True)
@@ -303,9 +279,9 @@ class ElasticViT(Backbone):
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
         x, groups = self.embed([images], self.space.require(subnet).width)
         outputs = [x := block(x, groups, None) for block in self.active_blocks(subnet)]
-        return [self._features(output, groups)[0] for output in outputs[-count:]]
+        return [self._features_of(output, groups)[0] for output in outputs[-count:]]
 
-    def _features(self, x: Tensor, groups: Groups) -> list[Features]:
+    def _features_of(self, x: Tensor, groups: Groups) -> list[Features]:
         tokens, normed = unpack(x, groups), unpack(self.normalise(x), groups)
         prefix = self.config.prefix
         return [Features(n[:, 0], n[:, prefix:], t) for t, n in zip(tokens, normed, strict=True)]
