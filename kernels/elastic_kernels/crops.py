@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,9 +123,20 @@ def render_crops(
     """
     check_canvases(images)
     _check_parameters(parameters, images)
-    _check_options(parameters, size, blur_kernel, mean, std, dtype)
-    make = _render_triton if crops_backend(images).backend == "triton" else render_crops_reference
-    return make(images, parameters, size, blur_kernel, mean, std, dtype)
+    wanted = _Wanted(size, blur_kernel, mean, std, dtype)
+    _check_wanted(parameters, wanted)
+    make = _render_triton if crops_backend(images).backend == "triton" else _reference
+    return make(images, parameters, wanted)
+
+
+class _Wanted(NamedTuple):
+    """The options of `render_crops`."""
+
+    size: int
+    blur_kernel: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    dtype: torch.dtype
 
 
 def crops_backend(images: Tensor) -> dispatch.Choice:
@@ -132,23 +144,16 @@ def crops_backend(images: Tensor) -> dispatch.Choice:
     return dispatch.choose("render_crops", images, dtype=torch.float32)
 
 
-def render_crops_reference(
-    images: Tensor,
-    parameters: CropParameters,
-    size: int,
-    blur_kernel: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
+def _reference(images: Tensor, parameters: CropParameters, wanted: _Wanted) -> Tensor:
     """`render_crops` in plain PyTorch."""
-    p, steps = parameters, _plan(parameters, blur_kernel)
+    p, size, steps = parameters, wanted.size, _plan(parameters, wanted.blur_kernel)
     rows = upload_parts([rows for _, rows, _ in steps], images.device)
     angle = torch.zeros(0) if p.angle is None else p.angle
-    plan = [p.boxes.float(), p.flip.float(), angle, *normalisation(mean, std), *(a for _, _, a in steps)]
+    levels = normalisation(wanted.mean, wanted.std)
+    plan = [p.boxes.float(), p.flip.float(), angle, *levels, *(a for _, _, a in steps)]
     boxes, flip, angle, shift, gain, *amounts = upload_parts(plan, images.device)
     if not len(boxes):
-        return boxes.new_empty(0, 3, size, size, dtype=dtype)
+        return boxes.new_empty(0, 3, size, size, dtype=wanted.dtype)
     taps = filter_taps((p.boxes[:, 2:].amax(0) / size).tolist())
     pixels = product_pixels(images)
     crops = resample_boxes(pixels, boxes, touched_pixels(boxes), (size, size), flip > 0, taps)
@@ -157,7 +162,7 @@ def render_crops_reference(
     for (operation, _, _), chosen, amount in zip(steps, rows, amounts, strict=True):
         changed = operation(crops.index_select(0, chosen), amount.view(-1, 1, 1, 1))
         crops.index_copy_(0, chosen, changed)
-    return crops.mul_(gain).sub_(shift).to(dtype)
+    return crops.mul_(gain).sub_(shift).to(wanted.dtype)
 
 
 def _changes(parameters: CropParameters) -> Tensor:
@@ -253,15 +258,7 @@ def _blur(kernel: int, x: Tensor, sigma: Tensor) -> Tensor:
     return x
 
 
-def _render_triton(
-    images: Tensor,
-    parameters: CropParameters,
-    size: int,
-    blur_kernel: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
+def _render_triton(images: Tensor, parameters: CropParameters, wanted: _Wanted) -> Tensor:
     """`render_crops` by the fused kernels."""
     from elastic_kernels.triton_ops import crops as _  # noqa: F401, registers the operators
     from elastic_kernels.triton_ops.crops_table import crop_table
@@ -270,17 +267,17 @@ def _render_triton(
     boxes = p.boxes.float()
     rows = ((boxes[:, 0] + boxes[:, 2]).ceil() - boxes[:, 0].floor()).long()  # that each box touches
     operations, amounts = _colour_turns(p)
-    shift, gain = (x.flatten() for x in normalisation(mean, std))
+    shift, gain = (x.flatten() for x in normalisation(wanted.mean, wanted.std))
     table = crop_table(boxes, p.flip, rows, operations, amounts, p.sigma, p.solarize, gain, shift)
     table = upload(table, images.device)
     most_rows, all_rows = (int(rows.max()), int(rows.sum())) if len(rows) else (0, 0)
-    crops = operators.crops_resample(images, table, size, most_rows, all_rows, between_kernels(images))
+    crops = operators.crops_resample(images, table, wanted.size, most_rows, all_rows, between_kernels(images))
     if p.angle is not None:
         crops = _rotate(crops.float(), upload(p.angle, images.device)).contiguous()
     if (operations >= 0).any():
         operators.crops_colour_(crops, table)
-    taps = blur_kernel if (p.sigma > 0).any() else 0
-    return operators.crops_finish(crops, table, taps, dtype)
+    taps = wanted.blur_kernel if (p.sigma > 0).any() else 0
+    return operators.crops_finish(crops, table, taps, wanted.dtype)
 
 
 def between_kernels(images: Tensor) -> torch.dtype:
@@ -337,14 +334,8 @@ def _check_boxes(boxes: Tensor, canvas: list[int]) -> None:
         raise ValueError(f"render_crops: expected boxes (top, left, height, width) in {canvas}, got {got}")
 
 
-def _check_options(
-    parameters: CropParameters,
-    size: int,
-    blur_kernel: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> None:
+def _check_wanted(parameters: CropParameters, wanted: _Wanted) -> None:
+    size, blur_kernel, mean, std, dtype = wanted
     if size < 1:
         raise ValueError(f"render_crops: expected a size of at least 1, got {size}")
     fits = blur_kernel % 2 == 1 and 1 <= blur_kernel < 2 * size

@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 ENVIRONMENT_VARIABLE = "ELASTIC_KERNELS_BACKEND"
 BACKENDS = ("reference", "triton", "sdpa", "xformers")
@@ -61,7 +63,16 @@ _absent: ContextVar[Gpu | None] = ContextVar("absent", default=None)
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def holding(variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Let a context variable have a value while the context lasts."""
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def backend(name: str) -> AbstractContextManager[None]:
     """Force a backend for all operators of this thread while the context lasts.
 
     What `torch.compile` traces in the context keeps the backend.
@@ -79,15 +90,10 @@ def backend(name: str) -> Iterator[None]:
         ...     packed_attention(torch.randn(4, 3, 2, 16), [(1, 4)]).shape
         torch.Size([4, 32])
     """
-    token = _forced.set(_checked(name))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
+    return holding(_forced, _checked(name))
 
 
-@contextmanager
-def planning(products: torch.dtype) -> Iterator[None]:
+def planning(products: torch.dtype) -> AbstractContextManager[None]:
     """Take meta tensors for those of a GPU, with products in a dtype, as under its autocast.
 
     Operators then give shapes and dtypes and compute nothing: for the planning of memory and launches.
@@ -103,11 +109,7 @@ def planning(products: torch.dtype) -> Iterator[None]:
         ...     elastic_linear(x, W).dtype
         torch.bfloat16
     """
-    token = _planned.set(products)
-    try:
-        yield
-    finally:
-        _planned.reset(token)
+    return holding(_planned, products)
 
 
 def forced() -> str | None:
@@ -120,14 +122,9 @@ def planned() -> torch.dtype | None:
     return _planned.get()
 
 
-@contextmanager
-def assuming(gpu: Gpu) -> Iterator[None]:
+def assuming(gpu: Gpu) -> AbstractContextManager[None]:
     """Take meta tensors for those of an absent GPU; `absent_gpu` also records launches."""
-    token = _absent.set(gpu)
-    try:
-        yield
-    finally:
-        _absent.reset(token)
+    return holding(_absent, gpu)
 
 
 def absent() -> Gpu | None:

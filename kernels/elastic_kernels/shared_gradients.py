@@ -8,12 +8,13 @@ gradient of a network as wide, to which the product of the next one is added.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+
+from elastic_kernels.dispatch import holding
 
 
 class GradientLedger:
@@ -58,8 +59,7 @@ class GradientLedger:
 _ledger: ContextVar[GradientLedger | None] = ContextVar("shared_gradients", default=None)
 
 
-@contextmanager
-def shared_gradients() -> Iterator[None]:
+def shared_gradients() -> AbstractContextManager[None]:
     """Run several networks on the same weights whose losses are differentiated together.
 
     Among the forward passes in this context, each lets the gradient of a weight be added in place to that of
@@ -80,11 +80,7 @@ def shared_gradients() -> Iterator[None]:
         >>> block.mlp.fc1.weight.grad.shape
         torch.Size([256, 64])
     """
-    token = _ledger.set(GradientLedger())
-    try:
-        yield
-    finally:
-        _ledger.reset(token)
+    return holding(_ledger, GradientLedger())
 
 
 def stop_sharing() -> None:
