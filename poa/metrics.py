@@ -48,7 +48,7 @@ class Meter:
     def reset(self) -> None:
         """Forget what was counted; the clock starts now."""
         self.names: list[str] = []
-        self.sums: Tensor | None = None  # of values and how often they were numbers, [2, values]
+        self.sums: Tensor | None = None  # of values and how often they were finite, [2, values]
         self.skipped: Tensor | float = 0.0
         self.health: dict[str, Tensor] = {}
         self.steps = 0
@@ -69,8 +69,8 @@ class Meter:
     def add(self, report: StepReport) -> None:
         """Count one step."""
         self.names = list(report.values)
-        numbers = report.stacked.isfinite()
-        counted = torch.stack([torch.where(numbers, report.stacked, 0.0), numbers.float()])
+        finite = report.stacked.isfinite()
+        counted = torch.stack([torch.where(finite, report.stacked, 0.0), finite.float()])
         self.sums = counted if self.sums is None else self.sums + counted
         self.skipped = self.skipped + (~report.finite).float()
         self.health = report.health or self.health
@@ -78,7 +78,7 @@ class Meter:
 
     def collect(self) -> dict[str, Any]:
         """Means over steps and processes, share of skipped steps, seconds since the start, images a second,
-        share of time waiting. The mean of what never was a number is None."""
+        share of time waiting. The mean of what never was finite is None."""
         assert self.sums is not None and isinstance(self.skipped, Tensor)
         scalars = torch.stack([self.skipped / self.steps, *(v.float() for v in self.health.values())])
         sums, counts, (skipped, *health) = (

@@ -21,7 +21,7 @@ AUTOCAST: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a process takes at once: images, and the students that see them (intact, elastic)."""
+    """What a forward and backward take: images, and the students that see them (intact, elastic)."""
 
     batch: Batch
     passes: Sequence[StudentPass]

@@ -61,7 +61,7 @@ def pretrain(
     Raises:
         InputError: data, device, folder or checkpoint cannot be used; nothing is written then.
         DivergenceError: losses or gradients became NaN or inf.
-        PeerError: another process is dead or does not answer.
+        PeerError: another process is dead or does not respond.
         Preempted: a signal asked it to stop, and the run was saved.
     """
     require_writers(config.run.log_to)

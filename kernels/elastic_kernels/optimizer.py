@@ -38,7 +38,7 @@ class FusedAdamW(torch.optim.AdamW):
 
     Attributes:
         norms: norm of each part's gradients before clipping, after a step; on the device.
-        finite: whether all of them were numbers; bool, on the device.
+        finite: whether all of them are finite; bool, on the device.
 
     Raises:
         ValueError: parameters in no part or in two; averages of other shapes or devices.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 C = TypeVar("C")
 PACKAGED = Path(__file__).parent / "tuned"
-TILE = 128  # features of the widest tile that every part has: classes of widths are multiples of it
+TILE = 128  # features of the widest tile that every GPU has: classes of widths are multiples of it
 TUNABLES: dict[str, Tunable] = {}
 
 
@@ -48,7 +48,7 @@ class Tunable:
     Attributes:
         name: in tables.
         candidates: of the numbers of a class of shapes, the settings worth timing: frozen dataclasses, the
-            fallback of every part among them.
+            fallback of every GPU among them.
     """
 
     name: str

@@ -110,8 +110,8 @@ def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
     q, k, v = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).unbind(0)  # [count, i, j, heads, n, head_dim]
     scores = (q * head_dim**-0.5) @ k.transpose(-1, -2) + bias.to(qkv.dtype)
     if shift:
-        apart = cached_constant(qkv, _apart, rows, columns, window, shift, qkv.device)
-        scores = scores + apart.unsqueeze(2).to(scores.dtype) * MASK_VALUE
+        differ = cached_constant(qkv, _regions_differ, rows, columns, window, shift, qkv.device)
+        scores = scores + differ.unsqueeze(2).to(scores.dtype) * MASK_VALUE
     x = scores.softmax(-1) @ v
     x = x.unflatten(4, (window, window)).permute(0, 1, 4, 2, 5, 3, 6)  # [count, i, r, j, c, heads, head_dim]
     x = x.flatten(3, 4).flatten(1, 2)
@@ -120,7 +120,7 @@ def _attend(qkv: Tensor, bias: Tensor, pad: Tensor, window: int, shift: int) -> 
 
 
 @lru_cache(maxsize=64)
-def _apart(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
+def _regions_differ(rows: int, columns: int, window: int, shift: int, device: torch.device) -> Tensor:
     """bool `[rows / window, columns / window, n, n]`: query and key lie in different regions."""
 
     def regions(side: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elastic_kernels import relative_position_bias, window_attention
-from elastic_kernels.window_attention import _apart, _chosen
+from elastic_kernels.window_attention import _chosen, _regions_differ
 from helpers.kernels.numerics import draw
 
 Maps = list[tuple[int, int, int]]
@@ -111,7 +111,7 @@ def test_wrong_input() -> None:
 
 def test_planning_leaves_no_constants_behind() -> None:
     """Under `FakeTensorMode` constants have no values; later calls get real ones."""
-    _apart.cache_clear()
+    _regions_differ.cache_clear()
     _chosen.cache_clear()
     qkv, bias, pad = inputs([(1, 5, 3)], 3)
     table = draw(25, 3)

@@ -92,13 +92,13 @@ def _group_norm_fwd_kernel(
         if HAS_RESIDUAL:
             y += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
         if RELU:
-            y = tl.where(y > 0, y, tl.where(y == y, 0.0, y))  # not a number stays so
+            y = tl.where(y > 0, y, tl.where(y == y, 0.0, y))  # NaN stays NaN
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _group_norm_bwd_kernel(
-    dy_ptr, x_ptr, y_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, shares_ptr,
+    dy_ptr, x_ptr, y_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, partials_ptr,
     rows, groups, per_group,
     RELU: tl.constexpr, KEEP_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, PER_GROUP: tl.constexpr,
@@ -120,9 +120,9 @@ def _group_norm_bwd_kernel(
         x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
         dweight += tl.sum(d * (x - mean[None, :]) * rstd[None, :], 0)
         dbias += tl.sum(d, 0)
-    share = shares_ptr + sample * 2 * channels + channel
-    tl.store(share, dweight, mask=mask_c)
-    tl.store(share + channels, dbias, mask=mask_c)
+    partial = partials_ptr + sample * 2 * channels + channel
+    tl.store(partial, dweight, mask=mask_c)
+    tl.store(partial + channels, dbias, mask=mask_c)
     size = rows * per_group * 1.0
     along = _over_group(weight * dweight, GROUPS, PER_GROUP) / size
     level = _over_group(weight * dbias, GROUPS, PER_GROUP) / size

@@ -90,7 +90,7 @@ def _layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, xhat_ptr, weight_ptr, places_ptr, widths_ptr, mean_ptr, rstd_ptr, dsum_ptr,
-    dx_ptr, shares_ptr,
+    dx_ptr, partials_ptr,
     tokens, width,
     stride_x, stride_s,
     HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr,
@@ -143,14 +143,14 @@ def _layer_norm_bwd_kernel(
         out = dx_ptr + token[:, None] * width + offs_k[None, :]
         tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=every)
     if HAS_AFFINE:
-        share = shares_ptr + program.to(tl.int64) * 2 * width + offs_k
-        tl.store(share, dweight, mask=mask_k)
-        tl.store(share + width, dbias, mask=mask_k)
+        partial = partials_ptr + program.to(tl.int64) * 2 * width + offs_k
+        tl.store(partial, dweight, mask=mask_k)
+        tl.store(partial + width, dbias, mask=mask_k)
 
 
 @triton.jit(do_not_specialize=["programs"])
 def _layer_norm_affine_kernel(
-    shares_ptr, weight_beside_ptr, bias_beside_ptr, dweight_ptr, dbias_ptr,
+    partials_ptr, weight_beside_ptr, bias_beside_ptr, dweight_ptr, dbias_ptr,
     programs, width, largest,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -162,9 +162,9 @@ def _layer_norm_affine_kernel(
     for start in range(0, programs, ROWS):
         offs_r = start + tl.arange(0, ROWS)
         mask = (offs_r < programs)[:, None] & active[None, :]
-        share = shares_ptr + offs_r[:, None] * 2 * width + offs_k[None, :]
-        dweight += tl.load(share, mask=mask, other=0.0)
-        dbias += tl.load(share + width, mask=mask, other=0.0)
+        partial = partials_ptr + offs_r[:, None] * 2 * width + offs_k[None, :]
+        dweight += tl.load(partial, mask=mask, other=0.0)
+        dbias += tl.load(partial + width, mask=mask, other=0.0)
     dw, db = tl.sum(dweight, 0), tl.sum(dbias, 0)
     if weight_beside_ptr is not None:
         dw += tl.load(weight_beside_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)

@@ -216,8 +216,8 @@ class LossConfig:
     stages: int
 
 
-# Not timed on a GPU yet. Of the settings that compile without spilling, those of which `benchmarks predict`
-# promises most. Running sums of two students with two targets take most registers.
+# Not timed on a GPU yet. Of the settings that compile without spilling, those that `benchmarks predict`
+# finds fastest. Running sums of two students with two targets take most registers.
 _FP32 = LossConfig(32, 32, 32, warps=8, stages=1)
 _FWD = LossConfig(64, 32, 64, warps=4, stages=3)
 _FWD_WHOLE = LossConfig(64, 32, 256, warps=4, stages=2)  # rows stay in shared memory
@@ -226,7 +226,7 @@ _BWD_WARP_GROUP = LossConfig(64, 64, 64, warps=4, stages=3)  # where matrix unit
 
 
 def fwd_config(itemsize: int, dim: int, capability: tuple[int, int]) -> LossConfig:
-    """Settings of the forward for rows of `dim` channels, on a part of a compute capability."""
+    """Settings of the forward for rows of `dim` channels, on a GPU of a compute capability."""
     if itemsize == 4:
         return _FP32
     whole = _FWD.block_d < dim <= _FWD_WHOLE.block_d and capability[0] in (9, 10)

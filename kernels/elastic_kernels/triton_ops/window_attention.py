@@ -119,12 +119,12 @@ def _window_attention_fwd_kernel(
         "shift",
         "heads",
         "windows",
-        "first_share",
+        "first_partial",
     ]
 )
 def _window_attention_bwd_kernel(
     qkv_ptr, bias_ptr, pad_ptr, dout_ptr, lse_ptr, dqkv_ptr, dbias_ptr, dpad_ptr,
-    first_token, height, width, rows, columns, shift, heads, windows, first_share,
+    first_token, height, width, rows, columns, shift, heads, windows, first_partial,
     stride_t, stride_g, stride_h, stride_pad,
     scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
@@ -164,11 +164,11 @@ def _window_attention_bwd_kernel(
         padded = (inside & ~real)[:, None]
         dpad_k += tl.sum(tl.where(padded, dk, 0.0), 0)
         dpad_v += tl.sum(tl.where(padded, dv, 0.0), 0)
-    share = (first_share + piece).to(tl.int64) * heads + head
-    places = dbias_ptr + share * n * n + offs[:, None] * n + offs[None, :]
+    partial = (first_partial + piece).to(tl.int64) * heads + head
+    places = dbias_ptr + partial * n * n + offs[:, None] * n + offs[None, :]
     tl.store(places, dbias, mask=inside[:, None] & inside[None, :])
-    tl.store(dpad_ptr + share * 2 * BLOCK_D + offs_d, dpad_k)
-    tl.store(dpad_ptr + (share * 2 + 1) * BLOCK_D + offs_d, dpad_v)
+    tl.store(dpad_ptr + partial * 2 * BLOCK_D + offs_d, dpad_k)
+    tl.store(dpad_ptr + (partial * 2 + 1) * BLOCK_D + offs_d, dpad_v)
 
 
 @dataclass(frozen=True)
@@ -223,14 +223,14 @@ def _warps(qkv: Tensor, side: int, backward: bool) -> int:
     return (_BWD if backward else _FWD).choose(qkv, (window_block(side), qkv.shape[3]), fallback).warps
 
 
-def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str, Any]:
+def _constants(qkv: Tensor, side: int, mask_value: float, backward: bool) -> dict[str, Any]:
     return {
         "HEAD_DIM": qkv.shape[3],
         "BLOCK_D": head_block(qkv.shape[3]),
         "SIDE": side,
         "BLOCK": window_block(side),
         "LOG2": LOG2_E,
-        "MASK_VALUE": apart * LOG2_E,
+        "MASK_VALUE": mask_value * LOG2_E,
         "PRECISION": precision(qkv),
         "num_warps": _warps(qkv, side, backward),
         "num_stages": 1,
@@ -238,7 +238,7 @@ def _constants(qkv: Tensor, side: int, apart: float, backward: bool) -> dict[str
 
 
 def window_attention_fwd(
-    qkv: Tensor, bias: Tensor, pad: Tensor, maps: Sequence[int], side: int, shift: int, apart: float
+    qkv: Tensor, bias: Tensor, pad: Tensor, maps: Sequence[int], side: int, shift: int, mask_value: float
 ) -> tuple[Tensor, Tensor]:
     """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`.
 
@@ -253,7 +253,7 @@ def window_attention_fwd(
             span.first, *span.sizes, shift, heads,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5 * LOG2_E,
-            **_constants(qkv, side, apart, backward=False),
+            **_constants(qkv, side, mask_value, backward=False),
         )  # fmt: skip
     return out, lse
 
@@ -267,7 +267,7 @@ def window_attention_bwd(
     maps: Sequence[int],
     side: int,
     shift: int,
-    apart: float,
+    mask_value: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv `[tokens, 3, heads, d]`, and of bias and pad in full shape."""
     heads, dim = qkv.shape[2:]
@@ -276,16 +276,16 @@ def window_attention_bwd(
     partials = sum(span.slices for span in spans)
     dbias = torch.empty(partials, heads, side**2, side**2, dtype=torch.float32, device=qkv.device)
     dpad = torch.empty(partials, heads, 2, head_block(dim), dtype=torch.float32, device=qkv.device)
-    first_share = 0
+    first_partial = 0
     for span in spans:
         _window_attention_bwd_kernel[(heads, span.slices)](
             qkv, bias, pad, dout, lse, dqkv, dbias, dpad,
-            span.first, *span.sizes, shift, heads, span.windows, first_share,
+            span.first, *span.sizes, shift, heads, span.windows, first_partial,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5, dim**-0.5 * LOG2_E,
-            **_constants(qkv, side, apart, backward=True),
+            **_constants(qkv, side, mask_value, backward=True),
         )  # fmt: skip
-        first_share += span.slices
+        first_partial += span.slices
     whole_bias, whole_pad = torch.zeros_like(bias), torch.zeros_like(pad)
     whole_bias[:heads] = dbias.sum(0)
     whole_pad[1:, :heads] = dpad[..., :dim].sum(0).transpose(0, 1)
@@ -293,8 +293,8 @@ def window_attention_bwd(
 
 
 register(
-    "window_attention_fwd(Tensor qkv, Tensor bias, Tensor pad, int[] maps, int side, int shift, float apart)"
-    " -> (Tensor, Tensor)",
+    "window_attention_fwd(Tensor qkv, Tensor bias, Tensor pad, int[] maps, int side, int shift,"
+    " float mask_value) -> (Tensor, Tensor)",
     window_attention_fwd,
     lambda qkv, *rest: (
         qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
@@ -303,13 +303,9 @@ register(
 )
 register(
     "window_attention_bwd(Tensor qkv, Tensor bias, Tensor pad, Tensor lse, Tensor dout,"
-    " int[] maps, int side, int shift, float apart) -> (Tensor, Tensor, Tensor)",
+    " int[] maps, int side, int shift, float mask_value) -> (Tensor, Tensor, Tensor)",
     window_attention_bwd,
-    lambda qkv, bias, pad, *rest: (
-        qkv.new_empty(qkv.shape),
-        torch.empty_like(bias),
-        torch.empty_like(pad),
-    ),
+    lambda qkv, bias, pad, *rest: (qkv.new_empty(qkv.shape), torch.empty_like(bias), torch.empty_like(pad)),
 )
 
 
@@ -325,10 +321,10 @@ class WindowAttentionFunction(torch.autograd.Function):
         maps: list[int],
         side: int,
         shift: int,
-        apart: float,
+        mask_value: float,
     ) -> Tensor:
         qkv, bias, pad = unit_stride(qkv), bias.contiguous(), pad.contiguous()
-        geometry = (maps, side, shift, apart)
+        geometry = (maps, side, shift, mask_value)
         out, lse = ops.window_attention_fwd(qkv, bias, pad, *geometry)
         ctx.save_for_backward(qkv, bias, pad, lse)
         ctx.geometry = geometry

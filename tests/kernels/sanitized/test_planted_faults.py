@@ -56,7 +56,7 @@ FAULTS = {
     "load-without-mask": Fault(
         norm, BACK, "offs_k, mask=mask_k, other=0.0).to(tl.float32)\n", "offs_k)\n", "oob_read", "weight_ptr"
     ),
-    "two-programs-on-a-row": Fault(norm, BACK, "program.to(", "(program // 2).to(", "race", "shares_ptr"),
+    "two-programs-on-a-row": Fault(norm, BACK, "program.to(", "(program // 2).to(", "race", "partials_ptr"),
     "one-column-too-many-by-address": Fault(
         scale, ROW_PASS, "(offs_k < prototypes)[", "(offs_k <= prototypes)[", "oob_read", r"logits_ptr\[0\]"
     ),
