@@ -64,7 +64,8 @@ def add_latency(group: argparse._SubParsersAction[Command]) -> None:
 
 def run_latency(options: argparse.Namespace) -> None:
     folder = RunFolder(Path(options.run))
-    backbone = folder.config().method.backbone
+    method = folder.config().method
+    backbone = method.backbone
     space, device = backbone.space, choose_device(options.device)
     subnets = space.named(options.subnets)
     size = options.image_size or backbone.image_size
@@ -80,7 +81,7 @@ def run_latency(options: argparse.Namespace) -> None:
     require_json(out, "--out", "latency")
     if out.exists() and (before := LatencyTable.read(out, space).setting.machine) != setting.machine:
         raise InputError(f"--out: expected a new file for {setting.machine}, got {out}, a table of {before}")
-    found = measure(backbone, subnets, setting, device, options.seconds)
+    found = measure(method, subnets, setting, device, options.seconds)
     if options.sample:
         found = interpolated(found, space)
     found.write(out)

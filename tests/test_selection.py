@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,17 @@ def test_from_a_latency_table_to_a_subnet(
     assert "a table of another" in fails(capsys, "latency", str(run), "--device", "cpu", "--batch", "2")
 
 
+@pytest.mark.parametrize("runtime", ["compile", "onnxruntime"])
+def test_other_runtimes(runtime: str, run: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if runtime == "onnxruntime":
+        for name in ("onnxscript", "onnxruntime"):
+            pytest.importorskip(name, reason=f"{name} is not installed")
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
+    assert main(["latency", str(run), "--device", "cpu", "--runtime", runtime, "--subnets", "16x1,16x2"]) == 0
+    found = json.loads((run / f"latency-cpu-{runtime}.json").read_text())
+    assert found["latency"]["runtime"] == runtime and len(found["subnets"]) == 2
+
+
 def test_agreement_is_computed_once(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +229,7 @@ def test_agreement_is_computed_once(
         ),
         (["latency", "RUN", "--image-size", "30"], "multiple of the patch size 8, got 30"),
         (["latency", "RUN", "--out", "RUN/config.json"], "--out: expected a new file, or an older one"),
+        (["latency", "RUN", "--runtime", "onnx"], "argument --runtime: invalid choice: 'onnx' (choose from "),
         (["latency", "RUN", "--subnets", "99x9"], "subnet 99x9: expected a width of 16, 32"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

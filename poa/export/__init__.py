@@ -2,6 +2,6 @@
 
 from poa.export.folder import extract, load
 from poa.export.formats import export_file
-from poa.export.model import ExportedModel, plain_network, static_model
+from poa.export.model import ExportedModel, static_model
 
-__all__ = ["ExportedModel", "export_file", "extract", "load", "plain_network", "static_model"]
+__all__ = ["ExportedModel", "export_file", "extract", "load", "static_model"]

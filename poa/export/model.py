@@ -167,7 +167,9 @@ def static_model(
     Raises:
         InputError: a subnet outside the space, or an image size that the backbone cannot take.
     """
-    network, config = plain_network(backbone, backbone.space.require(subnet), image_size)
+    static = backbone.to_static(backbone.space.require(subnet), image_size)
+    config, network = static.config, static.config.plain().eval()
+    load_strictly(network, static.exported_state(), "static")
     size = config.image_size
     scaled = round(canvas * size / backbone.config.image_size) if canvas else None
     info = {
@@ -181,16 +183,6 @@ def static_model(
         "largest_difference": _largest_difference(backbone, network, subnet, size),
     }
     return ExportedModel(network, config, info).eval()
-
-
-def plain_network(
-    backbone: Backbone, subnet: Subnet, image_size: int | None = None
-) -> tuple[nn.Module, BackboneConfig]:
-    """A subnet in plain PyTorch operations, in evaluation mode, and its shape; see `Backbone.to_static`."""
-    static = backbone.to_static(subnet, image_size)
-    network = static.config.plain().eval()
-    load_strictly(network, static.exported_state(), "static")
-    return network, static.config
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from poa.backbones import BackboneConfig
-from poa.errors import InputError, as_input
-from poa.export import plain_network
+from poa.config import MethodConfig
+from poa.errors import InputError, as_input, optional_package
+from poa.export import static_model
 from poa.files import read_json, write_json
-from poa.selection.runtimes import RUNTIMES, ClassToken, interleaved
+from poa.selection.runtimes import RUNTIMES, interleaved
 from poa.subnets import SearchSpace, Subnet
 
 BUSY = 0.05  # share of disturbed calls that is worth a note
@@ -41,7 +41,7 @@ class Setting:
         batch: images of a call.
         image_size: pixels.
         runtime: one of `RUNTIMES`.
-        pytorch: its version.
+        version: of PyTorch or onnxruntime.
     """
 
     device: str
@@ -50,14 +50,17 @@ class Setting:
     batch: int
     image_size: int
     runtime: str
-    pytorch: str
+    version: str
 
     @classmethod
     def of(cls, device: torch.device, batch: int, image_size: int, runtime: str) -> Setting:
         """That of this process."""
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
         threads = torch.get_num_threads()
-        return cls(str(device.type), machine, threads, batch, image_size, runtime, torch.__version__)
+        version = f"PyTorch {torch.__version__}"
+        if runtime == "onnxruntime":
+            version = optional_package(runtime, "export").__version__
+        return cls(str(device.type), machine, threads, batch, image_size, runtime, version)
 
     def name(self, trained_size: int) -> str:
         """A short one, such as `cpu`, or `cpu-4threads-batch8-compile` where it is not the usual one."""
@@ -73,7 +76,7 @@ class Setting:
     def __str__(self) -> str:
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device == "cpu" else ""
         images = f"batch {self.batch} of {self.image_size} px, fp32"
-        return f"{self.machine}{threads}, {images}, {self.runtime} (PyTorch {self.pytorch})"
+        return f"{self.machine}{threads}, {images}, {self.runtime} ({self.version})"
 
 
 @dataclass(frozen=True)
@@ -150,14 +153,14 @@ class LatencyTable:
 
 
 def measure(
-    config: BackboneConfig, subnets: Sequence[Subnet], setting: Setting, device: torch.device, seconds: float
+    method: MethodConfig, subnets: Sequence[Subnet], setting: Setting, device: torch.device, seconds: float
 ) -> LatencyTable:
     """Measure the latency of subnets as networks of their own.
 
     Weights are random: latency does not depend on them.
 
     Args:
-        config: of the backbone.
+        method: gives the backbone.
         subnets: which networks; all are in memory at the same time.
         setting: batch, image size and runtime, and what else goes into the table.
         device: to run on.
@@ -166,15 +169,15 @@ def measure(
     Raises:
         InputError: no room for all of them, or a runtime that does not take them.
     """
-    _require_room(sum(config.parameters(s) for s in subnets) * 4, len(subnets), device)
+    _require_room(sum(method.backbone.parameters(s) for s in subnets) * 4, len(subnets), device)
     draw = torch.Generator().manual_seed(0)
-    backbone = config.build(draw)
+    backbone = method.backbone.build(draw)
     images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, generator=draw).to(device)
-    with torch.inference_mode():
+    with torch.no_grad():
         calls = {}
         for subnet in subnets:
-            network, _ = plain_network(backbone, subnet, setting.image_size)
-            calls[subnet] = RUNTIMES[setting.runtime](ClassToken(network).to(device), images)
+            model = static_model(backbone, subnet, method.crops, image_size=setting.image_size)
+            calls[subnet] = RUNTIMES[setting.runtime](model.to(device), images)
             calls[subnet]()
         times = interleaved(calls, device, seconds)
     disturbed = sum(len(found.disturbed) for found in times.values())

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import resource
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from poa.errors import InputError, one_line
+from poa.export import ExportedModel, export_file
+from poa.export.formats import onnx_runner
 from poa.random import python_stream
 
 K = TypeVar("K")
 Call = Callable[[], object]
-Runtime = Callable[[nn.Module, Tensor], Call]
-"""From a network and normalised images `[B, 3, S, S]`, both on the device, to a call of one forward."""
+Runtime = Callable[[ExportedModel, Tensor], Call]
+"""From a model and normalised images `[B, 3, S, S]`, both on the device, to a call of one forward."""
 
 CALLS = 3  # timed in a turn, after one that is not
 ROUNDS = (10, 200)  # at least, at most
 QUIET = 20  # calls that suffice for a median and a 95th percentile
 
 
-class ClassToken(nn.Module):
-    """A network whose result is the class tokens alone, `[B, width]`."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        tokens: Tensor = self.network([images])[0].cls
-        return tokens
+def _torch(model: ExportedModel, images: Tensor) -> Call:
+    return lambda: model(images)
 
 
-def _torch(network: nn.Module, images: Tensor) -> Call:
-    return lambda: network(images)
-
-
-def _compile(network: nn.Module, images: Tensor) -> Call:
+def _compile(model: ExportedModel, images: Tensor) -> Call:
     """Compiled by itself for these images; PyTorch's limits of recompilations are meant for one network."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
-    compiled = torch.compile(network, dynamic=False, fullgraph=True)
+    compiled = torch.compile(model, dynamic=False, fullgraph=True)
     try:
         compiled(images)
     except Exception as error:
@@ -54,7 +46,15 @@ def _compile(network: nn.Module, images: Tensor) -> Call:
     return lambda: compiled(images)
 
 
-RUNTIMES: dict[str, Runtime] = {"torch": _torch, "compile": _compile}
+def _onnxruntime(model: ExportedModel, images: Tensor) -> Call:
+    if images.device.type != "cpu":
+        raise InputError(f"--runtime: expected onnxruntime on a CPU, got --device {images.device.type}")
+    with tempfile.TemporaryDirectory() as folder:
+        run = onnx_runner(export_file(model, Path(folder), "onnx"))
+    return lambda: run(images)
+
+
+RUNTIMES: dict[str, Runtime] = {"torch": _torch, "compile": _compile, "onnxruntime": _onnxruntime}
 
 
 @dataclass
