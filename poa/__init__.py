@@ -3,7 +3,9 @@
 from poa import official
 from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.data.preprocessing import Preprocessing
+from poa.embedding import Embeddings, embed
 from poa.export import ExportedModel, load
+from poa.nearest import Nearest
 from poa.run import Run, pretrain
 from poa.subnets import SearchSpace, Subnet
 from poa.version import VERSION
@@ -13,7 +15,9 @@ __all__ = [
     "ElasticResNet",
     "ElasticSwin",
     "ElasticViT",
+    "Embeddings",
     "ExportedModel",
+    "Nearest",
     "Preprocessing",
     "ResNetConfig",
     "Run",
@@ -21,6 +25,7 @@ __all__ = [
     "Subnet",
     "SwinConfig",
     "ViTConfig",
+    "embed",
     "load",
     "official",
     "pretrain",

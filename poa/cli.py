@@ -15,6 +15,7 @@ from poa.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, 
 from poa.backbones import CONFIGS
 from poa.config import Config
 from poa.data.layout import SOURCES
+from poa.embedding_command import add_embed
 from poa.evaluate import PROTOCOLS
 from poa.export.formats import DTYPES
 from poa.options import describe, nearest
@@ -220,6 +221,7 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
     add_latency(group)
     add_select(group)
     _add_extract(group)
+    add_embed(group)
 
 
 def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from poa.data.summary import printable
 from poa.distributed import World
 from poa.errors import InputError
 from poa.progress import say
+
+T = TypeVar("T")
 
 SAMPLE = 16  # images that are tried at the beginning
 PATIENCE = 20.0  # seconds after which a line says that images are searched
@@ -32,22 +36,7 @@ def open_on_ranks(config: Config, world: World, found: Found | None = None) -> D
     Raises:
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
     """
-    splits: list[DataSplit] = []
-
-    def opened() -> None:
-        splits.append(config.data.open(config.method.seed, found))
-
-    line = f"data: looking for the images of {printable(config.data.source)}"
-    patience = threading.Timer(PATIENCE, say, [line])
-    if world.is_main:
-        patience.start()
-    try:
-        world.from_main(opened)
-    finally:
-        patience.cancel()
-    if not world.is_main:
-        opened()
-    (data,) = splits
+    data = main_first(lambda: config.data.open(config.method.seed, found), config.data.source, world)
     world.from_main(partial(require_readable, data.train, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; continuing without it", line)
@@ -58,6 +47,19 @@ def open_on_ranks(config: Config, world: World, found: Found | None = None) -> D
     method = config.method
     require_shared_memory(method.canvas, method.batch_size, config.performance.workers, evaluates)
     return data
+
+
+def main_first(find: Callable[[], T], name: str, world: World) -> T:
+    """What every rank finds of images of a name, the main one before the others."""
+    results: list[T] = []
+    patience = threading.Timer(PATIENCE, say, [f"data: looking for the images of {printable(name)}"])
+    if world.is_main:
+        patience.start()
+    try:
+        world.from_main(lambda: results.append(find()))
+    finally:
+        patience.cancel()
+    return results[0] if world.is_main else find()
 
 
 def require_readable(source: ImageSource, canvas: int) -> None:

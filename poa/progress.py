@@ -35,15 +35,16 @@ class Progress:
     Args:
         total, start: steps of the run, and those done before.
         shown: False on other processes than the main one.
+        unit: what is counted.
     """
 
-    def __init__(self, total: int, start: int, shown: bool):
-        self.total = total
+    def __init__(self, total: int, start: int, shown: bool, unit: str = "step"):
+        self.total, self.unit = total, unit
         self.shown = shown
         self.bar = None
         self.started, self.start = time.perf_counter(), start
         if shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
-            self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, leave=True)
+            self.bar = tqdm(total=total, initial=start, unit=unit, dynamic_ncols=True, leave=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -57,10 +58,10 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def step(self) -> None:
-        """One more step is done."""
+    def step(self, count: int = 1) -> None:
+        """One more step is done, or several."""
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(count)
 
     def show(self, step: int, values: dict[str, str]) -> None:
         """Show the newest values after `step` steps."""
@@ -68,7 +69,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
         elif self.shown:
-            self.say(f"step {step}/{self.total}  {text}  ETA {self._left(step)}")
+            self.say(f"{self.unit} {step}/{self.total}  {text}  ETA {self._left(step)}")
 
     def say(self, line: str) -> None:
         """Print a line without breaking the bar."""

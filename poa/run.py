@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from poa import train
 from poa.backbones.base import BackboneConfig
 from poa.checkpoint import Branch, Checkpoint, RunFolder
 from poa.config import Config, with_data
-from poa.data.layout import Found, find_datasets
+from poa.data.layout import Found, Images, named
 from poa.distributed import World, init_distributed
 from poa.drawing import require_drawable
+from poa.embedding import Embeddings, embed
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, Origin, Report, evaluate_subnets, evaluation_file
 from poa.export import ExportedModel, load
@@ -32,9 +31,6 @@ from poa.report import curves_of, evaluations, summary
 from poa.step import initial_network
 from poa.subnets import Subnet
 from poa.table import Table
-
-Images = str | Path | Dataset[Any] | Mapping[str, Dataset[Any]]
-"""A path, as `--data` takes it; a map-style dataset; or such datasets by the name of their split."""
 
 
 def pretrain(
@@ -158,6 +154,20 @@ class Run:
         """A subnet, such as `384x12`, as a model of its own; default the intact network. See `poa.load`."""
         return load(self.folder.path, name, branch=branch, step=step)
 
+    def embed(
+        self,
+        subnet: str | Subnet | None = None,
+        data: Images | None = None,
+        *,
+        branch: Branch = "teacher",
+        step: int | None = None,
+        **options: Any,
+    ) -> Embeddings:
+        """Features of images, default those of the run; `options` are those of `poa.embed`."""
+        model = self.subnet(subnet, branch=branch, step=step)
+        images = self.data if data is None else data
+        return embed(model, self.config.data.source if images is None else images, **options)
+
     def evaluate(
         self,
         subnets: str | Sequence[str] = "all",
@@ -247,9 +257,7 @@ def _with_images(config: Config, data: Images | None) -> tuple[Config, Found | N
     """The configuration with the name of the images, and how to open them where no name says it."""
     if data is None:
         return config, None
-    if isinstance(data, str | Path):
-        return with_data(config, str(data)), None
-    name, found = find_datasets(data)
+    name, found = named(data)
     return with_data(config, name), found
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from poa.data.storage import (
     Opened,
     load_digits,
@@ -33,6 +35,9 @@ DATASET = "dataset:"
 
 SOURCES = "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
 """What can be found."""
+Images = str | Path | Dataset[Any] | Mapping[str, Dataset[Any]]
+"""A path, as `--data` takes it; a map-style dataset; or such datasets by the name of their split."""
+
 Opener = Callable[[], Opened]
 
 
@@ -78,6 +83,11 @@ def find(name: str) -> Found:
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
         f"got {name!r}: {why}"
     )
+
+
+def named(data: Images) -> tuple[str, Found | None]:
+    """The name of images, and how to open them, where no name says it."""
+    return (str(data), None) if isinstance(data, str | Path) else find_datasets(data)
 
 
 def find_datasets(data: Any) -> tuple[str, Found]:

@@ -89,6 +89,15 @@ class ImageSource:
             reason = " ".join(text.split()) or type(error).__name__
             raise ImageError(f"{self.storage.name(position)}: {reason}") from None
 
+    def name(self, index: int) -> str:
+        """What to call an image."""
+        return self.storage.name(int(self.positions[index]))
+
+    def label(self, index: int) -> str | None:
+        """The name of its label, if it has one."""
+        number = -1 if self.labels is None else int(self.labels[index])
+        return self.classes[number] if number >= 0 else None
+
     def subset(self, indices: np.ndarray) -> ImageSource:
         """The images at these positions."""
         labels = None if self.labels is None else self.labels[indices]
@@ -158,6 +167,18 @@ def open_data(
     Raises:
         InputError: nothing there, no images in it, or too much is lost.
     """
+    opened, lost, left_out = open_parts(name, lost_share, found)
+    train, test, why = _split(opened, holdout, seed, name, left_out)
+    return DataSplit(train, test, lost, left_out, opened[0].labels_from if train.classes else "", why)
+
+
+def open_parts(
+    name: str, lost_share: float = 0.0, found: Found | None = None
+) -> tuple[list[Opened], tuple[str, ...], LeftOut]:
+    """The training images and, where there are any, those to test with; what is lost; what is left out.
+
+    The arguments are those of `open_data`.
+    """
     try:
         layout = found or find(name)
         opened = [layout.train(), *([layout.test()] if layout.test else [])]
@@ -174,8 +195,7 @@ def open_data(
     left_out = LeftOut()
     for counts in (layout.left_out, *(part.left_out for part in opened)):
         left_out.update_from(counts)
-    train, test, why = _split(opened, holdout, seed, name, left_out)
-    return DataSplit(train, test, lost, left_out, opened[0].labels_from if train.classes else "", why)
+    return opened, lost, left_out
 
 
 def _split(

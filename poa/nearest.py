@@ -1,0 +1,145 @@
+"""Nearest neighbours of query images among images that pass by, and a page that shows them."""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from poa.data.decode import ImageError, decode, to_pixels
+from poa.data.preprocessing import Picture
+from poa.data.sources import ImageSource
+from poa.data.summary import printable
+from poa.errors import InputError
+from poa.export import ExportedModel
+from poa.files import open_regular, write_text
+from poa.table import Table
+
+SIDE = 128  # pixels of a picture on the page
+STYLE = (
+    "body{font:13px sans-serif;margin:2em}figure{display:inline-block;width:136px;margin:4px;"
+    "vertical-align:top}figcaption{overflow-wrap:anywhere}.query{border-right:2px solid grey}"
+)
+
+
+class Neighbour(NamedTuple):
+    """An image and its similarity to a query."""
+
+    similarity: float
+    source: ImageSource
+    position: int
+
+    @property
+    def name(self) -> str:
+        return self.source.name(self.position)
+
+
+class Nearest:
+    """The images most similar to each query, by the cosine of class tokens; shows itself in a notebook.
+
+    Args:
+        queries: files or pictures.
+        count: neighbours of each.
+
+    Example:
+        >>> import poa
+        >>> nearest = poa.Nearest(["photo.jpg"], count=3)
+        >>> embeddings = poa.embed(poa.load("runs/first"), "digits", nearest=nearest, workers=0)
+        >>> [neighbour.name for neighbour in nearest.found[0]]  # doctest: +ELLIPSIS
+        ['image ...', 'image ...', 'image ...']
+    """
+
+    def __init__(self, queries: Sequence[Picture], count: int = 10):
+        if not queries:
+            raise InputError("--query: expected images, got none")
+        self.queries, self.count = list(queries), count
+        self.found: list[list[Neighbour]] = [[] for _ in queries]
+        self._features = torch.zeros(0)
+
+    def begin(self, model: ExportedModel) -> None:
+        """Compute the features of the queries by a model.
+
+        Raises:
+            InputError: one cannot be read.
+        """
+        device = next(model.parameters()).device
+        try:
+            crops = [model.preprocess(query) for query in self.queries]
+        except ImageError as error:
+            raise InputError(f"--query: expected an image, got {error}") from None
+        self._features = F.normalize(torch.cat([model(crop.to(device)).cpu() for crop in crops]), dim=1)
+        self.found = [[] for _ in self.queries]
+
+    def add(self, source: ImageSource, positions: Sequence[int], cls: Tensor) -> None:
+        """Look at more images.
+
+        Args:
+            source: where they are.
+            positions: in it.
+            cls: their class tokens, `[images, C]` on the CPU.
+        """
+        similarities, order = (self._features @ F.normalize(cls, dim=1).T).topk(min(self.count, len(cls)))
+        for found, values, columns in zip(self.found, similarities.tolist(), order.tolist(), strict=True):
+            new = [Neighbour(value, source, positions[i]) for value, i in zip(values, columns, strict=True)]
+            found[:] = heapq.nlargest(self.count, [*found, *new], key=lambda n: n.similarity)
+
+    def page(self) -> str:
+        """HTML: a row for each query, nearest first."""
+        rows = "".join(
+            f"<div>{_figure(_query(query), name, 'query')}{''.join(map(_neighbour, found))}</div>"
+            for query, name, found in zip(self.queries, self._names(), self.found, strict=True)
+        )
+        return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{rows}</html>\n"
+
+    def write(self, path: Path) -> None:
+        """Write the page."""
+        write_text(path, self.page())
+
+    def __repr__(self) -> str:
+        rows = [
+            {"query": name, "similarity": n.similarity, "label": n.source.label(n.position), "image": n.name}
+            for name, found in zip(self._names(), self.found, strict=True)
+            for n in found
+        ]
+        return repr(Table(rows, {"similarity": ".3f"}))
+
+    def _repr_html_(self) -> str:
+        return self.page()
+
+    def _names(self) -> list[str]:
+        pictures = (isinstance(query, Image.Image) for query in self.queries)
+        return [f"query {i}" if p else str(self.queries[i]) for i, p in enumerate(pictures)]
+
+
+def _query(query: Picture) -> np.ndarray:
+    if isinstance(query, Image.Image):
+        return to_pixels(query, SIDE)
+    with open_regular(query) as file:
+        return decode(file, SIDE)
+
+
+def _neighbour(neighbour: Neighbour) -> str:
+    label = neighbour.source.label(neighbour.position)
+    about = [f"{neighbour.similarity:.3f}", *([label] if label else []), neighbour.name]
+    return _figure(neighbour.source.read(neighbour.position, SIDE), "\n".join(about))
+
+
+def _figure(pixels: np.ndarray, about: str, kind: str = "") -> str:
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "PNG")
+    data = base64.b64encode(picture.getvalue()).decode()
+    lines = "<br>".join(html.escape(printable(line)) for line in about.split("\n"))
+    return (
+        f"<figure class='{kind}'><img width={SIDE} src='data:image/png;base64,{data}'>"
+        f"<figcaption>{lines}</figcaption></figure>"
+    )

@@ -1,0 +1,138 @@
+"""Features of a source in files: what they hold, whole or not at all, on one process or several."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import poa
+from helpers import processes
+from helpers.collections_of_images import write_folder
+from helpers.commands import fails
+from poa.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders, with an image that is damaged."""
+    folder = tmp_path_factory.mktemp("images")
+    write_folder(folder, 11)
+    next(iter(sorted(folder.rglob("*.*")))).write_bytes(b"damaged")
+    return folder
+
+
+def names_of(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_files_hold_what_the_model_says_of_each_image(trained: Path, images: Path, tmp_path: Path) -> None:
+    model, (damaged, *readable) = poa.load(trained, "16x1"), names_of(images)
+    with torch.no_grad():
+        expected = model.backbone([model.preprocess(readable)])[0]
+    arguments = [
+        "embed",
+        str(trained),
+        str(images),
+        "--subnet",
+        "16x1",
+        "--workers",
+        "0",
+        "--batch-size",
+        "3",
+    ]
+    for out in ("f.npz", "f.parquet", "f.npy"):
+        tokens = ["patches"] if out == "f.npy" else ["cls", "mean", "patches"]
+        assert main([*arguments, "--out", str(tmp_path / out), "--tokens", *tokens]) == 0
+    packed, table = np.load(tmp_path / "f.npz"), pq.read_table(tmp_path / "f.parquet")
+    assert packed["names"].tolist() == table["name"].to_pylist() == readable
+    assert packed["labels"].tolist() == table["label"].to_pylist() == [Path(n).parent.name for n in readable]
+    assert json.loads(str(packed["about"]))["model"]["width"] == 16
+    assert json.loads(table.schema.metadata[b"poa"])["data"] == str(images)
+    for token, value in (
+        ("cls", expected.cls),
+        ("mean", expected.patches.mean(1)),
+        ("patches", expected.patches),
+    ):
+        np.testing.assert_allclose(packed[token], value, rtol=0, atol=1e-5)
+        assert np.array_equal(np.array(table[token].to_pylist(), dtype=np.float32), packed[token])
+    mapped = np.load(tmp_path / "f.npy", mmap_mode="r")
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, packed["patches"])
+    listed = json.loads((tmp_path / "f.json").read_text())["images"]
+    assert [row["name"] for row in listed] == readable
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.json", "f.npy", "f.npz", "f.parquet"]
+    again = poa.embed(model, images, workers=0, tokens=["mean"])
+    assert np.array_equal(again["mean"], packed["mean"]) and again.names == readable
+    assert f"1 unreadable ({damaged}" in repr(again) and f"mean: [{len(readable)}, 16]" in repr(again)
+
+
+def test_processes_share_the_images_and_keep_their_order(trained: Path, images: Path, tmp_path: Path) -> None:
+    arguments = ("embed", str(trained), str(images), "--workers", "0", "--batch-size", "2")
+    assert main([*arguments, "--out", str(tmp_path / "1.npz")]) == 0
+    processes.run(3, "-m", "poa", *arguments, "--out", str(tmp_path / "3.npz"))
+    one, three = (np.load(tmp_path / f"{size}.npz") for size in (1, 3))
+    assert one["names"].tolist() == three["names"].tolist() == names_of(images)[1:]
+    assert np.array_equal(one["cls"], three["cls"])
+
+
+def test_neighbours_of_a_query(trained: Path, images: Path, tmp_path: Path) -> None:
+    query = names_of(images)[4]
+    out, page = tmp_path / "f.npz", tmp_path / "page.html"
+    command = ["embed", str(trained), str(images), "--workers", "0", "--batch-size", "4", "--out", str(out)]
+    assert main([*command, "--query", query, "--page", str(page), "--neighbours", "3"]) == 0
+    text = page.read_text()
+    assert text.count("<img") == 4 and f"1.000<br>{Path(query).parent.name}<br>{query}" in text
+    nearest = poa.Nearest([Image.open(query)], count=20)
+    embeddings = poa.Run(trained).embed(data=images, nearest=nearest, workers=0)
+    assert nearest.found[0][0].name == query
+    cls = torch.nn.functional.normalize(torch.from_numpy(embeddings["cls"]), dim=1)
+    similarity = cls @ cls[embeddings.names.index(query)]
+    order = [embeddings.names[i] for i in similarity.argsort(descending=True)]
+    assert [neighbour.name for neighbour in nearest.found[0]] == order
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "f.csv"], "--out: expected a name that ends in .npz, .npy, .parquet, got f.csv"),
+        (["--out", "f.npy", "--tokens", "cls", "mean"], "expected one kind of tokens for f.npy, got 2"),
+        (["--out", "nowhere/f.npz"], "--out: expected a file that can be written, got nowhere/f.npz"),
+        (["--out", "f.npz", "--query", "none.jpg"], "expected --query IMAGE and --page FILE.html together"),
+        (
+            ["--out", "f.npz", "--query", "none.jpg", "--page", "p.html"],
+            "expected an image, got ./none.jpg: No",
+        ),
+        (["--out", "f.npz", "--subnet", "99x9"], "expected a width of 16, 32"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str],
+    message: str,
+    trained: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(capsys, "embed", str(trained), str(images), "--workers", "0", *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ending", ["npz", "npy", "parquet"])
+def test_nothing_is_left_of_a_source_without_readable_images(
+    ending: str, trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(images, tmp_path / "images")
+    for name in names_of(tmp_path / "images"):
+        Path(name).write_bytes(b"damaged")
+    out = tmp_path / f"f.{ending}"
+    line = fails(capsys, "embed", str(trained), str(tmp_path / "images"), "--workers", "0", "--out", str(out))
+    assert "expected readable images, got none of" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
