@@ -270,4 +270,15 @@ def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
         help="dtype that the file computes in; int8 of onnx is quantised with training images and scored "
         "(default: fp32)",
     )
+    command.add_argument(
+        "--license", default="other", help="licence of the weights for the model card, such as apache-2.0"
+    )
+    command.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="upload the model to this repository of the Hugging Face Hub, private if it is new",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="with --push: print what would be uploaded, and stop"
+    )
     command.set_defaults(command=commands.run_extract)

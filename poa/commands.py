@@ -17,7 +17,8 @@ from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, REPORTED_K
-from poa.export import export_file, extract, load
+from poa.export import ExportedModel, export_file, extract, load
+from poa.export.card import push, write_card
 from poa.export.int8 import export_int8
 from poa.files import make_folder, read_json, require_json
 from poa.loader_speed import loader_speed
@@ -69,11 +70,7 @@ def run_extract(options: argparse.Namespace) -> None:
     subnets = backbone_config.space.named(options.subnets)
     if options.image_size is not None:
         backbone_config.grid(options.image_size)
-    if options.dtype and not (
-        options.format == "onnx" or options.format == "pt2" and options.dtype != "int8"
-    ):
-        expected = "--format onnx" if options.dtype == "int8" else "--format onnx or pt2"
-        raise InputError(f"--dtype {options.dtype}: expected {expected} with it, got {options.format}")
+    _require_together(options, len(subnets))
     out = Path(options.out or folder.path / "models")
     network, checkpoint = folder.network(options.branch, options.step)
     make_folder(out, "--out")
@@ -89,20 +86,36 @@ def run_extract(options: argparse.Namespace) -> None:
             source=f"{checkpoint.path} ({options.branch})",
         )
         print(path)
-        for line in _exported(options, path, config):
+        model = load(path)
+        write_card(model, path, folder, options.license)
+        for line in _exported(options, model, path, config):
             print(line)
+        if options.push:
+            print(push(path, options.push, dry_run=options.dry_run))
     if backbone_config.timm_model() is None:
         print(f"poa: timm has no such {backbone_config.kind}; poa.load reads these folders", file=sys.stderr)
 
 
-def _exported(options: argparse.Namespace, path: Path, config: Config) -> Iterator[str]:
+def _require_together(options: argparse.Namespace, subnets: int) -> None:
+    """Raise InputError where options of extract do not fit each other."""
+    takes = ("onnx",) if options.dtype == "int8" else ("onnx", "pt2")
+    if options.dtype and options.format not in takes:
+        expected = f"--format {' or '.join(takes)}"
+        raise InputError(f"--dtype {options.dtype}: expected {expected} with it, got {options.format}")
+    if options.dry_run and not options.push:
+        raise InputError("--dry-run: expected --push USER/NAME with it")
+    if options.push and subnets > 1:
+        raise InputError(f"--push: expected one subnet, got {subnets}")
+
+
+def _exported(options: argparse.Namespace, model: ExportedModel, path: Path, config: Config) -> Iterator[str]:
     """Write the file that is asked for beside a model; what to say of it."""
     if options.dtype == "int8":
         data = config.data.open(config.method.seed)
-        done = export_int8(load(path), path, data, config)
+        done = export_int8(model, path, data, config)
         yield f"{done.path}: {REPORTED_K}-NN accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32"
     elif options.format != "timm":
-        yield str(export_file(load(path), path, options.format, options.dtype or "fp32"))
+        yield str(export_file(model, path, options.format, options.dtype or "fp32"))
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ from poa.evaluate.features import extract_features
 from poa.evaluate.knn import class_token
 from poa.export import export_file, extract, formats
 from poa.export.formats import TOLERANCE, largest_difference, onnx_runner
-from poa.files import write_json
+from poa.files import read_json, write_json
 from poa.options import to_dict
 from poa.presets import preset
 
@@ -61,7 +63,8 @@ def test_programs_take_any_number_of_images(name: str, tmp_path: Path) -> None:
     backbone = trained(preset(name).method.backbone.build())
     model = poa.load(extract(backbone, backbone.space.smallest, tmp_path, CropsConfig()))
     path = export_file(model, tmp_path, "pt2")
-    program = torch.export.load(path)
+    program = torch.export.load(path, extra_files=(extra := {formats.METADATA: ""}))
+    assert poa.Preprocessing.from_dict(extra[formats.METADATA]) == model.preprocess
     norms = [node for node in program.graph.nodes if "layer_norm" in str(node.target)]
     assert len(norms) == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
     images = torch.randn(64, 3, model.preprocess.size, model.preprocess.size)
@@ -144,12 +147,17 @@ def test_an_image_has_the_same_feature_everywhere(dtype: str, tmp_path: Path) ->
     assert norms == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
 
 
-def test_int8_is_scored_beside_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("trained") / "run")
+    assert main(["pretrain", "--out", path, *OVERRIDES, *ONE_STEP, "data.holdout=0.9"]) == 0
+    assert main(["evaluate", path, "--subnets", "32x2", "--device", "cpu"]) == 0
+    return path
+
+
+def test_int8_is_scored_beside_fp32(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     need_onnx()
     runtime, onnx = (importlib.import_module(name) for name in ("onnxruntime", "onnx"))
-    run = str(tmp_path / "run")
-    assert main(["pretrain", "--out", run, *OVERRIDES, *ONE_STEP, "data.holdout=0.9"]) == 0
-    capsys.readouterr()
     assert main(["extract", run, "--subnets", "32x2", "--format", "onnx", "--dtype", "int8"]) == 0
     folder, said = capsys.readouterr().out.splitlines()
     path = Path(folder) / "model.int8.onnx"
@@ -170,11 +178,50 @@ def test_int8_is_scored_beside_fp32(tmp_path: Path, capsys: pytest.CaptureFixtur
     [
         (["--dtype", "fp16"], "--dtype fp16: expected --format onnx or pt2 with it, got timm"),
         (["--format", "pt2", "--dtype", "int8"], "--dtype int8: expected --format onnx with it, got pt2"),
+        (["--dry-run"], "--dry-run: expected --push USER/NAME with it"),
+        (["32x2", "--push", "a/b"], "--push: expected one subnet, got 2"),
     ],
 )
-def test_dtypes_go_with_formats(
+def test_options_that_do_not_fit_each_other(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_json(tmp_path / "config.json", to_dict(tiny_config()))
     assert main(["extract", str(tmp_path), "--subnets", "16x1", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_goes_to_the_hub_with_its_card(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Hub:
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+            calls.append((name, private, exist_ok))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, folder_path: Path, repo_id: str, allow_patterns: list[str]) -> None:
+            calls.append((folder_path.name, repo_id, allow_patterns))
+            if repo_id == "me/taken":
+                raise OSError("403 Forbidden")
+
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Hub))
+    command = ["extract", run, "--subnets", "32x2", "--license", "cc-by-4.0", "--push"]
+    capsys.readouterr()
+    assert main([*command, "me/model", "--dry-run"]) == 0
+    folder, said = capsys.readouterr().out.splitlines()
+    assert said.startswith("would push to me/model: README.md, config.json, model.safetensors (0.1 MiB")
+    assert not calls
+    assert main([*command, "me/model"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("pushed to https://hub/me/model: README.md, ")
+    files = ["README.md", "config.json", "model.safetensors"]
+    assert calls == [("me/model", True, True), ("vit-32x2", "me/model", files)]
+    assert main([*command, "me/taken"]) == 2
+    assert (
+        "--push me/taken: expected a repository to write to, got 403 Forbidden\n" in capsys.readouterr().err
+    )
+    card = (Path(folder) / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: timm\nlicense: "cc-by-4.0"\n')
+    (knn,) = [row["knn"]["20"] for row in read_json(Path(run) / "evaluation.json", "")["subnets"]]
+    assert f"| teacher of step 1, digits: k=20 | {knn:.1%} |" in card
+    assert f"{poa.load(folder).info['params']:,} parameters" in card and "| trained on | digits |" in card

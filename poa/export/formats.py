@@ -29,7 +29,7 @@ TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3}
 
 BATCHES = (1, 2, 5)  # images that a file is tried with
 METADATA = "preprocessing"
-"""The entry of an ONNX file's metadata that `Preprocessing.from_dict` reads."""
+"""The entry of an ONNX file's metadata, and the extra file of a program, for `Preprocessing.from_dict`."""
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -137,7 +137,8 @@ def onnx_runner(path: Path) -> Runner:
 def _program(served: _Served, model: ExportedModel) -> bytes:
     images, sizes = _example(model)
     program = torch.export.export(served, images, dynamic_shapes=sizes)
-    torch.export.save(program, content := io.BytesIO())
+    extra = {METADATA: json.dumps(model.preprocess.to_dict())}
+    torch.export.save(program, content := io.BytesIO(), extra_files=extra)
     return content.getvalue()
 
 

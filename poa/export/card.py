@@ -1,0 +1,129 @@
+"""Model cards: the README.md of a model's folder, and its way to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from poa.checkpoint import RunFolder
+from poa.errors import InputError, one_line, optional_package
+from poa.export.model import ExportedModel
+from poa.files import write_text
+from poa.report import evaluations
+from poa.version import VERSION
+
+CARD = "README.md"
+PUSHED = (CARD, "config.json", "model*.safetensors", "model*.onnx", "model*.pt2")
+
+TIMM = """
+In [timm](https://github.com/huggingface/pytorch-image-models), where `FOLDER` is this folder:
+
+```python
+import timm
+
+model = timm.create_model("local-dir:FOLDER", pretrained=True)  # from the Hub: "hf-hub:USER/NAME"
+```
+"""
+USE = """
+With the pre-processing of the evaluation, from a file to its feature:
+
+```python
+import poa
+
+model = poa.load("FOLDER")
+feature = model("photo.jpg")
+```
+"""
+
+
+def write_card(model: ExportedModel, folder: Path, run: RunFolder, licence: str) -> Path:
+    """Write the card of a model of a run into its folder.
+
+    Args:
+        model: the model.
+        folder: of the model.
+        run: tells the data, the settings and the evaluations.
+        licence: of the weights, an identifier of the Hub such as apache-2.0.
+
+    Raises:
+        SaveError: the file system refused it.
+    """
+    path = folder / CARD
+    write_text(path, "\n".join(_card(model, folder.name, run, licence)))
+    return path
+
+
+def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iterator[str]:
+    config, pixels, subnet = run.config(), model.preprocess, model.subnet
+    method = config.method
+    yield f"---\nlibrary_name: timm\nlicense: {json.dumps(licence)}\npipeline_tag: image-feature-extraction"
+    yield "tags:\n- image-feature-extraction\n- self-supervised\n- timm\n- poa\n---\n"
+    yield f"# {name}\n"
+    yield f"A {model.config.kind} for image features, one of {len(method.backbone.space)} networks of one"
+    yield "self-supervised pre-training run ([POA](https://arxiv.org/abs/2408.01031)).\n"
+    facts = {
+        "network": f"{subnet}, {model.info['params']:,} parameters",
+        "GFLOPs": f"{model.config.flops(subnet) / 1e9:.3g} an image",
+        "features": f"{model.config.feature_width(subnet)} channels",
+        "images": f"{pixels.size} pixels, the centre of {pixels.resize}; mean {list(pixels.mean)}, "
+        f"standard deviation {list(pixels.std)}; bicubic",
+        "trained on": Path(config.data.source).name,
+        "training": f"{method.optim.epochs:g} epochs of {method.batch_size} images a step and rank, "
+        f"seed {method.seed}",
+        "weights": Path(model.info["source"]).name,
+        "written by": f"poa {VERSION}",
+    }
+    yield from _table(("", ""), facts.items())
+    yield "\n## Accuracy\n"
+    scores = {about: row[str(subnet)] for about, row in evaluations(run).items() if str(subnet) in row}
+    rows = [(_without_place(about), f"{accuracy:.1%}") for about, accuracy in scores.items()]
+    yield from (
+        _table(("k-NN and others, of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
+    )
+    yield "\n## How to use it"
+    yield (TIMM if model.config.timm_model() else "") + USE
+    yield "## Licence\n"
+    yield f"{licence}\n" if licence != "other" else "Not stated.\n"
+
+
+def _without_place(about: str) -> str:
+    """`BRANCH of step N, DATA: SCORE` without the folders above the data."""
+    weights, _, data = about.partition(", ")
+    return f"{weights}, {Path(data).name}"
+
+
+def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for left, right in [head, ("---", "---"), *rows]:
+        yield f"| {left} | {right} |"
+
+
+def push(folder: Path, name: str, *, dry_run: bool) -> str:
+    """Upload a model's folder to the Hugging Face Hub, into a private repository if there is none yet.
+
+    Args:
+        folder: of the model.
+        name: of the repository, `USER/NAME`.
+        dry_run: only say what would be uploaded.
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        InputError: huggingface_hub is not installed, or the Hub refused it.
+    """
+    files = sorted(file for pattern in PUSHED for file in folder.glob(pattern))
+    size = sum(file.stat().st_size for file in files) / 2**20
+    what = f"{', '.join(file.name for file in files)} ({size:.1f} MiB)"
+    if dry_run:
+        return f"would push to {name}: {what}"
+    hub = optional_package("huggingface_hub", "timm")
+    try:
+        api = hub.HfApi()
+        place = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=name, allow_patterns=[file.name for file in files])
+    except Exception as error:  # of the network, of the account, of the name
+        raise InputError(
+            f"--push {name}: expected a repository to write to, got {one_line(error)}"
+        ) from error
+    return f"pushed to {place}: {what}"
