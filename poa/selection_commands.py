@@ -81,11 +81,11 @@ def run_latency(options: argparse.Namespace) -> None:
     require_json(out, "--out", "latency")
     if out.exists() and (before := LatencyTable.read(out, space).setting.machine) != setting.machine:
         raise InputError(f"--out: expected a new file for {setting.machine}, got {out}, a table of {before}")
-    found = measure(method, subnets, setting, device, options.seconds)
+    measured = measure(method, subnets, setting, device, options.seconds)
     if options.sample:
-        found = interpolated(found, space)
-    found.write(out)
-    print(*found.lines(), out, sep="\n")
+        measured = interpolated(measured, space)
+    measured.write(out)
+    print(*measured.lines(), out, sep="\n")
 
 
 def add_select(group: argparse._SubParsersAction[Command]) -> None:
@@ -179,8 +179,8 @@ def run_select(options: argparse.Namespace) -> None:
         print(json.dumps(_as_json(choice, quality)))
         return
     print(f"{options.run}: {quality.about}")
-    for name, found in tables.items():
-        print(f"{name}: {found.setting}, median", *found.notes(), sep="; ")
+    for name, measured in tables.items():
+        print(f"{name}: {measured.setting}, median", *measured.notes(), sep="; ")
     if missing := [str(s) for s in space if s not in known]:
         print(f"left out, without an accuracy or a latency: {', '.join(missing)}")
     print(*table(choice, costs, quality.name, quality.shown, quality.notes), sep="\n")
@@ -215,7 +215,7 @@ def _costs(
     values = {
         "params": {s: float(backbone.parameters(s)) for s in backbone.space},
         "GFLOPs": {s: backbone.flops(s) / 1e9 for s in backbone.space},
-        **{f"{n} ms": {s: one.median for s, one in found.latencies.items()} for n, found in tables.items()},
+        **{f"{n} ms": {s: x.median for s, x in measured.latencies.items()} for n, measured in tables.items()},
     }
     first = {"params": "params", "flops": "GFLOPs"}.get(options.cost, f"{options.cost} ms")
     return sorted(costs, key=lambda cost: cost.title != first), values, tables

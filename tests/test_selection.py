@@ -88,10 +88,10 @@ def test_interpolation_is_exact_for_a_quadratic_in_the_width_linear_in_the_block
 
     subnets = sampled(space, fewest_sampled(space))
     assert len(set(subnets)) == min(fewest_sampled(space), len(space))
-    found = interpolated(table({s: Latency(truth(s), 2 * truth(s), 1) for s in subnets}), space)
-    assert found.error and found.error["largest"] < 1e-9 and found.error["subnets"] > 0
+    whole = interpolated(table({s: Latency(truth(s), 2 * truth(s), 1) for s in subnets}), space)
+    assert whole.error and whole.error["largest"] < 1e-9 and whole.error["subnets"] > 0
     for subnet in space:
-        latency = found.latencies[subnet]
+        latency = whole.latencies[subnet]
         assert latency.measured == (subnet in subnets)
         assert [latency.median, latency.p95] == pytest.approx([truth(subnet), 2 * truth(subnet)], abs=1e-4)
 
@@ -165,9 +165,9 @@ def test_from_a_latency_table_to_a_subnet(
     }
     assert accuracies[best] == max(accuracies[s] for s in accuracies if s != "32x2")
     assert main(["select", str(run), "--cost", "cpu-batch2", "--min-knn", "0.01", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    cheapest = min(found["subnets"], key=lambda row: row["cpu-batch2 ms"])
-    assert found["best"] == cheapest["subnet"] and cheapest["dominated_by"] is None
+    printed = json.loads(capsys.readouterr().out)
+    cheapest = min(printed["subnets"], key=lambda row: row["cpu-batch2 ms"])
+    assert printed["best"] == cheapest["subnet"] and cheapest["dominated_by"] is None
 
     content["latency"]["machine"] = "another"
     Path(said[-1]).write_text(json.dumps(content))
@@ -181,8 +181,8 @@ def test_other_runtimes(runtime: str, run: Path, quick: None, monkeypatch: pytes
             pytest.importorskip(name, reason=f"{name} is not installed")
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend="eager"))
     assert main(["latency", str(run), "--device", "cpu", "--runtime", runtime, "--subnets", "16x1,16x2"]) == 0
-    found = json.loads((run / f"latency-cpu-{runtime}.json").read_text())
-    assert found["latency"]["runtime"] == runtime and len(found["subnets"]) == 2
+    written = json.loads((run / f"latency-cpu-{runtime}.json").read_text())
+    assert written["latency"]["runtime"] == runtime and len(written["subnets"]) == 2
 
 
 def test_agreement_is_computed_once(

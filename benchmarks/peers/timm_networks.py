@@ -26,10 +26,10 @@ def build(static: Backbone) -> tuple[nn.Module, bool]:
     config = static.config
     if isinstance(config, SwinConfig):
         return _swin(timm, config).eval(), False
-    found = config.timm_model()
-    if found is None:
+    described = config.timm_model()
+    if described is None:
         raise Unavailable("timm has ResNets of four stages and a stem of 64 channels alone")
-    model = timm.create_model(found.architecture, num_classes=0, **found.arguments).eval()
+    model = timm.create_model(described.architecture, num_classes=0, **described.arguments).eval()
     model.load_state_dict(static.exported_state(), strict=True)
     return model, True
 

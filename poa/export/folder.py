@@ -146,7 +146,7 @@ def _read_info(weights: Path) -> dict[str, Any]:
     if not isinstance(info, dict) or info.get("format") != wanted:
         got = info.get("format") if isinstance(info, dict) else type(info).__name__
         raise InputError(f"{path}: expected format {wanted}, got {got}")
-    if (found := unsealed(content)) is None:
+    if (intact := unsealed(content)) is None:
         raise InputError(f"{path}: expected what extract wrote, got a changed file; extract it again")
-    kept: dict[str, Any] = found["poa"] if whole else found
+    kept: dict[str, Any] = intact["poa"] if whole else intact
     return kept

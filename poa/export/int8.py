@@ -70,7 +70,7 @@ def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Con
         _quantise(whole, small, _calibration(model, data, config))
         tasks = [(KNN, onnx_runner(file)) for file in (whole, small)]
         alone = World(0, 1, torch.device("cpu"))
-        fp32, int8 = (found[REPORTED_K] for found in score(tasks, data, config, alone))
+        fp32, int8 = (accuracies[REPORTED_K] for accuracies in score(tasks, data, config, alone))
         proto = onnx.load(small)
         entry = proto.metadata_props.add()
         entry.key, entry.value = "knn", json.dumps({"k": REPORTED_K, "fp32": fp32, "int8": int8})

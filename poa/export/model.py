@@ -84,11 +84,11 @@ class ExportedModel(nn.Module):
         Raises:
             InputError: timm has no such network, or is not installed.
         """
-        found = self.config.timm_model()
-        if found is None:
+        described = self.config.timm_model()
+        if described is None:
             raise InputError(f"to_timm: timm has no such {self.config.kind}")
         timm = optional_package("timm", "timm")
-        model: nn.Module = timm.create_model(found.architecture, num_classes=0, **found.arguments)
+        model: nn.Module = timm.create_model(described.architecture, num_classes=0, **described.arguments)
         model.load_state_dict(self.backbone.state_dict())
         return model.eval()
 
@@ -118,25 +118,25 @@ class ExportedModel(nn.Module):
 
 def _for_timm(model: ExportedModel) -> dict[str, Any]:
     """What timm reads; nothing where it has no such network."""
-    found, pixels = model.config.timm_model(), model.preprocess
-    if found is None:
+    described, pixels = model.config.timm_model(), model.preprocess
+    if described is None:
         return {}
     return {
-        "architecture": found.architecture,
+        "architecture": described.architecture,
         "num_classes": 0,
         "num_features": model.config.feature_width(model.subnet),
-        "model_args": found.arguments,
+        "model_args": described.arguments,
         "pretrained_cfg": {
             "input_size": [3, pixels.size, pixels.size],
-            "fixed_input_size": found.fixed_input_size,
+            "fixed_input_size": described.fixed_input_size,
             "interpolation": "bicubic",
             "crop_pct": pixels.size / pixels.resize,
             "crop_mode": "center",
             "mean": list(pixels.mean),
             "std": list(pixels.std),
             "num_classes": 0,
-            "first_conv": found.first_conv,
-            "classifier": found.classifier,
+            "first_conv": described.first_conv,
+            "classifier": described.classifier,
             "custom_load": False,
         },
     }

@@ -64,9 +64,11 @@ def agreements(
     """
     method, workers = config.method, config.performance.workers
     functions = [class_token(backbone, s) for s in [backbone.space.intact, *subnets]]
-    found = extract_features(functions, source, method.crops, world, canvas=method.canvas, workers=workers)
-    assert found is not None
-    intact, *others = found.features
+    extracted = extract_features(
+        functions, source, method.crops, world, canvas=method.canvas, workers=workers
+    )
+    assert extracted is not None
+    intact, *others = extracted.features
     if len(intact) < 2:
         raise InputError(f"agreement: expected at least 2 readable images, got {len(intact)}")
     return [Agreement(linear_cka(features, intact), rankme(features)) for features in others]

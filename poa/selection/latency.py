@@ -111,9 +111,9 @@ class LatencyTable:
         """A text table."""
         wide = max(9, *(len(str(subnet)) for subnet in self.latencies))
         lines = [f"{self.setting}; ms per call", f"{'subnet':>{wide}} {'median':>9} {'p95':>9}"]
-        for subnet, found in self.latencies.items():
-            how = "" if found.measured else "  interpolated"
-            lines.append(f"{subnet!s:>{wide}} {found.median:>9.3f} {found.p95:>9.3f}{how}")
+        for subnet, latency in self.latencies.items():
+            how = "" if latency.measured else "  interpolated"
+            lines.append(f"{subnet!s:>{wide}} {latency.median:>9.3f} {latency.p95:>9.3f}{how}")
         return [*lines, *self.notes()]
 
     def notes(self) -> list[str]:
@@ -129,7 +129,7 @@ class LatencyTable:
 
     def write(self, path: Path) -> None:
         """Write JSON."""
-        rows = [{"subnet": str(subnet), **asdict(found)} for subnet, found in self.latencies.items()]
+        rows = [{"subnet": str(subnet), **asdict(latency)} for subnet, latency in self.latencies.items()]
         about = {"latency": asdict(self.setting), "disturbed": self.disturbed, "error": self.error}
         write_json(path, about | {"subnets": rows})
 
@@ -180,9 +180,9 @@ def measure(
             calls[subnet] = RUNTIMES[setting.runtime](model.to(device), images)
             calls[subnet]()
         times = interleaved(calls, device, seconds)
-    disturbed = sum(len(found.disturbed) for found in times.values())
-    share = disturbed / (disturbed + sum(len(found.quiet) for found in times.values()))
-    latencies = {s: _latency(np.percentile(found.counted, (50, 95, 0))) for s, found in times.items()}
+    disturbed = sum(len(timing.disturbed) for timing in times.values())
+    share = disturbed / (disturbed + sum(len(timing.quiet) for timing in times.values()))
+    latencies = {s: _latency(np.percentile(timing.counted, (50, 95, 0))) for s, timing in times.items()}
     return LatencyTable(setting, latencies, share)
 
 
@@ -196,8 +196,8 @@ def _require_room(needed: int, count: int, device: torch.device) -> None:
     """Raise InputError where the weights do not fit into free memory, as far as that is known."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-    elif found := re.search(r"MemAvailable: +(\d+) kB", _text_of("/proc/meminfo")):
-        free = int(found[1]) * 1024
+    elif match := re.search(r"MemAvailable: +(\d+) kB", _text_of("/proc/meminfo")):
+        free = int(match[1]) * 1024
     else:
         return
     if needed > free:
@@ -215,7 +215,7 @@ def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
     """
     measured = table.latencies
     rows = {subnet: _terms(subnet, space) for subnet in space}
-    values = {s: np.array([found.median, found.p95, found.fastest]) for s, found in measured.items()}
+    values = {s: np.array([latency.median, latency.p95, latency.fastest]) for s, latency in measured.items()}
     weights = _fit(rows, values)
     off = []
     for subnet, value in values.items():
@@ -243,8 +243,8 @@ def _terms(subnet: Subnet, space: SearchSpace) -> np.ndarray:
 def _fit(rows: Mapping[Subnet, np.ndarray], values: Mapping[Subnet, np.ndarray]) -> np.ndarray | None:
     """The weights of `_terms` that minimise the relative errors of medians and percentiles, `[terms, 3]`;
     None where the subnets do not determine them."""
-    terms, found = np.stack([rows[s] for s in values]), np.stack(list(values.values()))
-    fits = [np.linalg.lstsq(terms / f[:, None], np.ones(len(f)), rcond=None) for f in found.T]
+    terms, targets = np.stack([rows[s] for s in values]), np.stack(list(values.values()))
+    fits = [np.linalg.lstsq(terms / f[:, None], np.ones(len(f)), rcond=None) for f in targets.T]
     if any(rank < terms.shape[1] for _, _, rank, _ in fits):
         return None
     return np.stack([weights for weights, *_ in fits], axis=1)

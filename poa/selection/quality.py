@@ -80,15 +80,15 @@ def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
             settings = content["settings"]
             if settings["branch"] == weights.branch and data in (None, settings["data"]):
                 known.append((settings["data"] != data_place(source), path, settings, values))
-    fresh = [found for found in known if step in (None, found[2]["step"])]
+    fresh = [evaluation for evaluation in known if step in (None, evaluation[2]["step"])]
     if not fresh:
-        got = f"step {', '.join(str(found[2]['step']) for found in known)}" if known else "none"
+        got = f"step {', '.join(str(evaluation[2]['step']) for evaluation in known)}" if known else "none"
         of = f" of step {step}" if step else ""
         raise InputError(
             f"select: expected an evaluation{of} of the {weights.branch} in {run}, got {got}; make one: "
             f"poa evaluate {run}; or rank without labels: --rank agreement"
         )
-    _, path, settings, values = min(fresh, key=lambda found: found[:2])
+    _, path, settings, values = min(fresh, key=lambda evaluation: evaluation[:2])
     of = f"{settings['branch']} of step {settings['step']}"
     about = f"{of}, {REPORTED_K}-NN accuracy on {settings['data']} ({path.name})"
     return Quality(f"{REPORTED_K}-NN", about, values, "{:.1%}".format, 100.0, "accuracy, %")
@@ -108,21 +108,21 @@ def agreement_quality(weights: Weights, config: Config, images: int, device: tor
     folder, space = weights.folder, config.method.backbone.space
     asked: dict[str, Any] = {"branch": weights.branch, "data": data_place(config.data.source)}
     asked |= {"step": weights.wanted_step, "at_most": images}
-    if (found := _kept(folder.path / AGREEMENT, asked)) is None:
+    if (agreement := _kept(folder.path / AGREEMENT, asked)) is None:
         network, checkpoint = folder.network(weights.branch, weights.step)
         data = config.data.open(config.method.seed)
         source = limited(data.test or data.train, images)
         backbone, world = network.backbone.to(device), World(0, 1, device)
-        found = dict(zip(space, agreements(backbone, list(space), source, config, world), strict=True))
-        rows = [{"subnet": str(subnet), **asdict(values)} for subnet, values in found.items()]
+        agreement = dict(zip(space, agreements(backbone, list(space), source, config, world), strict=True))
+        rows = [{"subnet": str(subnet), **asdict(values)} for subnet, values in agreement.items()]
         asked["step"] = checkpoint.step
         write_json(folder.path / AGREEMENT, {"agreement": asked, "subnets": rows})
     about = (
         f"{weights.branch} of step {asked['step']}, agreement with {space.intact} on at most {images:,} "
         f"images of {asked['data']} ({AGREEMENT})"
     )
-    values = {subnet: one.cka for subnet, one in found.items()}
-    notes = {subnet: {"RankMe": f"{one.rankme:.1f}"} for subnet, one in found.items()}
+    values = {subnet: one.cka for subnet, one in agreement.items()}
+    notes = {subnet: {"RankMe": f"{one.rankme:.1f}"} for subnet, one in agreement.items()}
     return Quality("CKA", about, values, "{:.3f}".format, 1.0, "linear CKA", notes)
 
 

@@ -54,15 +54,15 @@ def _koleo_fwd_kernel(
     first, every = tl.program_id(0) // rows * rows, tl.full([1], 1, tl.int1)
     u = _unit(_rows(x_ptr, row, every, offs_k, width, stride_x))
     most = tl.full([ROWS], float("-inf"), tl.float32)
-    found = tl.zeros([ROWS], tl.int32)
+    candidate = tl.zeros([ROWS], tl.int32)
     for start in range(0, rows, ROWS):
         other = first + start + tl.arange(0, ROWS)
         inside = other < first + rows
         v = _unit(_rows(x_ptr, other, inside, offs_k, width, stride_x))
         similarity = tl.where(other == row, -1.0, tl.sum(u * v, 1))
         better = inside & (similarity > most)
-        most, found = tl.where(better, similarity, most), tl.where(better, other, found)
-    nearest = tl.min(tl.where(most == tl.max(most, 0), found, first + rows), 0)
+        most, candidate = tl.where(better, similarity, most), tl.where(better, other, candidate)
+    nearest = tl.min(tl.where(most == tl.max(most, 0), candidate, first + rows), 0)
     neighbour = _unit(_rows(x_ptr, nearest + tl.arange(0, 1), every, offs_k, width, stride_x))
     difference = tl.where((offs_k < width)[None, :], u - neighbour + EPS, 0.0)
     distance = tl.sqrt(tl.sum(difference * difference, 1))

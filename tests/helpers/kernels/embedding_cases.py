@@ -40,8 +40,8 @@ def assert_accurate(
             dx = draw(tokens + 1, width, seed=2)[1:].to(x)
             return [x.detach(), *torch.autograd.grad(x, [t for t in leaves if t is not None], dx)]
 
-    found = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
-    for number, (mine, theirs, exact) in enumerate(zip(*found, strict=True)):
+    results = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for number, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         assert not mine[..., width:].any() if number > 2 else True
         assert_as_good_as_torch(mine, theirs, exact, f"gradient {number}" if number else "tokens")

@@ -22,7 +22,7 @@ def assert_accurate(
             loss = koleo(*leaves, groups=groups)
             return [loss.detach(), *torch.autograd.grad(0.7 * loss, leaves)]
 
-    found = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
-    for number, (mine, theirs, exact) in enumerate(zip(*found, strict=True)):
+    results = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for number, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
         assert mine.dtype == theirs.dtype
         assert_as_good_as_torch(mine, theirs, exact, f"gradient {number}" if number else "loss")
