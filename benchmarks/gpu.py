@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = {
     "attention": ("attention", "window_attention"),
     "products": ("linear", "linear_gelu", "qkv", "linear_residual", "mlp"),
-    "norms": ("layer_norm", "group_norm", "rms_norm"),
-    "designs": ("swiglu", "nested_mlp", "mixed_widths", "offsets"),
+    "norms": ("layer_norm", "group_norm", "rms_norm", "qk_norm"),
+    "designs": ("swiglu", "nested_mlp", "mixed_widths", "mixed_block", "offsets"),
     "losses": ("prototype_losses", "sinkhorn"),
     "optimizer": ("optimizer",),
     "blocks": ("block", "swin_block", "bottleneck"),

@@ -78,6 +78,8 @@ CASES: Sequence[Case] = (
     Case("swiglu", "a gated MLP; gate and units are two prefixes of one weight", designs.swiglu),
     Case("nested_mlp", "MatFormer: nested hidden units of the whole width", designs.nested_mlp),
     Case("mixed_widths", "rows of two widths in one layer", designs.mixed_widths),
+    Case("mixed_block", "a block, half of the sequences at a width of their own", designs.mixed_block),
+    Case("qk_norm", "RMSNorm of queries and keys, and a rotary embedding", designs.qk_norm),
     Case("offsets", "attention of sequences given by offsets", designs.offsets, ("teacher", "student")),
     Case(
         "window_attention",

@@ -9,12 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import elastic_kernels as ek
-from benchmarks.cases.common import Groups, Sizes, bytes_of, draw, providers_of, shape_of
+from benchmarks.cases.common import (
+    Groups,
+    Sizes,
+    bytes_of,
+    draw,
+    leaves_of,
+    of_module,
+    providers_of,
+    shape_of,
+)
 from benchmarks.failures import Unavailable
 from benchmarks.harness import Problem, Provider
 from benchmarks.peers import designs as peers
 from benchmarks.peers import naive
-from benchmarks.roofline.vit import tokens
+from benchmarks.roofline.vit import attention_flops, tokens
 
 EPS = 1e-6
 
@@ -63,6 +72,34 @@ def swiglu(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Pr
     backward = rows * (4 * width + 13 * hidden) + weights
     moved = bytes_of(dtype, rows * (2 * width + 6 * hidden) + weights, backward)
     return Problem("swiglu", shape_of(groups, width, hidden), leaves, providers, flops, moved)
+
+
+def qk_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
+    """RMSNorm of queries and keys of each head, and a rotary embedding."""
+    rows, dtype, dim = tokens(groups), sizes.dtype, sizes.head_dim
+    leaves = {
+        "qkv": draw(device, dtype, rows, 3, width // dim, dim),
+        "weight": draw(device, dtype, 2, dim, seed=1),
+    }
+    angles = draw(device, torch.float32, rows, dim // 2, seed=2).repeat_interleave(2, 1)
+    rotary = ek.Rotary(angles.sin(), angles.cos())
+
+    def ours(qkv: Tensor, weight: Tensor) -> Tensor:
+        return ek.qk_norm(qkv, weight, None, EPS, rotary=rotary)
+
+    def turned(norm: Callable[[Tensor, Tensor], Tensor]) -> Provider:
+        def provider(qkv: Tensor, weight: Tensor) -> Tensor:
+            q, k = (norm(qkv[:, part], weight[part]) for part in range(2))
+            return rotary.turn(torch.stack([q, k, qkv[:, 2]], 1))
+
+        return provider
+
+    others = {"liger": lambda: turned(peers.liger_rms_norm(EPS, device))}
+    plain = turned(lambda x, weight: F.rms_norm(x, (dim,), weight, EPS))
+    moved = bytes_of(dtype, 6 * rows * width, 8 * rows * width)
+    return Problem(
+        "qk_norm", shape_of(groups, width), leaves, providers_of(ours, plain, **others), 0.0, moved
+    )
 
 
 def nested_mlp(device: torch.device, sizes: Sizes, groups: Groups, hidden: int) -> Problem:
@@ -117,6 +154,39 @@ def mixed_widths(device: torch.device, sizes: Sizes, groups: Groups, width: int)
     moved = bytes_of(dtype, active + rows * largest + weights, active + 2 * rows * largest + 2 * weights)
     providers = providers_of(ours, by_width, **others)
     return Problem("mixed_widths", shape_of(groups, width, largest), leaves, providers, flops, moved)
+
+
+def mixed_block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
+    """A whole block: of each crop group half of the sequences at the given width, and half at the largest."""
+    largest = sizes.largest
+    with torch.device(device):
+        module = ek.ElasticBlock(largest, 4 * largest, sizes.head_dim, layer_scale=0.1).to(sizes.dtype)
+    halves = [((count // 2, count - count // 2), length) for count, length in groups]
+    parts = [
+        ((count, length), w)
+        for counts, length in halves
+        for count, w in zip(counts, (width, largest), strict=True)
+    ]
+    rows = [count * length for (count, length), _ in parts]
+    widths = torch.cat([torch.full((n,), w, device=device) for n, (_, w) in zip(rows, parts, strict=True)])
+    leaves = {"x": draw(device, sizes.dtype, sum(rows), largest)} | leaves_of(module)
+
+    def by_width(module: ek.ElasticBlock, x: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                F.pad(naive.block(module, part[:, :w], [group]), (0, largest - w))
+                for part, (group, w) in zip(x.split(rows), parts, strict=True)
+            ]
+        )
+
+    ours = of_module(module, ek.mixed_width_block, groups, widths)
+    flops = sum(
+        24.0 * n * w * w + attention_flops((group,), w) for n, (group, w) in zip(rows, parts, strict=True)
+    )
+    active, weights = sum(n * w for n, (_, w) in zip(rows, parts, strict=True)), 12 * largest * largest
+    moved = bytes_of(sizes.dtype, 33 * active + weights, 62 * active + 2 * weights)
+    providers = providers_of(ours, of_module(module, by_width))
+    return Problem("mixed_block", shape_of(groups, width, largest), leaves, providers, flops, moved)
 
 
 def offsets(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
