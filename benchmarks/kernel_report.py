@@ -3,9 +3,10 @@
     python -m benchmarks.kernel_report            print the table; fail where a rule is broken
     python -m benchmarks.kernel_report --write    also replace the committed table
 
-Launches are those of whole steps with the intact and the narrowest subnet, with and without masks, and of an
-evaluation, recorded for each architecture. The table is `benchmarks/results/kernel_report.tsv`; a test
-compares it, so that a change is seen in review. The rules are in `kernel_rules.py`.
+Launches are those of whole steps with the intact and the narrowest subnet, with and without masks, of an
+evaluation, and of layers that no preset has, recorded for each architecture. The table is
+`benchmarks/results/kernel_report.tsv`; a test compares it, so that a change is seen in review. The rules are
+in `kernel_rules.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
+import elastic_kernels as ek
 from benchmarks.assembly import ARCHITECTURES, Compiled
 from benchmarks.kernel_rules import COLUMNS, Row, complaints
-from elastic_kernels import absent_gpu
+from elastic_kernels import absent_gpu, backend, planning
 from elastic_kernels.absent_gpu import GPUS
 from elastic_kernels.triton_ops.recorded import Binary
 from poa.files import write_text
@@ -36,6 +39,9 @@ from poa.warmup import warm_up_steps
 TABLE = Path(__file__).parent / "results" / "kernel_report.tsv"
 NAMES = tuple(f"sm_{number}" for number in ARCHITECTURES)
 PRESETS = ("vit-l16", "swin-b", "resnet-152")
+
+
+LAYERS = "layers"  # in place of a preset: those that none has
 
 
 class Run(NamedTuple):
@@ -51,6 +57,7 @@ RUNS = (
     *(Run("vit-l16", precision, "sm_90") for precision in ("fp16", "fp32")),
     *(Run(f"vit-l16 method.backbone.head_dim={size}", "bf16", "sm_90") for size in (16, 32, 128)),
     Run("vit-l16 method.backbone.image_size=384 method.crops.global_size=384", "bf16", "sm_90"),
+    *(Run(LAYERS, "bf16", architecture) for architecture in NAMES),
 )
 
 
@@ -110,11 +117,8 @@ def launched(runs: Sequence[Run] = RUNS) -> list[Case]:
     """Every binary that the steps launch; of equal ones, that of the first run."""
     cases: dict[Any, Case] = {}
     for run in runs:
-        name, *changes = run.preset.split()
-        config = override(preset(name), [*changes, f"method.precision={run.precision}"])
-        space = config.method.backbone.space
         with absent_gpu(run.architecture) as launches:
-            warm_up_steps(Subnet(space.smallest.width, space.smallest.depth), config, planned_state(config))
+            (_run_layers if run.preset == LAYERS else _run_steps)(run)
         programs: dict[int, int] = {}
         for launch in launches.made:
             programs[id(launch.binary)] = max(programs.get(id(launch.binary), 0), launch.programs)
@@ -122,6 +126,40 @@ def launched(runs: Sequence[Run] = RUNS) -> list[Case]:
             case = Case(run, binary, programs[id(binary)])
             cases.setdefault((case.key[2:], str(binary.signature), str(binary.attributes)), case)
     return list(cases.values())
+
+
+def _run_steps(run: Run) -> None:
+    name, *changes = run.preset.split()
+    config = override(preset(name), [*changes, f"method.precision={run.precision}"])
+    space = config.method.backbone.space
+    warm_up_steps(Subnet(space.smallest.width, space.smallest.depth), config, planned_state(config))
+
+
+def _run_layers(run: Run) -> None:
+    """Blocks of today's ViTs, 384 of 768 wide, and one on rows of several widths."""
+    images, length, width = 64, 201, 768
+    x = torch.empty(images * length, width // 2, device="meta", requires_grad=True)
+    ends, widths = (torch.empty(n, dtype=torch.int64, device="meta") for n in (images + 1, len(x)))
+
+    def block(
+        dim: int, kind: type[ek.ElasticRMSNorm | ek.ElasticLayerNorm], mlp: ek.ElasticMLP | ek.ElasticSwiGLU
+    ) -> ek.ElasticPreNormBlock:
+        qk_norm = "rms" if kind is ek.ElasticRMSNorm else "layer"
+        attn = ek.ElasticRotaryAttention(width, dim, heads=12, qk_norm=qk_norm)
+        return ek.ElasticPreNormBlock(kind(width), attn, kind(width), mlp)
+
+    with torch.device("meta"), backend("triton"), planning(torch.bfloat16):
+        gated = block(64, ek.ElasticRMSNorm, ek.ElasticSwiGLU(width, 2048))
+        gated(x, ends, rotary=_angles(x, 64, halves=False)).sum().backward()
+        for activation in ("silu", "gelu_tanh"):
+            plain = block(80, ek.ElasticLayerNorm, ek.ElasticMLP(width, 3072, activation=activation))
+            plain(x, [(images, length)], rotary=_angles(x, 80, halves=True)).sum().backward()
+        whole = torch.empty(len(x), width, requires_grad=True)
+        ek.mixed_width_block(gated, whole, [(images, length)], widths).sum().backward()
+
+
+def _angles(x: Tensor, dim: int, halves: bool) -> ek.Rotary:
+    return ek.Rotary(torch.empty(len(x), dim), torch.empty(len(x), dim), halves)
 
 
 def build(cases: Sequence[Case]) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,6 +71,20 @@ class Case:
             return None, None
         order = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(5))
         return order[: self.rows], 1 + torch.rand(self.rows, generator=torch.Generator().manual_seed(6))
+
+
+FREE_FORMS = ("mlp", "swiglu", "mlp-half", "qkv-bias", "attention-half", "window-half")
+
+
+def free_cases(form: str) -> list[Case]:
+    """Every scale with the share of the width, less and more: of heads, or of hidden units in an MLP."""
+    units = (
+        [(None, None), (None, 29), (None, 100)]
+        if "mlp" in form or form == "swiglu"
+        else [(n, None) for n in (None, 1, 3)]
+    )
+    pairs = product(("offset", None, 0.5), units)
+    return [Case(7, 32, 16, heads=heads, hidden=hidden, scale=scale) for scale, (heads, hidden) in pairs]
 
 
 def corner(*active: int, full: tuple[int, ...], seed: int) -> Tensor:

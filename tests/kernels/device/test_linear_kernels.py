@@ -11,7 +11,16 @@ from torch import Tensor
 
 import elastic_kernels as ek
 from elastic_kernels import backend
-from helpers.kernels.linear_cases import HALVES, Case, assert_same_in_place, assert_zero_outside, forms, run
+from helpers.kernels.linear_cases import (
+    FREE_FORMS,
+    HALVES,
+    Case,
+    assert_same_in_place,
+    assert_zero_outside,
+    forms,
+    free_cases,
+    run,
+)
 from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, gpu_only, sized
 
@@ -58,6 +67,12 @@ def compare(case: Case, form: str, dtype: torch.dtype) -> None:
 )
 def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None:
     compare(CASES[name], form, dtype)
+
+
+@pytest.mark.parametrize("form", FREE_FORMS)
+def test_every_combination_of_scale_hidden_units_and_heads(form: str) -> None:
+    for case in free_cases(form):
+        compare(case, form, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

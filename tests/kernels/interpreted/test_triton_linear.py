@@ -19,11 +19,13 @@ from elastic_kernels import backend
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops import gemm
 from helpers.kernels.linear_cases import (
+    FREE_FORMS,
     HALVES,
     Case,
     assert_same_in_place,
     assert_zero_outside,
     forms,
+    free_cases,
     linear,
     mlp_half,
     run,
@@ -75,9 +77,11 @@ def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None
     compare(CASES[name], form, dtype)
 
 
-@pytest.mark.parametrize("form", ["qkv-bias", "mlp", "mlp-half", "attention-half", "window-half"])
-def test_heads_and_hidden_units_beyond_the_share_of_the_width(form: str) -> None:
-    compare(Case(17, 16, 16, head_dim=48, heads=1, hidden=60, scale=0.5), form, torch.float16)
+@pytest.mark.parametrize("form", FREE_FORMS)
+def test_scale_hidden_units_and_heads(form: str) -> None:
+    """Each value of each; every combination on a device."""
+    for case in free_cases(form)[::4]:
+        compare(case, form, torch.float16)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
