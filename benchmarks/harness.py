@@ -176,12 +176,7 @@ def peak_mib(provider: Provider, problem: Problem) -> float | None:
 
 
 def _row(
-    problem: Problem,
-    provider: str,
-    mode: str,
-    samples: Samples,
-    mib: float | None,
-    ceilings: Ceilings | None,
+    problem: Problem, provider: str, mode: str, samples: Samples, mib: float | None, ceilings: Ceilings | None
 ) -> Row:
     spread = quantiles(samples.seconds)
     seconds, moved = spread["p50"] / 1e6, problem.bytes[mode]

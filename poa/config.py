@@ -91,8 +91,7 @@ class PerformanceConfig(Options, at="performance"):
     )
     deterministic: bool = option(False, "only algorithms whose results repeat bitwise")
     optimizer: OptimizerKind = option(
-        "fused",
-        "fused: AdamW, clipping and EMA of the teacher in one pass; or AdamW of PyTorch or apex",
+        "fused", "fused: AdamW, clipping and EMA of the teacher in one pass; or AdamW of PyTorch or apex"
     )
     threads: int | None = option(
         None,

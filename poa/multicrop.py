@@ -64,10 +64,7 @@ class StochasticDepth:
 
 
 def draw_stochastic_depth(
-    groups: Groups,
-    rates: Sequence[float],
-    generator: torch.Generator,
-    device: torch.device = CPU,
+    groups: Groups, rates: Sequence[float], generator: torch.Generator, device: torch.device = CPU
 ) -> StochasticDepth | None:
     """Choose the crops that each half of each active block works on.
 

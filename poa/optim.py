@@ -21,12 +21,7 @@ from poa.network import Network
 from poa.options import Options, option
 
 OptimizerKind = Literal["fused", "torch", "apex"]
-DURATIONS = (
-    "warmup_epochs",
-    "freeze_last_layer_epochs",
-    "teacher_temperature_epochs",
-    "ibot_start_epoch",
-)
+DURATIONS = ("warmup_epochs", "freeze_last_layer_epochs", "teacher_temperature_epochs", "ibot_start_epoch")
 # What cannot be planned again in the middle of a run: the rest are schedules.
 FIXED = ("epoch_steps", "beta1", "beta2", "layer_decay", "patch_embed_lr")
 MOST_STEPS = 10_000_000  # of a run; the paper's has 276,800
@@ -225,10 +220,7 @@ def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float
 
 
 def build_optimizer(
-    student: Network,
-    teacher: Network,
-    config: OptimConfig,
-    kind: OptimizerKind = "fused",
+    student: Network, teacher: Network, config: OptimConfig, kind: OptimizerKind = "fused"
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step.
 

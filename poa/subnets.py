@@ -186,12 +186,7 @@ class SubnetSampler:
     """
 
     def __init__(
-        self,
-        space: SearchSpace,
-        policy: str,
-        seed: int,
-        micro_batches: int,
-        cost: Callable[[Subnet], float],
+        self, space: SearchSpace, policy: str, seed: int, micro_batches: int, cost: Callable[[Subnet], float]
     ):
         if policy not in POLICIES:
             raise InputError(f"sampling policy: expected one of {', '.join(POLICIES)}, got {policy!r}")

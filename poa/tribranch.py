@@ -121,11 +121,7 @@ class HeadLosses:
 
 
 def tribranch_loss(
-    intact: StudentOutput,
-    elastic: StudentOutput,
-    targets: Targets,
-    batch: Batch,
-    config: LossConfig,
+    intact: StudentOutput, elastic: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro-batch and its terms.
 

@@ -192,13 +192,7 @@ def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert report["settings"]["query_images"] == 4
     assert (
         report["settings"]
-        | {
-            "run": str(out),
-            "branch": "teacher",
-            "step": 6,
-            "data": str(images),
-            "version": poa.__version__,
-        }
+        | {"run": str(out), "branch": "teacher", "step": 6, "data": str(images), "version": poa.__version__}
         == report["settings"]
     )
     assert report["subnets"][0].keys() >= {"knn", "knn_init", "params", "flops"}

@@ -237,11 +237,7 @@ def test_a_run_its_models_and_what_is_saved_again_are_the_same_model(
     assert main(["extract", "run", "--subnets", "16x1", "32x2"]) == 0
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save("photo.png")
-    loaded = [
-        poa.load("run", "16x1"),
-        poa.load("run/models", "16x1"),
-        poa.load("run/models/vit-16x1"),
-    ]
+    loaded = [poa.load("run", "16x1"), poa.load("run/models", "16x1"), poa.load("run/models/vit-16x1")]
     loaded[1].save("again/mine")
     loaded.append(poa.load("again"))
     for name in ("model.safetensors", "config.json"):

@@ -92,11 +92,7 @@ def test_golden_loss_centering(loss_case: Any, kind: str, equal_micro_batches: b
 
 
 def _loss_term(
-    case: dict[str, Any],
-    inputs: dict[str, Tensor],
-    outputs: dict[str, Tensor],
-    name: str,
-    x: Tensor,
+    case: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor], name: str, x: Tensor
 ) -> Tensor:
     """One recorded loss, written with our pieces; logits are features of prototypes that are the axes."""
     kind, head = name.split(".")

@@ -17,10 +17,7 @@ from poa.subnets import Subnet
 @pytest.mark.parametrize("subnet", golden.subnets("vit_forward"), ids=str)
 def test_golden_vit_forward(subnet: Subnet) -> None:
     model = golden.vit("vit_forward")
-    inputs, outputs = (
-        golden.tensors("vit_forward", "inputs"),
-        golden.tensors("vit_forward", "outputs"),
-    )
+    inputs, outputs = (golden.tensors("vit_forward", "inputs"), golden.tensors("vit_forward", "outputs"))
     expected = {k: v for k, v in outputs.items() if k.startswith(f"{golden.key_of(subnet)}.")}
     assert expected
     for name in {key.split(".")[1] for key in expected}:
@@ -68,10 +65,7 @@ def test_golden_vit_backward(subnet: Subnet) -> None:
 @pytest.mark.parametrize("subnet", golden.subnets("vit_droppath"), ids=str)
 def test_golden_vit_droppath(subnet: Subnet) -> None:
     model, case = golden.vit("vit_droppath"), golden.case("vit_droppath")
-    inputs, outputs = (
-        golden.tensors("vit_droppath", "inputs"),
-        golden.tensors("vit_droppath", "outputs"),
-    )
+    inputs, outputs = (golden.tensors("vit_droppath", "inputs"), golden.tensors("vit_droppath", "outputs"))
     images, permutations = inputs["x"], inputs[f"{golden.key_of(subnet)}.perm"]
     crops = images.shape[0]
     patches = images.shape[2] * images.shape[3] // case["config"]["patch_size"] ** 2

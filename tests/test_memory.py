@@ -11,14 +11,7 @@ from helpers.tiny import tiny_config
 from poa.__main__ import main
 from poa.config import MOST_IMAGES
 from poa.errors import InputError
-from poa.memory import (
-    BLOCK,
-    Living,
-    largest_batch_size,
-    planned_gradients,
-    planned_state,
-    predict_memory,
-)
+from poa.memory import BLOCK, Living, largest_batch_size, planned_gradients, planned_state, predict_memory
 from poa.options import override
 from poa.presets import preset
 from poa.subnets import Subnet

@@ -36,11 +36,7 @@ def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_threads(
-    threads: int | None,
-    environment: str | None,
-    device: str,
-    expected: int,
-    monkeypatch: pytest.MonkeyPatch,
+    threads: int | None, environment: str | None, device: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if environment is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)

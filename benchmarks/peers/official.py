@@ -335,9 +335,7 @@ def _official_config(method: MethodConfig) -> SimpleNamespace:
             mask_ratio_min_max=method.masks.ratio,
             mask_sample_probability=method.masks.probability,
         ),
-        train=SimpleNamespace(
-            centering="sinkhorn_knopp" if loss.targets == "sinkhorn" else "centering",
-        ),
+        train=SimpleNamespace(centering="sinkhorn_knopp" if loss.targets == "sinkhorn" else "centering"),
         compute_precision=SimpleNamespace(grad_scaler=False),
         optim=SimpleNamespace(
             layerwise_decay=method.optim.layer_decay, patch_embed_lr_mult=method.optim.patch_embed_lr

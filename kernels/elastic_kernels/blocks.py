@@ -13,12 +13,7 @@ from torch import Tensor, nn
 
 from elastic_kernels import validate
 from elastic_kernels.attention import Groups
-from elastic_kernels.halves import (
-    AttentionWeights,
-    MlpWeights,
-    elastic_attention_half,
-    elastic_mlp_half,
-)
+from elastic_kernels.halves import AttentionWeights, MlpWeights, elastic_attention_half, elastic_mlp_half
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import Scale, elastic_linear, factor
 from elastic_kernels.mlp import active_hidden
@@ -196,11 +191,7 @@ class ElasticSwinBlock(nn.Module):
         self.mlp = ElasticMLP(width, hidden, scale=scale)
 
     def forward(
-        self,
-        x: Tensor,
-        maps: Maps,
-        kept: tuple[KeptRows, KeptRows] | None = None,
-        inplace: bool = False,
+        self, x: Tensor, maps: Maps, kept: tuple[KeptRows, KeptRows] | None = None, inplace: bool = False
     ) -> Tensor:
         """One block.
 

@@ -20,12 +20,7 @@ MAX_WIDTH = 4096  # of the Triton kernel
 
 
 def elastic_layer_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    rows: Tensor | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, rows: Tensor | None = None
 ) -> Tensor:
     """Normalise rows over their own width, with the first entries of a shared affine.
 

@@ -254,9 +254,7 @@ def _state(optimizer: FusedAdamW, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _validate(
-    params: Sequence[Tensor],
-    parts: Mapping[str, Sequence[Tensor]],
-    averages: Mapping[Tensor, Tensor],
+    params: Sequence[Tensor], parts: Mapping[str, Sequence[Tensor]], averages: Mapping[Tensor, Tensor]
 ) -> None:
     placed, known = [p for part in parts.values() for p in part], {*params}
     if len(placed) != len(params) or {*placed} != known:

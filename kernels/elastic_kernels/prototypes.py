@@ -27,10 +27,7 @@ Reduce = Callable[[Tensor, Literal["max", "sum"]], object]
 
 @torch.no_grad()
 def sinkhorn_scaling(
-    logits: Sequence[Tensor],
-    temperature: float,
-    iterations: int = 3,
-    reduce: Reduce | None = None,
+    logits: Sequence[Tensor], temperature: float, iterations: int = 3, reduce: Reduce | None = None
 ) -> list[Tensor]:
     """Find vectors with which `softmax(t / temperature + log_u)` uses every prototype equally.
 

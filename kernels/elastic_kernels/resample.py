@@ -113,8 +113,7 @@ def resample_boxes(
         )
         shrunk.clamp_(0, 255)
         crops = torch.bmm(
-            shrunk.view(batch * views, size[1] * channels, height),
-            rows.to(pixels.dtype).transpose(1, 2),
+            shrunk.view(batch * views, size[1] * channels, height), rows.to(pixels.dtype).transpose(1, 2)
         )
     crops = crops.view(batch, views, size[1], channels, size[0]).permute(1, 0, 3, 4, 2)
     crops = crops.to(torch.float32, memory_format=torch.contiguous_format)

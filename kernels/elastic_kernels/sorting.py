@@ -11,12 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kernels.blocks import ElasticBlock, ElasticSwinBlock
 from elastic_kernels.modules import ElasticAttention, ElasticMLP, ElasticWindowAttention, LayerScale
-from elastic_kernels.vit_layers import (
-    ElasticPatchEmbed,
-    ElasticPreNormBlock,
-    ElasticRMSNorm,
-    ElasticSwiGLU,
-)
+from elastic_kernels.vit_layers import ElasticPatchEmbed, ElasticPreNormBlock, ElasticRMSNorm, ElasticSwiGLU
 
 Attention = ElasticAttention | ElasticWindowAttention
 Mlp = ElasticMLP | ElasticSwiGLU

@@ -61,13 +61,7 @@ class ElasticSwiGLU(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        *,
-        bias: bool = True,
-        scale: Scale = "offset",
-        activation: str = "silu",
+        self, width: int, hidden: int, *, bias: bool = True, scale: Scale = "offset", activation: str = "silu"
     ):
         super().__init__()
         self.scale, self.activation = scale, activation

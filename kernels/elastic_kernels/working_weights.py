@@ -119,10 +119,7 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
         }
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _current.reset(self._tokens.pop())
 

@@ -61,9 +61,7 @@ class SwinConfig(PyramidConfig):
         0.2, "stochastic-depth rate of the last block, rising linearly from 0 at the first", "[0, 1)"
     )
     embedding_width: int | None = option(
-        None,
-        "channels of the patch embedding and of its norm; none: max_width",
-        "[1, 16384]",
+        None, "channels of the patch embedding and of its norm; none: max_width", "[1, 16384]"
     )
     shifted: tuple[tuple[bool, ...], ...] | None = option(
         None, "which blocks of each stage shift their windows; none: every second"

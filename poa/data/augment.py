@@ -124,10 +124,7 @@ def _draw(
 
 
 def _draw_boxes(
-    sizes: Tensor,
-    scale: tuple[float, float],
-    aspect: tuple[float, float],
-    generator: torch.Generator,
+    sizes: Tensor, scale: tuple[float, float], aspect: tuple[float, float], generator: torch.Generator
 ) -> Tensor:
     """Boxes int64 `[N, 4]` in images of `sizes` `[N, 2]`, as of torchvision's RandomResizedCrop.
 

@@ -15,12 +15,7 @@ from poa.data.crops import CropsConfig
 
 # Pixels come out as levels 0..255, and nothing but the crop happens.
 LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-OFF: dict[str, Any] = {
-    "jitter": 0.0,
-    "grayscale": 0.0,
-    "blur": (0.0, 0.0, 0.0),
-    "solarize": (0.0, 0.0, 0.0),
-}
+OFF: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": (0.0, 0.0, 0.0)}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -66,12 +61,7 @@ def test_augment_depends_on_the_seed_only() -> None:
 def test_augment_shapes(local_count: int) -> None:
     config = CropsConfig(global_size=16, local_size=10, local_count=local_count)
     global_crops, local_crops = augment(noise(2, 3, 24, 24), torch.tensor([[24, 24]] * 2), config, seeded())
-    assert global_crops.shape == (4, 3, 16, 16) and local_crops.shape == (
-        2 * local_count,
-        3,
-        10,
-        10,
-    )
+    assert global_crops.shape == (4, 3, 16, 16) and local_crops.shape == (2 * local_count, 3, 10, 10)
     assert global_crops.dtype == local_crops.dtype == torch.float32
 
 
@@ -183,10 +173,7 @@ def test_boxes_are_spread_evenly() -> None:
     for values in unit:
         quantiles = values.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64))
         torch.testing.assert_close(
-            quantiles,
-            torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64),
-            atol=0.04,
-            rtol=0,
+            quantiles, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64), atol=0.04, rtol=0
         )
 
 

@@ -37,11 +37,7 @@ def test_class_folders_are_split_by_class(tmp_path: Path) -> None:
     split = open_data(str(root), 0.25, seed=0)
     assert split.train.classes == ("a", "b", "single")
     assert np.bincount(split.test.labels).tolist() == [10, 2]
-    assert np.bincount(split.train.labels).tolist() == [
-        31,
-        6,
-        1,
-    ]
+    assert np.bincount(split.train.labels).tolist() == [31, 6, 1]
     assert not set(split.train.positions) & set(split.test.positions)
     again, other = (open_data(str(root), 0.25, seed=seed) for seed in (0, 1))
     assert np.array_equal(again.test.positions, split.test.positions)

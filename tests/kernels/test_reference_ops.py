@@ -128,11 +128,7 @@ def test_elastic_mlp(width: int) -> None:
     b1, b2 = tensor(hidden), tensor(width)
     x = tensor(5, width)
     y = ek.elastic_mlp(
-        x,
-        poisoned(fc1, HIDDEN, C),
-        poisoned(b1, HIDDEN),
-        poisoned(fc2, C, HIDDEN),
-        poisoned(b2, C),
+        x, poisoned(fc1, HIDDEN, C), poisoned(b1, HIDDEN), poisoned(fc2, C, HIDDEN), poisoned(b2, C)
     )
     inner = F.gelu((x * C / width) @ fc1.T + b1)
     torch.testing.assert_close(y, (inner * HIDDEN / hidden) @ fc2.T + b2)

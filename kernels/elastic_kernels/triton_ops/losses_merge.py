@@ -94,14 +94,6 @@ def merge(stats: Tensor, index: Tensor, students: int) -> tuple[Tensor, Tensor]:
     )
     if rows:
         _losses_merge_kernel[(triton.cdiv(rows, ROWS),)](
-            stats,
-            index,
-            losses,
-            lse,
-            ranges,
-            rows,
-            TWO=students == 2,
-            TARGETS=index.shape[1],
-            BLOCK=ROWS,
+            stats, index, losses, lse, ranges, rows, TWO=students == 2, TARGETS=index.shape[1], BLOCK=ROWS
         )
     return losses, lse

@@ -274,13 +274,7 @@ def _launch_options(config: LossConfig) -> dict[str, int]:
 
 
 def prototype_losses_fwd(
-    x: Tensor,
-    weight: Tensor,
-    t: Tensor,
-    log_u: Tensor,
-    index: Tensor,
-    tau_s: float,
-    tau_t: float,
+    x: Tensor, weight: Tensor, t: Tensor, log_u: Tensor, index: Tensor, tau_s: float, tau_t: float
 ) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps, as of `merge`, of `x` `[students, rows, dim]`."""
     (students, rows, _), (prototypes, dim) = x.shape, weight.shape

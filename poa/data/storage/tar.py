@@ -14,14 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from poa.data.storage.base import (
-    EXTENSIONS,
-    NO_PHOTO,
-    Opened,
-    Strings,
-    is_hidden,
-    join_labels,
-)
+from poa.data.storage.base import EXTENSIONS, NO_PHOTO, Opened, Strings, is_hidden, join_labels
 from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import InputError
 from poa.files import open_regular, write_bytes
@@ -30,13 +23,7 @@ BLOCK = tarfile.BLOCKSIZE
 LONGEST_LABEL = 256  # bytes of a `.cls` member
 LARGEST_IMAGE = 1 << 30  # bytes
 # What compressed files begin with.
-COMPRESSED = (
-    b"\x1f\x8b",
-    b"BZh",
-    b"\xfd7zXZ",
-    b"\x28\xb5\x2f\xfd",
-    b"PK\x03\x04",
-)
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 TABLES = 2  # version of the tables in the cache
 
 

@@ -19,11 +19,7 @@ def affine(width: int, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def run(
-    x: Tensor,
-    parameters: tuple[Tensor, Tensor] | None,
-    rows: Tensor | None,
-    dy: Tensor,
-    name: str,
+    x: Tensor, parameters: tuple[Tensor, Tensor] | None, rows: Tensor | None, dy: Tensor, name: str
 ) -> list[Tensor]:
     """Output and gradients of x (, weight, bias) on a backend."""
     leaves = [t.detach().requires_grad_() for t in (x, *(parameters or ()))]

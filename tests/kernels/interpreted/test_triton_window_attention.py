@@ -62,8 +62,7 @@ def test_no_tokens_and_no_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "window", "message"),
-    [(16, 9, "windows up to 8, got 9"), (136, 2, "head_dim up to 128, got 136")],
+    ("dim", "window", "message"), [(16, 9, "windows up to 8, got 9"), (136, 2, "head_dim up to 128, got 136")]
 )
 def test_too_large_windows_and_heads_are_refused_when_forced(dim: int, window: int, message: str) -> None:
     bias = torch.zeros(2, window**2, window**2)
