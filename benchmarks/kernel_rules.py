@@ -161,6 +161,7 @@ EXCUSES = (
         "channels of a group are found by division, and groups of 2 to 8 lie apart",
         forms=r"PER_GROUP=[248]\b",
     ),
+    Excuse("scalar accesses", "embedding_fwd|embedding_bwd", "a patch is masked by a byte", forms="HAS_MASK"),
     Excuse("scalar accesses", "crops_horizontal", "pixels are bytes, gathered where a crop's filter lies"),
     Excuse("scalar accesses", "crops_blur", "a tap further is a pixel further, which is not aligned"),
     Excuse(

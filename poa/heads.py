@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elastic_kernels import elastic_linear, unit_rows, without_autocast
+from elastic_kernels import elastic_head_mlps, unit_rows, without_autocast
 from poa.options import Options, option
 
 
@@ -83,21 +83,18 @@ class ProjectionHead(nn.Module):
         self.rest = nn.ModuleList(layers[1:])
         self.prototypes = Prototypes(config.bottleneck, prototypes, generator)
 
-    def embed(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Tokens `[rows, w]` of any width up to the intact one -> unit features `[rows, bottleneck]`.
-
-        In the dtype of the prototypes or another.
-        """
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of the MLP."""
         layers = [self.first, *cast("list[nn.Linear]", list(self.rest))]
-        for layer in layers[:-1]:
-            x = elastic_linear(x, layer.weight, layer.bias, activation="gelu")
-        x = elastic_linear(x, layers[-1].weight, layers[-1].bias)
-        return unit_rows(x, dtype=dtype or self.prototypes.weight_v.dtype)
+        return [(layer.weight, layer.bias) for layer in layers]
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens `[rows, w]` -> logits `[rows, prototypes]`, float32."""
+        (y,) = elastic_head_mlps(x, [self.layers])
         with without_autocast(x.device):
-            return F.linear(self.embed(x), self.prototypes.matrix())
+            weight = self.prototypes.matrix()
+            return F.linear(unit_rows(y, dtype=weight.dtype), weight)
 
 
 class ProjectionHeads(nn.Module):
@@ -121,8 +118,11 @@ class ProjectionHeads(nn.Module):
         return [head(x) for head in self._heads()]
 
     def embed(self, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """`[rows, w]` -> unit features `[rows, bottleneck]` of each head."""
-        return [head.embed(x, dtype) for head in self._heads()]
+        """Tokens `[rows, w]` of any width up to the intact one -> unit features `[rows, bottleneck]` of each
+        head, in the dtype of its prototypes or another."""
+        outputs = elastic_head_mlps(x, [head.layers for head in self._heads()])
+        kept = next(self.parameters()).dtype
+        return [unit_rows(y, dtype=dtype or kept) for y in outputs]
 
     def matrices(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The prototypes `[prototypes_i, bottleneck]` of each head."""

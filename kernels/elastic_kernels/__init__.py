@@ -26,7 +26,7 @@ from elastic_kernels.layouts import KeptRows, Sequences, Windows
 from elastic_kernels.linear import elastic_linear, elastic_linear_residual, elastic_qkv, linear_backend
 from elastic_kernels.mixed_width import mixed_width_layer_norm, mixed_width_linear, mixed_width_rms_norm
 from elastic_kernels.mixed_width_blocks import mixed_width_attention, mixed_width_block, mixed_width_mlp
-from elastic_kernels.mlp import elastic_hidden_features, elastic_mlp, elastic_swiglu
+from elastic_kernels.mlp import elastic_head_mlps, elastic_hidden_features, elastic_mlp, elastic_swiglu
 from elastic_kernels.modules import (
     ElasticAttention,
     ElasticGroupNorm,
@@ -99,6 +99,7 @@ __all__ = [
     "elastic_block_from_vit",
     "elastic_embedding",
     "elastic_group_norm",
+    "elastic_head_mlps",
     "elastic_hidden_features",
     "elastic_layer_norm",
     "elastic_linear",

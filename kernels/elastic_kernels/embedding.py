@@ -9,6 +9,7 @@ The Triton kernels are in `triton_ops/embedding.py`. Source: ViT (Dosovitskiy et
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -109,10 +110,10 @@ def _patches(crops: Sequence[Tensor], side: int) -> Tensor:
     views = [
         crop.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5) for crop in crops
     ]
-    counts = [view.shape[:3].numel() for view in views]
-    patches = crops[0].new_empty(sum(counts), crops[0].shape[1] * side * side)
-    for part, view in zip(patches.split(counts), views, strict=True):
-        part.view(view.shape).copy_(view)
+    ends = [*itertools.accumulate(view.shape[:3].numel() for view in views)]
+    patches = crops[0].new_empty(ends[-1], crops[0].shape[1] * side * side)
+    for start, end, view in zip([0, *ends], ends, views, strict=False):
+        patches[start:end].view(view.shape).copy_(view)
     return patches
 
 

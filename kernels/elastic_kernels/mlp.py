@@ -7,6 +7,7 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicMlp`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -88,6 +89,61 @@ def elastic_mlp(
         return MlpFunction.apply(x.reshape(-1, width), *parameters, specs, activation).view(x.shape)
     inner = elastic_linear(x, fc1_weight, fc1_bias, out_features=hidden, scale=scale, activation=activation)
     return elastic_linear(inner, fc2_weight, fc2_bias, out_features=width, scale=scale)
+
+
+Layers = Sequence[tuple[Tensor, Tensor | None]]
+"""Weight and bias of each layer."""
+
+
+def elastic_head_mlps(x: Tensor, mlps: Sequence[Layers]) -> list[Tensor]:
+    """Apply several MLPs to the same rows, with a GELU between layers; each layer an `elastic_linear`.
+
+    Args:
+        x: `[rows, w]`.
+        mlps: layers `[n, k]` of each, as many as it has; the first may be wider than `x`.
+
+    Returns:
+        `[rows, n]` of each MLP's last layer, the dtype of the matrix product.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `elastic_linear`.
+
+    Numerics: as of `elastic_linear`; the gradients of `x` are added in fp32.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import elastic_head_mlps
+        >>> first, second = (torch.randn(20, 8), None), (torch.randn(3, 20), torch.zeros(3))
+        >>> [y.shape for y in elastic_head_mlps(torch.randn(5, 6), [[first, second], [first]])]
+        [torch.Size([5, 3]), torch.Size([5, 20])]
+    """
+    op = "elastic_head_mlps"
+    for layers in mlps:
+        width = x.shape[-1]
+        for weight, bias in layers:
+            validate.prefix(op, "width", width, weight.shape[1])
+            validate.operands(op, x=x, weight=weight, bias=bias)
+            validate.vectors(op, x, bias=(bias, weight.shape[0]))
+            width = weight.shape[0]
+    if linear_backend(op, x).backend == "triton":
+        from elastic_kernels.triton_ops.head_mlps import HeadMlpsFunction
+
+        specs = [
+            [
+                layer_spec(x, w, w.shape[0], width=None if place == 0 else w.shape[1])
+                for place, (w, _) in enumerate(layers)
+            ]
+            for layers in mlps
+        ]
+        parameters = [tensor for layers in mlps for layer in layers for tensor in layer]
+        return list(HeadMlpsFunction.apply(x, specs, *parameters))
+    outputs = []
+    for layers in mlps:
+        h = x
+        for weight, bias in layers[:-1]:
+            h = elastic_linear(h, weight, bias, activation="gelu")
+        outputs.append(elastic_linear(h, *layers[-1]))
+    return outputs
 
 
 def elastic_swiglu(

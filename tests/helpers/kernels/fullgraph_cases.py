@@ -14,6 +14,7 @@ import elastic_kernels as ek
 NO_OPERATORS = {
     "CropParameters": "holds tensors",
     "AttentionWeights": "holds tensors",
+    "EmbeddingWeights": "holds tensors",
     "KeptRows": "holds tensors",
     "MlpWeights": "holds tensors",
     "Sequences": "is a layout",
@@ -154,6 +155,12 @@ CASES: dict[str, Callable[[], tuple[Function, list[Tensor]]]] = {
     ),
     "elastic_qkv": lambda: (ek.elastic_qkv, [draw(7, WIDTH), *linear(3 * LARGEST)]),
     "elastic_mlp": lambda: (ek.elastic_mlp, [draw(7, WIDTH), *mlp()]),
+    "elastic_head_mlps": lambda: (
+        lambda x, a, b, c, d: sum(
+            y.sum() for y in ek.elastic_head_mlps(x, [[(a, b), (c, None)], [(d, None)]])
+        ),
+        [draw(7, WIDTH), *linear(), draw(5, LARGEST), draw(6, LARGEST)],
+    ),
     "elastic_layer_norm": lambda: (
         partial(ek.elastic_layer_norm, eps=1e-6, rows=torch.tensor([4, 0])),
         [draw(6, WIDTH), draw(LARGEST), draw(LARGEST)],
