@@ -243,7 +243,8 @@ def layer_spec(
     if ledger is not None and (groups * out_features, width) == tuple(weight.shape):
         ledger.expect(weight)
     key = 0 if ledger is None else id(weight)  # which torch.compile cannot take of a view
-    return LayerSpec(groups, out_features, s, dispatch.product_dtype(x), ledger, key)
+    dtype, trains = dispatch.product_dtype(x), torch.is_grad_enabled()
+    return LayerSpec(groups, out_features, s, dtype, ledger, key, trains)
 
 
 def factor(scale: Scale, largest: int, width: int) -> float:

@@ -91,8 +91,8 @@ def mixed_width_stacked(
     if linear_backend(op, x).backend == "triton":
         from elastic_kernels.triton_ops.mixed_width import MixedWidthFunction
 
-        rest = (widths, out_widths, factors, groups, dispatch.product_dtype(x), activation or "")
-        return MixedWidthFunction.apply(x, weight, bias, *rest)
+        options = (groups, dispatch.product_dtype(x), activation or "", torch.is_grad_enabled())
+        return MixedWidthFunction.apply(x, weight, bias, widths, out_widths, factors, *options)
     y = F.linear(x.masked_fill(beyond(widths, x.shape[1]), 0), weight)
     if factors is not None:
         y = (y * factors.unsqueeze(1)).to(y.dtype)

@@ -84,7 +84,8 @@ class _Normed:
         spec: HalfSpec,
     ) -> tuple[Tensor, _Normed]:
         """The normalised rows, and what to keep."""
-        apart = weight is not None and any(ctx.needs_input_grad)  # else they are what follows
+        # Else they are what follows, or nothing follows.
+        apart = weight is not None and spec.first.trains and any(ctx.needs_input_grad)
         ledger = spec.first.ledger
         if (
             ledger is not None

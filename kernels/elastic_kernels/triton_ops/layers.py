@@ -37,6 +37,7 @@ class LayerSpec(NamedTuple):
         dtype: of the product.
         ledger: of the networks that share the weight in this graph.
         key: of the weight, there.
+        trains: backward may follow; else nothing is written that it alone would read.
     """
 
     groups: int
@@ -45,6 +46,7 @@ class LayerSpec(NamedTuple):
     dtype: torch.dtype
     ledger: GradientLedger | None = None
     key: int = 0
+    trains: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Layer:
         return ops.linear_fwd(x, self.weight, self.added, self.spec.scale)
 
     def forward_act(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-        return ops.linear_act_fwd(x, self.weight, self.added, self.spec.scale, kind)
+        return ops.linear_act_fwd(x, self.weight, self.added, self.spec.scale, kind, self.spec.trains)
 
     def forward_residual(
         self, x: Tensor, residual: Tensor, index: Tensor | None, row_scale: Tensor | None

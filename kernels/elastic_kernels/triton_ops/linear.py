@@ -37,7 +37,7 @@ from elastic_kernels.triton_ops.registration import register
 
 @triton.jit
 def _fwd_epilogue(
-    y, bias_ptr, y_ptr, act_ptr, residual_ptr, gamma_ptr, row_scale_ptr,
+    y, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, row_scale_ptr,
     places, offs_m, offs_n, mask_m, mask_n,
     bias_start, stride_y, stride_r,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
@@ -53,17 +53,19 @@ def _fwd_epilogue(
             y *= tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         residual = tl.load(residual_ptr + places[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
         y += residual.to(tl.float32)
-    u = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + out, u, mask=mask)
-    if act_ptr is not None:
-        # Of the rounded u, so that backward finds the same activation in it.
-        act = activate(u.to(tl.float32), EPILOGUE, y_ptr.dtype.element_ty == tl.float32)
-        tl.store(act_ptr + out, act.to(act_ptr.dtype.element_ty), mask=mask)
+    y = y.to(y_ptr.dtype.element_ty)
+    if u_ptr is not None:
+        tl.store(u_ptr + out, y, mask=mask)
+    if EPILOGUE != "linear" and EPILOGUE != "residual":
+        # Of the rounded sum, so that backward finds the same activation in it.
+        y = activate(y.to(tl.float32), EPILOGUE, y_ptr.dtype.element_ty == tl.float32)
+        y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + out, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, act_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
     rows, out_features, in_features,
     stride_x, stride_wg, stride_wn, stride_wk, stride_bg, stride_y, stride_yg, stride_r,
     scale,
@@ -95,7 +97,7 @@ def _linear_fwd_kernel(
     for part in tl.static_range(SLICES):
         offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
         _fwd_epilogue(
-            slices[part], bias_ptr, y_ptr + group * stride_yg, act_ptr,
+            slices[part], bias_ptr, y_ptr + group * stride_yg, u_ptr,
             residual_ptr, gamma_ptr, row_scale_ptr,
             places, offs_m, offs_h, mask_m, offs_h < out_features,
             group * stride_bg, stride_y, stride_r,
@@ -157,22 +159,24 @@ def _fwd(
     y: Tensor,
     scale: float,
     *,
-    activation: Tensor | None = None,
+    u: Tensor | None = None,
     kind: str = "",
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
     index: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> None:
-    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`; `kind` of activation."""
+    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`.
+
+    With a `kind` of activation, `u` gets the sums before it."""
     rows, (groups, out, width) = x.shape[0], weight.shape
     if not rows:
         return
-    form: Form = "residual" if residual is not None else "linear" if activation is None else "gelu"
+    form: Form = "residual" if residual is not None else "gelu" if kind else "linear"
     config = config_for(form, x, out, width)
     tiles = cdiv(rows, config.block_m) * cdiv(out, config.block_n)
     _linear_fwd_kernel[(tiles, groups)](
-        x, weight, bias, y, activation, residual, gamma, index, row_scale,
+        x, weight, bias, y, u, residual, gamma, index, row_scale,
         rows, out, width,
         x.stride(0), *weight.stride(), 0 if bias is None else bias.stride(0),
         y.stride(0), y.stride(1) if groups > 1 else 0, 0 if residual is None else residual.stride(0),
@@ -206,14 +210,20 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> 
 
 
 def linear_act_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, kind: str
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, kind: str, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_fwd` of one group: the sum and its activation, of a kind in `linear.ACTIVATIONS`."""
-    u, activation = (
-        torch.empty(x.shape[0], weight.shape[1], dtype=x.dtype, device=x.device) for _ in range(2)
-    )
-    _fwd(x, weight, bias, u, scale, activation=activation, kind=kind)
-    return u, activation
+    """As `linear_fwd` of one group: the sums, if backward is to read them, and their activation of a kind."""
+    u, y = _sums_and_activation(x, weight, bias, scale, kind, keep)
+    _fwd(x, weight, bias, y, scale, u=u if keep else None, kind=kind)
+    return u, y
+
+
+def _sums_and_activation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, kind: str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    shapes = (x.shape[0] if keep else 0, weight.shape[1]), (x.shape[0], weight.shape[1])
+    u, y = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes)
+    return u, y
 
 
 def linear_residual_(
@@ -304,9 +314,10 @@ register(
     ),
 )
 register(
-    "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, float scale, str kind) -> (Tensor, Tensor)",
+    "linear_act_fwd(Tensor x, Tensor weight, Tensor? bias, float scale, str kind, bool keep)"
+    " -> (Tensor, Tensor)",
     linear_act_fwd,
-    lambda x, weight, *rest: tuple(x.new_empty(x.shape[0], weight.shape[1]) for _ in range(2)),
+    _sums_and_activation,
 )
 register(
     "linear_residual_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor? gamma,"

@@ -5,7 +5,7 @@
     wgrad      dW[g] = (s dy[g])^T x, db = 1^T dy, of rows that are 0 beyond their widths: one cuBLAS product
 
 g: one matrix, or q, k and v, or a gate and its units. A tile reduces over the widest of its rows only, and
-tiles beyond all their rows write zeros. Saved for backward: x, the weight, and y where an activation follows.
+tiles beyond all their rows write zeros. Saved for backward: x, the weight, and sums before an activation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 @triton.jit(do_not_specialize=["rows"])
 def _mixed_width_kernel(
-    x_ptr, weight_ptr, bias_ptr, widths_ptr, out_widths_ptr, factors_ptr, y_ptr, act_ptr,
+    x_ptr, weight_ptr, bias_ptr, widths_ptr, out_widths_ptr, factors_ptr, y_ptr, u_ptr,
     rows, summed, out_features, in_features,
     stride_x, stride_xg, stride_wg, stride_wn, stride_wk,
     ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,10 +62,11 @@ def _mixed_width_kernel(
     y = tl.where(wanted, acc, 0.0).to(y_ptr.dtype.element_ty)
     places = (offs_m.to(tl.int64)[:, None] * tl.num_programs(1) + matrix) * out_features + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(y_ptr + places, y, mask=mask)
-    if act_ptr is not None:  # of the rounded y, and 0 where that is
-        act = activate(y.to(tl.float32), ACTIVATION, y_ptr.dtype.element_ty == tl.float32)
-        tl.store(act_ptr + places, act.to(act_ptr.dtype.element_ty), mask=mask)
+    if u_ptr is not None:
+        tl.store(u_ptr + places, y, mask=mask)
+    if ACTIVATION:  # of the rounded sum, and 0 where that is
+        y = activate(y.to(tl.float32), ACTIVATION, y_ptr.dtype.element_ty == tl.float32)
+    tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _product(
@@ -76,7 +77,7 @@ def _product(
     factors: Tensor | None,
     y: Tensor,
     *,
-    act: Tensor | None = None,
+    u: Tensor | None = None,
     kind: str = "",
 ) -> Tensor:
     """`x` `[rows, k]`, `weight` `[g, n, k]` -> y `[rows, g, n]`, or of x `[rows, g, k]` the sum, `[rows, n]`.
@@ -89,7 +90,7 @@ def _product(
         tiles = cdiv(rows, config.block_m) * cdiv(out, config.block_n)
         summed = groups if x.dim() == 3 else 1
         _mixed_width_kernel[(tiles, groups // summed)](
-            x, weight, bias, *widths, factors, y, act,
+            x, weight, bias, *widths, factors, y, u,
             rows, summed, out, width,
             x.stride(0), x.stride(1) if summed > 1 else 0, *weight.stride(),
             ACTIVATION=kind, PRECISION=precision(x),
@@ -106,14 +107,21 @@ def mixed_width_fwd(
     out_widths: Tensor,
     factors: Tensor | None,
     kind: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`x` `[rows, k]`, `weight` `[g, n, k]`, `bias` `[g * n]` -> y `[rows, g, n]`, its activation or none."""
-    shape = x.shape[0], weight.shape[0], weight.shape[1]
-    y, act = (
-        torch.empty(size, dtype=x.dtype, device=x.device) for size in (shape, shape if kind else (0, 0, 0))
-    )
-    _product(x, weight, bias, (widths, out_widths), factors, y, act=act if kind else None, kind=kind)
-    return y, act
+    """`x` `[rows, k]`, `weight` `[g, n, k]`, `bias` `[g * n]` -> sums and y `[rows, g, n]`.
+
+    Sums before the `kind` of activation, if backward is to read them, are else empty.
+    """
+    u, y = _sums_and_activation(x, weight, bias, widths, out_widths, factors, kind, keep)
+    _product(x, weight, bias, (widths, out_widths), factors, y, u=u if keep else None, kind=kind)
+    return u, y
+
+
+def _sums_and_activation(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shapes = ((rows, *weight.shape[:2]) for rows in (len(x) if rest[-1] else 0, len(x)))
+    u, y = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in shapes)
+    return u, y
 
 
 def mixed_width_dgrad(
@@ -126,12 +134,9 @@ def mixed_width_dgrad(
 
 register(
     "mixed_width_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor widths, Tensor out_widths,"
-    " Tensor? factors, str kind) -> (Tensor, Tensor)",
+    " Tensor? factors, str kind, bool keep) -> (Tensor, Tensor)",
     mixed_width_fwd,
-    lambda x, weight, bias, widths, out_widths, factors, kind: (
-        x.new_empty(x.shape[0], *weight.shape[:2]),
-        x.new_empty((x.shape[0], *weight.shape[:2]) if kind else (0, 0, 0)),
-    ),
+    _sums_and_activation,
 )
 register(
     "mixed_width_dgrad(Tensor dy, Tensor weight, Tensor widths, Tensor out_widths, Tensor? factors)"
@@ -162,22 +167,24 @@ class MixedWidthFunction(torch.autograd.Function):
         groups: int,
         dtype: torch.dtype,
         activation: str,
+        trains: bool,
     ) -> Tensor:
         rounded, low = unit_stride(x.to(dtype)), weight.to(dtype).unflatten(0, (groups, -1))
         widths, out_widths = widths.contiguous(), out_widths.contiguous()
-        y, act = ops.mixed_width_fwd(rounded, low, bias, widths, out_widths, factors, activation)
-        ctx.save_for_backward(rounded, low, widths, out_widths, factors, y if activation else None)
+        keep = trains and bool(activation)
+        u, y = ops.mixed_width_fwd(rounded, low, bias, widths, out_widths, factors, activation, keep)
+        ctx.save_for_backward(rounded, low, widths, out_widths, factors, u if keep else None)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.activation = activation
-        return act if activation else y
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, widths, out_widths, factors, y = ctx.saved_tensors
+        x, weight, widths, out_widths, factors, u = ctx.saved_tensors
         dx = dweight = dbias = None
-        if y is not None:
-            dy = ACTIVATION_BACKWARD[ctx.activation](dy, y)
+        if u is not None:
+            dy = ACTIVATION_BACKWARD[ctx.activation](dy, u)
         dy = unit_stride(dy)
         if ctx.needs_input_grad[0]:
             dx = ops.mixed_width_dgrad(dy, weight, widths, out_widths, factors).to(ctx.dtypes[0])
@@ -187,4 +194,4 @@ class MixedWidthFunction(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scaled = dy if factors is None else (dy * factors.unsqueeze(1)).to(dy.dtype)
             dweight = (scaled.t() @ _within(x, widths)).to(ctx.dtypes[1])
-        return dx, dweight, dbias, None, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None, None, None

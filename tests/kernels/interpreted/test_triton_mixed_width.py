@@ -25,8 +25,8 @@ def test_registered_operators() -> None:
         torch.arange(1, 6),
     )
     calls = [
-        (ops.mixed_width_fwd, (x, weight, None, widths, widths, None, "silu")),
-        (ops.mixed_width_fwd, (x, weight, draw(24).float(), widths, widths, x[:, 0], "")),
+        (ops.mixed_width_fwd, (x, weight, None, widths, widths, None, "silu", True)),
+        (ops.mixed_width_fwd, (x, weight, draw(24).float(), widths, widths, x[:, 0], "", False)),
         (ops.mixed_width_dgrad, (draw(5, 3, 8).float(), weight, widths, widths, x[:, 0])),
     ]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
