@@ -15,6 +15,7 @@ from poa.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, 
 from poa.backbones import CONFIGS
 from poa.config import Config
 from poa.data.layout import SOURCES
+from poa.data_commands import add_data
 from poa.embedding_command import add_embed
 from poa.evaluate import PROTOCOLS
 from poa.export.formats import DTYPES
@@ -57,6 +58,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version)
     group = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Command)
     _add_first(group)
+    add_data(group)
     _add_planning(group)
     _add_pretrain(group, arguments)
     _add_queries(group)

@@ -162,7 +162,7 @@ def first_lines(
     method, space = config.method, config.method.backbone.space
     intact = method.backbone.parameters(space.intact)
     yield f"device: {_device(world)}, {method.precision} products"
-    yield f"data: {_data(config, data)}"
+    yield f"data: {describe_data(config, data)}"
     if data.left_out:
         yield f"left out: {data.left_out}"
     yield (
@@ -195,7 +195,7 @@ def _device(world: World) -> str:
     return f"{world.size} x {torch.cuda.get_device_name(world.device)}, {memory:.0f} GB"
 
 
-def _data(config: Config, data: DataSplit) -> str:
+def describe_data(config: Config, data: DataSplit) -> str:
     train = data.train
     classes = " without labels"
     if train.classes:

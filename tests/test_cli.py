@@ -270,14 +270,17 @@ UNFINISHED = {"of", "for", "to", "likewise", "the", "whose", "instead", "until",
 def test_one_grammar() -> None:
     """Commands come in the order of work; a run comes first, its options last, all else has a name."""
     (group,) = (a for a in _parser([])._actions if isinstance(a, argparse._SubParsersAction))
-    work = "quickstart subnets memory warmup loader pretrain report evaluate latency select extract"
+    work = (
+        "quickstart subnets data memory warmup loader pretrain report evaluate latency select extract embed"
+    )
     assert list(group.choices) == work.split()
-    for name, command in group.choices.items():
+    (check,) = group.choices["data"]._actions[1].choices.items()
+    for name, command in [check, *((n, c) for n, c in group.choices.items() if n != "data")]:
         unnamed = [a.dest for a in command._actions if not a.option_strings]
-        assert unnamed in (["run"], ["overrides"], []), name
+        assert unnamed in (["run"], ["overrides"], ["path", "overrides"], ["model", "images"], []), name
         reads_a_run = name in ("subnets", "report", "evaluate", "latency", "select", "extract")
         assert ("run" in unnamed) == reads_a_run
-        assert ("--preset" in command.flags) == (name in work.split()[1:6])
+        assert ("--preset" in command.flags) == (name in work.split()[1:7])
         assert not unfinished(command), name
 
 

@@ -24,7 +24,7 @@ FLOORS = (
     "step plan evaluate selection memory warmup writers metrics report contact_sheet curves export images",
     "train",
     "run embedding feature_files nearest",
-    "arguments quickstart selection_commands embedding_command commands cli __init__ __main__",
+    "arguments quickstart data_commands selection_commands embedding_command commands cli __init__ __main__",
 )
 
 

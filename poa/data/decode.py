@@ -38,7 +38,14 @@ def formats() -> tuple[str, ...]:
 
 
 def decode(file: BinaryIO, canvas: int, bits: int | None = None) -> np.ndarray:
-    """The picture in a file, as `to_pixels` makes it. JPEGs are decoded at the smallest size that serves.
+    """The picture in a file, as `to_pixels` makes it; see `decode_sized`."""
+    return decode_sized(file, canvas, bits)[1]
+
+
+def decode_sized(file: BinaryIO, canvas: int, bits: int | None = None) -> tuple[tuple[int, int], np.ndarray]:
+    """(Height, width) of the picture in a file, and the picture as `to_pixels` makes it.
+
+    JPEGs are decoded at the smallest size that serves.
 
     Raises:
         Exception: of many kinds; the file is damaged, cut off, empty, no image, or larger than Pillow's limit
@@ -54,8 +61,9 @@ def decode(file: BinaryIO, canvas: int, bits: int | None = None) -> np.ndarray:
                 "the file is empty" if not file.seek(0, 2) else "not an image of a known format"
             ) from None
         with image:
+            size = image.height, image.width
             image.draft("RGB", (canvas, canvas))
-            return to_pixels(image, canvas, bits)
+            return size, to_pixels(image, canvas, bits)
 
 
 def to_pixels(image: Image.Image, canvas: int, bits: int | None = None) -> np.ndarray:

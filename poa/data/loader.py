@@ -7,7 +7,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +206,7 @@ def training_batches(
         DataError: a batch does not come.
     """
     images = _TrainingImages(source, canvas, stream.seed)
-    return _batches(images, workers, patience, batch_sampler=stream)
+    return batches_of(images, workers, patience, batch_sampler=stream)
 
 
 def evaluation_batches(
@@ -217,10 +217,17 @@ def evaluation_batches(
     patience: float = 600.0,
 ) -> Iterator[Canvases]:
     """All readable images once, in order; see `training_batches`."""
-    return _batches(_AllImages(source, canvas), workers, patience, batch_size=batch_size)
+    return batches_of(_AllImages(source, canvas), workers, patience, batch_size=batch_size)
 
 
-def _batches(images: Dataset[Decoded], workers: int, patience: float, **batches: Any) -> Iterator[Canvases]:
+def batches_of(
+    images: Dataset[Any],
+    workers: int,
+    patience: float = 600.0,
+    collate: Callable[[list[Any]], Any] = collate,
+    **batches: Any,
+) -> Iterator[Any]:
+    """Batches of what a dataset gives, by decoding processes; see `training_batches`."""
     workers = useful_workers(workers)
     loader = DataLoader(
         images,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
-from poa.data.decode import ImageError, decode, to_pixels
+from poa.data.decode import ImageError, decode_sized, to_pixels
 from poa.data.layout import SOURCES, Found, find
 from poa.data.storage import Opened, Storage
 from poa.data.summary import EXAMPLES, LeftOut, printable
@@ -75,15 +75,19 @@ class ImageSource:
         Raises:
             ImageError: it is not readable; the message names it.
         """
+        return self.read_sized(index, canvas)[1]
+
+    def read_sized(self, index: int, canvas: int) -> tuple[tuple[int, int], np.ndarray]:
+        """(Height, width) of an image as it is stored, and what `read` gives."""
         position = int(self.positions[index])
         try:
             opened = self.storage.open(position)
             if isinstance(opened, np.ndarray):
-                return opened
+                return opened.shape[:2], opened
             if isinstance(opened, Image.Image):
-                return to_pixels(opened, canvas, self.bits)
+                return (opened.height, opened.width), to_pixels(opened, canvas, self.bits)
             with opened:
-                return decode(opened, canvas, self.bits)
+                return decode_sized(opened, canvas, self.bits)
         except Exception as error:  # decoders raise whatever they like
             text = isinstance(error, OSError) and error.strerror or str(error)
             reason = " ".join(text.split()) or type(error).__name__

@@ -70,7 +70,7 @@ def knn_accuracy(
     votes_of = bank_labels.to(device)
     for start in range(0, len(queries), CHUNK):
         part = F.normalize(queries[start : start + CHUNK].to(device).float(), dim=1)
-        similarity, index = _nearest(part, bank, min(max(neighbours), len(bank)))
+        similarity, index = nearest(part, bank, min(max(neighbours), len(bank)))
         weights, votes = (similarity / temperature).exp(), votes_of[index]
         truth = query_labels[start : start + CHUNK].to(device)
         for k in neighbours:
@@ -80,7 +80,7 @@ def knn_accuracy(
     return {k: hits / len(queries) for k, hits in correct.items()}
 
 
-def _nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Cosine similarities and positions of the nearest `count` of the bank, nearest first."""
     best, positions = queries.new_zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
     positions = positions.to(queries.device)
