@@ -154,6 +154,9 @@ def _run_layers(run: Run) -> None:
         for activation in ("silu", "gelu_tanh"):
             plain = block(80, ek.ElasticLayerNorm, ek.ElasticMLP(width, 3072, activation=activation))
             plain(x, [(images, length)], rotary=_angles(x, 80, halves=True)).sum().backward()
+            with torch.no_grad():
+                plain.mlp(x)
+                ek.mixed_width_mlp(plain.mlp, torch.empty(len(x), width), widths)
         whole = torch.empty(len(x), width, requires_grad=True)
         ek.mixed_width_block(gated, whole, [(images, length)], widths).sum().backward()
 

@@ -64,7 +64,7 @@ def _mixed_width_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     if u_ptr is not None:
         tl.store(u_ptr + places, y, mask=mask)
-    if ACTIVATION:  # of the rounded sum, and 0 where that is
+    if ACTIVATION != "":  # of the rounded sum, and 0 where that is
         y = activate(y.to(tl.float32), ACTIVATION, y_ptr.dtype.element_ty == tl.float32)
     tl.store(y_ptr + places, y.to(y_ptr.dtype.element_ty), mask=mask)
 
