@@ -87,9 +87,14 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
             InputError: the backbone takes no images of this size.
         """
 
-    @abstractmethod
+    def active_drop_rates(self, subnet: Subnet) -> list[float]:
+        """Stochastic-depth rate of each active block; none where the method has no stochastic depth."""
+        return []
+
     def mean_drop_rate(self, subnet: Subnet) -> float:
         """Stochastic-depth rate, averaged over the active blocks."""
+        rates = self.active_drop_rates(subnet)
+        return sum(rates) / max(len(rates), 1)
 
     @abstractmethod
     def parameters(self, subnet: Subnet) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poa.backbones.base import Backbone, BackboneConfig, Features, Inputs
 from poa.errors import InputError
@@ -127,6 +127,7 @@ class Pyramid(Backbone):
     """A backbone of several stages; the mean of its last map stands for the image."""
 
     config: PyramidConfig
+    mask_token: nn.Parameter | None
 
     @abstractmethod
     def maps(self, inputs: Inputs) -> list[Tensor]:
@@ -149,6 +150,28 @@ class Pyramid(Backbone):
         chosen = last.flatten(0, 2).index_select(0, (image * height + row) * width + column)
         return torch.cat([*(_mean(x) for x in maps), chosen])
 
+    def _under_mask(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Maps `[crops, height, width, channels]` with the mask token where a mask is True.
+
+        The mask is bool `[crops, rows * columns]`, of a grid as wide for its height as the maps.
+
+        Raises:
+            InputError: the maps are no multiple of the grid.
+        """
+        if mask is None:
+            return x
+        if self.mask_token is None:
+            raise ValueError("mask: expected None for a network without a mask token, got a mask")
+        height, width = x.shape[1:3]
+        times = round((height * width / mask.shape[1]) ** 0.5)
+        if height % times or width % times or height * width != mask.shape[1] * times**2:
+            raise InputError(
+                f"mask: expected a grid that divides the {height}x{width} map, got {mask.shape[1]} patches"
+            )
+        grid = mask.view(-1, height // times, width // times)
+        fine = grid.repeat_interleave(times, 1).repeat_interleave(times, 2).unsqueeze(-1)
+        return torch.where(fine, self.mask_token[0, : x.shape[-1]].to(x.dtype), x)
+
     def _features_of(self, x: Tensor) -> Features:
         normed, scale = self.normalise(x), self.config.mask_scale
         patches = normed.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
@@ -158,25 +181,3 @@ class Pyramid(Backbone):
 def _mean(x: Tensor) -> Tensor:
     """`[crops, height, width, channels]` -> `[crops, channels]`, at least float32."""
     return x.mean((1, 2), dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def under_mask(x: Tensor, mask: Tensor, token: Tensor) -> Tensor:
-    """Maps `[crops, height, width, channels]` with the mask token where the mask of a coarser grid is True.
-
-    Args:
-        x: maps.
-        mask: bool `[crops, rows * columns]` of a grid as wide for its height as the maps.
-        token: `[channels]`.
-
-    Raises:
-        InputError: the maps are no multiple of the grid.
-    """
-    height, width = x.shape[1:3]
-    times = round((height * width / mask.shape[1]) ** 0.5)
-    if height % times or width % times or height * width != mask.shape[1] * times**2:
-        raise InputError(
-            f"mask: expected a grid that divides the {height}x{width} map, got {mask.shape[1]} patches"
-        )
-    grid = mask.view(-1, height // times, width // times)
-    fine = grid.repeat_interleave(times, 1).repeat_interleave(times, 2).unsqueeze(-1)
-    return torch.where(fine, token.to(x.dtype), x)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from elastic_kernels import ElasticBottleneck, ElasticGroupNorm, conv_channels_last, recomputed
 from poa.backbones.base import Features, Inputs, TimmModel, copied, initialise_as_torch
 from poa.backbones.plain import PlainResNet
-from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
+from poa.backbones.pyramid import Pyramid, PyramidConfig
 from poa.multicrop import StochasticDepth
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet
@@ -79,9 +79,6 @@ class ResNetConfig(PyramidConfig):
     def outputs(self, stage: int) -> int:
         """Channels of the outputs of a stage's blocks."""
         return EXPANSION * self.base_width * 2**stage
-
-    def mean_drop_rate(self, subnet: Subnet) -> float:
-        return 0.0
 
     def parameters(self, subnet: Subnet) -> int:
         total = self.base_width * (3 * 7**2 + 2)
@@ -182,11 +179,7 @@ class ElasticResNet(Pyramid):
         x = conv_channels_last(images.permute(0, 2, 3, 1), self.conv1.weight, stride=2, padding=3)
         x = self.norm1(x, activation="relu")
         x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, stride=2, padding=1).permute(0, 2, 3, 1)
-        if mask is None:
-            return x
-        if self.mask_token is None:
-            raise ValueError("mask: expected None for a network without a mask token, got a mask")
-        return under_mask(x, mask, self.mask_token[0])
+        return self._under_mask(x, mask)
 
     def active_stages(self, subnet: Subnet) -> Iterator[list[ElasticBottleneck]]:
         """The blocks of each stage that a subnet runs through, in order."""

@@ -28,7 +28,7 @@ from elastic_kernels import (
     recomputed,
 )
 from poa.backbones.base import Features, Inputs, copied, initialise_as_torch
-from poa.backbones.pyramid import Pyramid, PyramidConfig, under_mask
+from poa.backbones.pyramid import Pyramid, PyramidConfig
 from poa.errors import InputError
 from poa.multicrop import StochasticDepth, draw_samples
 from poa.options import option
@@ -101,10 +101,6 @@ class SwinConfig(PyramidConfig):
         """Stochastic-depth rate of each active block of all stages, linear over the intact depth."""
         rates = torch.linspace(0, self.drop_path, sum(self.max_depths)).split(list(self.max_depths))
         return [float(r) for stage, rate in enumerate(rates) for r in rate[self.active(subnet, stage)]]
-
-    def mean_drop_rate(self, subnet: Subnet) -> float:
-        rates = self.active_drop_rates(subnet)
-        return sum(rates) / len(rates)
 
     def feature_width(self, subnet: Subnet) -> int:
         return subnet.width * 2 ** (len(self.max_depths) - 1)
@@ -273,12 +269,7 @@ class ElasticSwin(Pyramid):
             raise InputError(
                 f"crop: expected sides divisible by the patch size {patch}, got {tuple(images.shape[-2:])}"
             )
-        x = self.patch_embed(images, width)
-        if mask is None:
-            return x
-        if self.mask_token is None:
-            raise ValueError("mask: expected None for a network without a mask token, got a mask")
-        return under_mask(x, mask, self.mask_token[0, :width])
+        return self._under_mask(self.patch_embed(images, width), mask)
 
     def active_stages(self, subnet: Subnet) -> Iterator[tuple[Stage, list[ElasticSwinBlock]]]:
         """Each stage with the blocks that a subnet runs through, in order."""

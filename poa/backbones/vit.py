@@ -125,10 +125,6 @@ class ViTConfig(BackboneConfig):
     def feature_width(self, subnet: Subnet) -> int:
         return subnet.width
 
-    def mean_drop_rate(self, subnet: Subnet) -> float:
-        rates = self.active_drop_rates(subnet)
-        return sum(rates) / len(rates)
-
     def active_drop_rates(self, subnet: Subnet) -> list[float]:
         """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""
         (depth,) = subnet.blocks
