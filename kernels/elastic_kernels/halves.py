@@ -136,13 +136,8 @@ def elastic_attention_half(
     sizes, tokens = layout.sizes(), x.shape[0] if rows is None else rows.shape[0]
     if sizes is not None and sum(sizes) != tokens:
         raise ValueError(f"{op}: expected {tokens} tokens, got {sum(sizes)} in {sizes} of {layout}")
-    if (
-        only is None
-        and sizes is not None
-        and layout.backend(x, head_dim).backend == "triton"
-        and _fused(op, x)
-    ):
-        return _attention_function(x, weights, layout, head_dim, eps, kept, inplace, heads, scale)
+    if sizes is not None and layout.backend(x, head_dim).backend == "triton" and _fused(op, x):
+        return _attention_function(x, weights, layout, head_dim, eps, kept, only, inplace, heads, scale)
     h = elastic_layer_norm(x, weights.norm_weight, weights.norm_bias, eps, rows=rows)
     qkv = elastic_qkv(
         h, weights.qkv_weight, weights.qkv_bias, out_features=heads * head_dim, scale=scale
@@ -178,6 +173,7 @@ def _attention_function(
     head_dim: int,
     eps: float,
     kept: KeptRows | None,
+    only: Tensor | None,
     inplace: bool,
     heads: int,
     scale: Scale,
@@ -197,6 +193,12 @@ def _attention_function(
         head_dim=head_dim,
         windows=windows,
     )
+    if only is not None:
+        from elastic_kernels.triton_ops.last_half import LastAttentionFunction
+
+        place, row_scale = kept.among(only, len(x)) if kept else (None, None)
+        rows, places = (kept.rows, kept.places) if kept else (None, None)
+        return LastAttentionFunction.apply(x, *weights, bias, rows, places, only, place, row_scale, spec)
     choice = (kept.rows, kept.scale, kept.places) if kept else (None, None, None)
     return AttentionHalfFunction.apply(x, *weights, bias, *choice, spec)
 

@@ -54,8 +54,9 @@ class KeptRows:
         """
         places = places_of(self.rows, tokens) if self.places is None else self.places
         place = places.index_select(0, only)
+        anywhere = place.clamp(min=0)
         scale = self.scale if len(self.scale) else self.scale.new_zeros(1)
-        return place.clamp(min=0), scale.index_select(0, place.clamp(min=0)) * (place >= 0)
+        return anywhere, scale.index_select(0, anywhere) * (place >= 0)
 
 
 def places_of(rows: Tensor, tokens: int) -> Tensor:

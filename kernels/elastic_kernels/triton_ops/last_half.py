@@ -1,0 +1,71 @@
+"""An `autograd.Function` of the attention half of a last block, whose output is made of wanted tokens alone.
+
+Its backward writes the gradients of attention's output and of the stream once, zeros and all; left to
+autograd, they would be filled, copied and added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.halves import HalfSpec, _attend, _attend_backward, _Normed
+from elastic_kernels.triton_ops.layers import Layer, branch_gradient, keep, kept
+from elastic_kernels.triton_ops.registration import first_order
+
+
+class LastAttentionFunction(torch.autograd.Function):
+    """`x[only] + row_scale * gamma * proj(attention(qkv(norm(x[rows])))[place])`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        proj_weight: Tensor,
+        proj_bias: Tensor | None,
+        gamma: Tensor | None,
+        window_bias: Tensor | None,
+        index: Tensor | None,
+        places: Tensor | None,
+        only: Tensor,
+        place: Tensor | None,
+        row_scale: Tensor | None,
+        spec: HalfSpec,
+    ) -> Tensor:
+        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
+        qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
+        proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
+        qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
+        bias = None if window_bias is None else window_bias.contiguous()
+        o, lse = _attend(qkv, qkv_layer, bias, spec)
+        place = only if place is None else place
+        # Without any sequence that takes part, parameters still get gradients, of zero.
+        wanted = o.index_select(0, place) if len(o) else o.new_zeros(len(place), o.shape[1])
+        saved = (normed.xhat, norm_weight, normed.rstd, index, places, only, place, row_scale)
+        keep(ctx, (*saved, h, qkv, o, lse, wanted, bias), [qkv_layer, proj])
+        ctx.spec, ctx.tokens = spec, len(x)
+        return proj.forward_residual(wanted, x.index_select(0, only), None, row_scale)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        tensors, (qkv_layer, proj) = kept(ctx)
+        *normed, index, places, only, place, row_scale, h, qkv, o, lse, wanted, bias = tensors
+        d, d_sums = branch_gradient(dout, None, row_scale, proj)
+        dw2, db2, dgamma = proj.wgrad(d, wanted, d_sums)
+        do = torch.zeros_like(o)
+        if len(do):
+            do.index_add_(0, place, proj.dgrad(d))
+        dqkv, sums, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
+        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, sums, None if dpad is None else dpad.flatten(1))
+        dh = qkv_layer.dgrad(dqkv)
+        stream = dout.new_zeros(ctx.tokens, dout.shape[1]).index_copy_(0, only, dout)
+        dx, *affine = _Normed(*normed).backward(dh, index, places, stream, ctx.spec)
+        return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None, None, None
