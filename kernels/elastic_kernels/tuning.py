@@ -13,8 +13,9 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from elastic_kernels.dispatch import holding
 
 C = TypeVar("C")
 PACKAGED = Path(__file__).parent / "tuned"
@@ -59,7 +62,8 @@ class Tunable:
 
     def choose(self, x: Tensor, shape: tuple[int, ...], fallback: C) -> C:
         """The settings of the table of the GPU of `x` for a class of shapes, or the fallback."""
-        table = _trial if _trial is not None else table_of(x.device)
+        trial = _trial.get()
+        table = table_of(x.device) if trial is None else trial
         return fallback if table is None else table.get(Key(self.name, x.dtype, shape), fallback)
 
 
@@ -193,18 +197,12 @@ def table_of(device: torch.device) -> dict[Key, Any] | None:
     return table or None
 
 
-_trial: dict[Key, Any] | None = None
+_trial: ContextVar[dict[Key, Any] | None] = ContextVar("trial", default=None)
 
 
-@contextmanager
-def trial(table: dict[Key, Any]) -> Iterator[None]:
-    """Look settings up in this table alone while the context lasts."""
-    global _trial
-    before, _trial = _trial, table
-    try:
-        yield
-    finally:
-        _trial = before
+def trial(table: dict[Key, Any]) -> AbstractContextManager[None]:
+    """Look settings up in this table alone while the context lasts, in this thread."""
+    return holding(_trial, table)
 
 
 def _name(dtype: torch.dtype) -> str:
