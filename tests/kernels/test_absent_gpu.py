@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 
 import pytest
 import torch
 
-from elastic_kernels import absent_gpu, dispatch, elastic_layer_norm, elastic_linear, planning
+from elastic_kernels import (
+    ElasticBlock,
+    absent_gpu,
+    dispatch,
+    elastic_layer_norm,
+    elastic_linear,
+    mixed_width_block,
+    planning,
+)
 
 triton = pytest.importorskip("triton")
 compiled = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter has no launches to record")
@@ -50,6 +59,19 @@ def test_architectures_take_their_own_settings() -> None:
         (binary,) = launches.binaries
         tiles[binary.architecture] = binary.constexprs["BLOCK_M"], binary.constexprs["BLOCK_N"]
     assert tiles.keys() == {80, 90} and len(set(tiles.values())) == 2
+
+
+@compiled
+def test_rows_of_any_widths_take_one_launch_of_each_layer() -> None:
+    with torch.device("meta"):
+        block = ElasticBlock(64, 128, 16)
+        x, widths = torch.empty(30, 64, requires_grad=True), torch.empty(30, dtype=torch.int64)
+        with absent_gpu() as launches, planning(torch.bfloat16):
+            mixed_width_block(block, x, [(3, 10)], widths).sum().backward()
+    names = Counter(launch.binary.name for launch in launches.made)
+    assert names["_mixed_width_kernel"] == 2 * 4  # qkv, proj and both of the MLP, forward and backward
+    assert names["_layer_norm_fwd_kernel"] == names["_layer_norm_bwd_kernel"] == 2
+    assert names["_attention_resident_fwd_kernel"] == names["_attention_bwd_kernel"] == 1
 
 
 def test_unknown_architectures_are_refused() -> None:

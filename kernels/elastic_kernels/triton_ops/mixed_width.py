@@ -21,6 +21,7 @@ from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD, activate
 from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot, gemm_config, launch_options, tile_of
 from elastic_kernels.triton_ops.registration import first_order, ops, register
+from elastic_kernels.working_weights import working_copy
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -169,7 +170,8 @@ class MixedWidthFunction(torch.autograd.Function):
         activation: str,
         trains: bool,
     ) -> Tensor:
-        rounded, low = unit_stride(x.to(dtype)), weight.to(dtype).unflatten(0, (groups, -1))
+        rounded, copy = unit_stride(x.to(dtype)), working_copy(weight, None, dtype).weight
+        low = copy.to(dtype).unflatten(0, (groups, -1))
         widths, out_widths = widths.contiguous(), out_widths.contiguous()
         keep = trains and bool(activation)
         u, y = ops.mixed_width_fwd(rounded, low, bias, widths, out_widths, factors, activation, keep)

@@ -143,4 +143,5 @@ def test_every_size_of_any_network_needs_few_binaries(launches: Launches) -> Non
             mixed_width_block(modern, x, [(rows, 1)], widths).sum().backward()
     counts = binaries(launches)
     assert counts.keys() >= {"_attention_blocks_bwd_kernel", "_mixed_width_kernel", "_layer_norm_bwd_kernel"}
+    assert counts["_qk_norm_fwd_kernel"] == counts["_qk_norm_bwd_kernel"] == 1
     assert counts.total() < 60

@@ -40,6 +40,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear-gelu": lambda x: ek.elastic_linear(x, weight(40, WIDTH), None, activation="gelu"),
     "linear-residual": lambda x: ek.elastic_linear_residual(x, weight(WIDTH, WIDTH), None, weight(10, WIDTH)),
     "mlp": lambda x: ek.elastic_mlp(x, weight(64, WIDTH), None, weight(WIDTH, 64), None),
+    "swiglu": lambda x: ek.elastic_swiglu(x, weight(64, WIDTH), None, weight(WIDTH, 32), None),
+    "qk_norm": lambda x: ek.qk_norm(x.repeat(1, 3).view(10, 3, 2, HEAD), weight(2, HEAD)),
+    "mixed_width": lambda x: ek.mixed_width_block(block(), x, GROUPS, torch.full((10,), WIDTH)),
     "group_norm": lambda x: ek.elastic_group_norm(x[None], weight(WIDTH), weight(WIDTH), 4, 1e-5),
     "attention": lambda x: ek.packed_attention(x.repeat(1, 3).view(10, 3, 2, HEAD), GROUPS),
     "window_attention": lambda x: ek.window_attention(
