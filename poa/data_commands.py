@@ -80,10 +80,10 @@ def check_data(options: argparse.Namespace) -> None:
         pairs = _by_hash(looks, options.bits)
         print(*_of_pairs(pairs, len(looks[1].hashes), f"in at most {options.bits} of 64 hash bits"), sep="\n")
         if options.run:
-            found = _by_features(looks, options, config)
+            close = _by_features(looks, options, config)
             above = f"cosine similarity of features at least {options.similarity:g}"
-            print(*_of_pairs(found, len(looks[1].hashes), above), sep="\n")
-            pairs += found
+            print(*_of_pairs(close, len(looks[1].hashes), above), sep="\n")
+            pairs += close
     else:
         print(f"near-duplicates: not looked for, there are no held-out images ({data.untested})")
     if options.out:
@@ -143,7 +143,7 @@ def _by_features(
     token = class_token(backbone, backbone.space.intact)
     banks = []
     for look in looks:
-        found = extract_features(
+        extracted = extract_features(
             [token],
             look.source,
             method.crops,
@@ -151,8 +151,8 @@ def _by_features(
             canvas=method.canvas,
             workers=options.workers,
         )
-        assert found is not None
-        banks.append(found.features[0])
+        assert extracted is not None
+        banks.append(extracted.features[0])
     similarity, positions = (x[:, 0] for x in nearest(torch.nn.functional.normalize(banks[1]), banks[0], 1))
     order = [int(i) for i in similarity.argsort(descending=True) if similarity[i] >= options.similarity]
     return [

@@ -55,7 +55,7 @@ class Nearest:
         >>> import poa
         >>> nearest = poa.Nearest(["photo.jpg"], count=3)
         >>> embeddings = poa.embed(poa.load("runs/first"), "digits", nearest=nearest, workers=0)
-        >>> [neighbour.name for neighbour in nearest.found[0]]  # doctest: +ELLIPSIS
+        >>> [neighbour.name for neighbour in nearest.neighbours[0]]  # doctest: +ELLIPSIS
         ['image ...', 'image ...', 'image ...']
     """
 
@@ -63,7 +63,7 @@ class Nearest:
         if not queries:
             raise InputError("--query: expected images, got none")
         self.queries, self.count = list(queries), count
-        self.found: list[list[Neighbour]] = [[] for _ in queries]
+        self.neighbours: list[list[Neighbour]] = [[] for _ in queries]
         self._features = torch.zeros(0)
 
     def begin(self, model: ExportedModel) -> None:
@@ -78,7 +78,7 @@ class Nearest:
         except ImageError as error:
             raise InputError(f"--query: expected an image, got {error}") from None
         self._features = F.normalize(torch.cat([model(crop.to(device)).cpu() for crop in crops]), dim=1)
-        self.found = [[] for _ in self.queries]
+        self.neighbours = [[] for _ in self.queries]
 
     def add(self, source: ImageSource, positions: Sequence[int], cls: Tensor) -> None:
         """Look at more images.
@@ -89,15 +89,17 @@ class Nearest:
             cls: their class tokens, `[images, C]` on the CPU.
         """
         similarities, order = (self._features @ F.normalize(cls, dim=1).T).topk(min(self.count, len(cls)))
-        for found, values, columns in zip(self.found, similarities.tolist(), order.tolist(), strict=True):
+        for neighbours, values, columns in zip(
+            self.neighbours, similarities.tolist(), order.tolist(), strict=True
+        ):
             new = [Neighbour(value, source, positions[i]) for value, i in zip(values, columns, strict=True)]
-            found[:] = heapq.nlargest(self.count, [*found, *new], key=lambda n: n.similarity)
+            neighbours[:] = heapq.nlargest(self.count, [*neighbours, *new], key=lambda n: n.similarity)
 
     def page(self) -> str:
         """HTML: a row for each query, nearest first."""
         rows = "".join(
-            f"<div>{_figure(_query(query), name, 'query')}{''.join(map(_neighbour, found))}</div>"
-            for query, name, found in zip(self.queries, self._names(), self.found, strict=True)
+            f"<div>{_figure(_query(query), name, 'query')}{''.join(map(_neighbour, neighbours))}</div>"
+            for query, name, neighbours in zip(self.queries, self._names(), self.neighbours, strict=True)
         )
         return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{rows}</html>\n"
 
@@ -108,8 +110,8 @@ class Nearest:
     def __repr__(self) -> str:
         rows = [
             {"query": name, "similarity": n.similarity, "label": n.source.label(n.position), "image": n.name}
-            for name, found in zip(self._names(), self.found, strict=True)
-            for n in found
+            for name, neighbours in zip(self._names(), self.neighbours, strict=True)
+            for n in neighbours
         ]
         return repr(Table(rows, {"similarity": ".3f"}))
 

@@ -90,11 +90,11 @@ def test_neighbours_of_a_query(trained: Path, images: Path, tmp_path: Path) -> N
     assert text.count("<img") == 4 and f"1.000<br>{Path(query).parent.name}<br>{query}" in text
     nearest = poa.Nearest([Image.open(query)], count=20)
     embeddings = poa.Run(trained).embed(data=images, nearest=nearest, workers=0)
-    assert nearest.found[0][0].name == query
+    assert nearest.neighbours[0][0].name == query
     cls = torch.nn.functional.normalize(torch.from_numpy(embeddings["cls"]), dim=1)
     similarity = cls @ cls[embeddings.names.index(query)]
     order = [embeddings.names[i] for i in similarity.argsort(descending=True)]
-    assert [neighbour.name for neighbour in nearest.found[0]] == order
+    assert [neighbour.name for neighbour in nearest.neighbours[0]] == order
 
 
 @pytest.mark.parametrize(

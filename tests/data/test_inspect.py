@@ -83,10 +83,10 @@ def test_what_is_said_of_images(photos: Path, trained: Path, capsys: pytest.Capt
     copy, original = str(photos / "test/dog/copy.jpg"), str(photos / "train/cat/0.png")
     assert said[6].startswith(f"  {copy} is like {original} (")
     assert said[7].startswith("near-duplicates: 5 of 5 held-out images in training (cosine similarity of ")
-    found = json.loads(out.read_text())
-    by_hash, *by_features = found["near_duplicates"]
+    report = json.loads(out.read_text())
+    by_hash, *by_features = report["near_duplicates"]
     assert by_hash["held_out"] == copy and by_hash["labels"] == ["dog", "cat"] and by_hash["bits"] <= 6
-    assert len(by_features) == 5 and len(found["unreadable"]) == 1
+    assert len(by_features) == 5 and len(report["unreadable"]) == 1
     assert [original] == [pair["train"] for pair in by_features if pair["held_out"] == copy]
     similarities = [pair["similarity"] for pair in by_features]
     assert similarities == sorted(similarities, reverse=True)

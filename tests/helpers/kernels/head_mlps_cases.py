@@ -34,7 +34,7 @@ def assert_accurate(rows: int, dtype: torch.dtype, device: str = "cpu") -> None:
         dys = [draw(*y.shape[::-1], seed=5).t().to(y) for y in ys]
         return [y.detach() for y in ys] + list(torch.autograd.grad(ys, leaves, dys))
 
-    found = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
-    for number, (mine, theirs, exact) in enumerate(zip(*found, strict=True)):
+    results = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for number, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
         assert mine.dtype == theirs.dtype
         assert_as_good_as_torch(mine, theirs, exact, f"result {number}")
