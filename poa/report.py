@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -168,15 +168,22 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def evaluations(folder: RunFolder) -> dict[str, dict[str, float]]:
-    """Accuracies of subnets by their names, of every protocol of every evaluation in a folder."""
+def evaluations(
+    folder: RunFolder, scores: Callable[[Mapping[str, Any]], Mapping[str, float]] = reported
+) -> dict[str, dict[str, float]]:
+    """Accuracies of subnets by their names, of every protocol of every evaluation in a folder.
+
+    Args:
+        folder: of the run.
+        scores: those of a row of an evaluation, by title; default the one that stands for each protocol.
+    """
     columns: dict[str, dict[str, float]] = {}
     for file in sorted(folder.path.glob("evaluation*.json")):
         with suppress(InputError, LookupError, AttributeError, TypeError):  # or damaged
             evaluation = read_json(file, "evaluation")
             about = "{branch} of step {step}, {data}".format(**evaluation["settings"])
             for row in evaluation["subnets"]:
-                for kind, accuracy in reported(row).items():
+                for kind, accuracy in scores(row).items():
                     columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
     return columns
 

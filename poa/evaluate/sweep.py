@@ -100,6 +100,12 @@ def reported(values: Mapping[str, Any]) -> dict[str, float]:
     return {p.reported: p.headline(values[p.name]) for p in PROTOCOLS if p.name in values}
 
 
+def accuracies(values: Mapping[str, Any]) -> dict[str, float]:
+    """All accuracies of such scores by the titles of their columns."""
+    found = [p.accuracies(values[p.name]) for p in PROTOCOLS if p.name in values]
+    return {title: accuracy for columns in found for title, accuracy in columns.items()}
+
+
 @dataclass(frozen=True, repr=False)
 class Report:
     """Scores of subnets, with all settings that the numbers depend on; shows itself as a table.

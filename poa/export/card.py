@@ -8,6 +8,7 @@ from pathlib import Path
 
 from poa.checkpoint import RunFolder
 from poa.errors import InputError, one_line, optional_package
+from poa.evaluate import accuracies
 from poa.export.model import ExportedModel
 from poa.files import write_text
 from poa.report import evaluations
@@ -76,11 +77,9 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
     }
     yield from _table(("", ""), facts.items())
     yield "\n## Accuracy\n"
-    scores = {about: row[str(subnet)] for about, row in evaluations(run).items() if str(subnet) in row}
-    rows = [(_without_place(about), f"{accuracy:.1%}") for about, accuracy in scores.items()]
-    yield from (
-        _table(("k-NN and others, of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
-    )
+    found = evaluations(run, accuracies).items()
+    rows = [(_without_place(about), f"{row[str(subnet)]:.1%}") for about, row in found if str(subnet) in row]
+    yield from _table(("of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
     yield "\n## How to use it"
     yield (TIMM if model.config.timm_model() else "") + USE
     yield "## Licence\n"

@@ -66,7 +66,7 @@ def export_file(model: ExportedModel, folder: Path, kind: str, dtype: str = "fp3
     make, run = {"onnx": (_onnx, onnx_runner), "pt2": (_program, _program_runner)}[kind]
     path = folder / f"model{'' if dtype == 'fp32' else f'.{dtype}'}.{kind}"
     served = _Served(model, DTYPES[dtype]).eval()
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         content = make(served, model)
     write_checked(path, content, run, model, TOLERANCE[dtype])
     return path
@@ -148,7 +148,7 @@ def _program_runner(path: Path) -> Runner:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what exporters say of their own insides; errors are raised."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -20,7 +20,7 @@ from poa.errors import InputError, optional_package
 from poa.evaluate import REPORTED_K
 from poa.evaluate.knn import KNN
 from poa.evaluate.sweep import score
-from poa.export.formats import export_file, onnx_runner
+from poa.export.formats import export_file, onnx_runner, quiet
 from poa.export.model import ExportedModel
 from poa.files import write_bytes
 
@@ -67,7 +67,8 @@ def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Con
     with tempfile.TemporaryDirectory() as scratch:
         whole = export_file(model, Path(scratch), "onnx")
         small = Path(scratch) / "model.int8.onnx"
-        _quantise(whole, small, _calibration(model, data, config))
+        with quiet():
+            _quantise(whole, small, _calibration(model, data, config))
         tasks = [(KNN, onnx_runner(file)) for file in (whole, small)]
         alone = World(0, 1, torch.device("cpu"))
         fp32, int8 = (accuracies[REPORTED_K] for accuracies in score(tasks, data, config, alone))
