@@ -36,6 +36,7 @@ from benchmarks.journal import Journal
 STARTING = 120.0  # seconds at most until a process has imported what it needs
 PATIENCE = 5.0  # seconds that one may take to end
 POLL = 0.5  # seconds at most until a changed deadline is seen
+PROCESSES = multiprocessing.get_context("spawn")  # fresh ones, as CUDA needs them
 Emit = Callable[[Event], None]
 
 
@@ -91,9 +92,8 @@ class Worker:
     """A process that runs cases one after the other."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs,))
+        self.connection, theirs = PROCESSES.Pipe()
+        self.process = PROCESSES.Process(target=work, args=(theirs,))
         self.process.start()
         theirs.close()
 

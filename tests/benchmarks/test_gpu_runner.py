@@ -13,18 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, runner
 from benchmarks.cases import CASES
 from benchmarks.journal import Journal
 from benchmarks.runner import Part, Runner
 from helpers import fake_parts
 from helpers.fake_parts import FINE, part
+from helpers.processes import FORKS
+
+
+@pytest.fixture(autouse=True)
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that has imported PyTorch, which takes seconds; the command has fresh ones."""
+    monkeypatch.setattr(runner, "PROCESSES", FORKS)
 
 
 def run(folder: Path, *parts: Part, **how: bool) -> Journal:
     """A journal after a run, read from its folder."""
-    runner = Runner(Journal(folder, **how), 600.0)
-    runner.run(parts)
+    Runner(Journal(folder, **how), 600.0).run(parts)
     return Journal(folder, resume=True)
 
 
@@ -77,16 +83,16 @@ def test_the_minutes_end_in_the_middle_and_a_second_call_goes_on(tmp_path: Path)
         for n, mark in enumerate(marks)
     ]
     fakes, later = part(("bad", fake_parts.out_of_memory), *slow), Part("later", part(FINE).cases)
-    runner = Runner(Journal(out), 600.0)
+    limited = Runner(Journal(out), 600.0)
 
     def end_soon() -> None:
         while not marks[1].exists():
             time.sleep(0.05)
-        runner.deadline = time.monotonic() + 1.0
+        limited.deadline = time.monotonic() + 1.0
 
     with ThreadPoolExecutor(1) as pool:
         pool.submit(end_soon)
-        runner.run([fakes, later])
+        limited.run([fakes, later])
     first = Journal(out, resume=True)
     assert ops(first) == ["slow", "slow"], "the row of the case that was stopped is kept"
     left = [case.name for p in (fakes, later) for case in Runner(first, 0.0).left(p)]

@@ -17,7 +17,15 @@ from pathlib import Path
 
 HELPERS = Path(__file__).parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["helpers.processes", "helpers.record_step", "poa.evaluate.linear"])
+FORKS.set_forkserver_preload(
+    [
+        "helpers.processes",
+        "helpers.record_step",
+        "helpers.fake_parts",
+        "benchmarks.gpu",
+        "poa.evaluate.linear",
+    ]
+)
 
 
 class Program:
