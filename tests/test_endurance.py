@@ -14,7 +14,7 @@ from helpers.tiny import tiny_config
 from poa.checkpoint import RunFolder
 from poa.train import Trainer, pretrain
 
-STEPS = 2000
+STEPS = 1000
 
 
 def resident_mib() -> float:
@@ -22,7 +22,7 @@ def resident_mib() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_two_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over all subnets, with saves and evaluations: memory, open files and threads stay as they are."""
     measured: list[tuple[float, int, int]] = []
     step = Trainer.step
@@ -39,7 +39,7 @@ def test_two_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     often = ["run.log_every=10", "run.save_every=100", "run.evaluate_every=200", "run.knn_images=40"]
     pretrain(tiny_config(*options, *often), tmp_path / "run")
     (memory, files, threads), (later, files_later, threads_later) = measured
-    assert later - memory < 4, (memory, later)
+    assert later - memory < 2, (memory, later)
     assert (files_later, threads_later) == (files, threads)
     drawn = sum(
         (Counter(row["subnets"]) for row in RunFolder(tmp_path / "run").rows() if "loss" in row), Counter()

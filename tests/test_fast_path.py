@@ -46,16 +46,17 @@ SIZES = ["method.batch_size=4", "method.crops.local_count=1", "method.optim.epoc
 SIZES += [f"run.device={'cuda' if CUDA else 'cpu'}"]
 SMALL = ["method.batch_size=2", "method.backbone.image_size=16", "method.crops.global_size=16"]
 SMALL += ["method.backbone.mask_scale=4"]
+SHALLOW = ["method.backbone.max_depths=1,1,2"]
 
 
 @pytest.mark.cuda(or_interpreted=True)
 @pytest.mark.parametrize(
     "config",
     [
-        tiny_config(*SIZES),
-        tiny_config(*SIZES, "performance.recompute=true"),
-        tiny_pyramid("swin", *SIZES, *SMALL, "method.backbone.drop_path=0.2"),
-        tiny_pyramid("resnet", *SIZES, *SMALL),
+        tiny_config(*SIZES, "method.batch_size=2"),
+        tiny_config(*SIZES, "method.batch_size=2", "performance.recompute=true"),
+        tiny_pyramid("swin", *SIZES, *SMALL, *SHALLOW, "method.backbone.drop_path=0.2"),
+        tiny_pyramid("resnet", *SIZES, *SMALL, *SHALLOW),
     ],
     ids=["vit", "vit-recomputed", "swin", "resnet"],
 )

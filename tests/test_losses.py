@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from helpers import processes
 from poa import losses
 
 PROTOTYPES = (16, 24)
@@ -64,7 +65,8 @@ def _rank_work(rank: int, world: int, rows: list[int], port: int, out: str) -> N
 @pytest.mark.parametrize("rows", [[5, 5], [7, 3], [4, 0], [3, 1, 0, 6]], ids=str)
 def test_ranks_equal_one_process_on_the_union(rows: list[int], tmp_path, free_port: int) -> None:
     world = len(rows)
-    mp.spawn(_rank_work, (world, rows, free_port, str(tmp_path)), nprocs=world)
+    arguments = (world, rows, free_port, str(tmp_path))
+    mp.start_processes(_rank_work, arguments, nprocs=world, start_method=processes.FORKS.get_start_method())
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     union = logits(sum(rows), seed=9)
     for head, target in enumerate(losses.sinkhorn(union, 0.05)):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks.assembly import Compiled
-from benchmarks.kernel_report import Run, launched
+from benchmarks.kernel_report import Case
 
 STRIDED = (
     "losses_fwd", "losses_bwd", "row_pass", "column_pass", "window_attention_fwd", "window_attention_bwd",
@@ -15,10 +15,10 @@ STRIDED = (
 
 
 @pytest.fixture(scope="module")
-def kernels() -> dict[str, str]:
+def kernels(cases: list[Case]) -> dict[str, str]:
     """One of each that steps on Hopper launch, by name, as Triton's first form."""
-    cases = launched([Run(name, "bf16", "sm_90") for name in ("vit-l16", "swin-b", "resnet-152")])
-    binaries = {case.binary.name.strip("_").removesuffix("_kernel"): case.binary for case in cases}
+    hopper = [case for case in cases if case.run[1:] == ("bf16", "sm_90")]
+    binaries = {case.binary.name.strip("_").removesuffix("_kernel"): case.binary for case in hopper}
     wanted = (*STRIDED, "group_norm_fwd", "group_norm_bwd")
     return {name: Compiled.of(binaries[name]).ttir for name in wanted}
 

@@ -18,11 +18,6 @@ OF_THIS_TRITON = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def cases() -> list[kernel_report.Case]:
-    return kernel_report.launched()
-
-
 def test_the_table_keeps_the_rules() -> None:
     assert HEAD == COLUMNS
     assert [str(row) for row in COMMITTED] == LINES

@@ -1,0 +1,12 @@
+"""What the steps of the presets launch on every architecture, recorded once."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import kernel_report
+
+
+@pytest.fixture(scope="session")
+def cases() -> list[kernel_report.Case]:
+    return kernel_report.launched()
