@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch.utils.data import Dataset
 
 from poa.data.storage import (
     Opened,
+    Place,
+    Url,
+    is_url,
+    list_urls,
     load_digits,
     open_dataset,
     open_parquet,
@@ -27,13 +32,15 @@ from poa.errors import InputError
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "valid", "validation", "test", "testing")
-PACKED: dict[str, Callable[[Sequence[Path]], Opened]] = {".tar": open_shards, ".parquet": open_parquet}
+PACKED: dict[str, Callable[[Sequence[Place]], Opened]] = {".tar": open_shards, ".parquet": open_parquet}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_SHARDS = 1_000_000  # of a pattern
 DATASET = "dataset:"
 """How the name of what lies in the memory of a Python program begins."""
 
-SOURCES = "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables"
+SOURCES = (
+    "digits, or where the images are: a folder, a list (.txt), .tar shards or .parquet tables, also by URL"
+)
 """What can be found."""
 Images = str | Path | Dataset[Any] | Mapping[str, Dataset[Any]]
 """A path, as `--data` takes it; a map-style dataset; or such datasets by the name of their split."""
@@ -66,6 +73,8 @@ def find(name: str) -> Found:
     kind = root.suffix.lower()
     if name == "digits":
         return Found(load_digits)
+    if is_url(name):
+        return _find_remote(name)
     if name.startswith(DATASET):
         raise InputError(
             f"data: expected the dataset {name.removeprefix(DATASET)} as an object, as in "
@@ -82,6 +91,23 @@ def find(name: str) -> Found:
     raise InputError(
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
         f"got {name!r}: {why}"
+    )
+
+
+def _find_remote(name: str) -> Found:
+    """Shards or tables by their URL, that of a pattern, or that of the folder that they are in."""
+    kind = Url(name).suffix.lower()
+    if kind in PACKED:
+        urls = [url for part in _numbered(name) for url in (list_urls(part) if "*" in part else [Url(part)])]
+        if not urls:
+            raise InputError(f"data: expected files named {name}, got none")
+        return Found(lambda: PACKED[kind](urls))
+    listed = list_urls(name)
+    for kind in PACKED:
+        if packed := [url for url in listed if url.suffix.lower() == kind]:
+            return _split_by_name(packed, LeftOut(), partial(PACKED[kind], packed))
+    raise InputError(
+        f"data: expected shards (.tar) or tables (.parquet) in {name}, got {len(listed)} other files"
     )
 
 
@@ -132,7 +158,7 @@ def _find_in_folder(root: Path) -> Found:
     if not trains or (others and not tests and _is_flat(root / trains[0])):
         packed = _packed_files(root)
         if packed and not tests:
-            return _split_by_name(root, packed, left_out)
+            return _split_by_name(packed, left_out, lambda: _open_folder(root))
         return Found(lambda: _open_folder(root, tests), test, left_out)
     for name in others:
         left_out.add(f"folders next to {trains[0]}/", name)
@@ -154,16 +180,16 @@ def _is_flat(folder: Path) -> bool:
     return images and not any(entry.is_dir() for entry in entries)
 
 
-def _split_by_name(root: Path, packed: list[Path], left_out: LeftOut) -> Found:
-    """Shards or tables split by the beginning of their names into training and test images."""
+def _split_by_name(packed: Sequence[Place], left_out: LeftOut, whole: Opener) -> Found:
+    """Shards or tables split by the beginning of their names into training and test images, if they are."""
 
-    def beginning(names: Sequence[str]) -> list[list[Path]]:
+    def beginning(names: Sequence[str]) -> list[list[Place]]:
         groups = ([p for p in packed if p.name.lower().startswith(name)] for name in names)
         return [group for group in groups if group]
 
     trains, tests = beginning(TRAIN_NAMES), beginning(TEST_NAMES)
     if not trains or not tests:
-        return Found(lambda: _open_folder(root))
+        return Found(whole)
     for path in packed:
         if path not in (*trains[0], *tests[0]):
             left_out.add("shards or tables of other names", path.name)
@@ -214,12 +240,9 @@ def _expand(pattern: str) -> list[Path]:
 
     A path that is there is taken as it is, whatever its letters mean in a pattern.
     """
-    if match := RANGE.search(pattern):
-        low, high = match.groups()
-        numbers = range(int(low), int(high) + 1)
-        if not 0 < len(numbers) <= MOST_SHARDS:
-            raise InputError(f"data: expected 1 to {MOST_SHARDS:,} shards, got {match[0]} in {pattern}")
-        return [p for n in numbers for p in _expand(pattern.replace(match[0], f"{n:0{len(low)}}", 1))]
+    numbered = _numbered(pattern)
+    if numbered != [pattern]:
+        return [path for part in numbered for path in _expand(part)]
     path = Path(pattern)
     if path.parent.is_dir():
         pattern = os.path.join(glob.escape(str(path.parent)), path.name)
@@ -229,3 +252,15 @@ def _expand(pattern: str) -> list[Path]:
     if not paths:
         raise InputError(f"data: expected files named {path}, got none")
     return [Path(p) for p in paths]
+
+
+def _numbered(pattern: str) -> list[str]:
+    """All names that a pattern with `{000..123}` stands for."""
+    match = RANGE.search(pattern)
+    if not match:
+        return [pattern]
+    low, high = match.groups()
+    numbers = range(int(low), int(high) + 1)
+    if not 0 < len(numbers) <= MOST_SHARDS:
+        raise InputError(f"data: expected 1 to {MOST_SHARDS:,} shards, got {match[0]} in {pattern}")
+    return [name for n in numbers for name in _numbered(pattern.replace(match[0], f"{n:0{len(low)}}", 1))]

@@ -13,7 +13,7 @@ from poa.data.decode import ImageError, decode_sized, to_pixels
 from poa.data.layout import SOURCES, Found, find
 from poa.data.storage import Opened, Storage
 from poa.data.summary import EXAMPLES, LeftOut, printable
-from poa.errors import InputError
+from poa.errors import DataError, InputError
 from poa.options import Options, option
 from poa.random import stream_seed
 
@@ -88,6 +88,8 @@ class ImageSource:
                 return (opened.height, opened.width), to_pixels(opened, canvas, self.bits)
             with opened:
                 return decode_sized(opened, canvas, self.bits)
+        except DataError:  # of a store that does not answer, which is no reason to train on other images
+            raise
         except Exception as error:  # decoders raise whatever they like
             text = isinstance(error, OSError) and error.strerror or str(error)
             reason = " ".join(text.split()) or type(error).__name__
@@ -186,6 +188,8 @@ def open_parts(
     try:
         layout = found or find(name)
         opened = [layout.train(), *([layout.test()] if layout.test else [])]
+    except DataError:
+        raise
     except OSError as error:
         raise InputError(f"data: expected images that can be read in {name}, got: {error}") from None
     lost = tuple(line for part in opened for line in part.lost)

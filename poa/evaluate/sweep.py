@@ -19,6 +19,7 @@ from poa.checkpoint import Checkpoint, RunFolder, log
 from poa.config import Config
 from poa.data.layout import DATASET
 from poa.data.sources import DataSplit, ImageSource
+from poa.data.storage import is_url
 from poa.distributed import World
 from poa.drawing import write_figure
 from poa.errors import InputError
@@ -53,7 +54,7 @@ class Origin:
 
 def data_place(name: str) -> str:
     """The same name for the same data, from wherever it is asked."""
-    return name if name == "digits" or name.startswith(DATASET) else os.path.abspath(name)
+    return name if name == "digits" or name.startswith(DATASET) or is_url(name) else os.path.abspath(name)
 
 
 def evaluation_file(folder: RunFolder, data: str, branch: str) -> Path:

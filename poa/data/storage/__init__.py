@@ -8,6 +8,7 @@ from poa.data.storage.base import EXTENSIONS, Opened, Storage, Strings
 from poa.data.storage.dataset import open_dataset
 from poa.data.storage.folder import Files, read_folder, read_list
 from poa.data.storage.parquet import Parquet, open_parquet
+from poa.data.storage.remote import Place, Url, is_url, list_urls
 from poa.data.storage.tar import Shards, ShardTable, list_shard, open_shards
 
 __all__ = [
@@ -16,11 +17,15 @@ __all__ = [
     "Files",
     "Opened",
     "Parquet",
+    "Place",
     "ShardTable",
     "Shards",
     "Storage",
     "Strings",
+    "Url",
+    "is_url",
     "list_shard",
+    "list_urls",
     "load_digits",
     "open_dataset",
     "open_parquet",

@@ -9,14 +9,14 @@ import stat
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from poa.data.storage.base import NO_PHOTO, Opened, join_labels
+from poa.data.storage.remote import Place, is_url, open_place
 from poa.data.summary import LeftOut, printable
-from poa.errors import InputError
+from poa.errors import DataError, InputError
 
 KEPT_GROUPS = 16  # row groups of Parquet tables that a process keeps
 PHOTOS = ("image", "img", "images", "photo", "picture", "jpg", "jpeg", "png", "webp", "image_bytes")
@@ -85,7 +85,7 @@ class ParquetTable:
         left_out: columns that were not taken, though they hold encoded files or are called labels.
     """
 
-    path: Path
+    path: Place
     column: str
     groups: list[int]
     label: str
@@ -95,7 +95,7 @@ class ParquetTable:
     left_out: LeftOut
 
 
-def open_parquet(paths: Sequence[Path]) -> Opened:
+def open_parquet(paths: Sequence[Place]) -> Opened:
     """Tables with a column of encoded images (binary, or a struct with `bytes`), maybe with one of labels."""
     try:
         import pyarrow.parquet  # noqa: F401
@@ -106,11 +106,12 @@ def open_parquet(paths: Sequence[Path]) -> Opened:
     for path in paths:
         try:
             tables.append(_read_table(path))
-        except InputError:
+        except (InputError, DataError):
             raise
         except Exception as error:  # what is damaged raises whatever it likes
             reason = " ".join(str(error).split()) or type(error).__name__
-            lost.append(f"{path} is missing" if not path.exists() else f"{path} is damaged: {reason}")
+            missing = isinstance(error, FileNotFoundError)
+            lost.append(f"{path} is missing" if missing else f"{path} is damaged: {reason}")
     if not sum(sum(table.groups) for table in tables):
         raise InputError(f"data: expected Parquet tables with images, got: {[*lost, 'no rows'][0]}")
     classes = next((table.classes for table in tables if table.classes), None)
@@ -122,15 +123,17 @@ def open_parquet(paths: Sequence[Path]) -> Opened:
     return opened
 
 
-def _open(path: Path | str) -> Any:
+def _open(path: Place | str) -> Any:
     import pyarrow.parquet
 
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    remote = is_url(str(path))
+    if not remote and not stat.S_ISREG(os.stat(str(path)).st_mode):
         raise OSError("not a regular file")
-    return pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+    source = open_place(path) if remote else str(path)
+    return pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
 
 
-def _read_table(path: Path) -> ParquetTable:
+def _read_table(path: Place) -> ParquetTable:
     """All of a file but its images.
 
     Raises:
@@ -183,7 +186,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _image_column(schema: Any, features: dict[str, dict[str, Any]], path: Path) -> tuple[str, list[str]]:
+def _image_column(schema: Any, features: dict[str, dict[str, Any]], path: Place) -> tuple[str, list[str]]:
     """The column of images, and the other ones that hold encoded files."""
     import pyarrow as pa
 

@@ -15,9 +15,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from poa.data.storage.base import EXTENSIONS, NO_PHOTO, Opened, Strings, is_hidden, join_labels
+from poa.data.storage.remote import Place, cache_folder, open_place, version
 from poa.data.summary import HIDDEN, OTHER, LeftOut
-from poa.errors import InputError
-from poa.files import open_regular, write_bytes
+from poa.errors import DataError, InputError
+from poa.files import write_bytes
 
 BLOCK = tarfile.BLOCKSIZE
 LONGEST_LABEL = 256  # bytes of a `.cls` member
@@ -30,7 +31,7 @@ TABLES = 2  # version of the tables in the cache
 class Shards:
     """Images in uncompressed tar files, read by offset."""
 
-    def __init__(self, paths: Sequence[Path], tables: Sequence[ShardTable]):
+    def __init__(self, paths: Sequence[Place], tables: Sequence[ShardTable]):
         self.paths = [str(path) for path in paths]
         self.shard = np.repeat(np.arange(len(paths)), [len(t.offsets) for t in tables])
         self.offsets = np.concatenate([t.offsets for t in tables])
@@ -47,7 +48,7 @@ class Shards:
         offset, size = int(self.offsets[index]), int(self.sizes[index])
         if size > LARGEST_IMAGE:
             raise ValueError(f"{size:,} bytes are not an image")
-        with open_regular(self.paths[self.shard[index]], buffering=0) as file:
+        with open_place(self.paths[self.shard[index]]) as file:
             file.seek(offset - BLOCK)
             content = file.read(BLOCK + size)
         header = _header(content[:BLOCK])
@@ -81,7 +82,7 @@ class ShardTable:
     damage: str = ""
 
 
-def open_shards(paths: Sequence[Path]) -> Opened:
+def open_shards(paths: Sequence[Place]) -> Opened:
     """Tar files in WebDataset layout: `KEY.jpg` and, with a label, `KEY.cls` beside it, a number or a name.
 
     A file is listed once; the table is kept in the user's cache folder and made again when the file changes.
@@ -90,8 +91,11 @@ def open_shards(paths: Sequence[Path]) -> Opened:
     for path in paths:
         try:
             table = _cached_table(path)
+        except DataError:
+            raise
         except OSError as error:
-            lost.append(f"{path} is missing" if not path.exists() else f"{path}: {error.strerror or error}")
+            missing = isinstance(error, FileNotFoundError)
+            lost.append(f"{path} is missing" if missing else f"{path}: {error.strerror or error}")
             continue
         if table.damage:
             lost.append(f"{path}: {table.damage}; {len(table.names)} images are whole")
@@ -108,14 +112,11 @@ def open_shards(paths: Sequence[Path]) -> Opened:
     return Opened(Shards(whole, tables), labels, classes, ".cls members", left_out, tuple(lost), len(paths))
 
 
-def _cached_table(path: Path) -> ShardTable:
-    state = path.stat()
-    key = f"{TABLES} {path.resolve()} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}"
-    try:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # no home
+def _cached_table(path: Place) -> ShardTable:
+    key, folder = f"{TABLES} {version(path)}", cache_folder()
+    if folder is None:
         return list_shard(path)
-    file = home / "poa" / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    file = folder / "shards" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
     try:
         return _read_table(file)
     except Exception:  # missing, or of any content
@@ -141,12 +142,12 @@ def _read_table(file: Path) -> ShardTable:
     return ShardTable(names, offsets, sizes, labels, classes, LeftOut(left_out), damage)
 
 
-def list_shard(path: Path) -> ShardTable:
+def list_shard(path: Place) -> ShardTable:
     """List a tar file. After a damaged header it continues at the next intact one."""
-    with open_regular(str(path)) as file:
+    with open_place(path) as file:
         if file.read(8).startswith(COMPRESSED):
             raise OSError("is compressed, expected a plain tar file")
-        walk = _Walk(file, os.fstat(file.fileno()).st_size)
+        walk = _Walk(file, file.seek(0, os.SEEK_END))
         listing = _Listing(file)
         for member in walk.members():
             listing.take(member)
@@ -187,6 +188,8 @@ class _Walk:
                 if member.offset_data + member.size > self.size:
                     return member.offset  # cut off
                 yield member
+        except DataError:
+            raise
         except Exception:  # what is damaged raises whatever it likes
             pass
         return max(archive.offset, start) if archive else start
