@@ -189,26 +189,22 @@ def _cross_entropies(
     """Of one or two students with the teacher's targets; of two, also of the second with the first."""
     wait_stream(targets.stream)
     rows = _TargetRows.of(batch)
-    sizes = [len(rows.classes), len(rows.patches)]
 
-    def of_head(head: int, features: Sequence[Tensor], target: SoftTargets, index: Tensor) -> Tensor:
-        """`[students, rows]`, of two students `[3, rows]`."""
-        prototypes = students[-1].prototypes[head]
+    def of_head(head: int, features: Sequence[Tensor]) -> list[Tensor]:
+        """`[rows]` of each student, and of two of the second with the first."""
+        prototypes, (cls, patches) = students[-1].prototypes[head], (targets.cls[head], targets.patches[head])
         with without_autocast(prototypes.device):
-            per_student = prototype_cross_entropy(
-                features, prototypes, target.logits, target.log_scale, index,
-                student_temperature=config.student_temperature, teacher_temperature=target.temperature,
+            return prototype_cross_entropy(
+                features, prototypes, [cls.logits, patches.logits], [cls.log_scale, patches.log_scale],
+                [rows.classes, rows.patches],
+                student_temperature=config.student_temperature, teacher_temperature=cls.temperature,
                 operands=OPERANDS[config.operands],
             )  # fmt: skip
-        return torch.stack(per_student)
 
-    cls, patches = [], []
-    for head, (cls_target, patch_target) in enumerate(zip(targets.cls, targets.patches, strict=True)):
-        of_cls, of_patch = zip(*(student.features[head].split(sizes) for student in students), strict=True)
-        cls.append(of_head(head, of_cls, cls_target, rows.classes))
-        patches.append(of_head(head, of_patch, patch_target, rows.patches))
-    of_classes, of_patches = torch.stack(cls, 1), torch.stack(patches, 1)
-    return [RowLosses(*pair) for pair in zip(of_classes, of_patches, strict=True)]
+    features = zip(*(student.features for student in students), strict=True)
+    of_heads = [of_head(head, of_students) for head, of_students in enumerate(features)]
+    sizes = [len(rows.classes), len(rows.patches)]
+    return [RowLosses(*torch.stack(losses).split(sizes, 1)) for losses in zip(*of_heads, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -165,9 +165,9 @@ def _scaling(total: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
 def prototype_cross_entropy(
     students: Sequence[Tensor],
     weight: Tensor,
-    teacher_logits: Tensor,
-    log_scale: Tensor,
-    targets: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    log_scale: Tensor | Sequence[Tensor],
+    targets: Tensor | Sequence[Tensor],
     *,
     student_temperature: float = 0.1,
     teacher_temperature: float,
@@ -182,7 +182,8 @@ def prototype_cross_entropy(
         teacher_logits: `[teacher_rows, prototypes]`, float32, float16 or bfloat16; not trained.
         log_scale: `[prototypes]`, float32; see above. Not trained.
         targets: int64 `[rows, 1 or 2]`: rows of `teacher_logits` that a row learns from, -1 for none. Two
-            targets are summed.
+            targets are summed. Where rows learn from logits of several kinds, `teacher_logits`, `log_scale`
+            and `targets` are sequences, an entry for each part of the rows, one part after the other.
         student_temperature, teacher_temperature: divide the logits.
         operands: floating dtype to which students and weight are rounded for their products; default their
             own. Gradients have the dtype of the inputs and are never rounded to this one: with many
@@ -215,17 +216,23 @@ def prototype_cross_entropy(
     """
     op = "prototype_cross_entropy"
     operands = operands or weight.dtype
-    _validate(op, students, weight, teacher_logits, log_scale, targets, operands)
+    given = [[x] if isinstance(x, Tensor) else list(x) for x in (teacher_logits, log_scale, targets)]
+    parts = list(zip(*given, strict=True))
+    _validate(op, students, weight, parts, operands)
     x1, x2 = students[0], students[1] if len(students) == 2 else None
     taus = (student_temperature, teacher_temperature)
     if dispatch.choose(op, x1, dtype=operands).backend == "triton":
-        from elastic_kernels.triton_ops.prototypes import PrototypeLosses
+        from elastic_kernels.triton_ops.prototype_losses import PrototypeLosses
 
-        losses = PrototypeLosses.apply(x1, x2, weight, teacher_logits, log_scale, targets, *taus, operands)
-    else:
-        rounded = [_rounded(x, operands) for x in (*students, weight)]
-        losses = _reference(rounded[:-1], rounded[-1], teacher_logits, log_scale, targets, *taus)
-    return list(losses)
+        return list(PrototypeLosses.apply(x1, x2, weight, parts, *taus, operands))
+    *rounded, matrix = [_rounded(x, operands) for x in (*students, weight)]
+    counts = [len(index) for *_, index in parts]
+    split = zip(*(x.split(counts) for x in rounded), strict=True)
+    losses = [
+        _reference(x, matrix, t, scale, index, *taus)
+        for x, (t, scale, index) in zip(split, parts, strict=True)
+    ]
+    return list(torch.cat(losses, 1))
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -259,27 +266,29 @@ def _validate(
     op: str,
     students: Sequence[Tensor],
     weight: Tensor,
-    t: Tensor,
-    log_scale: Tensor,
-    targets: Tensor,
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]],
     operands: torch.dtype,
 ) -> None:
     if len(students) not in (1, 2):
         raise ValueError(f"{op}: expected one or two students, got {len(students)}")
     validate.operands(op, **{f"student {i}": x for i, x in enumerate(students)}, weight=weight)
-    rows, (prototypes, dim) = len(students[0]), weight.shape
-    expected = {
-        **{f"student {i}": (x, (rows, dim)) for i, x in enumerate(students)},
-        "teacher_logits": (t, (len(t), prototypes)),
-        "log_scale": (log_scale, (prototypes,)),
-        "targets": (targets, (rows, 2 if targets.shape[-1:] == (2,) else 1)),
-    }
-    for name, (tensor, shape) in expected.items():
+    rows, (prototypes, dim) = sum(len(index) for *_, index in parts), weight.shape
+    expected: list[tuple[str, Tensor, tuple[int, ...]]]
+    expected = [(f"student {i}", x, (rows, dim)) for i, x in enumerate(students)]
+    for t, log_scale, targets in parts:
+        several = 2 if targets.shape[-1:] == (2,) else 1
+        expected += [
+            ("teacher_logits", t, (len(t), prototypes)),
+            ("log_scale", log_scale, (prototypes,)),
+            ("targets", targets, (len(targets), several)),
+        ]
+    for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{op}: expected {name} {shape}, got {tuple(tensor.shape)}")
         if tensor.device != weight.device:
             raise ValueError(f"{op}: expected {name} on {weight.device}, got {tensor.device}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"{op}: expected int64 targets, got {targets.dtype}")
+    for *_, targets in parts:
+        if targets.dtype != torch.int64:
+            raise TypeError(f"{op}: expected int64 targets, got {targets.dtype}")
     if not operands.is_floating_point:
         raise TypeError(f"{op}: expected operands of a floating dtype, got {operands}")

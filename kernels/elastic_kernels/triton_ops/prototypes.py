@@ -16,17 +16,16 @@ once a row block, and the rows of t; backward the same, and writes and reads dz.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability, precision, processors, unit_stride
+from elastic_kernels.triton_ops.device import capability, precision, processors
 from elastic_kernels.triton_ops.gemm import dot, product_into
 from elastic_kernels.triton_ops.losses_merge import STATS, merge
-from elastic_kernels.triton_ops.registration import first_order, ops, register
+from elastic_kernels.triton_ops.registration import register
 from elastic_kernels.triton_ops.sinkhorn import LN_2, LOG2_E, grow
 from elastic_kernels.tuning import Tunable, power_of_2
 
@@ -309,21 +308,21 @@ def prototype_losses_bwd(
     log_u: Tensor,
     index: Tensor,
     lse: Tensor,
+    largest: Tensor,
     tau_s: float,
     tau_t: float,
-) -> tuple[Tensor, Tensor]:
-    """fp32 gradients of x and weight, for `grad` of the losses."""
+    dx: Tensor,
+    dweight: Tensor,
+    add: bool,
+) -> None:
+    """Gradients of x and weight for `grad` of the losses, times `DZ_SCALE` / `largest`: fp32.
+
+    That of x is written, as rows `[students * rows, dim]`, that of the weight perhaps added.
+    """
     (students, rows, _), (prototypes, dim) = x.shape, weight.shape
-    fp32, device = torch.float32, x.device
-    if not rows:
-        return x.new_empty(x.shape, dtype=fp32), weight.new_zeros(weight.shape, dtype=fp32)
-    fallback = bwd_config(x.dtype.itemsize, capability(x.device))
-    config = _config(_BWD_TUNABLE, fallback, x[0], weight)
+    config = _config(_BWD_TUNABLE, bwd_config(x.dtype.itemsize, capability(x.device)), x[0], weight)
     width = min(dz_prototypes(rows, students, x.dtype.itemsize), prototypes)
-    largest = torch.linalg.vector_norm(grad, float("inf"))
-    dz = torch.empty(students * rows * width, dtype=x.dtype, device=device)
-    dx = torch.empty(students * rows, dim, dtype=fp32, device=device)
-    dweight = torch.empty(prototypes, dim, dtype=fp32, device=device)
+    dz = torch.empty(students * rows * width, dtype=x.dtype, device=x.device)
     for start in range(0, prototypes, width):
         count = min(width, prototypes - start)
         unit = 16 if count % 16 == 0 else 1  # tells the compiler that rows of dz are aligned
@@ -337,9 +336,7 @@ def prototype_losses_bwd(
             **_launch_options(config),
         )  # fmt: skip
         product_into(dx, part.flatten(0, 1), weight[start : start + count], add=start > 0)
-        product_into(dweight[start : start + count], part.flatten(0, 1).t(), x.flatten(0, 1))
-    torch._foreach_mul_([dx, dweight], largest / DZ_SCALE)
-    return dx.view(x.shape), dweight
+        product_into(dweight[start : start + count], part.flatten(0, 1).t(), x.flatten(0, 1), add=add)
 
 
 def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
@@ -354,41 +351,9 @@ register(
     lambda x, *rest: tuple(x.new_empty(n, x.shape[1], dtype=torch.float32) for n in (2 * len(x) - 1, 8)),
 )
 register(
-    "prototype_losses_bwd(Tensor grad, Tensor x, Tensor weight, Tensor t, Tensor log_u,"
-    " Tensor index, Tensor lse, float tau_s, float tau_t) -> (Tensor, Tensor)",
+    "prototype_losses_bwd(Tensor grad, Tensor x, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
+    " Tensor lse, Tensor largest, float tau_s, float tau_t, Tensor(a!) dx, Tensor(b!) dweight, bool add)"
+    " -> ()",
     prototype_losses_bwd,
-    lambda grad, x, weight, *rest: (grad.new_empty(x.shape), grad.new_empty(weight.shape)),
+    lambda *arguments: None,
 )
-
-
-class PrototypeLosses(torch.autograd.Function):
-    """The losses of each row, `[1 or 3, rows]`; outside of the registered operators: less host time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x1: Tensor,
-        x2: Tensor | None,
-        weight: Tensor,
-        t: Tensor,
-        log_u: Tensor,
-        index: Tensor,
-        tau_s: float,
-        tau_t: float,
-        operands: torch.dtype,
-    ) -> Tensor:
-        # Rounded in here, as autograd would round the gradients of tensors that were rounded outside.
-        x = torch.stack([x for x in (x1, x2) if x is not None]).to(operands)
-        weight, index = weight.to(operands).contiguous(), index.contiguous()
-        t, log_u = unit_stride(t), log_u.float().contiguous()
-        losses, lse = ops.prototype_losses_fwd(x, weight, t, log_u, index, tau_s, tau_t)
-        ctx.save_for_backward(x, weight, t, log_u, index, lse)
-        ctx.temperatures = (tau_s, tau_t)
-        return losses
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.float().contiguous()
-        dx, dweight = ops.prototype_losses_bwd(grad, *ctx.saved_tensors, *ctx.temperatures)
-        return dx[0], dx[1] if len(dx) == 2 else None, dweight, *[None] * 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +43,13 @@ class Case:
         }
 
 
-def run(inputs: dict[str, Tensor], name: str, operands: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Losses and gradients on a backend, for random upstream gradients of realistic size."""
+def run(
+    inputs: dict[str, Any],
+    name: str,
+    operands: torch.dtype | None = None,
+    upstream: list[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Losses and gradients on a backend, for given upstream gradients or random ones of realistic size."""
     students = [inputs[n].detach().requires_grad_() for n in ("x0", "x1") if n in inputs]
     weight = inputs["weight"].detach().requires_grad_()
     with backend(name):
@@ -51,7 +57,7 @@ def run(inputs: dict[str, Tensor], name: str, operands: torch.dtype | None = Non
             students, weight, inputs["teacher"], inputs["log_scale"], inputs["targets"],
             student_temperature=TAU_S, teacher_temperature=TAU_T, operands=operands,
         )  # fmt: skip
-        upstream = [1e-4 * draw(len(x), seed=9 + i).to(x) for i, x in enumerate(losses)]
+        upstream = upstream or [1e-4 * draw(len(x), seed=9 + i).to(x) for i, x in enumerate(losses)]
         grads = torch.autograd.grad(losses, [*students, weight], upstream)
     names = [f"dx{n}" for n in range(len(students))] + ["dweight"]
     return {f"loss {i}": x.detach() for i, x in enumerate(losses)} | dict(zip(names, grads, strict=True))

@@ -41,6 +41,25 @@ def test_losses_and_gradients(case: str, dtype: torch.dtype) -> None:
     assert_accurate(CASES[case], dtype, dtype)
 
 
+@pytest.mark.parametrize("rows", [(19, 30), (0, 7), (5, 0)])
+def test_parts_with_logits_of_their_own(rows: tuple[int, int]) -> None:
+    """Losses and gradients are those of the parts, each alone."""
+    cases = [Case(rows[0], 70, 16, targets=2), Case(rows[1], 70, 16, targets=1, teacher_rows=9)]
+    parts = [case.inputs(torch.float32, torch.float32) for case in cases]
+    parts[1]["weight"] = parts[0]["weight"]
+    joint = {key: torch.cat([part[key] for part in parts]) for key in ("x0", "x1")}
+    joint |= {key: [part[key] for part in parts] for key in ("teacher", "log_scale", "targets")}
+    joint["weight"] = parts[0]["weight"]
+    upstream = [1e-4 * draw(sum(rows), seed=i).float() for i in range(3)]
+    outer = run(joint, "triton", upstream=upstream)
+    split = zip(*(u.split(rows) for u in upstream), strict=True)
+    inner = [run(part, "triton", upstream=list(u)) for part, u in zip(parts, split, strict=True)]
+    for key, value in outer.items():
+        of_parts = [found[key] for found in inner]
+        expected = sum(of_parts) if key == "dweight" else torch.cat(of_parts)
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-9)
+
+
 def test_half_teacher_logits_beside_fp32_students() -> None:
     assert_accurate(CASES["prime"], torch.float32, torch.float16)
 
@@ -175,7 +194,9 @@ def test_registered_operators() -> None:
         arguments = (x, *shared, TAU_S, TAU_T)
         torch.library.opcheck(ops.prototype_losses_fwd, arguments, test_utils=checks)
         losses, lse = ops.prototype_losses_fwd(*arguments)
-        arguments = (torch.ones_like(losses), x, *shared, lse.nan_to_num(), TAU_S, TAU_T)
+        results = x.new_zeros(x.shape).flatten(0, 1), torch.zeros_like(shared[0])
+        saved = (x, *shared, lse.nan_to_num(), torch.ones(()))
+        arguments = (torch.ones_like(losses), *saved, TAU_S, TAU_T, *results, False)
         torch.library.opcheck(ops.prototype_losses_bwd, arguments, test_utils=checks)
     t, log_u = inputs["teacher"], inputs["log_scale"]
     table = ops.sinkhorn_table([t])
