@@ -6,6 +6,7 @@ of 32 x 32 pixels, about their median. Copies that were scaled, recompressed or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -62,21 +63,28 @@ class _Looks(Dataset[_Look]):
             return _Look((0, 0), 0, str(error))
 
 
-def inspect(source: ImageSource, workers: int) -> Inspection:
-    """Read every image of a source, by so many decoding processes."""
-    looks: list[_Look] = []
-    bar = tqdm(total=len(source), desc="images", unit="image", leave=False, disable=None)
-    for batch in batches_of(_Looks(source), workers, collate=list, batch_size=64):
-        looks += batch
-        bar.update(len(batch))
-    bar.close()
-    kept = [index for index, look in enumerate(looks) if look.unreadable is None]
-    return Inspection(
-        source.subset(np.array(kept, dtype=np.int64)),
-        np.array([looks[i].size for i in kept], dtype=np.int64).reshape(-1, 2),
-        np.array([looks[i].hash for i in kept], dtype=np.uint64),
+def _arrays(looks: Sequence[_Look]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+    """Which of a batch can be read, their sizes and hashes; messages about the others."""
+    good = [look for look in looks if look.unreadable is None]
+    return (
+        np.array([look.unreadable is None for look in looks]),
+        np.array([look.size for look in good], dtype=np.int64).reshape(-1, 2),
+        np.array([look.hash for look in good], dtype=np.uint64),
         [look.unreadable for look in looks if look.unreadable is not None],
     )
+
+
+def inspect(source: ImageSource, workers: int) -> Inspection:
+    """Read every image of a source, by so many decoding processes."""
+    bar = tqdm(total=len(source), desc="images", unit="image", leave=False, disable=None)
+    batches = []
+    for batch in batches_of(_Looks(source), workers, collate=_arrays, batch_size=64):
+        batches.append(batch)
+        bar.update(len(batch[0]))
+    bar.close()
+    readable, sizes, hashes, messages = zip(*batches, strict=True)
+    kept = source.subset(np.flatnonzero(np.concatenate(readable)))
+    return Inspection(kept, np.concatenate(sizes), np.concatenate(hashes), sum(messages, []))
 
 
 @cache

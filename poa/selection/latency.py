@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from poa.selection.runtimes import RUNTIMES, interleaved
 from poa.subnets import SearchSpace, Subnet
 
 BUSY = 0.05  # share of disturbed calls that is worth a note
+How = Literal["measured", "disturbed", "interpolated"]
 DEGREE = 2  # of the polynomial in the width
 R2 = (0.7548776662466927, 0.5698402909980532)  # 1/p and 1/p^2 of p^3 = p + 1
 
@@ -81,12 +83,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a call: median, 95th percentile and the fastest; measured, or else interpolated."""
+    """Milliseconds of a call: median, 95th percentile and the fastest.
+
+    Attributes:
+        how: they are known; "disturbed": measured with interruptions, as too few calls had none.
+    """
 
     median: float
     p95: float
     fastest: float
-    measured: bool = True
+    how: How = "measured"
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ class LatencyTable:
         wide = max(9, *(len(str(subnet)) for subnet in self.latencies))
         lines = [f"{self.setting}; ms per call", f"{'subnet':>{wide}} {'median':>9} {'p95':>9}"]
         for subnet, latency in self.latencies.items():
-            how = "" if latency.measured else "  interpolated"
+            how = "" if latency.how == "measured" else f"  {latency.how}"
             lines.append(f"{subnet!s:>{wide}} {latency.median:>9.3f} {latency.p95:>9.3f}{how}")
         return [*lines, *self.notes()]
 
@@ -120,7 +126,9 @@ class LatencyTable:
         """What to know before these latencies are believed, a line each."""
         notes = []
         if self.disturbed > BUSY:
-            notes.append(f"other processes interrupted {self.disturbed:.0%} of the calls")
+            counted = sum(latency.how == "disturbed" for latency in self.latencies.values())
+            how = f"count for {counted} subnets, which had too few others" if counted else "do not count"
+            notes.append(f"other processes interrupted {self.disturbed:.0%} of the calls; these {how}")
         if self.error:
             of = f"{self.error['subnets']} held-out subnets, each left out of the fit"
             off = f"median {self.error['median']:.1%}, largest {self.error['largest']:.1%}"
@@ -145,7 +153,7 @@ class LatencyTable:
             content = read_json(path, expected)
             latencies = {
                 space.require(Subnet.parse(row["subnet"])): Latency(
-                    float(row["median"]), float(row["p95"]), float(row["fastest"]), bool(row["measured"])
+                    float(row["median"]), float(row["p95"]), float(row["fastest"]), row["how"]
                 )
                 for row in content["subnets"]
             }
@@ -182,14 +190,19 @@ def measure(
         times = interleaved(calls, device, seconds)
     disturbed = sum(len(timing.disturbed) for timing in times.values())
     share = disturbed / (disturbed + sum(len(timing.quiet) for timing in times.values()))
-    latencies = {s: _latency(np.percentile(timing.counted, (50, 95, 0))) for s, timing in times.items()}
+    latencies = {
+        s: _latency(
+            np.percentile(timing.counted, (50, 95, 0)), "measured" if timing.are_quiet else "disturbed"
+        )
+        for s, timing in times.items()
+    }
     return LatencyTable(setting, latencies, share)
 
 
-def _latency(values: np.ndarray, measured: bool = True) -> Latency:
+def _latency(values: np.ndarray, how: How) -> Latency:
     """Of the three of an array; interpolated ones are put into order."""
     fastest, median, p95 = (round(float(value), 5) for value in np.sort(values))
-    return Latency(median, p95, fastest, measured)
+    return Latency(median, p95, fastest, how)
 
 
 def _require_room(needed: int, count: int, device: torch.device) -> None:
@@ -227,7 +240,9 @@ def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
             f"--sample: expected at least {fewest_sampled(space)} subnets that determine the others, got "
             f"{', '.join(map(str, measured))}"
         )
-    latencies = {s: measured[s] if s in measured else _latency(rows[s] @ weights, False) for s in space}
+    latencies = {
+        s: measured[s] if s in measured else _latency(rows[s] @ weights, "interpolated") for s in space
+    }
     error = {"subnets": len(off), "median": float(np.median(off)), "largest": max(off)}
     return replace(table, latencies=latencies, error=error)
 

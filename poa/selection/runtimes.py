@@ -24,7 +24,7 @@ Call = Callable[[], object]
 Runtime = Callable[[ExportedModel, Tensor], Call]
 """From a model and normalised images `[B, 3, S, S]`, both on the device, to a call of one forward."""
 
-CALLS = 3  # timed in a turn, after one that is not
+WARM, CALLS = 2, 4  # calls of a turn that are not timed, and then that are
 ROUNDS = (10, 200)  # at least, at most
 QUIET = 20  # calls that suffice for a median and a 95th percentile
 
@@ -70,16 +70,21 @@ class Times:
     disturbed: list[float] = field(default_factory=list)
 
     @property
+    def are_quiet(self) -> bool:
+        """Whether there are enough quiet ones."""
+        return len(self.quiet) >= QUIET
+
+    @property
     def counted(self) -> list[float]:
         """Those that tell of the network rather than of its neighbours: the quiet ones, if these suffice."""
-        return self.quiet if len(self.quiet) >= QUIET else self.quiet + self.disturbed
+        return self.quiet if self.are_quiet else self.quiet + self.disturbed
 
 
 def interleaved(calls: Mapping[K, Call], device: torch.device, seconds: float) -> dict[K, Times]:
     """Times of single calls that take turns, so that a drift of the machine hits all alike.
 
-    In every round each has one turn, in random order: a call that is not timed, which brings its weights back
-    into the caches, and `CALLS` that are.
+    In every round each has one turn, in random order: `WARM` calls that are not timed, which bring its
+    weights back into the caches, and `CALLS` that are.
 
     Args:
         calls: what is timed; each has run before.
@@ -96,7 +101,8 @@ def interleaved(calls: Mapping[K, Call], device: torch.device, seconds: float) -
         order = list(calls)
         python_stream(0, "latency", number).shuffle(order)
         for key in order:
-            _timed(calls[key], device)
+            for _ in range(WARM):
+                _timed(calls[key], device)
             for _ in range(CALLS):
                 spent, switches = _timed(calls[key], device)
                 (times[key].disturbed if switches else times[key].quiet).append(spent)
