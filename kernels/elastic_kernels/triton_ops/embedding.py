@@ -178,50 +178,37 @@ def embedding_bwd(
     return dy, dpositions[:prefix].to(positions.dtype, copy=True), dpositions.to(positions.dtype), dmask
 
 
-def _fake_fwd(
-    y: Tensor,
-    first: Tensor,
-    positions: Tensor,
-    mask_token: Tensor | None,
-    crops: list[int],
-    masks: list[Tensor | None],
-    resizings: list[Tensor | None],
-) -> Tensor:
-    *_, last = _groups(crops, masks, resizings, len(first), len(positions) - len(first))
-    dtype = torch.promote_types(y.dtype, positions.dtype)
-    return y.new_empty(last.tokens.stop, y.shape[1], dtype=dtype)
-
-
-def _fake_bwd(
-    dout: Tensor,
-    positions: Tensor,
-    mask_token: Tensor | None,
-    crops: list[int],
-    masks: list[Tensor | None],
-    resizings: list[Tensor | None],
-    prefix: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    *_, last = _groups(crops, masks, resizings, prefix, len(positions) - prefix)
-    return (
-        dout.new_empty(last.patches.stop, dout.shape[1], dtype=dtype),
-        positions.new_empty(prefix, positions.shape[1]),
-        torch.empty_like(positions),
-        dout.new_empty(0 if mask_token is None else len(mask_token), dtype=torch.float32),
-    )
+def _last(
+    crops: list[int], masks: list[Tensor | None], resizings: list[Tensor | None], prefix: int, trained: int
+) -> _Group:
+    *_, last = _groups(crops, masks, resizings, prefix, trained)
+    return last
 
 
 register(
     "embedding_fwd(Tensor y, Tensor first, Tensor positions, Tensor? mask_token, int[] crops,"
     " Tensor?[] masks, Tensor?[] resizings) -> Tensor",
     embedding_fwd,
-    _fake_fwd,
+    lambda y, first, positions, mask_token, crops, masks, resizings: y.new_empty(
+        _last(crops, masks, resizings, len(first), len(positions) - len(first)).tokens.stop,
+        y.shape[1],
+        dtype=torch.promote_types(y.dtype, positions.dtype),
+    ),
 )
 register(
     "embedding_bwd(Tensor dout, Tensor positions, Tensor? mask_token, int[] crops, Tensor?[] masks,"
     " Tensor?[] resizings, int prefix, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     embedding_bwd,
-    _fake_bwd,
+    lambda dout, positions, mask_token, crops, masks, resizings, prefix, dtype: (
+        dout.new_empty(
+            _last(crops, masks, resizings, prefix, len(positions) - prefix).patches.stop,
+            dout.shape[1],
+            dtype=dtype,
+        ),
+        positions.new_empty(prefix, positions.shape[1]),
+        torch.empty_like(positions),
+        dout.new_empty(0 if mask_token is None else len(mask_token), dtype=torch.float32),
+    ),
 )
 
 
