@@ -4,9 +4,10 @@
 
 For serving requests of different budgets together, and for training several subnets on one batch: gradients
 of all add up in the full weight. Rows are as wide as the largest network; what lies beyond the width of a row
-is not read, and is 0 in results. Widths are tensors on the device: nothing waits for them. Any order of rows
-is right; where rows of one width lie together, no tile of the Triton kernels (`triton_ops/mixed_width.py`,
-`triton_ops/layer_norm.py`) computes more than its rows need. Whole modules: `mixed_width_blocks.py`.
+has no effect, be it NaN, and is 0 in results. Widths are tensors on the device: nothing waits for them. Any
+order of rows is right; where rows of one width lie together, no tile of the Triton kernels
+(`triton_ops/mixed_width.py`, `triton_ops/layer_norm.py`) computes more than its rows need. Whole modules:
+`mixed_width_blocks.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def mixed_width_linear(
     """Multiply every row by the corner of a shared weight that belongs to its widths.
 
     Args:
-        x: `[rows, in_max]`; of row `r` only the first `widths[r]` entries are read.
+        x: `[rows, in_max]`; of row `r` only the first `widths[r]` entries count.
         weight: `[out_max, in_max]`.
         bias: `[out_max]` or None; not scaled.
         widths: int64 `[rows]`, from 1 to `in_max`, on the device of `x`.

@@ -49,11 +49,14 @@ def _mixed_width_kernel(
     for step in range(0, summed * steps):
         group = step // steps
         offs_k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < in_features
         x_ptrs = x_rows + group * stride_xg + offs_k[None, :]
-        x = tl.load(x_ptrs, mask=offs_k[None, :] < widths[:, None], other=0.0)
+        # Masks that are widths of rows would allow scalar loads only.
+        x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        x = tl.where(offs_k[None, :] < widths[:, None], x, 0.0)
         w_ptrs = weight_ptr + (matrix + group) * stride_wg
         w_ptrs += offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
-        w = tl.load(w_ptrs, mask=(offs_k < in_features)[:, None] & mask_n[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(x, w, acc, PRECISION)
     if factors_ptr is not None:
         acc *= tl.load(factors_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
