@@ -2,7 +2,8 @@
 
 Latency is interpolated as `sum_ij c_ij w^i d_j`: linear in the blocks `d_j` of every stage that varies (and
 `d_0 = 1`), quadratic in the width `w`, fitted by least squares of relative errors. The error that a table
-states is that of held-out subnets: each measured one as the fit to all others predicts it.
+states is that of held-out subnets: each measured one as the fit to all others predicts it, but those that lie
+outside of the others (leverage above 1).
 """
 
 from __future__ import annotations
@@ -232,9 +233,10 @@ def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
     weights = _fit(rows, values)
     off = []
     for subnet, value in values.items():
-        others = _fit(rows, {s: v for s, v in values.items() if s != subnet})
-        if others is not None:
-            off.append(abs(float((rows[subnet] @ others)[0] / value[0]) - 1))
+        others = {s: v for s, v in values.items() if s != subnet}
+        fitted = _fit(rows, others)
+        if fitted is not None and _leverage(rows, subnet, values) <= 1:
+            off.append(abs(float((rows[subnet] @ fitted)[0] / value[0]) - 1))
     if weights is None or not off:
         raise InputError(
             f"--sample: expected at least {fewest_sampled(space)} subnets that determine the others, got "
@@ -263,6 +265,16 @@ def _fit(rows: Mapping[Subnet, np.ndarray], values: Mapping[Subnet, np.ndarray])
     if any(rank < terms.shape[1] for _, _, rank, _ in fits):
         return None
     return np.stack([weights for weights, *_ in fits], axis=1)
+
+
+def _leverage(
+    rows: Mapping[Subnet, np.ndarray], subnet: Subnet, values: Mapping[Subnet, np.ndarray]
+) -> float:
+    """That of a subnet in a fit to all others; above 1 it lies outside of them."""
+    terms = {s: rows[s] / value[0] for s, value in values.items()}
+    others = np.stack([row for s, row in terms.items() if s != subnet])
+    weights = np.linalg.lstsq(others.T, terms[subnet], rcond=None)[0]
+    return float(weights @ weights)
 
 
 def fewest_sampled(space: SearchSpace) -> int:
