@@ -48,6 +48,11 @@ class Embeddings:
         out: the file that has all of them; None where they are here.
         names, labels: of the images; empty where `out` has them.
         features: float32 `[images, ...]` by token; empty where `out` has them.
+
+    Example:
+        >>> import poa
+        >>> poa.embed(poa.load("runs/first", "16x1"), "digits", workers=0)["cls"].shape
+        (1797, 16)
     """
 
     count: int
