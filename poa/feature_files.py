@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from poa.errors import InputError
-from poa.files import require_writable, writing
+from poa.files import require_json, require_writable, writing
 
 GROUP = 32 << 20  # bytes of a row group of Parquet
 COPIED = 16 << 20  # bytes that are copied at a time
@@ -41,7 +41,7 @@ def require_feature_file(path: Path, tokens: int) -> None:
     if path.suffix == ".npy":
         if tokens > 1:
             raise InputError(f"--tokens: expected one kind of tokens for {path}, got {tokens}")
-        require_writable(path.with_suffix(".json"), "--out")
+        require_json(path.with_suffix(".json"), "--out", "about")
     require_writable(path, "--out")
 
 

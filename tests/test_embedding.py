@@ -102,6 +102,10 @@ def test_neighbours_of_a_query(trained: Path, images: Path, tmp_path: Path) -> N
     [
         (["--out", "f.csv"], "--out: expected a name that ends in .npz, .npy, .parquet, got f.csv"),
         (["--out", "f.npy", "--tokens", "cls", "mean"], "expected one kind of tokens for f.npy, got 2"),
+        (
+            ["--out", "others.npy"],
+            "expected a new file, or an older one of this command to replace, got others",
+        ),
         (["--out", "nowhere/f.npz"], "--out: expected a file that can be written, got nowhere/f.npz"),
         (["--out", "f.npz", "--query", "none.jpg"], "expected --query IMAGE and --page FILE.html together"),
         (
@@ -121,8 +125,9 @@ def test_wrong_arguments(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("others.json").write_text("{}")
     assert message in fails(capsys, "embed", str(trained), str(images), "--workers", "0", *arguments)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["others.json"]
 
 
 @pytest.mark.parametrize("ending", ["npz", "npy", "parquet"])
