@@ -3,7 +3,7 @@
 Latency is interpolated as `sum_ij c_ij w^i d_j`: linear in the blocks `d_j` of every stage that varies (and
 `d_0 = 1`), quadratic in the width `w`, fitted by least squares of relative errors. The error that a table
 states is that of held-out subnets: each measured one as the fit to all others predicts it, but those that lie
-outside of the others (leverage above 1).
+outside of the others (leverage above 1, or above the smallest there is).
 """
 
 from __future__ import annotations
@@ -231,13 +231,14 @@ def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
     rows = {subnet: _terms(subnet, space) for subnet in space}
     values = {s: np.array([latency.median, latency.p95, latency.fastest]) for s, latency in measured.items()}
     weights = _fit(rows, values)
-    off = []
+    held_out = []
     for subnet, value in values.items():
         others = {s: v for s, v in values.items() if s != subnet}
         fitted = _fit(rows, others)
-        if fitted is not None and _leverage(rows, subnet, values) <= 1:
-            off.append(abs(float((rows[subnet] @ fitted)[0] / value[0]) - 1))
-    if weights is None or not off:
+        if fitted is not None:
+            wrong = abs(float((rows[subnet] @ fitted)[0] / value[0]) - 1)
+            held_out.append((_leverage(rows, subnet, values), wrong))
+    if weights is None or not held_out:
         raise InputError(
             f"--sample: expected at least {fewest_sampled(space)} subnets that determine the others, got "
             f"{', '.join(map(str, measured))}"
@@ -245,6 +246,8 @@ def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
     latencies = {
         s: measured[s] if s in measured else _latency(rows[s] @ weights, "interpolated") for s in space
     }
+    outermost = max(1.0, min(held_out)[0])
+    off = [wrong for leverage, wrong in held_out if leverage <= outermost]
     error = {"subnets": len(off), "median": float(np.median(off)), "largest": max(off)}
     return replace(table, latencies=latencies, error=error)
 
