@@ -66,5 +66,6 @@ $(SANITIZE_VENV)/.poa-sanitizer: setup.py $(CONSTRAINTS) Makefile
 
 $(VENV)/.poa-%: setup.py $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS:%=-c %) -e '.[$*$(EXTRAS:%=,%)]'
+	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS:%=-c %) -e '.[$*$(EXTRAS:%=,%)]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; some files are templates
 	touch $@
