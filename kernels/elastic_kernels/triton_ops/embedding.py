@@ -169,12 +169,12 @@ def embedding_bwd(
             HAS_MASK=group.mask is not None, CROPS=CROPS, BLOCK=CHANNELS, num_warps=4,
         )  # fmt: skip
         if group.resizing is None:
-            active += sums[0]
+            active.add_(sums[0])  # in-place indexing would also copy itself
         else:
-            active[:prefix] += sums[0, :prefix]
+            active[:prefix].add_(sums[0, :prefix])
             product_into(active[prefix:], group.resizing.float().t(), sums[0, prefix:], add=True)
         if group.mask is not None:
-            dmask[:width] += sums[1, prefix:].sum(0)
+            dmask[:width].add_(sums[1, prefix:].sum(0))
     return dy, dpositions[:prefix].to(positions.dtype, copy=True), dpositions.to(positions.dtype), dmask
 
 
