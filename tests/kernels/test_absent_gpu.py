@@ -13,7 +13,7 @@ from elastic_kernels import (
     absent_gpu,
     dispatch,
     elastic_layer_norm,
-    elastic_linear,
+    elastic_linear_residual,
     mixed_width_block,
     planning,
 )
@@ -55,7 +55,7 @@ def test_architectures_take_their_own_settings() -> None:
     tiles = {}
     for architecture in ("sm_80", "sm_90"):
         with absent_gpu(architecture) as launches, planning(torch.bfloat16):
-            elastic_linear(x, weight, bias, activation="gelu")
+            elastic_linear_residual(x, weight, bias, meta(64, 1024))
         (binary,) = launches.binaries
         tiles[binary.architecture] = binary.constexprs["BLOCK_M"], binary.constexprs["BLOCK_N"]
     assert tiles.keys() == {80, 90} and len(set(tiles.values())) == 2
@@ -71,7 +71,7 @@ def test_rows_of_any_widths_take_one_launch_of_each_layer() -> None:
     names = Counter(launch.binary.name for launch in launches.made)
     assert names["_mixed_width_kernel"] == 2 * 4  # qkv, proj and both of the MLP, forward and backward
     assert names["_layer_norm_fwd_kernel"] == names["_layer_norm_bwd_kernel"] == 2
-    assert names["_attention_resident_fwd_kernel"] == names["_attention_bwd_kernel"] == 1
+    assert names["_attention_resident_fwd_kernel"] == names["_attention_resident_bwd_kernel"] == 1
 
 
 def test_unknown_architectures_are_refused() -> None:

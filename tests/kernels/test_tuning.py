@@ -245,7 +245,10 @@ def test_every_fallback_can_stand_in_a_table() -> None:
                 forward = candidates("attention_fwd", *shape)
                 assert attention.fwd_config(length, dim, 2, part) in forward
                 assert all(not c.resident or c.block_n >= length for c in forward)
-                assert attention.bwd_config(dim, 2, part) in candidates("attention_bwd", *shape)
+                assert attention.bwd_config(length, dim, 2, part) in (
+                    backward := candidates("attention_bwd", *shape)
+                )
+                assert all(not c.resident or c.block_n >= length for c in backward)
     for way in ("fwd", "bwd"):
         for config in layer_norm.CONFIGS:
             assert config in candidates(f"layer_norm_{way}", config.block)

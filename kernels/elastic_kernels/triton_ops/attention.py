@@ -5,6 +5,7 @@
 
 Sequences here are short (197 and 37 tokens), so keys and values of a head stay on chip while its queries go
 by: no work list, no online rescaling, and in the backward no atomics and no separate pass for rowsum(do * o).
+Up to 64 tokens are one tile, of which the backward makes five products; else it makes seven, scores twice.
 Lengths above 256, wide heads and fp32 take the streaming forward, with an online softmax over blocks of keys.
 
 Saved for backward: qkv, o and the fp32 log-sum-exp of each row. Bytes: forward reads 3 and writes 1 of
@@ -30,6 +31,7 @@ from elastic_kernels.triton_ops.attention_blocks import (
     keys_gradients,
     load_rows,
     queries_gradients,
+    store_sums,
 )
 from elastic_kernels.triton_ops.attention_settings import (
     BWD_TUNABLE,
@@ -130,6 +132,47 @@ def _attention_bwd_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
+def _attention_resident_bwd_kernel(
+    qkv_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
+    first_token, first_part, length, heads,
+    stride_t, stride_g, stride_h,
+    scale, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a sequence and head that fill at most one square tile: every product is made once."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    row = first_token + (pid // heads).to(tl.int64) * length
+    base = qkv_ptr + row * stride_t + head * stride_h
+    outs, out_t = (row * heads + head) * HEAD_DIM, heads * HEAD_DIM
+    offs, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    mask = offs < length
+    cells = of_head(mask, HEAD_DIM, BLOCK_D)
+    q = load_rows(base, offs, offs_d, stride_t, cells)
+    k = load_rows(base + stride_g, offs, offs_d, stride_t, cells)
+    v = load_rows(base + 2 * stride_g, offs, offs_d, stride_t, cells)
+    do = load_rows(dout_ptr + outs, offs, offs_d, out_t, cells)
+    o = load_rows(out_ptr + outs, offs, offs_d, out_t, cells)
+    lse = tl.load(lse_ptr + (row + offs) * heads + head, mask=mask, other=float("inf"))
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    # Transposed scores [keys, queries]: padded queries get p = 0 from their infinite lse.
+    s = dot(k, tl.trans(q), None, PRECISION) * scale_log2
+    p = tl.where(mask[:, None], tl.exp2(s - lse[None, :]), 0.0)
+    dv = dot(p.to(do.dtype), do, None, PRECISION)
+    grads = dqkv_ptr + (row * 3 * heads + head) * HEAD_DIM + offs[:, None] * 3 * out_t + offs_d[None, :]
+    tl.store(grads + 2 * out_t, dv.to(dqkv_ptr.dtype.element_ty), mask=cells)
+    dp = dot(v, tl.trans(do), None, PRECISION)
+    ds = (p * (dp - delta[None, :])).to(q.dtype)
+    dk = dot(ds, q, None, PRECISION)
+    tl.store(grads + out_t, (dk * scale).to(dqkv_ptr.dtype.element_ty), mask=cells)
+    dq = dot(tl.trans(ds), k, None, PRECISION)
+    tl.store(grads, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=cells)
+    if sums_ptr is not None:
+        store_sums(sums_ptr, first_part + pid // heads, head, heads, dq, do, scale, HEAD_DIM, BLOCK_D)
+
+
 def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`."""
     tokens, _, heads, dim = qkv.shape
@@ -171,7 +214,8 @@ def attention_bwd(
             span = Span(None, first, count, length)
             blocks_bwd(qkv, out, lse, dout, dqkv, span, config, wanted, first_part)
         else:
-            _attention_bwd_kernel[(count * heads,)](
+            kernel = _attention_resident_bwd_kernel if config.resident else _attention_bwd_kernel
+            kernel[(count * heads,)](
                 qkv, out, dout, lse, dqkv, wanted,
                 first, first_part, length, heads,
                 *qkv.stride()[:3],
@@ -184,7 +228,7 @@ def attention_bwd(
 
 
 def _bwd_config(qkv: Tensor, length: int) -> AttentionConfig:
-    fallback = bwd_config(qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
+    fallback = bwd_config(length, qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
     return config_of(BWD_TUNABLE, fallback, qkv, length)
 
 

@@ -109,6 +109,18 @@ def keys_gradients(
 
 
 @triton.jit
+def store_sums(
+    sums_ptr, part, head, heads, dq, do, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Part of the sums of dqkv: rows of p add up to one, those of ds to zero, so dv has do's and dk none."""
+    offs_d = tl.arange(0, BLOCK_D)
+    sums, mask_d = sums_ptr + (part.to(tl.int64) * 3 * heads + head) * HEAD_DIM + offs_d, offs_d < HEAD_DIM
+    tl.store(sums, tl.sum(dq, 0) * scale, mask=mask_d)
+    tl.store(sums + heads * HEAD_DIM, tl.zeros([BLOCK_D], tl.float32), mask=mask_d)
+    tl.store(sums + 2 * heads * HEAD_DIM, tl.sum(do.to(tl.float32), 0), mask=mask_d)
+
+
+@triton.jit
 def queries_gradients(
     base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, part,
     row, start_m, length, head, heads, stride_t, stride_g, scale, scale_log2,
@@ -146,14 +158,7 @@ def queries_gradients(
     ends = grads + offs_m[:, None] * grad_t + offs_d[None, :]
     tl.store(ends, (dq * scale).to(dqkv_ptr.dtype.element_ty), mask=cells_m)
     if sums_ptr is not None:
-        # Rows of p add up to one and those of ds to zero: the sum of dv is that of do, and dk has none.
-        sums, mask_d = (
-            sums_ptr + (part.to(tl.int64) * 3 * heads + head) * HEAD_DIM + offs_d,
-            offs_d < HEAD_DIM,
-        )
-        tl.store(sums, tl.sum(dq, 0) * scale, mask=mask_d)
-        tl.store(sums + out_t, tl.zeros([BLOCK_D], tl.float32), mask=mask_d)
-        tl.store(sums + 2 * out_t, tl.sum(do.to(tl.float32), 0), mask=mask_d)
+        store_sums(sums_ptr, part, head, heads, dq, do, scale, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -290,7 +295,7 @@ def attention_offsets_bwd(qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor
     """As `attention_bwd`, of sequences that begin at `offsets`."""
     dqkv, span = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), _span(qkv, offsets)
     if span.sequences and qkv.shape[0]:
-        config = bwd_config(qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
+        config = bwd_config(1 << 30, qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
         blocks_bwd(qkv, out, lse, dout, dqkv, span, config)
     return dqkv
 

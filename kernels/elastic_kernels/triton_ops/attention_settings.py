@@ -17,7 +17,8 @@ class AttentionConfig:
     Attributes:
         block_m, block_n: rows of a tile of queries, of keys.
         warps, stages: of the launch.
-        resident: all keys fit into one tile, so the kernel without online softmax runs.
+        resident: all keys fit into one tile, so the kernel without online softmax runs, or in the backward,
+            with tiles that are square, that without loops.
     """
 
     block_m: int
@@ -37,6 +38,7 @@ _RESIDENT = (  # (longest length, settings), half precision and head_dim up to 6
 )
 _STREAMING = AttentionConfig(64, 64, warps=4, stages=2)
 _FWD_FP32 = AttentionConfig(32, 32, warps=8)  # exact products run on the plain units, from registers
+_BWD_RESIDENT = AttentionConfig(64, 64, warps=4, resident=True)
 _BWD = AttentionConfig(64, 64, warps=4)
 _BWD_WIDE = AttentionConfig(32, 64, warps=4)  # where 64x64 spills: wide heads, and all on sm_80
 _BWD_SMALL_PART = AttentionConfig(32, 32, warps=4)
@@ -55,10 +57,12 @@ def fwd_config(length: int, head_dim: int, itemsize: int, part: tuple[int, int])
     return _STREAMING
 
 
-def bwd_config(head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
-    """Settings of the backward; `part` as in `fwd_config`."""
+def bwd_config(length: int, head_dim: int, itemsize: int, part: tuple[int, int]) -> AttentionConfig:
+    """Settings of the backward; arguments as in `fwd_config`."""
     if itemsize == 4:
         return _BWD_FP32_WIDE if head_dim > 64 else _BWD_FP32
+    if head_dim <= 64 and length <= _BWD_RESIDENT.block_n:
+        return _BWD_RESIDENT
     if part in SMALL_PARTS:
         return _BWD_SMALL_PART
     return _BWD_WIDE if head_dim > 64 or part < (9, 0) else _BWD
@@ -82,6 +86,11 @@ def _fwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
     return [*streaming, *resident]
 
 
+def _bwd_candidates(length: int, head_dim: int) -> list[AttentionConfig]:
+    """With loops any length, without what fits into a tile."""
+    return [*_BWD_CANDIDATES, *([_BWD_RESIDENT] if length <= _BWD_RESIDENT.block_n else [])]
+
+
 _BWD_CANDIDATES = (
     _BWD,
     _BWD_WIDE,
@@ -91,7 +100,7 @@ _BWD_CANDIDATES = (
     AttentionConfig(128, 64, warps=8),
 )
 FWD_TUNABLE = Tunable("attention_fwd", _fwd_candidates)
-BWD_TUNABLE = Tunable("attention_bwd", lambda length, head_dim: _BWD_CANDIDATES)
+BWD_TUNABLE = Tunable("attention_bwd", _bwd_candidates)
 
 
 def config_of(tunable: Tunable, fallback: AttentionConfig, qkv: Tensor, length: int) -> AttentionConfig:

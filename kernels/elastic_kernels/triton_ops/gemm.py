@@ -61,12 +61,12 @@ class GemmConfig:
 Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu"]
 
 # Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
-# 256 columns (one block a processor), elsewhere 128. The largest epilogue keeps 128 there, though its 256 no
-# longer spill.
+# 256 columns (one block a processor), elsewhere 128. Products with a GELU keep 128 there: of two blocks a
+# processor, one hides its epilogue behind the other's loop.
 _FP32 = GemmConfig(64, 32, 32, warps=4, stages=1)  # exact products run on the plain units, from registers
 _HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least a part has
 _HALF_WIDE = GemmConfig(128, 256, 64, warps=8, stages=4)
-_NOT_WIDE = ("dgrad_gelu",)
+_NOT_WIDE = ("gelu", "dgrad_gelu")
 WIDE_WASTE = 1.15  # a wide tile is taken while at most this much is computed in vain
 
 

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import cdiv
-from elastic_kernels.triton_ops.layer_norm import affine_gradients
 from elastic_kernels.triton_ops.registration import first_order, ops, register
+from elastic_kernels.triton_ops.vector_grads import affine_gradients
 from elastic_kernels.tuning import Tunable, power_of_2
 
 
@@ -205,8 +205,8 @@ def group_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
     keep_residual: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of the residual (empty unless kept), and of weight and bias in full shape.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the residual (empty unless kept), and sums of samples for weight and bias.
 
     `dy` and `x` are `[N, rows, C]`, contiguous; `y` is the output of a ReLU, or None without one.
     """
@@ -214,7 +214,8 @@ def group_norm_bwd(
     groups = mean.shape[1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dresidual = torch.empty(x.shape if keep_residual else (0,), dtype=x.dtype, device=x.device)
-    partials = torch.empty(samples, 2, channels, dtype=torch.float32, device=x.device)
+    make = torch.empty if x.numel() else torch.zeros
+    partials = make(samples, 2, channels, dtype=torch.float32, device=x.device)
     if x.numel():
         config = _config(_BWD, x, groups)
         _group_norm_bwd_kernel[(samples, cdiv(groups, config.groups))](
@@ -223,7 +224,7 @@ def group_norm_bwd(
             RELU=y is not None, KEEP_RESIDUAL=keep_residual,
             ROWS=config.rows, GROUPS=config.groups, PER_GROUP=config.per_group, num_warps=config.warps,
         )  # fmt: skip
-    return dx, dresidual, *affine_gradients(partials, samples if x.numel() else 0, weight)
+    return dx, dresidual, partials
 
 
 register(
@@ -237,13 +238,12 @@ register(
 )
 register(
     "group_norm_bwd(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor rstd,"
-    " bool keep_residual) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool keep_residual) -> (Tensor, Tensor, Tensor)",
     group_norm_bwd,
     lambda dy, x, y, weight, mean, rstd, keep_residual: (
         torch.empty_like(x),
         torch.empty_like(x) if keep_residual else x.new_empty(0),
-        torch.empty_like(weight),
-        torch.empty_like(weight),
+        x.new_empty(x.shape[0], 2, x.shape[2], dtype=torch.float32),
     ),
 )
 
@@ -275,6 +275,6 @@ class GroupNormFunction(torch.autograd.Function):
         x, y, weight, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
         gated = y is not None and ctx.has_residual  # without a ReLU the residual's gradient is dy
-        dx, dresidual, dweight, dbias = ops.group_norm_bwd(dy, x, y, weight, mean, rstd, gated)
+        dx, dresidual, partials = ops.group_norm_bwd(dy, x, y, weight, mean, rstd, gated)
         residual_grad = (dresidual if gated else dy) if ctx.has_residual else None
-        return dx, dweight, dbias, residual_grad, None, None, None
+        return dx, *affine_gradients(partials, weight), residual_grad, None, None, None

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import elastic_kernels.triton_ops.attention
-import elastic_kernels.triton_ops.layer_norm
 import elastic_kernels.triton_ops.window_attention  # noqa: F401, each registers its operators
 from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.layer_norm import branch_room
 from elastic_kernels.triton_ops.layers import (
     Layer,
     LayerSpec,
@@ -27,6 +27,7 @@ from elastic_kernels.triton_ops.layers import (
     mlp_backward,
 )
 from elastic_kernels.triton_ops.registration import first_order, ops
+from elastic_kernels.triton_ops.vector_grads import VectorGrads
 
 
 class WindowSpec(NamedTuple):
@@ -57,6 +58,53 @@ class HalfSpec(NamedTuple):
     attention_groups: Sequence[int] = ()
     head_dim: int = 0
     windows: WindowSpec | None = None
+
+
+@dataclass
+class BranchGradient:
+    """What the branch of a half-block takes of the stream's gradient; left by the half-block that makes that.
+
+    So it costs no pass of its own over the stream, if that gradient comes as it was made.
+
+    Attributes:
+        places, scale: of the tokens that take part, as of `KeptRows`; None of all.
+        rows: that take part.
+        dtype: of the products.
+        wants_sums: for a bias.
+        left: the stream's gradient and its version, and what `branch_gradient` makes of it.
+    """
+
+    places: Tensor | None
+    scale: Tensor | None
+    rows: int
+    dtype: torch.dtype
+    wants_sums: bool
+    left: tuple[Tensor, int, tuple[Tensor, Tensor | None]] | None = None
+
+    @classmethod
+    def of(
+        cls, x: Tensor, index: Tensor | None, places: Tensor | None, scale: Tensor | None, layer: Layer
+    ) -> BranchGradient | None:
+        """Of a branch that ends in a layer; None if it takes the gradient as it is, or none can be left."""
+        dtype, unchanged = layer.weight.dtype, index is None and scale is None
+        if torch.compiler.is_compiling() or (unchanged and x.dtype == dtype):
+            return None
+        if index is not None and places is None:
+            return None
+        return cls(places, scale, len(x if index is None else index), dtype, layer.bias is not None)
+
+    @staticmethod
+    def before(x: Tensor) -> BranchGradient | None:
+        """Of the half-block that made the stream."""
+        found = None if torch.compiler.is_compiling() else getattr(x.grad_fn, "branch", None)
+        return found if isinstance(found, BranchGradient) else None
+
+    def take(self, dout: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """What was left of this very gradient, which no hook has changed."""
+        left, self.left = self.left, None
+        if left is None or left[0] is not dout or left[1] != dout._version:
+            return None
+        return left[2]
 
 
 @dataclass(frozen=True)
@@ -98,24 +146,38 @@ class _Normed:
         return h, cls(xhat if apart else h, weight, rstd)
 
     def backward(
-        self, dh: Tensor, index: Tensor | None, places: Tensor | None, dout: Tensor, spec: HalfSpec
+        self,
+        dh: Tensor,
+        index: Tensor | None,
+        places: Tensor | None,
+        dout: Tensor,
+        spec: HalfSpec,
+        vectors: VectorGrads,
+        before: BranchGradient | None,
     ) -> tuple[Tensor | None, ...]:
         """Gradients of a half-block's input, with that of its residual path, and of the affine if they do not
-        wait elsewhere."""
+        wait elsewhere, complete once `vectors` are launched. Leaves what the half-block `before` takes."""
         if index is not None and places is None:
             places = places_of(index, len(dout))
+        stream = unit_stride(dout)
+        arguments = (dh, None, self.xhat, self.weight, None, self.rstd, places, stream)
+        if before is None:
+            dx, partials = ops.layer_norm_bwd(*arguments)
+        else:
+            room = branch_room(stream, before.rows, before.dtype, before.wants_sums)
+            dx, partials = ops.layer_norm_bwd(*arguments, *room, before.places, before.scale)
+            before.left = dx, dx._version, room
         ledger, weight, waiting = spec.first.ledger, self.weight, None
-        if ledger is not None and weight is not None and len(weight) == dh.shape[1]:
-            waiting = ledger.arrived(id(weight))
-        dx, *affine = ops.layer_norm_bwd(
-            dh, None, self.xhat, weight, None, self.rstd, places, unit_stride(dout), *(waiting or ())
-        )
         if weight is None:
             return dx, None, None
+        if ledger is not None and len(weight) == dh.shape[1]:
+            waiting = ledger.arrived(id(weight))
+        (beside,) = waiting or (None,)
+        affine = vectors.add(partials, len(weight), weight.dtype, beside)
         if ledger is not None and ledger.awaits_whole(id(weight)):
-            ledger.leave(id(weight), *affine)
+            ledger.leave(id(weight), affine)
             return dx, None, None
-        return dx, *affine
+        return dx, affine[: len(weight)], affine[len(weight) :]
 
 
 def _add_branch(
@@ -133,6 +195,14 @@ def _add_branch(
     layer.add_to(x, branch, index, row_scale)
     ctx.mark_dirty(x)
     return x
+
+
+def _branch(
+    ctx: Any, dout: Tensor, index: Tensor | None, row_scale: Tensor | None, layer: Layer
+) -> tuple[Tensor, Tensor | None]:
+    """As `branch_gradient`, if it was not left by the half-block after this one."""
+    left = None if ctx.branch is None else ctx.branch.take(dout)
+    return left or branch_gradient(dout, index, row_scale, layer)
 
 
 def _padding(layer: Layer, qkv: Tensor) -> Tensor:
@@ -189,20 +259,23 @@ class AttentionHalfFunction(torch.autograd.Function):
         o, lse = _attend(qkv, qkv_layer, bias, spec)
         saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, qkv, o, lse, bias)
         keep(ctx, saved, [qkv_layer, proj])
-        ctx.spec = spec
+        ctx.spec, ctx.before = spec, BranchGradient.before(x)
+        ctx.branch = BranchGradient.of(x, index, places, row_scale, proj)
         return _add_branch(ctx, proj, o, x, index, row_scale, spec.inplace)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, places, h, qkv, o, lse, bias), (qkv_layer, proj) = kept(ctx)
-        d, d_sums = branch_gradient(dout, index, row_scale, proj)
-        dw2, db2, dgamma = proj.wgrad(d, o, d_sums)
+        d, d_sums = _branch(ctx, dout, index, row_scale, proj)
+        vectors = VectorGrads()
+        dw2, db2, dgamma = proj.wgrad(d, o, vectors, d_sums)
         do = proj.dgrad(d)
         dqkv, sums, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
-        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, sums, None if dpad is None else dpad.flatten(1))
+        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, vectors, sums, None if dpad is None else dpad.flatten(1))
         dh = qkv_layer.dgrad(dqkv)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec)
+        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
+        vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None
 
 
@@ -230,14 +303,17 @@ class MlpHalfFunction(torch.autograd.Function):
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_act(h, "gelu")
         keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, u), [fc1, fc2])
-        ctx.spec = spec
+        ctx.spec, ctx.before = spec, BranchGradient.before(x)
+        ctx.branch = BranchGradient.of(x, index, places, row_scale, fc2)
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, places, h, u), (fc1, fc2) = kept(ctx)
-        d, sums = branch_gradient(dout, index, row_scale, fc2)
-        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, sums, h, u, fc1, fc2)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec)
+        d, sums = _branch(ctx, dout, index, row_scale, fc2)
+        vectors = VectorGrads()
+        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, sums, h, u, fc1, fc2, vectors)
+        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
+        vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None, None

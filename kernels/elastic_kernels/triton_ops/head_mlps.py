@@ -16,6 +16,7 @@ from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.gemm import product_into
 from elastic_kernels.triton_ops.layers import Layer, LayerSpec, keep, kept
 from elastic_kernels.triton_ops.registration import first_order
+from elastic_kernels.triton_ops.vector_grads import VectorGrads
 
 
 class HeadMlpsFunction(torch.autograd.Function):
@@ -49,17 +50,19 @@ class HeadMlpsFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (rows, *sums), layers = kept(ctx)
-        dx = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+        dx = rows.new_empty(rows.shape, dtype=torch.float32)
         found: list[Tensor | None] = []
+        vectors = VectorGrads()
         for number, (dy, depth) in enumerate(zip(gradients, ctx.depths, strict=True)):
             chain, layers = layers[:depth], layers[depth:]
             inner, sums = sums[: depth - 1], sums[depth - 1 :]
             d, d_sums, of_chain = unit_stride(dy), None, []
             for layer, u in zip(chain[:0:-1], inner[::-1], strict=True):
                 du, h, du_sums = layer.dgrad_act(d, u, "gelu")
-                of_chain.append(layer.wgrad(d, h, d_sums))
+                of_chain.append(layer.wgrad(d, h, vectors, d_sums))
                 d, d_sums = du, du_sums
-            of_chain.append(chain[0].wgrad(d, rows, d_sums))
+            of_chain.append(chain[0].wgrad(d, rows, vectors, d_sums))
             product_into(dx, d, chain[0].weight[0], scale=chain[0].spec.scale, add=number > 0)
             found += [gradient for dw, db, _ in reversed(of_chain) for gradient in (dw, db)]
+        vectors.launch()
         return dx.to(ctx.dtype), None, *found

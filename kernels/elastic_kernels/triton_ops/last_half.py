@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import unit_stride
-from elastic_kernels.triton_ops.halves import HalfSpec, _attend, _attend_backward, _Normed
-from elastic_kernels.triton_ops.layers import Layer, branch_gradient, keep, kept
+from elastic_kernels.triton_ops.halves import (
+    BranchGradient,
+    HalfSpec,
+    _attend,
+    _attend_backward,
+    _branch,
+    _Normed,
+)
+from elastic_kernels.triton_ops.layers import Layer, keep, kept
 from elastic_kernels.triton_ops.registration import first_order
+from elastic_kernels.triton_ops.vector_grads import VectorGrads
 
 
 class LastAttentionFunction(torch.autograd.Function):
@@ -50,22 +58,26 @@ class LastAttentionFunction(torch.autograd.Function):
         wanted = o.index_select(0, place) if len(o) else o.new_zeros(len(place), o.shape[1])
         saved = (normed.xhat, norm_weight, normed.rstd, index, places, only, place, row_scale)
         keep(ctx, (*saved, h, qkv, o, lse, wanted, bias), [qkv_layer, proj])
-        ctx.spec, ctx.tokens = spec, len(x)
-        return proj.forward_residual(wanted, x.index_select(0, only), None, row_scale)
+        residual = x.index_select(0, only)
+        ctx.spec, ctx.tokens, ctx.before = spec, len(x), BranchGradient.before(x)
+        ctx.branch = BranchGradient.of(residual, None, None, row_scale, proj)
+        return proj.forward_residual(wanted, residual, None, row_scale)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors, (qkv_layer, proj) = kept(ctx)
         *normed, index, places, only, place, row_scale, h, qkv, o, lse, wanted, bias = tensors
-        d, d_sums = branch_gradient(dout, None, row_scale, proj)
-        dw2, db2, dgamma = proj.wgrad(d, wanted, d_sums)
+        d, d_sums = _branch(ctx, dout, None, row_scale, proj)
+        vectors = VectorGrads()
+        dw2, db2, dgamma = proj.wgrad(d, wanted, vectors, d_sums)
         do = torch.zeros_like(o)
         if len(do):
             do.index_add_(0, place, proj.dgrad(d))
         dqkv, sums, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
-        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, sums, None if dpad is None else dpad.flatten(1))
+        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, vectors, sums, None if dpad is None else dpad.flatten(1))
         dh = qkv_layer.dgrad(dqkv)
         stream = dout.new_zeros(ctx.tokens, dout.shape[1]).index_copy_(0, only, dout)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, stream, ctx.spec)
+        dx, *affine = _Normed(*normed).backward(dh, index, places, stream, ctx.spec, vectors, ctx.before)
+        vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None, None, None

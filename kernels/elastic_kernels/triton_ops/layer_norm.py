@@ -8,8 +8,9 @@ RMSNorm is the norm that has a weight and no bias: without `mean`, `bias` and `m
 widths of their own: then they are as long as the widest, and 0 beyond theirs.
 
 Fused: the gather of the rows that take part (stochastic depth), statistics, affine, and in the backward the
-addition of the gradient that bypasses the norm. The backward is one pass over rows; each program keeps its
-partial affine gradients in registers, and the partial sums are added in a fixed order.
+addition of the gradient that bypasses the norm, and its rows that the branch before in the stream takes,
+scaled and rounded for products. The backward is one pass over rows; each program keeps its partial affine
+gradients in registers, and the partial sums are added in a fixed order.
 
 Saved for backward: x, and fp32 mean and rstd of each row; or, of a norm in a residual stream, instead of x
 and mean the normalised rows xhat, so that x may be overwritten and only rows that take part are kept. Bytes:
@@ -30,6 +31,7 @@ from torch import Tensor
 from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.device import cdiv, processors, unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops, register
+from elastic_kernels.triton_ops.vector_grads import affine_gradients
 from elastic_kernels.tuning import Tunable
 
 PROGRAMS_PER_SM = 4  # of the backward: enough loads in flight, few partial sums
@@ -90,19 +92,23 @@ def _layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, xhat_ptr, weight_ptr, places_ptr, widths_ptr, mean_ptr, rstd_ptr, dsum_ptr,
-    dx_ptr, partials_ptr,
+    dx_ptr, partials_ptr, branch_ptr, branch_sums_ptr, branch_places_ptr, branch_scale_ptr,
     tokens, width,
     stride_x, stride_s,
     HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """By tokens: `places` holds the row of each token among the normalised ones, or -1."""
+    """By tokens: `places` holds the row of each token among the normalised ones, or -1.
+
+    So does `branch_places` among those of the branch, which get their share of dx.
+    """
     CENTRED: tl.constexpr = IN_STREAM or mean_ptr is not None
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs_k = tl.arange(0, BLOCK)
     mask_k = offs_k < width
     dweight = tl.zeros([BLOCK], tl.float32)
     dbias = tl.zeros([BLOCK], tl.float32)
+    branch_sums = tl.zeros([BLOCK], tl.float32)
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     for start in range(program * ROWS, tokens, programs * ROWS):
@@ -141,39 +147,26 @@ def _layer_norm_bwd_kernel(
             dsum_ptrs = dsum_ptr + token[:, None] * stride_s + offs_k[None, :]
             dx += tl.load(dsum_ptrs, mask=every, other=0.0).to(tl.float32)
         out = dx_ptr + token[:, None] * width + offs_k[None, :]
-        tl.store(out, dx.to(dx_ptr.dtype.element_ty), mask=every)
+        dx = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(out, dx, mask=every)
+        if branch_ptr is not None:
+            place, mask_r = token, mask_t
+            if branch_places_ptr is not None:
+                place = tl.load(branch_places_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
+                mask_r = place >= 0
+            mask = mask_r[:, None] & mask_k[None, :]
+            branch = tl.where(mask, dx.to(tl.float32), 0.0)
+            if branch_scale_ptr is not None:
+                branch *= tl.load(branch_scale_ptr + place, mask=mask_r, other=0.0)[:, None]
+            out = branch_ptr + place[:, None] * width + offs_k[None, :]
+            tl.store(out, branch.to(branch_ptr.dtype.element_ty), mask=mask)
+            branch_sums += tl.sum(branch, 0)
+    if branch_sums_ptr is not None:
+        tl.store(branch_sums_ptr + program * width + offs_k, branch_sums, mask=mask_k)
     if HAS_AFFINE:
         partial = partials_ptr + program.to(tl.int64) * 2 * width + offs_k
         tl.store(partial, dweight, mask=mask_k)
         tl.store(partial + width, dbias, mask=mask_k)
-
-
-@triton.jit(do_not_specialize=["programs"])
-def _layer_norm_affine_kernel(
-    partials_ptr, weight_beside_ptr, bias_beside_ptr, dweight_ptr, dbias_ptr,
-    programs, width, largest,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Full-shape affine gradients from the programs' partial sums; zero outside of the active width."""
-    offs_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    active, inside = offs_k < width, offs_k < largest
-    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
-    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, programs, ROWS):
-        offs_r = start + tl.arange(0, ROWS)
-        mask = (offs_r < programs)[:, None] & active[None, :]
-        partial = partials_ptr + offs_r[:, None] * 2 * width + offs_k[None, :]
-        dweight += tl.load(partial, mask=mask, other=0.0)
-        dbias += tl.load(partial + width, mask=mask, other=0.0)
-    dw, db = tl.sum(dweight, 0), tl.sum(dbias, 0)
-    if weight_beside_ptr is not None:
-        dw += tl.load(weight_beside_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
-        db += tl.load(bias_beside_ptr + offs_k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dweight_ptr + offs_k, dw.to(dweight_ptr.dtype.element_ty), mask=inside)
-    tl.store(dbias_ptr + offs_k, db.to(dbias_ptr.dtype.element_ty), mask=inside)
-
-
-AFFINE_ROWS, AFFINE_BLOCK = 128, 32  # of `_layer_norm_affine_kernel`: many programs, few turns of each
 
 
 @dataclass(frozen=True)
@@ -284,34 +277,56 @@ def layer_norm_bwd(
     rstd: Tensor,
     places: Tensor | None,
     dsum: Tensor | None,
-    weight_beside: Tensor | None = None,
-    bias_beside: Tensor | None = None,
+    branch: Tensor | None = None,
+    branch_sums: Tensor | None = None,
+    branch_places: Tensor | None = None,
+    branch_scale: Tensor | None = None,
     widths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, and of weight and bias in full shape (empty without them).
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and partial sums fp32 `[parts, 2, w]` for those of weight and bias, 0 wide without them.
 
     `dy` `[rows, w]` is contiguous. Either `x` and `mean` (but for RMSNorm) are given, or, in a residual
     stream, `xhat`, contiguous, and `dsum` `[tokens, w]`, rows of any stride, of the dtype of x: added to its
     gradient.
-    Those of weight and bias are added to others beside them, if there are such.
+
+    With `branch` `[kept, w]`, made by `branch_room`, rows of the gradient of x go there, too: those with a
+    place in `branch_places` `[tokens]`, or all, times their `branch_scale` fp32 `[kept]`. Partial sums over
+    them go to `branch_sums`.
     """
     like = _like(x, dsum)
     tokens, width = like.shape
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    programs = PROGRAMS_PER_SM * processors(like.device)
-    affine = 0 if weight is None else width
-    partials = torch.empty(programs, 2, affine, dtype=torch.float32, device=like.device)
-    if tokens:
-        config = _config(_BWD, like)
-        _layer_norm_bwd_kernel[(programs,)](
-            dy, x, xhat, weight, places, widths, mean, rstd, dsum,
-            dx, partials,
-            tokens, width,
-            0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
-            HAS_AFFINE=weight is not None, HAS_INDEX=places is not None, IN_STREAM=xhat is not None,
-            ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
-    return dx, *affine_gradients(partials, programs if tokens else 0, weight, weight_beside, bias_beside)
+    partials = _partials(like, weight)
+    config = _config(_BWD, like)
+    _layer_norm_bwd_kernel[(len(partials),)](
+        dy, x, xhat, weight, places, widths, mean, rstd, dsum,
+        dx, partials, branch, branch_sums, branch_places, branch_scale,
+        tokens, width,
+        0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
+        HAS_AFFINE=weight is not None, HAS_INDEX=places is not None, IN_STREAM=xhat is not None,
+        ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
+    return dx, partials
+
+
+def _partials(like: Tensor, weight: Tensor | None) -> Tensor:
+    """Room for the affine's, of each program."""
+    width = 0 if weight is None else like.shape[1]
+    return like.new_empty(_programs(like), 2, width, dtype=torch.float32)
+
+
+def _programs(like: Tensor) -> int:
+    """Of the backward."""
+    return PROGRAMS_PER_SM * processors(like.device)
+
+
+def branch_room(
+    like: Tensor, rows: int, dtype: torch.dtype, wants_sums: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Where a backward of such a stream puts rows of a branch, and sums of them fp32 `[parts, 1, w]`."""
+    width = like.shape[1]
+    sums = like.new_empty(_programs(like), 1, width, dtype=torch.float32) if wants_sums else None
+    return like.new_empty(rows, width, dtype=dtype), sums
 
 
 def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
@@ -319,25 +334,6 @@ def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
     like = dsum if x is None else x
     assert like is not None
     return like
-
-
-def affine_gradients(
-    partials: Tensor,
-    programs: int,
-    weight: Tensor | None,
-    weight_beside: Tensor | None = None,
-    bias_beside: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Add the partial sums of so many programs into full-shape gradients, and others beside them."""
-    if weight is None:
-        return partials.new_empty(0), partials.new_empty(0)
-    dweight, dbias = (torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-    _layer_norm_affine_kernel[(cdiv(len(weight), AFFINE_BLOCK),)](
-        partials, weight_beside, bias_beside, dweight, dbias,
-        programs, partials.shape[2], len(weight),
-        ROWS=AFFINE_ROWS, BLOCK=AFFINE_BLOCK, num_warps=4,
-    )  # fmt: skip
-    return dweight, dbias
 
 
 register(
@@ -348,12 +344,12 @@ register(
 )
 register(
     "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
-    " Tensor? places, Tensor? dsum, Tensor? weight_beside=None, Tensor? bias_beside=None,"
-    " Tensor? widths=None) -> (Tensor, Tensor, Tensor)",
+    " Tensor? places, Tensor? dsum, Tensor(a!)? branch=None, Tensor(b!)? branch_sums=None,"
+    " Tensor? branch_places=None, Tensor? branch_scale=None, Tensor? widths=None) -> (Tensor, Tensor)",
     layer_norm_bwd,
-    lambda dy, x, xhat, weight, mean, rstd, places, dsum, *rest: (
+    lambda dy, x, xhat, weight, mean, rstd, places, dsum, *branch: (
         _like(x, dsum).new_empty(_like(x, dsum).shape),
-        *((rstd.new_empty(0) if weight is None else torch.empty_like(weight)) for _ in range(2)),
+        _partials(_like(x, dsum), weight),
     ),
 )
 
@@ -384,6 +380,7 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, index, widths = ctx.saved_tensors
         places = None if index is None else places_of(index, len(x))
-        rest = (None, None, None, widths)
-        dx, dweight, dbias = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, *rest)
-        return dx, None if weight is None else dweight, dbias if ctx.has_bias else None, None, None, None
+        rest = (None, None, None, None, None, widths)
+        dx, partials = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, *rest)
+        dweight, dbias = (None, None) if weight is None else affine_gradients(partials, weight)
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None

@@ -24,6 +24,7 @@ from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops
+from elastic_kernels.triton_ops.vector_grads import VectorGrads
 from elastic_kernels.working_weights import working_copy
 
 
@@ -147,22 +148,34 @@ class Layer:
         return ops.linear_dgrad_act(dy, self.weight, self.factor, u, self.spec.scale, kind)
 
     def wgrad(
-        self, dy: Tensor, x: Tensor, sums: Tensor | None = None, beside: Tensor | None = None
+        self,
+        dy: Tensor,
+        x: Tensor,
+        vectors: VectorGrads,
+        sums: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of weight, bias and LayerScale, where there are such and they do not wait elsewhere.
 
-        `sums` are those of dy over parts of its rows, fp32 `[parts, groups, n]`, if who made it summed them.
-        The bias also has a gradient `[groups, n]` from elsewhere, if `beside` is given.
+        Complete once `vectors` are launched. `sums` are those of dy over parts of its rows, fp32
+        `[parts, groups, n]`, if who made it summed them. The bias also has a gradient `[groups, n]` from
+        elsewhere, if `beside` is given.
         """
         ledger, key = self.spec.ledger, self.spec.key
         whole = list(self.weight.shape[1:]) == self.full
         waiting = ledger.arrived(key) if ledger is not None and whole else None
-        dweight, dbias, dgamma = self._gradients(dy, x, sums, *(waiting or (None, None, None)))
-        if beside is not None and dbias is not None:
-            dbias.unflatten(0, (self.spec.groups, -1))[:, : beside.shape[1]] += beside
+        if self.bias is None:
+            sums = None
+        elif sums is None:
+            sums = ops.linear_bias_sums(dy)
+        if beside is not None and sums is not None:
+            sums[0].add_(beside)
+        dweight, dbias, dgamma = self._gradients(dy, x, vectors, sums, *(waiting or (None, None, None)))
         if ledger is not None and ledger.awaits_whole(key):
             ledger.leave(key, dweight, dbias, dgamma)
             return None, None, None
+        if self.gamma is not None and not (whole and dweight.dtype == self.grad_dtype):
+            vectors.launch()  # what is copied here must be complete
         if not whole:
             _, out, width = self.weight.shape
             dweight = F.pad(dweight, (0, self.full[1] - width, 0, self.full[0] - out))
@@ -172,6 +185,7 @@ class Layer:
         self,
         dy: Tensor,
         x: Tensor,
+        vectors: VectorGrads,
         sums: Tensor | None,
         waiting: Tensor | None,
         dbias: Tensor | None,
@@ -179,17 +193,12 @@ class Layer:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the corner of the weight and of the whole vectors, to each of which one that waits is added."""
         scale, dtype = self.spec.scale, self.grad_dtype
-        if self.bias is None:
-            sums = None
-        elif sums is None:
-            sums = ops.linear_bias_sums(dy)
         if self.gamma is not None:
             p = ops.linear_wgrad(dy, x, scale, torch.float32)
             weight = self.weight if self.plain is None else self.plain
-            rest = (waiting, self.full[0], dtype, dbias, dgamma)
-            vectors = ops.layer_scale_grads_(p, sums, weight, self.bias, self.gamma, *rest)
-            return p, None if sums is None else vectors[0], vectors[1]
-        dbias = None if sums is None else ops.linear_bias_grad(sums, self.full[0], dtype, dbias)
+            layer = (weight, self.bias, self.gamma, waiting)
+            return p, *vectors.scale(p, self.full[0], dtype, sums, *layer, dbias, dgamma)
+        dbias = None if sums is None else vectors.add(sums, self.full[0], dtype, dbias)
         if waiting is not None and waiting.shape == self.weight.shape:
             ops.linear_wgrad_(waiting, dy, x, scale)
             return waiting, dbias, None
@@ -246,7 +255,11 @@ class LinearFunction(torch.autograd.Function):
         (x, u), (layer,) = kept(ctx)
         dy = unit_stride(dy if u is None else ACTIVATION_BACKWARD[ctx.activation](dy, u))
         dx = layer.dgrad(dy) if ctx.needs_input_grad[0] else None
-        dweight, dbias, _ = layer.wgrad(dy, x) if any(ctx.needs_input_grad[1:3]) else (None, None, None)
+        if not any(ctx.needs_input_grad[1:3]):
+            return dx, None, None, None, None
+        vectors = VectorGrads()
+        dweight, dbias, _ = layer.wgrad(dy, x, vectors)
+        vectors.launch()
         return dx, dweight, dbias, None, None
 
 
@@ -275,18 +288,27 @@ class LinearResidualFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, index, row_scale), (layer,) = kept(ctx)
         d, sums = branch_gradient(dout, index, row_scale, layer)
-        dweight, dbias, dgamma = layer.wgrad(d, x, sums)
+        vectors = VectorGrads()
+        dweight, dbias, dgamma = layer.wgrad(d, x, vectors, sums)
+        vectors.launch()
         return layer.dgrad(d), dweight, dbias, dout, dgamma, None, None, None
 
 
 def mlp_backward(
-    d: Tensor, sums: Tensor | None, x: Tensor, u: Tensor, fc1: Layer, fc2: Layer, kind: str = "gelu"
+    d: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    u: Tensor,
+    fc1: Layer,
+    fc2: Layer,
+    vectors: VectorGrads,
+    kind: str = "gelu",
 ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """The gradient of the MLP's input and those of all parameters; `d` and `sums` as `branch_gradient`."""
     du, activation, du_sums = fc2.dgrad_act(d, u, kind)
-    second = fc2.wgrad(d, activation, sums)
+    second = fc2.wgrad(d, activation, vectors, sums)
     del activation
-    return fc1.dgrad(du), fc1.wgrad(du, x, du_sums), second
+    return fc1.dgrad(du), fc1.wgrad(du, x, vectors, du_sums), second
 
 
 class MlpFunction(torch.autograd.Function):
@@ -316,5 +338,7 @@ class MlpFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x, u), (fc1, fc2) = kept(ctx)
         d, sums = branch_gradient(dout, None, None, fc2)
-        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, fc1, fc2, ctx.activation)
+        vectors = VectorGrads()
+        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, fc1, fc2, vectors, ctx.activation)
+        vectors.launch()
         return dx, dw1, db1, dw2, db2, None, None

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import elastic_kernels as ek
-import elastic_kernels.triton_ops.halves  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.shared_gradients import GradientLedger
 from elastic_kernels.triton_ops import gemm
+from elastic_kernels.triton_ops.halves import BranchGradient
 from helpers.kernels.linear_cases import (
     FREE_FORMS,
     HALVES,
@@ -252,10 +252,10 @@ def test_registered_operators() -> None:
         (ops.linear_wgrad, (draw(6, 2, 8).float(), x, 1.5, torch.float32)),
         (ops.linear_wgrad_, (weight.clone(), draw(6, 2, 8).float(), x, 1.5)),
         (ops.linear_bias_sums, (d,)),
-        (ops.linear_bias_grad, (draw(3, 2, 8).float(), 9, torch.float32, draw(18).float())),
+        (ops.vector_grads_, ([draw(18).float()], [draw(3, 2, 8).float()], [draw(18).float()], [])),
         (
-            ops.layer_scale_grads_,
-            (weight[:1].clone(), None, *one, gamma, u[None, :5], 9, torch.float32, None, None),
+            ops.vector_grads_,
+            ([weight[:1].clone(), draw(9).float()], [], [], [None, *one, gamma, u[None, :5], None, None]),
         ),
         (ops.branch_grad, (d, index, scale, torch.float16, True)),
         (ops.branch_grad, (d, None, None, torch.float16, False)),
@@ -329,6 +329,31 @@ def test_gradients_are_added_in_place(widths: tuple[int, ...], left: int, added:
     assert (len(leaves), calls.counts["linear_wgrad_"]) == (left, added)
     for ours, autograds in zip(*results, strict=True):
         torch.testing.assert_close(ours, autograds)
+
+
+@pytest.mark.parametrize("changed", ["", "by a sum", "by a hook"])
+def test_branches_take_what_the_norm_after_them_left(changed: str) -> None:
+    """Of two blocks under stochastic depth: the last half alone has a pass for its branch's gradient, and one
+    whose gradient is no longer that which the norm made."""
+    torch.manual_seed(0)
+    blocks, x = [ek.ElasticBlock(32, 96, 16, layer_scale=0.5) for _ in range(2)], draw(15, 32).float()
+    rows = [torch.tensor([*range(start, start + 5), *range(10, 15)]) for start in (0, 5)]
+    kept = [ek.KeptRows(((2, 5),), r, torch.full((10,), 1.5), ek.layouts.places_of(r, 15)) for r in rows]
+    found = []
+    for before in (BranchGradient.before, lambda x: None):
+        with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.float16):
+            patch.setattr(BranchGradient, "before", before)
+            y = blocks[0](x.requires_grad_(), [(3, 5)], (kept[0], kept[1]))
+            loss = blocks[1](y, [(3, 5)], (kept[1], kept[0])).sin().sum()
+            loss = loss + y.cos().sum() if changed == "by a sum" else loss
+            if changed == "by a hook":
+                y.register_hook(lambda gradient: gradient.mul_(2))
+        with Calls() as calls:
+            found.append(torch.autograd.grad(loss, [x, *blocks[0].parameters(), *blocks[1].parameters()]))
+        assert calls.counts["branch_grad"] == (4 if found[1:] else 1 + bool(changed))
+    assert torch.equal(found[0][0], found[1][0])
+    for left, taken in zip(*found, strict=True):
+        torch.testing.assert_close(left, taken)
 
 
 def test_a_bias_learns_beside_a_frozen_weight() -> None:
