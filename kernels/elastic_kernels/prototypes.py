@@ -217,6 +217,11 @@ def prototype_cross_entropy(
     op = "prototype_cross_entropy"
     operands = operands or weight.dtype
     given = [[x] if isinstance(x, Tensor) else list(x) for x in (teacher_logits, log_scale, targets)]
+    if len({len(entries) for entries in given}) > 1 or not given[0]:
+        lengths = ", ".join(str(len(entries)) for entries in given)
+        raise ValueError(
+            f"{op}: expected a teacher_logits, log_scale and targets for each part, got {lengths}"
+        )
     parts = list(zip(*given, strict=True))
     _validate(op, students, weight, parts, operands)
     x1, x2 = students[0], students[1] if len(students) == 2 else None
@@ -272,15 +277,17 @@ def _validate(
     if len(students) not in (1, 2):
         raise ValueError(f"{op}: expected one or two students, got {len(students)}")
     validate.operands(op, **{f"student {i}": x for i, x in enumerate(students)}, weight=weight)
-    rows, (prototypes, dim) = sum(len(index) for *_, index in parts), weight.shape
+    rows, (prototypes, dim) = len(students[0]), weight.shape
+    rest = rows - sum(len(index) for *_, index in parts[:-1])
     expected: list[tuple[str, Tensor, tuple[int, ...]]]
     expected = [(f"student {i}", x, (rows, dim)) for i, x in enumerate(students)]
-    for t, log_scale, targets in parts:
+    for i, (t, log_scale, targets) in enumerate(parts, 1):
         several = 2 if targets.shape[-1:] == (2,) else 1
+        part_rows = max(rest, 0) if i == len(parts) else len(targets)
         expected += [
             ("teacher_logits", t, (len(t), prototypes)),
             ("log_scale", log_scale, (prototypes,)),
-            ("targets", targets, (len(targets), several)),
+            ("targets", targets, (part_rows, several)),
         ]
     for name, tensor, shape in expected:
         if tuple(tensor.shape) != shape:

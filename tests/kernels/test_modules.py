@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "activation": (
         lambda: ek.elastic_linear(X, W, activation="relu"),
         ValueError,
-        "None or one of 'gelu', 'gelu_tanh', 'silu', got 'relu'",
+        "one of 'gelu', 'gelu_tanh', 'silu', got 'relu'",
     ),
     "qkv": (lambda: ek.elastic_qkv(X, W, None), ValueError, r"weight \[3 \* heads \* d, C\], got \(32, 32\)"),
     "rows": (
@@ -214,6 +214,13 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "student 0 torch.float16, weight torch.float32",
     ),
     "targets": (lambda: prototypes([X], targets=INDEX[:3]), ValueError, r"targets \(4, 2\), got \(3, 2\)"),
+    "parts": (
+        lambda: ek.prototype_cross_entropy(
+            [X], W[:8, :16], [X[:, :8]], [X[0, :8]], [INDEX, INDEX], teacher_temperature=1.0
+        ),
+        ValueError,
+        "for each part, got 1, 1, 2",
+    ),
     "target dtype": (
         lambda: prototypes([X], targets=INDEX.int()),
         TypeError,
