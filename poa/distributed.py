@@ -27,7 +27,7 @@ from poa.errors import InputError, PeerError
 T = TypeVar("T")
 
 BEAT_SECONDS = 1.0  # between the signs of life of a main process at work alone
-ANSWER_SECONDS = 5.0  # what the others get to say what happened, when a connection breaks
+RESPONSE_SECONDS = 5.0  # what the others get to say what happened, when a connection breaks
 # What RuntimeErrors of process groups and their store say; `dist.DistError` is raised by some only.
 LOST = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe|Timed out")
 
@@ -294,7 +294,7 @@ def _told_failures(world: World) -> Iterator[None]:
         if isinstance(error, PeerError) or not lost:  # `Caught`: in a decoding process of this rank
             _tell(world, error)
             raise
-        raise PeerError(_told(world, _answers(world), text.splitlines()[0])) from None
+        raise PeerError(_told(world, _responses(world), text.splitlines()[0])) from None
     except errors.Preempted:
         raise
     except Exception as error:
@@ -308,35 +308,35 @@ def _tell(world: World, error: Exception) -> None:
         world.store.set(f"failed {world.rank}", f"{type(error).__name__}: {errors.one_line(error)}")
 
 
-def _answers(world: World) -> dict[int, str | None]:
-    """What each other rank says within `ANSWER_SECONDS`: how it failed, or "" if it lost contact, too."""
+def _responses(world: World) -> dict[int, str | None]:
+    """What each other rank says within `RESPONSE_SECONDS`: how it failed, or "" if it lost contact, too."""
     assert world.store is not None
-    answers: dict[int, str | None] = {}
+    responses: dict[int, str | None] = {}
     missing = set(range(world.size)) - {world.rank}
     with suppress(RuntimeError):
         world.store.set(f"alive {world.rank}", "")
-        deadline = time.monotonic() + ANSWER_SECONDS
+        deadline = time.monotonic() + RESPONSE_SECONDS
         while missing and time.monotonic() < deadline:
             for rank in sorted(missing):
                 for name in (f"failed {rank}", f"alive {rank}"):
-                    if rank not in answers and world.store.check([name]):
-                        answers[rank] = world.store.get(name).decode()
-            missing -= answers.keys()
+                    if rank not in responses and world.store.check([name]):
+                        responses[rank] = world.store.get(name).decode()
+            missing -= responses.keys()
             time.sleep(0.05)
-    return answers | dict.fromkeys(missing)
+    return responses | dict.fromkeys(missing)
 
 
-def _told(world: World, answers: Mapping[int, str | None], reason: str = "") -> str:
+def _told(world: World, responses: Mapping[int, str | None], reason: str = "") -> str:
     """The message of a rank whose connection broke."""
-    failed = [f"rank {rank} failed ({line})" for rank, line in answers.items() if line]
-    silent = [f"lost contact with rank {rank}" for rank, line in answers.items() if line is None]
+    failed = [f"rank {rank} failed ({line})" for rank, line in responses.items() if line]
+    silent = [f"lost contact with rank {rank}" for rank, line in responses.items() if line is None]
     what = "; ".join(failed or silent or [f"a connection broke, though all ranks respond ({reason})"])
     return f"rank {world.rank} of {world.size}: {what}"
 
 
 def _linger(store: dist.Store, size: int) -> None:
     """Keep the store, which the main process may hold, until the others have read why this one ends."""
-    deadline = time.monotonic() + ANSWER_SECONDS
+    deadline = time.monotonic() + RESPONSE_SECONDS
     with suppress(RuntimeError):
         while time.monotonic() < deadline and not store.check([f"alive {r}" for r in range(1, size)]):
             time.sleep(0.05)

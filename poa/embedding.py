@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poa.data.layout import Found, Images, named
+from poa.data.layout import Images, Openers, named
 from poa.data.loader import EVALUATION_BATCH, evaluation_batches
 from poa.data.sources import ImageSource, open_parts
 from poa.data.summary import LeftOut
@@ -113,11 +113,11 @@ def embed(
             f"--tokens: expected some of {', '.join(TOKENS)}, got {', '.join(unknown) or 'none'}"
         )
     path = Path(out) if out else None
-    name, found = named(data)
+    name, openers = named(data)
     with init_distributed(device, threads=threads) as world, torch.inference_mode():
         if path:
             world.from_main(partial(require_feature_file, path, len(tokens)))
-        sources, left_out = _opened(name, found, model.preprocess.bits, world)
+        sources, left_out = _opened(name, openers, model.preprocess.bits, world)
         model, kept = model.to(world.device).eval(), _Kept()
         if nearest:
             nearest.begin(model)
@@ -135,10 +135,10 @@ def embed(
 
 
 def _opened(
-    name: str, found: Found | None, bits: int | None, world: World
+    name: str, openers: Openers | None, bits: int | None, world: World
 ) -> tuple[list[ImageSource], LeftOut]:
     """All images of a name, and what is not among them."""
-    opened, lost, left_out = main_first(partial(open_parts, name, 1.0, found), name, world)
+    opened, lost, left_out = main_first(partial(open_parts, name, 1.0, openers), name, world)
     for line in lost:
         left_out.add("folders or shards, missing or damaged", line)
     sources = [replace(ImageSource.whole(part), bits=bits) for part in opened]

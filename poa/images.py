@@ -12,7 +12,7 @@ import numpy as np
 from poa.checkpoint import log
 from poa.config import Config
 from poa.data.decode import ImageError
-from poa.data.layout import Found
+from poa.data.layout import Openers
 from poa.data.loader import require_shared_memory
 from poa.data.sources import DataSplit, ImageSource
 from poa.data.summary import printable
@@ -26,17 +26,17 @@ SAMPLE = 16  # images that are tried at the beginning
 PATIENCE = 20.0  # seconds after which a line says that images are searched
 
 
-def open_on_ranks(config: Config, world: World, found: Found | None = None) -> DataSplit:
+def open_on_ranks(config: Config, world: World, openers: Openers | None = None) -> DataSplit:
     """Open the images; the main process does so first, so that shards are listed once.
 
     Args:
         config, world: of the run.
-        found: how to open them, where the configuration does not name a place.
+        openers: how to open them, where the configuration does not name a place.
 
     Raises:
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
     """
-    data = main_first(lambda: config.data.open(config.method.seed, found), config.data.source, world)
+    data = main_first(lambda: config.data.open(config.method.seed, openers), config.data.source, world)
     world.from_main(partial(require_readable, data.train, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; continuing without it", line)

@@ -13,12 +13,13 @@ from poa import train
 from poa.backbones.base import BackboneConfig
 from poa.checkpoint import Branch, Checkpoint, RunFolder
 from poa.config import Config, with_data
-from poa.data.layout import Found, Images, named
+from poa.data.layout import Images, Openers, named
 from poa.distributed import World, init_distributed
 from poa.drawing import require_drawable
 from poa.embedding import Embeddings, embed
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, Origin, Report, evaluate_subnets, evaluation_file
+from poa.evaluate.protocol import Protocol
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
@@ -70,12 +71,12 @@ def pretrain(
         data: 200 images of dataset:TensorDataset to train on without labels; none held out (no labels)
         ...
     """
-    config, found = _with_images(preset_of(preset) if isinstance(preset, str) else preset, data)
+    config, openers = _with_images(preset_of(preset) if isinstance(preset, str) else preset, data)
     config, folder = override(config, options), RunFolder(Path(out or "."))
     resume = resume and bool(folder.checkpoints())
     if out and not resume:
         folder.require_new()
-    train.pretrain(config, folder.path, resume=resume, check=check, found=found, callbacks=callbacks)
+    train.pretrain(config, folder.path, resume=resume, check=check, openers=openers, callbacks=callbacks)
     return Run(folder.path, data)
 
 
@@ -127,7 +128,7 @@ class Run:
             InputError: no checkpoint of these options, or other schedules without `replan`.
         """
         before = self.config
-        config, found = _with_images(config or before, self.data if data is None else data)
+        config, openers = _with_images(config or before, self.data if data is None else data)
         config = override(config, options)
         changed = next(differences(config.method.optim, before.method.optim), None)
         if changed and not replan:
@@ -136,7 +137,7 @@ class Run:
                 "--replan recomputes its schedules"
             )
         path = self.folder.path
-        train.pretrain(config, path, resume=True, check=check, found=found, callbacks=callbacks)
+        train.pretrain(config, path, resume=True, check=check, openers=openers, callbacks=callbacks)
         return self if data is None else Run(path, data)
 
     def models(self) -> Table:
@@ -173,7 +174,7 @@ class Run:
         subnets: str | Sequence[str] = "all",
         data: Images | None = None,
         *,
-        protocols: Sequence[str] = (),
+        protocols: str | Sequence[str] = (),
         initial: bool = False,
         branch: Branch = "teacher",
         step: int | None = None,
@@ -195,16 +196,16 @@ class Run:
             plot: a picture, too, of accuracy against size.
 
         Raises:
-            InputError: wrong subnets, data or places; no held-out images with labels.
+            InputError: wrong subnets, protocols, data or places; no held-out images with labels.
         """
         folder = self.folder
-        config, found = _with_images(self.config, self.data if data is None else data)
+        config, openers = _with_images(self.config, self.data if data is None else data)
         chosen = config.method.backbone.space.named([subnets] if isinstance(subnets, str) else subnets)
-        asked = [p for p in PROTOCOLS if p.help is None or p.name in protocols]
+        asked = _protocols([protocols] if isinstance(protocols, str) else protocols)
         out = Path(out or evaluation_file(folder, config.data.source, branch))
         with init_distributed(device, config.run.timeout, config.performance.threads) as world:
             world.from_main(partial(_require_outputs, out, plot))
-            images = open_on_ranks(config, world, found)
+            images = open_on_ranks(config, world, openers)
             network, checkpoint = _same_network(folder, branch, step, world)
             origin, before = Origin.of(folder, checkpoint, branch), None
             backbone = network.backbone.to(world.device)
@@ -237,6 +238,14 @@ class Run:
         return Table({"": name, "value": value} for name, value in figures.items())
 
 
+def _protocols(names: Sequence[str]) -> list[Protocol]:
+    """Those that always run, and those with these names."""
+    known = [p.name for p in PROTOCOLS]
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"protocols: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return [p for p in PROTOCOLS if p.help is None or p.name in names]
+
+
 def subnet_rows(backbone: BackboneConfig) -> list[dict[str, Any]]:
     """Names and sizes of all subnets, and how often a round of draws takes each."""
     counts = Counter(backbone.space.round_of_draws())
@@ -253,12 +262,12 @@ def subnet_rows(backbone: BackboneConfig) -> list[dict[str, Any]]:
     ]
 
 
-def _with_images(config: Config, data: Images | None) -> tuple[Config, Found | None]:
+def _with_images(config: Config, data: Images | None) -> tuple[Config, Openers | None]:
     """The configuration with the name of the images, and how to open them where no name says it."""
     if data is None:
         return config, None
-    name, found = named(data)
-    return with_data(config, name), found
+    name, openers = named(data)
+    return with_data(config, name), openers
 
 
 def _same_network(

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
 from poa.config import Config, with_run
-from poa.data.layout import Found
+from poa.data.layout import Openers
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
 from poa.device import deterministic_algorithms, prepared_ahead
@@ -45,7 +45,7 @@ def pretrain(
     *,
     resume: bool = False,
     check: bool = False,
-    found: Found | None = None,
+    openers: Openers | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> None:
     """Train a run to its end; first say what was found and what will be done, last what to do next.
@@ -55,7 +55,7 @@ def pretrain(
         out: the run folder; new, or with `resume` one with a checkpoint.
         resume: continue from the newest checkpoint.
         check: only say it, and write nothing.
-        found: how to open the images, where the configuration does not name a place.
+        openers: how to open the images, where the configuration does not name a place.
         callbacks: called on the main process with every line of the metrics.
 
     Raises:
@@ -78,7 +78,7 @@ def pretrain(
             world.require_same(
                 "options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL}
             )
-            data = open_on_ranks(config, world, found)
+            data = open_on_ranks(config, world, openers)
             _train(config, folder, world, data, content, check, callbacks)
         finally:
             if world.is_main:

@@ -49,7 +49,7 @@ Opener = Callable[[], Opened]
 
 
 @dataclass(frozen=True)
-class Found:
+class Openers:
     """How to open the training and the test images.
 
     Attributes:
@@ -62,7 +62,7 @@ class Found:
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
-def find(name: str) -> Found:
+def find(name: str) -> Openers:
     """Find images; see `poa.data.sources.open_data`.
 
     Raises:
@@ -72,7 +72,7 @@ def find(name: str) -> Found:
     root = Path(name)
     kind = root.suffix.lower()
     if name == "digits":
-        return Found(load_digits)
+        return Openers(load_digits)
     if is_url(name):
         return _find_remote(name)
     if name.startswith(DATASET):
@@ -83,10 +83,10 @@ def find(name: str) -> Found:
     if name.strip() and root.is_dir():
         return _find_in_folder(root)
     if kind == ".txt" and root.is_file():
-        return Found(lambda: read_list(root))
+        return Openers(lambda: read_list(root))
     if kind in PACKED:
         paths = _expand(name)
-        return Found(lambda: PACKED[kind](paths))
+        return Openers(lambda: PACKED[kind](paths))
     why = "a file of another kind; unpack archives" if root.exists() else "no such folder or file"
     raise InputError(
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
@@ -94,14 +94,14 @@ def find(name: str) -> Found:
     )
 
 
-def _find_remote(name: str) -> Found:
+def _find_remote(name: str) -> Openers:
     """Shards or tables by their URL, that of a pattern, or that of the folder that they are in."""
     kind = Url(name).suffix.lower()
     if kind in PACKED:
         urls = [url for part in _numbered(name) for url in (list_urls(part) if "*" in part else [Url(part)])]
         if not urls:
             raise InputError(f"data: expected files named {name}, got none")
-        return Found(lambda: PACKED[kind](urls))
+        return Openers(lambda: PACKED[kind](urls))
     listed = list_urls(name)
     for kind in PACKED:
         if packed := [url for url in listed if url.suffix.lower() == kind]:
@@ -111,19 +111,19 @@ def _find_remote(name: str) -> Found:
     )
 
 
-def named(data: Images) -> tuple[str, Found | None]:
+def named(data: Images) -> tuple[str, Openers | None]:
     """The name of images, and how to open them, where no name says it."""
     return (str(data), None) if isinstance(data, str | Path) else find_datasets(data)
 
 
-def find_datasets(data: Any) -> tuple[str, Found]:
+def find_datasets(data: Any) -> tuple[str, Openers]:
     """A name of a dataset, or of a mapping of its splits, as Hugging Face's; and how to open it.
 
     Raises:
         InputError: no training images are among the splits.
     """
     if not isinstance(data, Mapping):
-        return f"{DATASET}{type(data).__name__}", Found(lambda: open_dataset(data))
+        return f"{DATASET}{type(data).__name__}", Openers(lambda: open_dataset(data))
     trains, tests = (
         [data[name] for name in _called(names, list(data))] for names in (TRAIN_NAMES, TEST_NAMES)
     )
@@ -133,10 +133,10 @@ def find_datasets(data: Any) -> tuple[str, Found]:
     for name in _called(TEST_NAMES, list(data))[1:]:
         left_out.add("more test splits", name, len(data[name]))
     test = (lambda: open_dataset(tests[0])) if tests else None
-    return f"{DATASET}{type(trains[0]).__name__}", Found(lambda: open_dataset(trains[0]), test, left_out)
+    return f"{DATASET}{type(trains[0]).__name__}", Openers(lambda: open_dataset(trains[0]), test, left_out)
 
 
-def _find_in_folder(root: Path) -> Found:
+def _find_in_folder(root: Path) -> Openers:
     """A folder called train is a split unless it looks like a class; one called val or test always is.
 
     So are two with the same after these words, such as train2017 and val2017.
@@ -159,13 +159,13 @@ def _find_in_folder(root: Path) -> Found:
         packed = _packed_files(root)
         if packed and not tests:
             return _split_by_name(packed, left_out, lambda: _open_folder(root))
-        return Found(lambda: _open_folder(root, tests), test, left_out)
+        return Openers(lambda: _open_folder(root, tests), test, left_out)
     for name in others:
         left_out.add(f"folders next to {trains[0]}/", name)
     for entry in entries:
         if not entry.is_dir() and entry.name.lower().endswith((*EXTENSIONS, *PACKED)):
             left_out.add(f"files next to {trains[0]}/", entry.name)
-    return Found(lambda: _open_folder(root / trains[0]), test, left_out)
+    return Openers(lambda: _open_folder(root / trains[0]), test, left_out)
 
 
 def _called(names: Sequence[str], folders: Sequence[str]) -> list[str]:
@@ -180,7 +180,7 @@ def _is_flat(folder: Path) -> bool:
     return images and not any(entry.is_dir() for entry in entries)
 
 
-def _split_by_name(packed: Sequence[Place], left_out: LeftOut, whole: Opener) -> Found:
+def _split_by_name(packed: Sequence[Place], left_out: LeftOut, whole: Opener) -> Openers:
     """Shards or tables split by the beginning of their names into training and test images, if they are."""
 
     def beginning(names: Sequence[str]) -> list[list[Place]]:
@@ -189,12 +189,12 @@ def _split_by_name(packed: Sequence[Place], left_out: LeftOut, whole: Opener) ->
 
     trains, tests = beginning(TRAIN_NAMES), beginning(TEST_NAMES)
     if not trains or not tests:
-        return Found(whole)
+        return Openers(whole)
     for path in packed:
         if path not in (*trains[0], *tests[0]):
             left_out.add("shards or tables of other names", path.name)
     open_packed = PACKED[packed[0].suffix.lower()]
-    return Found(lambda: open_packed(trains[0]), lambda: open_packed(tests[0]), left_out)
+    return Openers(lambda: open_packed(trains[0]), lambda: open_packed(tests[0]), left_out)
 
 
 def _open_folder(folder: Path, skipped: Collection[str] = ()) -> Opened:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from poa.data.decode import ImageError, decode_sized, to_pixels
-from poa.data.layout import SOURCES, Found, find
+from poa.data.layout import SOURCES, Openers, find
 from poa.data.storage import Opened, Storage
 from poa.data.summary import EXAMPLES, LeftOut, printable
 from poa.errors import DataError, InputError
@@ -37,9 +37,9 @@ class DataConfig(Options, at="data"):
         if not self.source.strip():
             raise self.wrong("source", "digits, or where the images are")
 
-    def open(self, seed: int, found: Found | None = None) -> DataSplit:
+    def open(self, seed: int, openers: Openers | None = None) -> DataSplit:
         """`open_data` of these options."""
-        data = open_data(self.source, self.holdout, seed, self.unreadable_share, found)
+        data = open_data(self.source, self.holdout, seed, self.unreadable_share, openers)
         train = replace(data.train, bits=self.bits)
         return replace(data, train=train, test=data.test and replace(data.test, bits=self.bits))
 
@@ -148,7 +148,7 @@ class DataSplit:
 
 
 def open_data(
-    name: str, holdout: float, seed: int, lost_share: float = 0.0, found: Found | None = None
+    name: str, holdout: float, seed: int, lost_share: float = 0.0, openers: Openers | None = None
 ) -> DataSplit:
     """Open images by the name of where they are.
 
@@ -168,25 +168,25 @@ def open_data(
         holdout: share held out; 0: all images are trained on.
         seed: of the choice of held-out images.
         lost_share: share of shards or folders that may be missing, damaged or not readable.
-        found: how to open them, where no name says it; see `poa.data.layout.find_datasets`.
+        openers: how to open them, where no name says it; see `poa.data.layout.find_datasets`.
 
     Raises:
         InputError: nothing there, no images in it, or too much is lost.
     """
-    opened, lost, left_out = open_parts(name, lost_share, found)
+    opened, lost, left_out = open_parts(name, lost_share, openers)
     train, test, why = _split(opened, holdout, seed, name, left_out)
     return DataSplit(train, test, lost, left_out, opened[0].labels_from if train.classes else "", why)
 
 
 def open_parts(
-    name: str, lost_share: float = 0.0, found: Found | None = None
+    name: str, lost_share: float = 0.0, openers: Openers | None = None
 ) -> tuple[list[Opened], tuple[str, ...], LeftOut]:
     """The training images and, where there are any, those to test with; what is lost; what is left out.
 
     The arguments are those of `open_data`.
     """
     try:
-        layout = found or find(name)
+        layout = openers or find(name)
         opened = [layout.train(), *([layout.test()] if layout.test else [])]
     except DataError:
         raise

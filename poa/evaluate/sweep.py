@@ -103,8 +103,8 @@ def reported(values: Mapping[str, Any]) -> dict[str, float]:
 
 def accuracies(values: Mapping[str, Any]) -> dict[str, float]:
     """All accuracies of such scores by the titles of their columns."""
-    found = [p.accuracies(values[p.name]) for p in PROTOCOLS if p.name in values]
-    return {title: accuracy for columns in found for title, accuracy in columns.items()}
+    columns_of = [p.accuracies(values[p.name]) for p in PROTOCOLS if p.name in values]
+    return {title: accuracy for columns in columns_of for title, accuracy in columns.items()}
 
 
 @dataclass(frozen=True, repr=False)

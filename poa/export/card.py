@@ -77,8 +77,8 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
     }
     yield from _table(("", ""), facts.items())
     yield "\n## Accuracy\n"
-    found = evaluations(run, accuracies).items()
-    rows = [(_without_place(about), f"{row[str(subnet)]:.1%}") for about, row in found if str(subnet) in row]
+    scores = evaluations(run, accuracies).items()
+    rows = [(_without_place(about), f"{row[str(subnet)]:.1%}") for about, row in scores if str(subnet) in row]
     yield from _table(("of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
     yield "\n## How to use it"
     yield (TIMM if model.config.timm_model() else "") + USE

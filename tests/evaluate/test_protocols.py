@@ -12,10 +12,12 @@ from helpers.tiny import OVERRIDES, tiny_config
 from poa import evaluate
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
+from poa.errors import InputError
 from poa.evaluate import sweep
 from poa.evaluate.knn import KNN
 from poa.evaluate.protocol import Protocol
 from poa.report import write_report
+from poa.run import Run
 
 NEAREST_MEAN = Protocol(
     "centroid",
@@ -32,8 +34,8 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registered = (KNN, NEAREST_MEAN)
-    for module in ("sweep", "cli", "commands"):
-        monkeypatch.setattr(f"poa.{'evaluate.' * (module == 'sweep')}{module}.PROTOCOLS", registered)
+    for module in ("evaluate.sweep", "cli", "commands", "run"):
+        monkeypatch.setattr(f"poa.{module}.PROTOCOLS", registered)
     run = tmp_path / "run"
     assert main(["pretrain", "--out", str(run), *OVERRIDES]) == 0
     with pytest.raises(SystemExit):
@@ -50,6 +52,8 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
         "top": 0.5, "rows": evaluation["settings"]["bank_images"], "seed": tiny_config().method.seed,
     }  # fmt: skip
     assert evaluation["settings"]["centroid"] == NEAREST_MEAN.settings
+    with pytest.raises(InputError, match="protocols: expected some of knn, centroid, got mean"):
+        Run(run).evaluate(protocols="mean")
     write_report([RunFolder(run)], tmp_path / "page.html")
     assert ": centroid</th>" in (tmp_path / "page.html").read_text()
 

@@ -96,8 +96,8 @@ class BranchGradient:
     @staticmethod
     def before(x: Tensor) -> BranchGradient | None:
         """Of the half-block that made the stream."""
-        found = None if torch.compiler.is_compiling() else getattr(x.grad_fn, "branch", None)
-        return found if isinstance(found, BranchGradient) else None
+        branch = None if torch.compiler.is_compiling() else getattr(x.grad_fn, "branch", None)
+        return branch if isinstance(branch, BranchGradient) else None
 
     def take(self, dout: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """What was left of this very gradient, which no hook has changed."""

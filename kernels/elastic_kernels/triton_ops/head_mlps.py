@@ -51,7 +51,7 @@ class HeadMlpsFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (rows, *sums), layers = kept(ctx)
         dx = rows.new_empty(rows.shape, dtype=torch.float32)
-        found: list[Tensor | None] = []
+        of_layers: list[Tensor | None] = []
         vectors = VectorGrads()
         for number, (dy, depth) in enumerate(zip(gradients, ctx.depths, strict=True)):
             chain, layers = layers[:depth], layers[depth:]
@@ -63,6 +63,6 @@ class HeadMlpsFunction(torch.autograd.Function):
                 d, d_sums = du, du_sums
             of_chain.append(chain[0].wgrad(d, rows, vectors, d_sums))
             product_into(dx, d, chain[0].weight[0], scale=chain[0].spec.scale, add=number > 0)
-            found += [gradient for dw, db, _ in reversed(of_chain) for gradient in (dw, db)]
+            of_layers += [gradient for dw, db, _ in reversed(of_chain) for gradient in (dw, db)]
         vectors.launch()
-        return dx.to(ctx.dtype), None, *found
+        return dx.to(ctx.dtype), None, *of_layers
