@@ -38,11 +38,14 @@ def _halves_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOUR: tl.constexpr):
-    """Columns of a tile in two or four slices: an epilogue of one at a time needs the fewer registers."""
-    slices = _halves_of(acc, BLOCK_M, BLOCK_N)
-    if FOUR:
-        slices = _halves_of(slices[0], BLOCK_M, BLOCK_N // 2) + _halves_of(slices[1], BLOCK_M, BLOCK_N // 2)
+def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.constexpr):
+    """A tile in slices of so many columns, at least two: an epilogue of each needs fewer registers."""
+    left, right = _halves_of(acc, BLOCK_M, BLOCK_N)
+    slices = left, right
+    if BLOCK_N > 2 * COLUMNS:
+        slices = slices_of(left, BLOCK_M, BLOCK_N // 2, COLUMNS) + slices_of(
+            right, BLOCK_M, BLOCK_N // 2, COLUMNS
+        )
     return slices
 
 

@@ -36,23 +36,35 @@ from elastic_kernels.triton_ops.registration import register
 
 
 @triton.jit
-def _fwd_epilogue(
-    y, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, row_scale_ptr,
-    places, offs_m, offs_n, mask_m, mask_n,
-    bias_start, stride_y, stride_r,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
+def _beside(
+    bias_ptr, residual_ptr, places, offs_n, mask_m, out_features, stride_r,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
+    """Bias and residual of a slice of columns."""
+    mask_n = offs_n < out_features
+    bias, residual = 0.0, 0.0
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if EPILOGUE == "residual":
+        mask = mask_m[:, None] & mask_n[None, :]
+        residual = tl.load(residual_ptr + places[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
+    return bias, residual
+
+
+@triton.jit
+def _fwd_epilogue(
+    y, bias, residual, row_scale, y_ptr, u_ptr, gamma_ptr,
+    places, offs_n, mask_m, out_features, stride_y,
+    EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr,
+):  # fmt: skip
+    mask_n = offs_n < out_features
     mask = mask_m[:, None] & mask_n[None, :]
     out = places[:, None] * stride_y + offs_n[None, :]
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + bias_start + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y += bias
     if EPILOGUE == "residual":
         if HAS_GAMMA:
             y *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        if HAS_ROW_SCALE:
-            y *= tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-        residual = tl.load(residual_ptr + places[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
-        y += residual.to(tl.float32)
+        y = y * row_scale + residual.to(tl.float32)
     y = y.to(y_ptr.dtype.element_ty)
     if u_ptr is not None:
         tl.store(u_ptr + out, y, mask=mask)
@@ -92,16 +104,32 @@ def _linear_fwd_kernel(
     places = offs_m.to(tl.int64)
     if HAS_INDEX:
         places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, BLOCK_N > 128)
+    row_scale = 1.0
+    if HAS_ROW_SCALE:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE == "residual" else 64)
     SLICES: tl.constexpr = len(slices)
+    COLUMNS: tl.constexpr = BLOCK_N // SLICES
+    AHEAD: tl.constexpr = EPILOGUE == "residual" and BLOCK_N > 128  # else other blocks hide the latency
+    first = pid_n * BLOCK_N + tl.arange(0, COLUMNS)
+    if HAS_BIAS:
+        bias_ptr += group * stride_bg
     for part in tl.static_range(SLICES):
-        offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
+        offs_h = first + part * COLUMNS
+        if part == 0 or not AHEAD:
+            bias, residual = _beside(
+                bias_ptr, residual_ptr, places, offs_h, mask_m, out_features, stride_r, HAS_BIAS, EPILOGUE
+            )
+        this_bias, this_residual = bias, residual
+        if AHEAD and part + 1 < SLICES:
+            bias, residual = _beside(
+                bias_ptr, residual_ptr, places, offs_h + COLUMNS, mask_m, out_features, stride_r,
+                HAS_BIAS, EPILOGUE,
+            )  # fmt: skip
         _fwd_epilogue(
-            slices[part], bias_ptr, y_ptr + group * stride_yg, u_ptr,
-            residual_ptr, gamma_ptr, row_scale_ptr,
-            places, offs_m, offs_h, mask_m, offs_h < out_features,
-            group * stride_bg, stride_y, stride_r,
-            HAS_BIAS, EPILOGUE, HAS_GAMMA, HAS_ROW_SCALE,
+            slices[part], this_bias, this_residual, row_scale, y_ptr + group * stride_yg, u_ptr, gamma_ptr,
+            places, offs_h, mask_m, out_features, stride_y,
+            EPILOGUE, HAS_GAMMA,
         )  # fmt: skip
 
 
@@ -135,7 +163,7 @@ def _linear_dgrad_kernel(
         w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(dy, w, acc, PRECISION)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, BLOCK_N > 64 if EPILOGUE != "none" else BLOCK_N > 128)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE != "none" else 64)
     SLICES: tl.constexpr = len(slices)
     for part in tl.static_range(SLICES):
         dx = slices[part]
