@@ -28,6 +28,7 @@ from helpers.tiny import OVERRIDES, tiny_config
 from poa.__main__ import main
 from poa.checkpoint import Checkpoint, RunFolder
 from poa.errors import InputError, Preempted, SaveError
+from poa.export import load
 from poa.files import open_regular
 from poa.optim import Schedules
 from poa.options import override, to_dict
@@ -98,8 +99,7 @@ def test_a_milestone_is_taken_out(tmp_path: Path, capsys: pytest.CaptureFixture[
     pretrain(tiny_config("run.save_every=2", "run.keep_last=3"), tmp_path / "run")
     arguments = ["extract", str(tmp_path / "run"), "--subnets", "16x1", "--step", "2"]
     assert main(arguments) == 0
-    (info,) = (tmp_path / "run" / "models").glob("*.json")
-    assert "00000002-" in json.loads(info.read_text())["source"]
+    assert "00000002-" in load(tmp_path / "run" / "models" / "vit-16x1").info["source"]
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

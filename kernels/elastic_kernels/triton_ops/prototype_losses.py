@@ -53,7 +53,7 @@ class PrototypeLosses(torch.autograd.Function):
         rows, weight, *saved = ctx.saved_tensors
         grad, students = grad.float(), ctx.students
         largest = torch.linalg.vector_norm(grad, float("inf")) if len(rows) else grad.new_ones(())
-        dx, dweight = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (rows, weight))
+        dx, dweight = (x.new_empty(x.shape, dtype=torch.float32) for x in (rows, weight))
         written = False
         parts = zip(
             _by_part(rows, ctx.counts, students),
