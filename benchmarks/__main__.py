@@ -37,7 +37,7 @@ from benchmarks.failures import Event, Refused
 from benchmarks.gpu import PARTS, Plan, measure_all
 from benchmarks.journal import Journal
 from benchmarks.peers.official import require_checkout
-from poa.arguments import number
+from poa.cli.arguments import number
 from poa.config import Config
 from poa.device import choose_device
 from poa.options import override

@@ -3,9 +3,8 @@
 from poa import official
 from poa.backbones import ElasticResNet, ElasticSwin, ElasticViT, ResNetConfig, SwinConfig, ViTConfig
 from poa.data.preprocessing import Preprocessing
-from poa.embedding import Embeddings, embed
+from poa.embedding import Embeddings, Nearest, embed
 from poa.export import ExportedModel, load
-from poa.nearest import Nearest
 from poa.run import Run, pretrain
 from poa.subnets import SearchSpace, Subnet
 from poa.version import VERSION

@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from safetensors import SafetensorError
 
-from poa.cli import parse
+from poa.cli.parser import parse
 from poa.errors import (
     DataError,
     DivergenceError,

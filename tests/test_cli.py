@@ -21,7 +21,7 @@ from helpers.commands import contents, fails
 from helpers.tiny import OVERRIDES
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
-from poa.cli import _parser
+from poa.cli.parser import _parser
 from poa.options import describe
 from poa.presets import preset
 

@@ -18,9 +18,9 @@ import safetensors
 from helpers import processes
 from helpers.full_disk import full_at
 from helpers.tiny import ONE_STEP, OVERRIDES
-from poa import commands
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
+from poa.cli import commands
 from poa.config import with_run
 from poa.errors import InputError, SaveError, as_input, one_line
 from poa.train import pretrain

@@ -23,8 +23,8 @@ FLOORS = (
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
     "step plan evaluate selection memory warmup writers metrics report contact_sheet curves export images",
     "train",
-    "run embedding feature_files nearest",
-    "arguments quickstart data_commands selection_commands embedding_command commands cli __init__ __main__",
+    "run embedding",
+    "quickstart cli __init__ __main__",
 )
 
 

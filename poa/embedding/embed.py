@@ -24,11 +24,11 @@ from poa.data.loader import EVALUATION_BATCH, evaluation_batches
 from poa.data.sources import ImageSource, open_parts
 from poa.data.summary import LeftOut
 from poa.distributed import World, init_distributed
+from poa.embedding.files import Rows, require_feature_file, writing_features
+from poa.embedding.nearest import Nearest
 from poa.errors import InputError
 from poa.export import ExportedModel
-from poa.feature_files import Rows, require_feature_file, writing_features
 from poa.images import main_first
-from poa.nearest import Nearest
 from poa.plan import counted
 from poa.progress import Progress
 

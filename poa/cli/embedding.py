@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from poa.arguments import Command, add_weights, number
+from poa.cli.arguments import Command, add_weights, number
 from poa.data.layout import SOURCES
 from poa.data.loader import EVALUATION_BATCH
 from poa.distributed import is_main_process
 from poa.embedding import TOKENS, embed
+from poa.embedding.nearest import Nearest
 from poa.errors import InputError
 from poa.export import load
 from poa.files import require_writable
-from poa.nearest import Nearest
 
 
 def add_embed(group: argparse._SubParsersAction[Command]) -> None:

@@ -7,8 +7,8 @@ import json
 import shlex
 from pathlib import Path
 
-from poa.arguments import RUN_HELP, Command, add_subnets, add_weights, number
 from poa.checkpoint import RunFolder
+from poa.cli.arguments import RUN_HELP, Command, add_subnets, add_weights, number
 from poa.config import with_data
 from poa.data.layout import SOURCES
 from poa.device import choose_device, use_threads

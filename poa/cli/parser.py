@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 import poa
-from poa import commands
-from poa.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, add_weights, number
 from poa.backbones import CONFIGS
+from poa.cli import commands
+from poa.cli.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, add_weights, number
+from poa.cli.data_check import add_data
+from poa.cli.embedding import add_embed
+from poa.cli.selection import add_latency, add_select
 from poa.config import Config
 from poa.data.layout import SOURCES
-from poa.data_commands import add_data
-from poa.embedding_command import add_embed
 from poa.evaluate import PROTOCOLS
 from poa.export.formats import DTYPES
 from poa.options import describe, nearest
 from poa.presets import PRESETS, preset
-from poa.selection_commands import add_latency, add_select
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from poa.arguments import Command, number
 from poa.checkpoint import RunFolder
+from poa.cli.arguments import Command, number
 from poa.config import Config, with_data
 from poa.data.inspect import Inspection, class_sizes, inspect, nearest_hashes
 from poa.data.layout import SOURCES
