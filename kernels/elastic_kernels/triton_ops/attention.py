@@ -5,7 +5,8 @@
 
 Sequences here are short (197 and 37 tokens), so keys and values of a head stay on chip while its queries go
 by: no work list, no online rescaling, and in the backward no atomics and no separate pass for rowsum(do * o).
-Up to 64 tokens are one tile, of which the backward makes five products; else it makes seven, scores twice.
+Up to 64 tokens are one tile, of which the backward makes five products; else it makes seven, scores twice:
+for dq, which also notes rowsum(do * o), then for dk and dv.
 Lengths above 256, wide heads and fp32 take the streaming forward, with an online softmax over blocks of keys.
 
 Saved for backward: qkv, o and the fp32 log-sum-exp of each row. Bytes: forward reads 3 and writes 1 of
@@ -36,6 +37,7 @@ from elastic_kernels.triton_ops.attention_blocks import (
 from elastic_kernels.triton_ops.attention_settings import (
     BWD_TUNABLE,
     FWD_TUNABLE,
+    LONGEST_OF_ONE_PROGRAM,
     AttentionConfig,
     bwd_config,
     config_of,
@@ -45,8 +47,6 @@ from elastic_kernels.triton_ops.device import capability, cdiv, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
 from elastic_kernels.triton_ops.registration import first_order, ops, register
-
-LONGEST_OF_ONE_PROGRAM = 1024  # tokens in the backward, of which a longer sequence takes several
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
@@ -106,29 +106,30 @@ def _attention_streaming_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
 def _attention_bwd_kernel(
-    qkv_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
+    qkv_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr,
     first_token, first_part, length, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a sequence and head: dk and dv by blocks of keys, then dq by blocks of queries."""
+    """Gradients of a sequence and head: dq by blocks of queries, then dk and dv by blocks of keys."""
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
     base = qkv_ptr + row * stride_t + head * stride_h
-    for start_n in range(0, length, BLOCK_N):
-        keys_gradients(
-            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_n, length, head, heads, stride_t, stride_g,
-            scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
-        )  # fmt: skip
     part = first_part + pid // heads * tl.cdiv(length, BLOCK_M)
     for start_m in range(0, length, BLOCK_M):
         queries_gradients(
-            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, part + start_m // BLOCK_M,
+            base, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr, part + start_m // BLOCK_M,
             row, start_m, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    tl.debug_barrier()  # rowsum(do * o) is read by other threads than wrote it
+    for start_n in range(0, length, BLOCK_N):
+        keys_gradients(
+            base, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, row, start_n, length, head, heads,
+            stride_t, stride_g, scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
 
 
@@ -209,14 +210,15 @@ def attention_bwd(
     sums = torch.empty(parts, 3, heads * dim, dtype=torch.float32, device=qkv.device)
     wanted, first_part = sums if wants_sums else None, 0
     for first, count, length in _spans(groups):
-        config = _bwd_config(qkv, length)
+        config = _bwd_config(qkv, length, wants_sums)
         if length > LONGEST_OF_ONE_PROGRAM:
             span = Span(None, first, count, length)
             blocks_bwd(qkv, out, lse, dout, dqkv, span, config, wanted, first_part)
         else:
             kernel = _attention_resident_bwd_kernel if config.resident else _attention_bwd_kernel
+            scratch = () if config.resident else (torch.empty_like(lse),)
             kernel[(count * heads,)](
-                qkv, out, dout, lse, dqkv, wanted,
+                qkv, out, dout, lse, *scratch, dqkv, wanted,
                 first, first_part, length, heads,
                 *qkv.stride()[:3],
                 dim**-0.5, dim**-0.5 * LOG2_E,
@@ -227,15 +229,15 @@ def attention_bwd(
     return dqkv, sums
 
 
-def _bwd_config(qkv: Tensor, length: int) -> AttentionConfig:
-    fallback = bwd_config(length, qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
+def _bwd_config(qkv: Tensor, length: int, sums: bool) -> AttentionConfig:
+    fallback = bwd_config(length, qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device), sums)
     return config_of(BWD_TUNABLE, fallback, qkv, length)
 
 
 def _parts(qkv: Tensor, groups: Sequence[int]) -> int:
     """Blocks of queries in the backward."""
     spans = _spans(groups)
-    return sum(count * cdiv(length, _bwd_config(qkv, length).block_m) for _, count, length in spans)
+    return sum(count * cdiv(length, _bwd_config(qkv, length, True).block_m) for _, count, length in spans)
 
 
 def _spans(groups: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -68,12 +68,12 @@ def attend_rows(
 
 @triton.jit
 def keys_gradients(
-    base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_n, length, head, heads, stride_t, stride_g,
-    scale, scale_log2,
+    base, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr,
+    row, start_n, length, head, heads, stride_t, stride_g, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of BLOCK_N keys of the sequence that begins at `row`."""
+    """dk and dv of BLOCK_N keys of the sequence that begins at `row`; `delta_ptr`: rowsum(do * o) or None."""
     # out, dout and dqkv are contiguous: [tokens, heads, d] and [tokens, 3, heads, d].
     outs = (row * heads + head) * HEAD_DIM
     grads = dqkv_ptr + (row * 3 * heads + head) * HEAD_DIM
@@ -93,14 +93,18 @@ def keys_gradients(
         cells_m = of_head(mask_m, HEAD_DIM, BLOCK_D)
         q = load_rows(base, offs_m, offs_d, stride_t, cells_m)
         do = load_rows(dout_ptr + outs, offs_m, offs_d, out_t, cells_m)
-        o = load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
         lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        if delta_ptr is None:
+            o = load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
+            delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+        else:
+            # Its offsets take registers of 32 bits: with 64 the loop spills.
+            delta = tl.load(delta_ptr + row * heads + head + offs_m * heads, mask=mask_m, other=0.0)
         # Transposed scores [keys, queries]: padded queries get p = 0 from their infinite lse.
         s = dot(k, tl.trans(q), None, PRECISION) * scale_log2
+        dp = dot(v, tl.trans(do), None, PRECISION)
         p = tl.exp2(s - lse[None, :])
         dv = dot(p.to(do.dtype), do, dv, PRECISION)
-        dp = dot(v, tl.trans(do), None, PRECISION)
         ds = p * (dp - delta[None, :])
         dk = dot(ds.to(q.dtype), q, dk, PRECISION)
     ends = grads + offs_n[:, None] * grad_t + offs_d[None, :]
@@ -122,12 +126,15 @@ def store_sums(
 
 @triton.jit
 def queries_gradients(
-    base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, part,
+    base, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr, part,
     row, start_m, length, head, heads, stride_t, stride_g, scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_M queries of the sequence that begins at `row`; perhaps a part of the sums of dqkv."""
+    """dq of BLOCK_M queries of the sequence that begins at `row`.
+
+    Perhaps also their rowsum(do * o), and a part of the sums of dqkv.
+    """
     # out, dout and dqkv are contiguous: [tokens, heads, d] and [tokens, 3, heads, d].
     outs = (row * heads + head) * HEAD_DIM
     grads = dqkv_ptr + (row * 3 * heads + head) * HEAD_DIM
@@ -142,6 +149,8 @@ def queries_gradients(
     o = load_rows(out_ptr + outs, offs_m, offs_d, out_t, cells_m)
     lse = tl.load(lses + offs_m * heads, mask=mask_m, other=float("inf"))
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + (row + offs_m) * heads + head, delta, mask=mask_m)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(0, length, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -150,9 +159,9 @@ def queries_gradients(
         k = load_rows(base + stride_g, offs_n, offs_d, stride_t, cells_n)
         v = load_rows(base + 2 * stride_g, offs_n, offs_d, stride_t, cells_n)
         s = dot(q, tl.trans(k), None, PRECISION) * scale_log2
+        dp = dot(do, tl.trans(v), None, PRECISION)
         s = tl.where(mask_n[None, :], s, float("-inf"))
         p = tl.exp2(s - lse[:, None])
-        dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - delta[:, None])
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
     ends = grads + offs_m[:, None] * grad_t + offs_d[None, :]
@@ -206,13 +215,14 @@ def _attention_blocks_bwd_kernel(
     base = qkv_ptr + row * stride_t + head * stride_h
     for start_n in range(part * BLOCK_N, length, parts * BLOCK_N):
         keys_gradients(
-            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, row, start_n, length, head, heads, stride_t, stride_g,
+            base, out_ptr, dout_ptr, lse_ptr, None, dqkv_ptr,
+            row, start_n, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     first_part += pid // heads * tl.cdiv(length, BLOCK_M)
     for start_m in range(part * BLOCK_M, length, parts * BLOCK_M):
         queries_gradients(
-            base, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr, first_part + start_m // BLOCK_M,
+            base, out_ptr, dout_ptr, lse_ptr, None, dqkv_ptr, sums_ptr, first_part + start_m // BLOCK_M,
             row, start_m, length, head, heads, stride_t, stride_g,
             scale, scale_log2, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
