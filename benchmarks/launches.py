@@ -159,8 +159,9 @@ def _has_native_shapes(operator: OpOverload) -> bool:
     )
 
 
-def step_of(config: Config, elastic: Subnet) -> Callable[[], None]:
-    """A step of the preset as a run takes it, masks and all, without logging; call it in `absent_gpu`."""
+@contextmanager
+def step_of(config: Config, elastic: Subnet) -> Iterator[Callable[[], None]]:
+    """A step of the preset as a run takes it, masks and all, without logging; use it in `absent_gpu`."""
     state, canvases = planned_state(config), noise(config)
     schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
 
@@ -168,7 +169,8 @@ def step_of(config: Config, elastic: Subnet) -> Callable[[], None]:
         micro_batch = micro_batch_of(canvases, config, state, elastic, masked=True)
         train_step(state.student, state, config, schedules, 0, [micro_batch])
 
-    return step
+    with state.undisturbed():
+        yield step
 
 
 def host_milliseconds(step: Callable[[], None], repeats: int) -> list[float]:
@@ -196,8 +198,7 @@ def run(config: Config, elastic: Subnet, repeats: int = 5) -> tuple[list[str], d
         nor a library's products, and the host's milliseconds in the step that took the fewest.
     """
     operators = Operators()
-    with absent_gpu() as launches:
-        step = step_of(config, elastic)
+    with absent_gpu() as launches, step_of(config, elastic) as step:
         step()  # makes the optimiser's tables
         launches.made.clear()
         with operators:

@@ -206,7 +206,9 @@ def open_provider(
         else:
             if name == "reference":
                 stack.enter_context(backend("reference"))
-            yield Ours(setting), none
+            ours = Ours(setting)
+            stack.enter_context(ours.state.undisturbed())
+            yield ours, none
     free_memory()
 
 

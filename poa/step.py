@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_kernels import ElasticBlock, linear_backend, planning, working_weights
+from elastic_kernels import ElasticBlock, FusedAdamW, linear_backend, planning, working_weights
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.errors import InputError
@@ -56,6 +56,15 @@ class TrainingState:
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
             rounded_weights(student, teacher, method.precision),
         )
+
+    def undisturbed(self) -> AbstractContextManager[None]:
+        """While it lasts, the fused optimiser writes weights rounded for the next step.
+
+        What changes them beside steps must be such that PyTorch sees it, see `FusedAdamW.writing`.
+        """
+        if isinstance(self.optimizer, FusedAdamW):
+            return self.optimizer.writing(self.rounded)
+        return nullcontext()
 
     def is_finite(self) -> bool:
         """Whether no weight of student and teacher is NaN or inf; waits for the device."""

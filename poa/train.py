@@ -218,6 +218,7 @@ class Trainer:
         with Progress(total, self.first_step, self.world.is_main) as progress, ExitStack() as stack:
             signals = stack.enter_context(StopSignals(said=self.world.is_main))
             compiled = stack.enter_context(compilations())
+            stack.enter_context(self.state.undisturbed())
             stack.enter_context(journal.opened(self.first_step))
             if self.world.from_main(self._misses_evaluation):
                 self.evaluate(self.first_step, progress)
@@ -236,6 +237,7 @@ class Trainer:
                 stops = poll.ask(signals.received is not None) and done < total
                 if logs or stops:
                     journal.log(done, compiled.count, progress)
+                    self.state.rounded.forget()  # callbacks may do anything
                 if evaluates and not stops:
                     self.evaluate(done, progress)
                 if saves or stops:

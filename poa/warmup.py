@@ -94,9 +94,10 @@ def warm_up_absent(
 def warm_up_steps(subnet: Subnet, config: Config, state: TrainingState) -> None:
     """Steps with and without masks, and the forward of an evaluation."""
     schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
-    for masked in (True, False):
-        micro_batch = micro_batch_of(noise(config), config, state, subnet, masked)
-        train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
+    with state.undisturbed():
+        for masked in (True, False):
+            micro_batch = micro_batch_of(noise(config), config, state, subnet, masked)
+            train_step(state.student, state, config, schedules, 0, [micro_batch], observed=True)
     crops = micro_batch.batch.global_crops
     with torch.no_grad(), autocast(crops.device, config.method.precision):
         state.teacher.backbone([crops], subnet)

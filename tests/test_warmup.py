@@ -65,13 +65,14 @@ def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
     def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., object]:
         return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
 
-    with absent_gpu("sm_90"), monkeypatch.context() as patch:
+    intact = config.method.backbone.space.intact
+    with absent_gpu("sm_90"), monkeypatch.context() as patch, step_of(config, intact) as step:
         patch.setattr(triton.knobs.cache, "dir", str(tmp_path))
         patch.setattr(triton.runtime.cache, "triton_key", lambda: "another Python's")
         patch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **event: hits.append(cache_hit))
         patch.setattr(JITFunction, "_do_compile", compiles)
         patch.setattr(JITFunction, "__getitem__", compile_only)
-        step_of(config, config.method.backbone.space.intact)()
+        step()
     assert all(hits) and len(hits) > len(kernels) / 2
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,12 +42,14 @@ def ours(leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
     optimizer = FusedAdamW(leaves, **RATES, averages=pairs)
     rounded = working_weights([*leaves, *averages], torch.bfloat16)
 
-    def step() -> None:
-        optimizer.step(max_norm=CLIP, momentum=MOMENTUM)
-        with rounded:
-            pass
+    def steps() -> Iterator[None]:
+        with optimizer.writing(rounded):
+            while True:
+                optimizer.step(max_norm=CLIP, momentum=MOMENTUM)
+                with rounded:
+                    yield
 
-    return step
+    return partial(next, steps())
 
 
 def _separate(optimizer: torch.optim.Optimizer, leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:

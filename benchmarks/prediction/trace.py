@@ -106,9 +106,8 @@ def _products(name: str, args: Sequence[Any], outputs: list[Tensor]) -> list[Pro
 
 def record(config: Config, elastic: Subnet) -> tuple[list[Kernel], list[Operator]]:
     """All that a step launches, ours and PyTorch's, each in order."""
-    with absent_gpu() as launches, Recorder() as recorder:
+    with absent_gpu() as launches, Recorder() as recorder, step_of(config, elastic) as step:
         launches.keep_arguments = True
-        step = step_of(config, elastic)
         step()  # makes the optimiser's tables
         launches.made.clear()
         recorder.operators.clear()

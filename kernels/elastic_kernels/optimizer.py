@@ -9,15 +9,18 @@ Source: Loshchilov and Hutter, 2019, as `torch.optim.AdamW` computes it; moving 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elastic_kernels import dispatch
 from elastic_kernels.transfer import upload
+from elastic_kernels.working_weights import working_weights
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.optimizer import Tables
@@ -81,6 +84,7 @@ class FusedAdamW(torch.optim.AdamW):
         self.norms: dict[str, Tensor] = {}
         self.finite = torch.ones((), dtype=torch.bool)
         self._plan: _Plan | None = None
+        self._copies: working_weights | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only at construction: a later parameter would belong to no part."""
@@ -94,6 +98,25 @@ class FusedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             group.update(foreach=None, fused=None, capturable=False)
         self._plan = None
+
+    @contextmanager
+    def writing(self, copies: working_weights) -> Iterator[None]:
+        """While it lasts, steps write weights and averages rounded, too, and entering `copies` need not.
+
+        It rounds those without LayerScale only where a step did not, or something changed them afterwards:
+        another optimiser's step, or what PyTorch's version counters and addresses show, as `load_state_dict`
+        and other `.data`. What they cannot show, as `weight.data.mul_(2)`, must not happen while this lasts.
+
+        Args:
+            copies: of parameters and averages, perhaps of some of them and of other tensors.
+        """
+        self._copies, self._plan = copies, None
+        try:
+            with register_optimizer_step_pre_hook(lambda *step: copies.forget()):
+                yield
+        finally:
+            self._copies, self._plan = None, None
+            copies.forget()
 
     @torch.no_grad()
     def step(
@@ -151,7 +174,10 @@ class FusedAdamW(torch.optim.AdamW):
         self.norms = dict(zip(self._parts, norms.unbind(), strict=True))
         self.finite = norms.isfinite().all()
         averaging = 1.0 if momentum is None else momentum
-        ops.update(table, plan.tables, rates, clips, self.finite, averaging, aligned)
+        torch.autograd.graph.increment_version(plan.holders)  # which the kernel finds by their addresses
+        ops.update(table, plan.tables, rates, clips, self.finite, averaging, plan.bf16, aligned)
+        if self._copies is not None:
+            self._copies.note_written(plan.aliases)
 
 
 def fused_adamw_backend(parameter: Tensor) -> dispatch.Choice:
@@ -189,14 +215,16 @@ def _obstacle(optimizer: FusedAdamW) -> str | None:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where the tensors of an optimiser lie, part by part."""
+    """Where the tensors of an optimiser lie, part by part, and aliases of those that have a copy."""
 
     params: list[Tensor]
     addresses: list[int]
     tables: Tables
     chunks_of_parts: list[int]
+    bf16: bool
     aligned: bool
     holders: list[Tensor]
+    aliases: dict[Tensor, Tensor]
 
     def holds(self) -> bool:
         """Whether every tensor still lies there."""
@@ -214,11 +242,16 @@ class _Plan:
         for state, step in zip(states, steps.unbind(), strict=True):
             state["step"] = step
         averages = optimizer._averages
+        places = {} if optimizer._copies is None else optimizer._copies.places()
+        copies = {t: place for t, place in places.items() if t.numel() % ops.COPIED.value == 0}
+        sources = [*params, *averages.values()]
         columns: list[list[Tensor | None]] = [
             list(params),
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [averages.get(p) for p in params],
+            [copies.get(p) for p in params],
+            [copies.get(averages[p]) if p in averages else None for p in params],
         ]
         addresses = [[0 if t is None else t.data_ptr() for t in column] for column in columns]
         chunks = [-(-p.numel() // ops.CHUNK) for p in params]
@@ -238,8 +271,10 @@ class _Plan:
                 ]
             ),
             [sum(c for c, part in zip(chunks, part_of, strict=True) if part == n) for n in range(len(sizes))],
+            any(copy.dtype == torch.bfloat16 for copy in copies.values()),
             not any(a % 16 for column in addresses for a in column),
             holders,
+            {t: t.detach() for t in sources if t in copies},
         )
 
 

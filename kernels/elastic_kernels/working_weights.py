@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -36,8 +36,9 @@ _current: ContextVar[dict[int, Copy] | None] = ContextVar("working_weights", def
 class working_weights:  # noqa: N801, used as a function, like torch.no_grad
     """Round weights once, for all Triton products that read them while the context lasts.
 
-    On entry every weight is rounded, so that no product reads an old one, whatever changed it; products in
-    the context use the weights as they were on entry. Without the context each product rounds its own, to the
+    On entry every weight is rounded, so that no product reads an old one, whatever changed it; but those are
+    not that an optimiser has just written rounded (see `FusedAdamW.writing`). Products in the context use the
+    weights as they were on entry. Without the context each product rounds its own, to the
     same bits. (A library may sum the product of a corner in another order than that of a compact matrix.) A
     backward of such products must come before the context is entered again, or PyTorch refuses it. Under
     `torch.compile` rounded weights are not read.
@@ -82,6 +83,7 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
         self._rounded = self._copies(self._weights)
         self._folded = self._copies([weight for weight, _, _ in self._scaled])
         self._table: Table | None = None
+        self._written: dict[int, tuple[Tensor, int]] = {}  # alias of a weight, and its version
         self._tokens: list[Token[dict[int, Copy] | None]] = []
 
     def _copies(self, weights: Iterable[Tensor]) -> list[Tensor]:
@@ -93,13 +95,43 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
 
     @torch.no_grad()
     def __enter__(self) -> working_weights:
-        if self._weights:
-            torch._foreach_copy_(self._rounded, self._weights)
+        pairs = zip(self._rounded, self._weights, strict=True)
+        if stale := [pair for pair in pairs if not self._is_written(pair[1])]:
+            rounded, weights = zip(*stale, strict=True)
+            torch._foreach_copy_(list(rounded), list(weights))
         mine = {id(w): Copy(rounded) for w, rounded in zip(self._weights, self._rounded, strict=True)}
         if self._scaled and dispatch.choose("working_weights", self._folded[0]).backend == "triton":
             mine |= self._fold()
         self._tokens.append(_current.set((_current.get() or {}) | mine))
         return self
+
+    def places(self) -> dict[Tensor, Tensor]:
+        """Where the weights without LayerScale are rounded to, by weight."""
+        return dict(zip(self._weights, self._rounded, strict=True))
+
+    def note_written(self, aliases: Mapping[Tensor, Tensor]) -> None:
+        """These weights are rounded to their places as they are now, and no others.
+
+        Args:
+            aliases: of the weights; as long as they are kept, other tensors lie at other addresses.
+        """
+        self._written = {id(w): (alias, w._version) for w, alias in aliases.items()}
+
+    def forget(self) -> None:
+        """Round all weights on entry again."""
+        self._written = {}
+
+    def _is_written(self, weight: Tensor) -> bool:
+        """Whether PyTorch saw no change since it was noted, nor other data."""
+        if (noted := self._written.get(id(weight))) is None:
+            return False
+        alias, version = noted
+        return (
+            weight._version == version
+            and weight.data_ptr() == alias.data_ptr()
+            and weight.shape == alias.shape
+            and weight.stride() == alias.stride()
+        )
 
     def _fold(self) -> dict[int, Copy]:
         from elastic_kernels.triton_ops import folding

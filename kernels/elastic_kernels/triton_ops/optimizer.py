@@ -1,7 +1,8 @@
 """Triton kernels of an optimiser step over all tensors of a network at once.
 
 Gradients are read twice, for their norms and for the update; weights, both moments and the average are read
-and written once: 4 + 36 bytes a parameter with an average.
+and written once: 4 + 36 bytes a parameter with an average. Copies in half precision of weight and average are
+written with them: 2 bytes each.
 
 Tensors are found through a table of addresses, so that the number of launches does not grow with theirs: a
 program takes a chunk of one tensor. What differs between tensors and not within them is worked out in float64
@@ -24,6 +25,7 @@ from elastic_kernels.triton_ops.registration import on_its_device
 CHUNK = 8192  # elements of a tensor that a program takes
 BLOCK = 1024
 WARPS = 8
+COPIED = tl.constexpr(16)  # tensors have copies whose elements are a multiple of it
 TENSORS = 256  # a block of the small program
 
 
@@ -34,6 +36,8 @@ class Tables(NamedTuple):
         numel, group, part: elements of a tensor, and the numbers of its parameter group and of the part it
             is clipped with; int64 `[tensors]`.
         params, exp_avgs, exp_avg_sqs, averages: addresses of contiguous fp32 tensors.
+        copies, average_copies: addresses of contiguous fp16 or bf16 ones, of parameters and averages of
+            a multiple of `COPIED` elements.
         chunks: int32 `[chunks, 2]`, numbers of a tensor and of a chunk of `CHUNK` elements in it.
         steps: fp32 `[tensors]`, counted by the update.
     """
@@ -45,6 +49,8 @@ class Tables(NamedTuple):
     exp_avgs: Tensor
     exp_avg_sqs: Tensor
     averages: Tensor
+    copies: Tensor
+    average_copies: Tensor
     chunks: Tensor
     steps: Tensor
 
@@ -82,6 +88,18 @@ def _store(pointer, at, value, numel, WHOLE: tl.constexpr):
         tl.store(pointer + at, value)
     else:
         tl.store(pointer + at, value, mask=at < numel)
+
+
+@triton.jit
+def _store_rounded(
+    address, at, value, numel,
+    BF16: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """In half precision, where there is a place for it: 16 elements or more, all in accesses of 8 bytes."""
+    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+    if address != 0:
+        numel = numel // COPIED * COPIED  # which tells the compiler
+        _store(_pointer(address, dtype, ALIGNED), at, value.to(dtype), numel, WHOLE)
 
 
 @triton.jit
@@ -154,10 +172,10 @@ def _adamw(p, g, m, v, clip, decay, weight1, weight2, step_size, scale, eps):
 
 @triton.jit
 def _update(
-    grad, param, exp_avg, exp_avg_sq, average, first, numel,
+    grad, param, exp_avg, exp_avg_sq, average, copy, average_copy, first, numel,
     clip, decay, weight1, weight2, step_size, scale, eps, trains,
     one_minus_momentum,
-    WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BF16: tl.constexpr, WHOLE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A chunk of tensors at these addresses."""
     param_ptr, average_ptr = _pointer(param, tl.float32, ALIGNED), _pointer(average, tl.float32, ALIGNED)
@@ -172,20 +190,23 @@ def _update(
             _store(param_ptr, at, p, numel, WHOLE)
             _store(m_ptr, at, m, numel, WHOLE)
             _store(v_ptr, at, v, numel, WHOLE)
+        _store_rounded(copy, at, p, numel, BF16, WHOLE, ALIGNED)
         if average != 0:
             a = _load(average_ptr, at, numel, WHOLE)
             a += one_minus_momentum * (p - a)
             _store(average_ptr, at, a, numel, WHOLE)
+            _store_rounded(average_copy, at, a, numel, BF16, WHOLE, ALIGNED)
 
 
 @triton.jit
 def _adamw_kernel(
-    grads_ptr, numel_ptr, params_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, averages_ptr, chunks_ptr,
+    grads_ptr, numel_ptr, params_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, averages_ptr,
+    copies_ptr, average_copies_ptr, chunks_ptr,
     clip_ptr, decay_ptr, weight1_ptr, weight2_ptr, step_size_ptr, scale_ptr, eps_ptr, trains_ptr,
     one_minus_momentum,
-    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BF16: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """AdamW of a chunk that has a gradient, and its average."""
+    """AdamW of a chunk that has a gradient, its average, and copies of both."""
     tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
     first = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1).to(tl.int64) * CHUNK
     numel, trains = tl.load(numel_ptr + tensor), tl.load(trains_ptr + tensor) != 0
@@ -195,17 +216,18 @@ def _adamw_kernel(
     grad, param = tl.load(grads_ptr + tensor), tl.load(params_ptr + tensor)
     exp_avg, exp_avg_sq = tl.load(exp_avgs_ptr + tensor), tl.load(exp_avg_sqs_ptr + tensor)
     average = tl.load(averages_ptr + tensor)
+    copy, average_copy = tl.load(copies_ptr + tensor), tl.load(average_copies_ptr + tensor)
     if first + CHUNK <= numel:
         _update(
-            grad, param, exp_avg, exp_avg_sq, average, first, numel,
+            grad, param, exp_avg, exp_avg_sq, average, copy, average_copy, first, numel,
             clip, decay, weight1, weight2, step_size, scale, eps, trains, one_minus_momentum,
-            True, ALIGNED, CHUNK, BLOCK,
+            BF16, True, ALIGNED, CHUNK, BLOCK,
         )  # fmt: skip
     else:
         _update(
-            grad, param, exp_avg, exp_avg_sq, average, first, numel,
+            grad, param, exp_avg, exp_avg_sq, average, copy, average_copy, first, numel,
             clip, decay, weight1, weight2, step_size, scale, eps, trains, one_minus_momentum,
-            False, ALIGNED, CHUNK, BLOCK,
+            BF16, False, ALIGNED, CHUNK, BLOCK,
         )  # fmt: skip
 
 
@@ -229,9 +251,10 @@ def update(
     clips: Tensor,
     finite: Tensor,
     momentum: float,
+    bf16: bool,
     aligned: bool,
 ) -> None:
-    """AdamW and averages in place; no AdamW if `finite` is false.
+    """AdamW and averages in place, and their copies; no AdamW if `finite` is false.
 
     Args:
         grads: int64 `[tensors]`, addresses of contiguous fp32 gradients, 0 for none.
@@ -240,6 +263,7 @@ def update(
         clips: fp32 `[parts]`, factor of the gradients of a part.
         finite: bool, no dimension.
         momentum: of the averages.
+        bf16: dtype of the copies, if there are any; else it is fp16.
         aligned: whether all addresses are multiples of 16.
     """
     tensors = len(grads)
@@ -253,7 +277,7 @@ def update(
     )  # fmt: skip
     _adamw_kernel[(len(tables.chunks),)](
         grads, tables.numel, tables.params, tables.exp_avgs, tables.exp_avg_sqs, tables.averages,
-        tables.chunks, *coefficients,
+        tables.copies, tables.average_copies, tables.chunks, *coefficients,
         1 - momentum,
-        ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
+        BF16=bf16, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip

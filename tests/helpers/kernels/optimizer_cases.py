@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from elastic_kernels import FusedAdamW, backend
-from helpers.kernels.numerics import assert_as_good_as_torch, draw
+from elastic_kernels import FusedAdamW, backend, working_weights
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 
 # Of a step: clip norm, and momentum of the averages.
 STEPS: tuple[tuple[float | None, float | None], ...] = ((0.5, 0.9), (None, 0.99), (2.0, 0.0), (0.5, None))
-SIZES = ((70, 130), (1,), (8192,), (3, 5, 7), (33,), (257, 96))  # less than a chunk, one, and several
+HALF = DTYPES[-1]
+SIZES = ((70, 136), (1,), (8192,), (3, 5, 7), (33,), (257, 96))  # less than a chunk, one, and several
 
 
 class Setting:
@@ -47,12 +48,16 @@ class Setting:
 def run(setting: Setting, name: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """Some steps, in one of which two tensors have no gradient: results, and the norms of each step."""
     optimizer, norms = setting.optimizer(), []
-    with backend(name):
+    copies = working_weights([*setting.params[1:], *list(setting.averages.values())[:4]], HALF)
+    with backend(name), optimizer.writing(copies):
         for step, (clip, momentum) in enumerate(STEPS):
             setting.give_gradients(step, absent=(2, 4) if step == 1 else ())
             optimizer.step(max_norm=clip, momentum=momentum)
             assert optimizer.finite
             norms.append(optimizer.norms)
+            with copies:
+                for source, copy in copies.places().items():
+                    assert torch.equal(copy, source.to(HALF))
     return setting.results(optimizer), norms
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
 import torch
@@ -68,6 +68,29 @@ def test_no_product_rounds_its_weight() -> None:
     assert counts == [4, 0]
 
 
+def test_what_the_optimiser_wrote_is_not_rounded_again() -> None:
+    """But with data of another place, though they come back to the first one, and of another shape."""
+    weight = nn.Parameter(torch.randn(48, 32))
+    weight.grad = torch.ones_like(weight)
+    copies = ek.working_weights([weight], torch.float16)
+    optimizer = ek.FusedAdamW([weight], lr=0.1)
+    (place,) = copies.places().values()
+    with optimizer.writing(copies):
+        optimizer.step()
+        assert torch.equal(place, weight.half())
+        place.zero_()
+        with copies:
+            assert not place.any()
+        for other in (weight.detach().clone(), weight.detach().view(32, 48).t()):
+            first, weight.data = weight.data, other
+            with copies:
+                assert torch.equal(place, weight.half())
+            weight.data = first
+            place.zero_()
+    with copies:
+        assert torch.equal(place, weight.half())
+
+
 def swapped(weight: nn.Parameter) -> None:
     nn.utils.vector_to_parameters(torch.zeros(weight.numel()), [weight])
 
@@ -88,10 +111,10 @@ CHANGES: dict[str, Callable[[nn.Parameter], object]] = {
 }
 
 
-@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("case", ["left", "entered", "written"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_no_product_uses_an_old_weight(change: str, entered: bool) -> None:
-    """However it was changed, after the context was left, and whether it is entered again."""
+def test_no_product_uses_an_old_weight(change: str, case: str) -> None:
+    """However it was changed, after the context was left, or it is entered again, or one wrote copies."""
     torch.manual_seed(0)
     weight, x = nn.Parameter(torch.randn(48, 32)), torch.randn(4, 32)
 
@@ -100,11 +123,18 @@ def test_no_product_uses_an_old_weight(change: str, entered: bool) -> None:
             return ek.elastic_linear(x, weight, None)
 
     copies = ek.working_weights([weight], torch.float16)
-    with copies:
-        before = product()
-    CHANGES[change](weight)
-    with copies if entered else nullcontext():
-        after = product()
+    with ExitStack() as writing:
+        if case == "written":
+            writing.enter_context((optimizer := ek.FusedAdamW([weight], lr=0.1)).writing(copies))
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        with copies:
+            before = product()
+        if change == "data":  # which nothing shows
+            writing.close()
+        CHANGES[change](weight)
+        with nullcontext() if case == "left" else copies:
+            after = product()
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, x.half() @ weight.detach().half().t(), rtol=1e-2, atol=1e-2)
 
