@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.layouts import places_of
-from elastic_kernels.triton_ops.device import cdiv, processors, unit_stride
+from elastic_kernels.triton_ops.device import capability, cdiv, processors, unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.triton_ops.vector_grads import affine_gradients
 from elastic_kernels.tuning import Tunable
@@ -95,7 +95,7 @@ def _layer_norm_bwd_kernel(
     dx_ptr, partials_ptr, branch_ptr, branch_sums_ptr, branch_places_ptr, branch_scale_ptr,
     tokens, width,
     stride_x, stride_s,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr, AHEAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By tokens: `places` holds the row of each token among the normalised ones, or -1.
@@ -111,7 +111,7 @@ def _layer_norm_bwd_kernel(
     branch_sums = tl.zeros([BLOCK], tl.float32)
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-    for start in range(program * ROWS, tokens, programs * ROWS):
+    for start in tl.range(program * ROWS, tokens, programs * ROWS, num_stages=2 if AHEAD else 1):
         offs_t = start + tl.arange(0, ROWS)
         mask_t = offs_t < tokens
         every = mask_t[:, None] & mask_k[None, :]
@@ -298,13 +298,15 @@ def layer_norm_bwd(
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     partials = _partials(like, weight)
     config = _config(_BWD, like)
+    # Elsewhere fewer blocks would fit than there are programs, and fp32 spills.
+    ahead = capability(dy.device) == (9, 0) and dy.dtype.itemsize == 2
     _layer_norm_bwd_kernel[(len(partials),)](
         dy, x, xhat, weight, places, widths, mean, rstd, dsum,
         dx, partials, branch, branch_sums, branch_places, branch_scale,
         tokens, width,
         0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
         HAS_AFFINE=weight is not None, HAS_INDEX=places is not None, IN_STREAM=xhat is not None,
-        ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+        AHEAD=ahead, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
     return dx, partials
 
