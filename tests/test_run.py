@@ -53,8 +53,8 @@ class Columns(Mine):
 
 
 def opened(data: Any) -> DataSplit:
-    name, found = find_datasets(data)
-    return open_data(name, 0.25, 0, found=found)
+    name, openers = find_datasets(data)
+    return open_data(name, 0.25, 0, openers=openers)
 
 
 @pytest.mark.parametrize(

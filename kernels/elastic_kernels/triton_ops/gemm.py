@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from elastic_kernels.triton_ops.device import capability, cdiv, is_interpreted
 from elastic_kernels.tuning import Tunable, power_of_2, tiles
@@ -92,6 +93,11 @@ PROVIDERS: dict[str, Literal["cublas", "triton"]] = {
     "linear": "cublas",  # the bias is cuBLASLt's epilogue and the offset scale its alpha
     "dgrad": "cublas",  # a plain product
 }
+
+
+if TorchVersion(torch.__version__) < "2.13":  # whose meta kernel of this operator raises
+    _META = torch.library.Library("aten", "IMPL")
+    _META.impl("addmm.dtype_out", lambda *_, out, **__: out, "Meta", allow_override=True)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: bool = False) -> None:
