@@ -178,10 +178,15 @@ def _copy(x: Tensor) -> Tensor:
     return x.new_empty(0).set_(storage, x.storage_offset(), x.shape, x.stride())
 
 
+def _are_partials(ours: Tensor, theirs: Tensor) -> bool:
+    """Sums of the rows of each program, `[programs, kinds, width]`: other settings give it other rows."""
+    return ours.shape != theirs.shape or (ours.dim() == 3 and ours.dtype == torch.float32)
+
+
 def _compare(results: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     for ours, theirs in zip(results, expected, strict=True):
         if ours.is_floating_point() and ours.numel():
-            if len(ours) != len(theirs):  # partial sums, as many as there are blocks
+            if _are_partials(ours, theirs):
                 ours, theirs = ours.sum(0), theirs.sum(0)
             error = float((ours.float() - theirs.float()).abs().max())
             limit = ROUNDING[ours.dtype] * float(theirs.abs().max())
