@@ -17,7 +17,7 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 CONSTRAINTS ?= constraints/ci.txt
 BIN := $(VENV)/bin
-PROCESSES ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 1)")  # of tests: some wait for others
+PROCESSES ?= $(shell $(PYTHON) -c "import os; print(os.cpu_count() + 2)")  # of tests: many wait for others
 SANITIZE_VENV := .venv-sanitize
 SANITIZER := triton==3.8.0 ttsem==0.1.0  # ttsem executes what this Triton makes; Python 3.11 or newer
 
