@@ -71,6 +71,8 @@ def pretrain(
         data: 200 images of dataset:TensorDataset to train on without labels; none held out (no labels)
         ...
     """
+    if not (out or check):
+        raise InputError(f"out: expected the folder of the run, got {out!r}; only check=True needs none")
     config, openers = _with_images(preset_of(preset) if isinstance(preset, str) else preset, data)
     config, folder = override(config, options), RunFolder(Path(out or "."))
     resume = resume and bool(folder.checkpoints())

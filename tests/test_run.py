@@ -146,6 +146,8 @@ def test_every_option_is_named_by_its_last_part(name: str) -> None:
 
 
 def test_wrong_keywords(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="out: expected the folder of the run, got None"):
+        poa.pretrain("digits", "quickstart", out=None)
     with pytest.raises(InputError, match="unknown option 'epoch'; did you mean 'method.optim.epoch_steps'"):
         poa.pretrain(out=tmp_path / "run", epoch=3)
     with pytest.raises(InputError, match="crops.global_scale: expected float,float, got 1"):

@@ -108,7 +108,7 @@ class BranchGradient:
 
 
 @dataclass(frozen=True)
-class _Normed:
+class Normed:
     """What a half-block keeps of its norm for backward.
 
     Attributes:
@@ -130,7 +130,7 @@ class _Normed:
         bias: Tensor | None,
         index: Tensor | None,
         spec: HalfSpec,
-    ) -> tuple[Tensor, _Normed]:
+    ) -> tuple[Tensor, Normed]:
         """The normalised rows, and what to keep."""
         # Else they are what follows, or nothing follows.
         apart = weight is not None and spec.first.trains and any(ctx.needs_input_grad)
@@ -197,7 +197,7 @@ def _add_branch(
     return x
 
 
-def _branch(
+def take_branch(
     ctx: Any, dout: Tensor, index: Tensor | None, row_scale: Tensor | None, layer: Layer
 ) -> tuple[Tensor, Tensor | None]:
     """As `branch_gradient`, if it was not left by the half-block after this one."""
@@ -211,24 +211,44 @@ def _padding(layer: Layer, qkv: Tensor) -> Tensor:
     return layer.bias.unflatten(-1, qkv.shape[2:]).to(qkv.dtype).contiguous()
 
 
-def _attend(qkv: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec) -> tuple[Tensor, Tensor]:
-    """Attention's output and log-sum-exp."""
-    if spec.windows is None:
-        return ops.attention_fwd(qkv, spec.attention_groups)
-    return ops.window_attention_fwd(qkv, bias, _padding(layer, qkv), spec.attention_groups, *spec.windows)
+class Attended(NamedTuple):
+    """Normalised rows that have attended to each other, and what their backward needs."""
 
+    h: Tensor
+    qkv: Tensor
+    out: Tensor
+    lse: Tensor
+    bias: Tensor | None
 
-def _attend_backward(
-    qkv: Tensor, o: Tensor, lse: Tensor, do: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of qkv, its sums for the bias if they are made, gradients of windows' bias and of padding."""
-    if spec.windows is None:
-        arguments = (qkv, o, lse, do, spec.attention_groups)
-        dqkv, sums = ops.attention_bwd(*arguments, layer.bias is not None)
-        return dqkv.flatten(2), sums, None, None
-    pad, maps = _padding(layer, qkv), spec.attention_groups
-    dqkv, dbias, dpad = ops.window_attention_bwd(qkv, bias, pad, lse, do, maps, *spec.windows)
-    return dqkv.flatten(2), None, dbias, dpad
+    @classmethod
+    def of(cls, h: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec) -> Attended:
+        """Rows, with the layer that makes their q, k and v, and the bias of windows."""
+        qkv = layer.forward(h).unflatten(-1, (-1, spec.head_dim))
+        bias = None if bias is None else bias.contiguous()
+        groups = spec.attention_groups
+        if spec.windows is None:
+            out, lse = ops.attention_fwd(qkv, groups)
+        else:
+            out, lse = ops.window_attention_fwd(qkv, bias, _padding(layer, qkv), groups, *spec.windows)
+        return cls(h, qkv, out, lse, bias)
+
+    def backward(
+        self, do: Tensor, layer: Layer, vectors: VectorGrads, spec: HalfSpec
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the rows, of the layer's weight and bias, complete once `vectors` are launched, and of
+        the bias of windows."""
+        groups, sums, dbias, dpad = spec.attention_groups, None, None, None
+        if spec.windows is None:
+            wants_sums = layer.bias is not None
+            dqkv, sums = ops.attention_bwd(self.qkv, self.out, self.lse, do, groups, wants_sums)
+        else:
+            pad = _padding(layer, self.qkv)
+            dqkv, dbias, dpad = ops.window_attention_bwd(
+                self.qkv, self.bias, pad, self.lse, do, groups, *spec.windows
+            )
+        dqkv = dqkv.flatten(2)
+        dw, db, _ = layer.wgrad(dqkv, self.h, vectors, sums, None if dpad is None else dpad.flatten(1))
+        return layer.dgrad(dqkv), dw, db, dbias
 
 
 class AttentionHalfFunction(torch.autograd.Function):
@@ -251,30 +271,26 @@ class AttentionHalfFunction(torch.autograd.Function):
         places: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
-        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
+        h, normed = Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
         proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
-        qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
-        bias = None if window_bias is None else window_bias.contiguous()
-        o, lse = _attend(qkv, qkv_layer, bias, spec)
-        saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, qkv, o, lse, bias)
+        attended = Attended.of(h, qkv_layer, window_bias, spec)
+        saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, *attended)
         keep(ctx, saved, [qkv_layer, proj])
         ctx.spec, ctx.before = spec, BranchGradient.before(x)
         ctx.branch = BranchGradient.of(x, index, places, row_scale, proj)
-        return _add_branch(ctx, proj, o, x, index, row_scale, spec.inplace)
+        return _add_branch(ctx, proj, attended.out, x, index, row_scale, spec.inplace)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (*normed, index, row_scale, places, h, qkv, o, lse, bias), (qkv_layer, proj) = kept(ctx)
-        d, d_sums = _branch(ctx, dout, index, row_scale, proj)
+        (*normed, index, row_scale, places, h, qkv, out, lse, bias), (qkv_layer, proj) = kept(ctx)
+        attended = Attended(h, qkv, out, lse, bias)
+        d, d_sums = take_branch(ctx, dout, index, row_scale, proj)
         vectors = VectorGrads()
-        dw2, db2, dgamma = proj.wgrad(d, o, vectors, d_sums)
-        do = proj.dgrad(d)
-        dqkv, sums, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
-        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, vectors, sums, None if dpad is None else dpad.flatten(1))
-        dh = qkv_layer.dgrad(dqkv)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
+        dw2, db2, dgamma = proj.wgrad(d, out, vectors, d_sums)
+        dh, dw1, db1, dbias = attended.backward(proj.dgrad(d), qkv_layer, vectors, ctx.spec)
+        dx, *affine = Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
         vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None
 
@@ -298,7 +314,7 @@ class MlpHalfFunction(torch.autograd.Function):
         places: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
-        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
+        h, normed = Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_act(h, "gelu")
@@ -311,9 +327,9 @@ class MlpHalfFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (*normed, index, row_scale, places, h, u), (fc1, fc2) = kept(ctx)
-        d, sums = _branch(ctx, dout, index, row_scale, fc2)
+        d, sums = take_branch(ctx, dout, index, row_scale, fc2)
         vectors = VectorGrads()
         dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, sums, h, u, fc1, fc2, vectors)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
+        dx, *affine = Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
         vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None, None

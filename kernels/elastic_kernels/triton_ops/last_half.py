@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import unit_stride
-from elastic_kernels.triton_ops.halves import (
-    BranchGradient,
-    HalfSpec,
-    _attend,
-    _attend_backward,
-    _branch,
-    _Normed,
-)
+from elastic_kernels.triton_ops.halves import Attended, BranchGradient, HalfSpec, Normed, take_branch
 from elastic_kernels.triton_ops.layers import Layer, keep, kept
 from elastic_kernels.triton_ops.registration import first_order
 from elastic_kernels.triton_ops.vector_grads import VectorGrads
@@ -47,17 +40,16 @@ class LastAttentionFunction(torch.autograd.Function):
         row_scale: Tensor | None,
         spec: HalfSpec,
     ) -> Tensor:
-        h, normed = _Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
+        h, normed = Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
         proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
-        qkv = qkv_layer.forward(h).unflatten(-1, (-1, spec.head_dim))
-        bias = None if window_bias is None else window_bias.contiguous()
-        o, lse = _attend(qkv, qkv_layer, bias, spec)
+        attended = Attended.of(h, qkv_layer, window_bias, spec)
         place = only if place is None else place
+        o = attended.out
         # Without any sequence that takes part, parameters still get gradients, of zero.
         wanted = o.index_select(0, place) if len(o) else o.new_zeros(len(place), o.shape[1])
         saved = (normed.xhat, norm_weight, normed.rstd, index, places, only, place, row_scale)
-        keep(ctx, (*saved, h, qkv, o, lse, wanted, bias), [qkv_layer, proj])
+        keep(ctx, (*saved, wanted, *attended), [qkv_layer, proj])
         residual = x.index_select(0, only)
         ctx.spec, ctx.tokens, ctx.before = spec, len(x), BranchGradient.before(x)
         ctx.branch = BranchGradient.of(residual, None, None, row_scale, proj)
@@ -67,17 +59,16 @@ class LastAttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors, (qkv_layer, proj) = kept(ctx)
-        *normed, index, places, only, place, row_scale, h, qkv, o, lse, wanted, bias = tensors
-        d, d_sums = _branch(ctx, dout, None, row_scale, proj)
+        *normed, index, places, only, place, row_scale, wanted, h, qkv, out, lse, bias = tensors
+        attended = Attended(h, qkv, out, lse, bias)
+        d, d_sums = take_branch(ctx, dout, None, row_scale, proj)
         vectors = VectorGrads()
         dw2, db2, dgamma = proj.wgrad(d, wanted, vectors, d_sums)
-        do = torch.zeros_like(o)
+        do = torch.zeros_like(out)
         if len(do):
             do.index_add_(0, place, proj.dgrad(d))
-        dqkv, sums, dbias, dpad = _attend_backward(qkv, o, lse, do, qkv_layer, bias, ctx.spec)
-        dw1, db1, _ = qkv_layer.wgrad(dqkv, h, vectors, sums, None if dpad is None else dpad.flatten(1))
-        dh = qkv_layer.dgrad(dqkv)
+        dh, dw1, db1, dbias = attended.backward(do, qkv_layer, vectors, ctx.spec)
         stream = dout.new_zeros(ctx.tokens, dout.shape[1]).index_copy_(0, only, dout)
-        dx, *affine = _Normed(*normed).backward(dh, index, places, stream, ctx.spec, vectors, ctx.before)
+        dx, *affine = Normed(*normed).backward(dh, index, places, stream, ctx.spec, vectors, ctx.before)
         vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None, None, None
