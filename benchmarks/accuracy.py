@@ -11,7 +11,8 @@ STORAGE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # ro
 def excess_error(ours: Tensor, torchs: Tensor, truth: Tensor, factor: float = 2.0) -> str | None:
     """What is wrong with a result, or None.
 
-    The largest error may be `factor` times that of PyTorch's result, plus rounding of the largest value.
+    The largest error may be `factor` times that of PyTorch's result, plus rounding of the largest value. NaN
+    in PyTorch's result allows nothing.
 
     Args:
         ours, torchs: of one dtype.
@@ -24,7 +25,7 @@ def excess_error(ours: Tensor, torchs: Tensor, truth: Tensor, factor: float = 2.
         return None
     error = (ours.double() - truth).abs().nan_to_num(torch.inf)
     rounding = STORAGE[ours.dtype] * max(float(truth.abs().max()), 1.0)
-    limit = factor * float((torchs.double() - truth).abs().max()) + rounding
+    limit = factor * float((torchs.double() - truth).abs().nan_to_num(0.0, torch.inf).max()) + rounding
     if float(error.max()) <= limit:
         return None
     worst = int(error.argmax())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import cases, harness, results
+from benchmarks.accuracy import excess_error
 from benchmarks.failures import DeviceLost, Refused, Trying, Unavailable
 from benchmarks.harness import Problem
 from benchmarks.peers import naive
@@ -64,6 +65,14 @@ def crashing(x: Tensor, w: Tensor) -> Tensor:
 
 def missing() -> harness.Provider:
     raise Unavailable("it is not installed")
+
+
+def test_nan_of_pytorch_allows_no_error() -> None:
+    truth = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    torchs = torch.tensor([1.0, torch.nan], dtype=torch.float16)
+    assert excess_error(truth.half(), torchs, truth) is None
+    assert "worst element 1" in str(excess_error(torchs, torchs, truth))
+    assert "worst element 0" in str(excess_error((truth + 0.1).half(), torchs, truth))
 
 
 def test_gate_refuses_wrong_kernels_and_lists_missing_peers() -> None:

@@ -164,6 +164,7 @@ def device(patch: pytest.MonkeyPatch) -> Iterator[tuple[sanitize.Session, Launch
         properties.multi_processor_count = PROCESSORS
         patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
 
+        patch.setattr(torch.backends.mkldnn, "enabled", False)  # whose half precision differs by CPU
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         # Where PyTorch is built for CUDA, it asks a driver whether the step of an optimiser is captured.
         patch.setattr(Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
