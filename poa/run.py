@@ -14,12 +14,14 @@ from poa.backbones.base import BackboneConfig
 from poa.checkpoint import Branch, Checkpoint, RunFolder
 from poa.config import Config, with_data
 from poa.data.layout import Images, Openers, named
+from poa.device import choose_device, use_threads
 from poa.distributed import World, init_distributed
 from poa.drawing import require_drawable
 from poa.embedding import Embeddings, embed
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, Origin, Report, evaluate_subnets, evaluation_file
 from poa.evaluate.protocol import Protocol
+from poa.evaluate.sweep import data_place
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
@@ -29,6 +31,9 @@ from poa.options import differences, override
 from poa.presets import preset as preset_of
 from poa.progress import say
 from poa.report import curves_of, evaluations, summary
+from poa.selection import Budgets, LatencyTable, Selection
+from poa.selection.quality import Weights, agreement_quality, knn_quality
+from poa.selection.select import known_costs, measure_run, select
 from poa.step import initial_network
 from poa.subnets import Subnet
 from poa.table import Table
@@ -223,6 +228,91 @@ class Run:
                 if plot:
                     report.plot(Path(plot))
         return replace(report, files=tuple(Path(file) for file in (out, plot) if file))
+
+    def latency(
+        self,
+        subnets: str | Sequence[str] = "all",
+        *,
+        sample: int | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        batch: int = 1,
+        image_size: int | None = None,
+        runtime: str = "torch",
+        seconds: float = 2.0,
+        out: str | Path | None = None,
+    ) -> LatencyTable:
+        """Measure how long subnets take on this machine, as networks of their own; write it into the folder.
+
+        Args:
+            subnets: names such as `384x12`, or all.
+            sample: measure so many, spread over all, and interpolate the others.
+            device: auto, cpu, cuda or cuda:N.
+            threads: CPU threads of PyTorch; default `OMP_NUM_THREADS`, or one on a CPU if that is not set.
+            batch: images of a call.
+            image_size: pixels; default that of the run.
+            runtime: torch, compile or onnxruntime.
+            seconds: of measuring each.
+            out: JSON file; default `latency-DEVICE.json` in the folder.
+
+        Raises:
+            InputError: wrong subnets, sizes or places; a table of another machine lies there.
+        """
+        names = [subnets] if isinstance(subnets, str) else subnets
+        return measure_run(
+            self.folder, names, sample, device,
+            threads=threads, batch=batch, image_size=image_size, runtime=runtime, seconds=seconds,
+            out=Path(out) if out else None,
+        )  # fmt: skip
+
+    def select(
+        self,
+        data: Images | None = None,
+        *,
+        rank: str = "knn",
+        cost: str = "params",
+        branch: Branch = "teacher",
+        step: int | None = None,
+        images: int = 1000,
+        device: str = "auto",
+        **budgets: Any,
+    ) -> Selection:
+        """The best subnet within budgets, and the Pareto front.
+
+        Args:
+            data: images that an evaluation was made on, or that `agreement` takes; default those of the run.
+            rank: "knn", by the accuracies of `evaluate`; or "agreement", without labels: by CKA with the
+                intact network.
+            cost: of the Pareto front without other budgets: params, flops or the name of a latency table.
+            branch, step: whose weights, of which checkpoint; default the newest.
+            images: so many at most for the agreement, which is computed on `device`.
+            budgets: `max_params`, `max_flops`, `max_ms` (a number, or one by name of a latency table, such as
+                `{"cpu": 5}`) and `min_knn`.
+
+        Raises:
+            InputError: none is within the budgets, or what they are about was not measured or evaluated.
+
+        Example:
+            >>> import poa
+            >>> run = poa.Run("runs/first")
+            >>> run.select(rank="agreement", images=20, max_params=7e3).best
+            '16x1'
+        """
+        allowed, weights = Budgets.of(budgets), Weights(self.folder, branch, step)
+        if rank not in ("knn", "agreement"):
+            raise InputError(f"rank: expected knn or agreement, got {rank!r}")
+        if allowed.min_knn is not None and rank != "knn":
+            raise InputError("--min-knn: expected --rank knn with it, got --rank agreement")
+        known = known_costs(self.folder, allowed, cost)
+        config, openers = _with_images(self.config, self.data if data is None else data)
+        if rank == "knn":
+            where = None if data is None else data_place(config.data.source)
+            quality = knn_quality(weights, where, self.config.data.source)
+        else:
+            chosen = choose_device(device)
+            use_threads(config.performance.threads, chosen)
+            quality = agreement_quality(weights, config, images, chosen, openers)
+        return select(self.folder, quality, known, allowed.min_knn)
 
     def plot(self) -> Any:
         """The curves of the run, a figure of matplotlib."""

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import poa
+from helpers.commands import fails
 from helpers.tiny import ONE_STEP, OVERRIDES, tiny_config
 from poa.__main__ import main
 from poa.backbones import Backbone
@@ -42,6 +43,9 @@ pixels = poa.Preprocessing.from_dict(session.get_modelmeta().custom_metadata_map
 (features,) = session.run(["features"], {"images": pixels.numpy()})
 numpy.savez(out, pixels=pixels, features=features)
 """
+
+
+INT8 = ["--format", "onnx", "--dtype", "int8"]
 
 
 def need_onnx() -> None:
@@ -155,10 +159,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return path
 
 
-def test_int8_is_scored_beside_fp32(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_is_scored_beside_fp32(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need_onnx()
+    command = ["extract", run, "--out", str(tmp_path), "--subnets", "32x2", "--format", "onnx"]
     runtime, onnx = (importlib.import_module(name) for name in ("onnxruntime", "onnx"))
-    assert main(["extract", run, "--subnets", "32x2", "--format", "onnx", "--dtype", "int8"]) == 0
+    assert main([*command, "--dtype", "int8"]) == 0
     folder, said = capsys.readouterr().out.splitlines()
     path = Path(folder) / "model.int8.onnx"
     known = runtime.InferenceSession(path).get_modelmeta().custom_metadata_map
@@ -180,14 +185,21 @@ def test_int8_is_scored_beside_fp32(run: str, capsys: pytest.CaptureFixture[str]
         (["--format", "pt2", "--dtype", "int8"], "--dtype int8: expected --format onnx with it, got pt2"),
         (["--dry-run"], "--dry-run: expected --push USER/NAME with it"),
         (["32x2", "--push", "a/b"], "--push: expected one subnet, got 2"),
+        ([*INT8, "--image-size", "32"], "--dtype int8: expected the image size of training 24, got 32"),
+        (INT8, "expected held-out images with labels, to score it, got none (data.holdout=0)"),
     ],
 )
 def test_options_that_do_not_fit_each_other(
-    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_json(tmp_path / "config.json", to_dict(tiny_config()))
-    assert main(["extract", str(tmp_path), "--subnets", "16x1", *arguments]) == 2
-    assert message in capsys.readouterr().err
+    monkeypatch.setattr("poa.cli.commands.require_packages", lambda kind: None)
+    write_json(tmp_path / "config.json", to_dict(tiny_config("data.holdout=0")))
+    assert message in fails(capsys, "extract", str(tmp_path), "--subnets", "16x1", *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_model_goes_to_the_hub_with_its_card(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import poa
 from helpers.commands import contents, fails
 from poa.__main__ import main
 from poa.errors import InputError
@@ -32,7 +34,7 @@ def candidates() -> list[Candidate]:
 
 
 def costs(params: float | None = None, ms: float | None = None) -> list[Cost]:
-    return [Cost("params", "{:.0f}".format, params), Cost("ms", "{:.1f}".format, ms)]
+    return [Cost("params", ".0f", params), Cost("ms", ".1f", ms)]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def costs(params: float | None = None, ms: float | None = None) -> list[Cost]:
 def test_the_best_within_budgets(
     limits: tuple[float, float], least: float | None, best: tuple[int, int], dominated: dict
 ) -> None:
-    choice = choose(candidates(), costs(*limits), "20-NN", "{:.0%}".format, least)
+    choice = choose(candidates(), costs(*limits), "20-NN", ".0%", least)
     assert choice.best.subnet == Subnet(*best)
     assert choice.dominated == {Subnet(*a): Subnet(*b) for a, b in dominated.items()}
     assert choice.best in choice.front and len(choice.front) == 5 - len(dominated)
@@ -71,7 +73,7 @@ def test_a_budget_that_nothing_fits_names_the_nearest(
     limits: tuple[float, float], least: float | None, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        choose(candidates(), costs(*limits), "20-NN", "{:.0%}".format, least)
+        choose(candidates(), costs(*limits), "20-NN", ".0%", least)
 
 
 def table(latencies: dict[Subnet, Latency]) -> LatencyTable:
@@ -164,6 +166,14 @@ def test_from_a_latency_table_to_a_subnet(
         for row in json.loads((run / "evaluation.json").read_text())["subnets"]
     }
     assert accuracies[best] == max(accuracies[s] for s in accuracies if s != "32x2")
+    selection = poa.Run(run).select(max_ms=9e5)
+    assert selection.best == best and selection.plot().axes and len(selection.rows()) == 4
+    assert "<- best" in repr(selection)
+    assert "<- best" in html.unescape(selection._repr_html_())
+    with pytest.raises(InputError, match="expected budgets max_params, .*, got max_sec"):
+        poa.Run(run).select(max_sec=1)
+    with pytest.raises(InputError, match="max_ms: expected a number, got '5'"):
+        poa.Run(run).select(max_ms={"cpu": "5"})
     assert main(["select", str(run), "--cost", "cpu-batch2", "--min-knn", "0.01", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     cheapest = min(printed["subnets"], key=lambda row: row["cpu-batch2 ms"])

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,9 +16,10 @@ from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, REPORTED_K
-from poa.export import ExportedModel, export_file, extract, load
+from poa.export import export_file, extract, load
 from poa.export.card import push, write_card
-from poa.export.int8 import export_int8
+from poa.export.formats import require_packages
+from poa.export.int8 import export_int8, open_to_quantise
 from poa.files import make_folder, read_json, require_json
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
@@ -72,6 +72,8 @@ def run_extract(options: argparse.Namespace) -> None:
         backbone_config.grid(options.image_size)
     _require_together(options, len(subnets))
     out = Path(options.out or folder.path / "models")
+    require_packages(options.format)
+    data = open_to_quantise(config, options.image_size) if options.dtype == "int8" else None
     network, checkpoint = folder.network(options.branch, options.step)
     make_folder(out, "--out")
     for subnet in subnets:
@@ -88,8 +90,11 @@ def run_extract(options: argparse.Namespace) -> None:
         print(path)
         model = load(path)
         write_card(model, path, folder, options.license)
-        for line in _exported(options, model, path, config):
-            print(line)
+        if data:
+            done = export_int8(model, path, data, config)
+            print(f"{done.path}: {REPORTED_K}-NN accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32")
+        elif options.format != "timm":
+            print(export_file(model, path, options.format, options.dtype or "fp32"))
         if options.push:
             print(push(path, options.push, dry_run=options.dry_run))
     if backbone_config.timm_model() is None:
@@ -106,16 +111,6 @@ def _require_together(options: argparse.Namespace, subnets: int) -> None:
         raise InputError("--dry-run: expected --push USER/NAME with it")
     if options.push and subnets > 1:
         raise InputError(f"--push: expected one subnet, got {subnets}")
-
-
-def _exported(options: argparse.Namespace, model: ExportedModel, path: Path, config: Config) -> Iterator[str]:
-    """Write the file that is asked for beside a model; what to say of it."""
-    if options.dtype == "int8":
-        data = config.data.open(config.method.seed)
-        done = export_int8(model, path, data, config)
-        yield f"{done.path}: {REPORTED_K}-NN accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32"
-    elif options.format != "timm":
-        yield str(export_file(model, path, options.format, options.dtype or "fp32"))
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

@@ -46,6 +46,12 @@ class _Served(nn.Module):
         return features
 
 
+def require_packages(kind: str) -> None:
+    """Raise InputError, before anything is written, where a package that a format needs is not installed."""
+    for name in ("onnx", "onnxscript", "onnxruntime") if kind == "onnx" else ():
+        optional_package(name, "export")
+
+
 def export_file(model: ExportedModel, folder: Path, kind: str, dtype: str = "fp32") -> Path:
     """Write a model as one file.
 
@@ -64,6 +70,7 @@ def export_file(model: ExportedModel, folder: Path, kind: str, dtype: str = "fp3
         SaveError: the file system refused it.
     """
     make, run = {"onnx": (_onnx, onnx_runner), "pt2": (_program, _program_runner)}[kind]
+    require_packages(kind)
     path = folder / f"model{'' if dtype == 'fp32' else f'.{dtype}'}.{kind}"
     served = _Served(model, DTYPES[dtype]).eval()
     with quiet(), torch.no_grad():
@@ -106,8 +113,6 @@ def _example(model: ExportedModel) -> tuple[tuple[Tensor], tuple[dict[int, Any]]
 
 
 def _onnx(served: _Served, model: ExportedModel) -> bytes:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        optional_package(name, "export")
     images, sizes = _example(model)
     program = torch.onnx.export(
         served,

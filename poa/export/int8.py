@@ -42,27 +42,39 @@ class Quantised:
     int8: float
 
 
+def open_to_quantise(config: Config, image_size: int | None) -> DataSplit:
+    """Training images, to calibrate with and as the bank of k-NN, and held-out ones.
+
+    Args:
+        config: of the run.
+        image_size: that models are asked for; None: that of training.
+
+    Raises:
+        InputError: no labelled images are held out, or another image size.
+    """
+    wanted = config.method.crops.global_size
+    if image_size not in (None, wanted):
+        raise InputError(f"--dtype int8: expected the image size of training {wanted}, got {image_size}")
+    data = config.data.open(config.method.seed)
+    if data.test is None:
+        raise InputError(
+            f"--dtype int8: expected held-out images with labels, to score it, got none ({data.untested})"
+        )
+    return data
+
+
 def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Config) -> Quantised:
     """Write a model whose weights and their inputs are 8-bit integers; norms, softmax and sums are fp32.
 
     Args:
         model: of the image size of training.
         folder: exists; gets `model.int8.onnx`.
-        data: training images, to calibrate with and as the bank of k-NN, and held-out ones.
+        data: what `open_to_quantise` gives.
         config: of the run.
 
     Raises:
-        InputError: no labelled images are held out, another image size, or a package is missing.
+        InputError: a package is missing.
     """
-    if data.test is None:
-        raise InputError(
-            f"--dtype int8: expected held-out images with labels, to score it, got none ({data.untested})"
-        )
-    if model.preprocess.size != config.method.crops.global_size:
-        wanted = config.method.crops.global_size
-        raise InputError(
-            f"--dtype int8: expected the image size of training {wanted}, got {model.preprocess.size}"
-        )
     onnx = optional_package("onnx", "export")
     with tempfile.TemporaryDirectory() as scratch:
         whole = export_file(model, Path(scratch), "onnx")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from poa.drawing import write_figure
 from poa.errors import InputError
 from poa.subnets import Subnet
 
@@ -19,12 +17,12 @@ class Cost:
 
     Attributes:
         title: of its column.
-        shown: a value in words.
+        form: format specification of a value.
         limit: what is allowed, inclusive; None where there is no budget.
     """
 
     title: str
-    shown: Callable[[float], str]
+    form: str
     limit: float | None = None
 
 
@@ -63,7 +61,7 @@ def choose(
     candidates: Sequence[Candidate],
     costs: Sequence[Cost],
     quality: str,
-    shown: Callable[[float], str],
+    form: str,
     least: float | None = None,
 ) -> Choice:
     """The best subnet within the limits of costs; of several as good, the cheapest.
@@ -74,7 +72,7 @@ def choose(
         candidates: at least one; each has all costs.
         costs: what they cost; dominance is about those with limits, or else about the first.
         quality: what it is called.
-        shown: a quality in words.
+        form: format specification of a quality.
         least: lowest quality allowed.
 
     Raises:
@@ -94,11 +92,11 @@ def choose(
 
     within = [c for c in candidates if not excess(c)]
     if not within:
-        wanted = [f"{cost.title} at most {cost.shown(cost.limit or 0)}" for cost in limited]
-        wanted += [f"{quality} at least {shown(least)}"] if least is not None else []
+        wanted = [f"{cost.title} at most {cost.limit or 0:{cost.form}}" for cost in limited]
+        wanted += [f"{quality} at least {least:{form}}"] if least is not None else []
         near = min(candidates, key=excess)
-        got = [f"{cost.title} {cost.shown(near.costs[cost.title])}" for cost in limited]
-        got += [f"{quality} {shown(near.quality)}"]
+        got = [f"{cost.title} {near.costs[cost.title]:{cost.form}}" for cost in limited]
+        got += [f"{quality} {near.quality:{form}}"]
         raise InputError(
             f"select: expected a subnet with {', '.join(wanted)}, got none of {len(candidates)}; "
             f"the nearest is {near.subnet} with {', '.join(got)}"
@@ -127,45 +125,14 @@ def _beats(other: Candidate, one: Candidate, axes: Sequence[str]) -> bool:
     return theirs != ours and all(b <= a for a, b in zip(ours, theirs, strict=True))
 
 
-def table(
-    choice: Choice,
-    costs: Sequence[Cost],
-    quality: str,
-    shown: Callable[[float], str],
-    notes: Mapping[Subnet, Mapping[str, str]],
-) -> list[str]:
-    """A line for each candidate: its costs, its quality, and whether it is on the front or who beats it.
-
-    Args:
-        choice, costs, quality, shown: as of `choose`.
-        notes: more columns of a subnet, by title.
-    """
-    rows = [["subnet", *(c.title for c in costs), quality, *next(iter(notes.values()), {}), ""]]
-    for c in choice.candidates:
-        over = [k.title for k in choice.axes if k.limit is not None and c.costs[k.title] > k.limit]
-        by = choice.dominated.get(c.subnet)
-        place = [f"dominated by {by}" if by else "Pareto front", *(f"over the budget of {k}" for k in over)]
-        if c.subnet == choice.best.subnet:
-            place = ["<- best", *place]
-        cells = [cost.shown(c.costs[cost.title]) for cost in costs]
-        more = notes.get(c.subnet, {}).values()
-        rows.append([str(c.subnet), *cells, shown(c.quality), *more, ", ".join(place)])
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(w) for cell, w in zip(row[:-1], wide, strict=False)) + f"  {row[-1]}".rstrip()
-        for row in rows
-    ]
-
-
-def plot(choice: Choice, path: Path, quality: str, scale: float, title: str) -> None:
-    """Draw quality against each of the costs that dominance is about, with the front and the budgets.
+def figure_of(choice: Choice, quality: str, scale: float, title: str) -> Any:
+    """A figure of quality against each of the costs that dominance is about, with the front and the budgets.
 
     Args:
         choice: the chosen subnet among all.
-        path: of the picture; its ending chooses the format.
         quality: label of the axis.
         scale: that qualities are multiplied with.
-        title: of the picture.
+        title: of the figure.
     """
     from matplotlib.figure import Figure  # optional, and slow to import
 
@@ -196,13 +163,13 @@ def plot(choice: Choice, path: Path, quality: str, scale: float, title: str) -> 
             at = c.costs[cost.title], scale * c.quality
             place.annotate(str(c.subnet), at, (4, -7), textcoords="offset points", fontsize=6)
         if cost.limit is not None:
-            place.axvline(cost.limit, color="grey", lw=1, ls="--", label=f"budget {cost.shown(cost.limit)}")
+            place.axvline(cost.limit, color="grey", lw=1, ls="--", label=f"budget {cost.limit:{cost.form}}")
         place.margins(x=0.1)
         place.set(xlabel=cost.title, ylabel=quality)
         place.grid(alpha=0.3)
         place.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    write_figure(figure, path, 150)
+    return figure
 
 
 def size_of(text: str) -> float:

@@ -8,6 +8,7 @@ outside of the others (leverage above 1, or above the smallest there is).
 
 from __future__ import annotations
 
+import html
 import itertools
 import os
 import platform
@@ -26,6 +27,7 @@ from poa.export import static_model
 from poa.files import read_json, write_json
 from poa.selection.runtimes import RUNTIMES, interleaved
 from poa.subnets import SearchSpace, Subnet
+from poa.table import Table
 
 BUSY = 0.05  # share of disturbed calls that is worth a note
 How = Literal["measured", "disturbed", "interpolated"]
@@ -96,9 +98,9 @@ class Latency:
     how: How = "measured"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LatencyTable:
-    """Latencies of subnets in one setting.
+    """Latencies of subnets in one setting; shows itself as a table.
 
     Attributes:
         setting: what they depend on.
@@ -107,21 +109,31 @@ class LatencyTable:
             have enough others.
         error: relative errors of the medians of `subnets` held-out ones, `median` and `largest`; None where
             all are measured.
+        file: in which they lie.
     """
 
     setting: Setting
     latencies: Mapping[Subnet, Latency]
     disturbed: float
     error: Mapping[str, float] | None = None
+    file: Path | None = None
 
-    def lines(self) -> list[str]:
-        """A text table."""
-        wide = max(9, *(len(str(subnet)) for subnet in self.latencies))
-        lines = [f"{self.setting}; ms per call", f"{'subnet':>{wide}} {'median':>9} {'p95':>9}"]
-        for subnet, latency in self.latencies.items():
-            how = "" if latency.how == "measured" else f"  {latency.how}"
-            lines.append(f"{subnet!s:>{wide}} {latency.median:>9.3f} {latency.p95:>9.3f}{how}")
-        return [*lines, *self.notes()]
+    def rows(self) -> Table:
+        """A row for each subnet."""
+        rows = (
+            {"subnet": str(s), "median": x.median, "p95": x.p95, "": "" if x.how == "measured" else x.how}
+            for s, x in self.latencies.items()
+        )
+        return Table(rows, {"median": ".3f", "p95": ".3f"})
+
+    def __repr__(self) -> str:
+        return "\n".join([f"{self.setting}; ms per call", repr(self.rows()), *self.notes()])
+
+    def _repr_html_(self) -> str:
+        said = "".join(
+            f"<p>{html.escape(line)}</p>" for line in (f"{self.setting}; ms per call", *self.notes())
+        )
+        return said + self.rows()._repr_html_()
 
     def notes(self) -> list[str]:
         """What to know before these latencies are believed, a line each."""
@@ -136,11 +148,12 @@ class LatencyTable:
             notes.append(f"error of interpolation on {of}: {off}")
         return notes
 
-    def write(self, path: Path) -> None:
-        """Write JSON."""
+    def write(self, path: Path) -> LatencyTable:
+        """Write JSON; the table in this file."""
         rows = [{"subnet": str(subnet), **asdict(latency)} for subnet, latency in self.latencies.items()]
         about = {"latency": asdict(self.setting), "disturbed": self.disturbed, "error": self.error}
         write_json(path, about | {"subnets": rows})
+        return replace(self, file=path)
 
     @classmethod
     def read(cls, path: Path, space: SearchSpace) -> LatencyTable:
@@ -158,7 +171,7 @@ class LatencyTable:
                 )
                 for row in content["subnets"]
             }
-            return cls(Setting(**content["latency"]), latencies, content["disturbed"], content["error"])
+            return cls(Setting(**content["latency"]), latencies, content["disturbed"], content["error"], path)
 
 
 def measure(

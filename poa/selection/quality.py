@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 from poa.checkpoint import Branch, RunFolder
 from poa.config import Config
+from poa.data.layout import Openers
 from poa.distributed import World
 from poa.errors import InputError
 from poa.evaluate.knn import KNN, REPORTED_K
@@ -31,18 +32,19 @@ class Quality:
         name: of its column.
         about: where it comes from, in a line.
         values: by subnet.
-        shown: a value in words.
+        form: format specification of a value.
         scale: that a plot multiplies values with, and `unit` of the product.
-        notes: further columns by subnet.
+        notes: a further column by subnet, of the name `noted`.
     """
 
     name: str
     about: str
     values: Mapping[Subnet, float]
-    shown: Callable[[float], str]
+    form: str
     scale: float = 1.0
     unit: str = ""
-    notes: Mapping[Subnet, Mapping[str, str]] = field(default_factory=dict)
+    notes: Mapping[Subnet, float] = field(default_factory=dict)
+    noted: str = "note"
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,12 @@ def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
     _, path, settings, values = min(fresh, key=lambda evaluation: evaluation[:2])
     of = f"{settings['branch']} of step {settings['step']}"
     about = f"{of}, {REPORTED_K}-NN accuracy on {settings['data']} ({path.name})"
-    return Quality(f"{REPORTED_K}-NN", about, values, "{:.1%}".format, 100.0, "accuracy, %")
+    return Quality(f"{REPORTED_K}-NN", about, values, ".1%", 100.0, "accuracy, %")
 
 
-def agreement_quality(weights: Weights, config: Config, images: int, device: torch.device) -> Quality:
+def agreement_quality(
+    weights: Weights, config: Config, images: int, device: torch.device, openers: Openers | None = None
+) -> Quality:
     """Linear CKA of all subnets with the intact network, with RankMe beside.
 
     They are kept in the folder of the run, and read from there when they are asked for again.
@@ -104,13 +108,14 @@ def agreement_quality(weights: Weights, config: Config, images: int, device: tor
         config: of the run; its data are used, held-out images if there are any.
         images: so many at most.
         device: to compute on.
+        openers: how to open the data, where no name says it.
     """
     folder, space = weights.folder, config.method.backbone.space
     asked: dict[str, Any] = {"branch": weights.branch, "data": data_place(config.data.source)}
     asked |= {"step": weights.wanted_step, "at_most": images}
     if (agreement := _kept(folder.path / AGREEMENT, asked)) is None:
         network, checkpoint = folder.network(weights.branch, weights.step)
-        data = config.data.open(config.method.seed)
+        data = config.data.open(config.method.seed, openers)
         source = limited(data.test or data.train, images)
         backbone, world = network.backbone.to(device), World(0, 1, device)
         agreement = dict(zip(space, agreements(backbone, list(space), source, config, world), strict=True))
@@ -122,8 +127,8 @@ def agreement_quality(weights: Weights, config: Config, images: int, device: tor
         f"images of {asked['data']} ({AGREEMENT})"
     )
     values = {subnet: one.cka for subnet, one in agreement.items()}
-    notes = {subnet: {"RankMe": f"{one.rankme:.1f}"} for subnet, one in agreement.items()}
-    return Quality("CKA", about, values, "{:.3f}".format, 1.0, "linear CKA", notes)
+    notes = {subnet: one.rankme for subnet, one in agreement.items()}
+    return Quality("CKA", about, values, ".3f", 1.0, "linear CKA", notes, "RankMe")
 
 
 def _kept(path: Path, asked: Mapping[str, Any]) -> dict[Subnet, Agreement] | None:
