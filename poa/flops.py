@@ -108,7 +108,7 @@ def _branch(method: MethodConfig, subnet: Subnet, masked: float, student: bool) 
         total += (2 if student else 1) * count * embedding + (3 if student else 1) * kept * blocks
     head = method.head
     rows = sum(count for count, _ in groups) + masked
-    sizes = [backbone.feature_width(subnet)] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
+    sizes = head.sizes(backbone.feature_width(subnet))
     mlps = len(head.prototypes) * sum(a * b for a, b in zip(sizes, sizes[1:], strict=False))
     products = 2.0 * rows * (mlps + head.bottleneck * sum(head.prototypes))
     return total + (3 if student else 1) * products

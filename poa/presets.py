@@ -212,6 +212,11 @@ PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     ),
 }
 
+QUICKSTARTS = {
+    make().method.backbone.kind: name for name, (make, _) in PRESETS.items() if name.startswith("quickstart")
+}
+"""The presets for digits by kind of backbone."""
+
 
 def preset(name: str) -> Config:
     """A preset by name."""

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 
-from benchmarks.roofline import resnet, swin, vit
 from benchmarks.roofline.costs import HALF, SINGLE, Ceilings, Cost, Summary, product, stream
 from benchmarks.roofline.workload import Workload
 from poa.config import MethodConfig
 from poa.subnets import Subnet
-
-BACKBONES = {"vit": vit.backbone, "swin": swin.backbone, "resnet": resnet.backbone}
 
 
 def heads(work: Workload, part: str, width: int) -> Iterator[Cost]:
     """Head MLPs, prototypes and losses; logits of students are never stored."""
     student, head = part != "teacher", work.method.head
     rows, count = work.read_rows(student), len(head.prototypes)
-    sizes = [width] + [head.hidden] * (head.layers - 1) + [head.bottleneck]
+    sizes = head.sizes(width)
     for inner, out in zip(sizes, sizes[1:], strict=False):
         stored = HALF * (2 if student else 1)
         yield product(part, "forward", "head MLP", rows, out, inner, count=count, stored=stored)
@@ -58,7 +56,8 @@ def update(method: MethodConfig) -> Iterator[Cost]:
 def branch(work: Workload, part: str, subnet: Subnet) -> Iterator[Cost]:
     """The teacher or a student: backbone and heads."""
     config = work.method.backbone
-    yield from BACKBONES[config.kind](config, work, part, subnet)  # type: ignore[operator]
+    kernels = import_module(f"benchmarks.roofline.{config.kind}")  # a file for each kind of backbone
+    yield from kernels.backbone(config, work, part, subnet)
     yield from heads(work, part, config.feature_width(subnet))
 
 

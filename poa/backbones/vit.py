@@ -293,10 +293,6 @@ class ElasticViT(Backbone):
         resizings = [resizing_of_grid(self.pos_embed, weights.prefix, *self._grid(c)) for c in crops]
         return elastic_embedding(crops, weights, width, masks=masks, resizings=resizings), self.groups(crops)
 
-    def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
-        """As `positions_of_grid`, of a subnet's width."""
-        return positions_of_grid(self.pos_embed[..., :width], self.config.prefix, height, breadth)
-
     def normalise(self, x: Tensor) -> Tensor:
         """The last LayerNorm, over the width of `x`."""
         return self.norm(x)
@@ -329,7 +325,7 @@ class ElasticViT(Backbone):
         side = config.grid(config.image_size)
         state = {
             "cls_token": self.cls_token[..., :width],
-            "pos_embed": self.position_embedding(side, side, width),
+            "pos_embed": positions_of_grid(self.pos_embed[..., :width], config.prefix, side, side),
             "patch_embed.proj.weight": self.patch_embed.proj.weight[:width],
             "patch_embed.proj.bias": cast(Tensor, self.patch_embed.proj.bias)[:width],
             "norm.weight": self.norm.weight[:width],

@@ -24,13 +24,11 @@ from poa.files import make_folder, read_json, require_json
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
 from poa.options import from_dict, override
-from poa.presets import preset
+from poa.presets import QUICKSTARTS, preset
 from poa.quickstart import quickstart
 from poa.report import record_band, write_report
 from poa.run import Run, pretrain, subnet_rows
 from poa.warmup import warm_up, warm_up_absent
-
-QUICKSTARTS = {"vit": "quickstart", "swin": "quickstart-swin", "resnet": "quickstart-resnet"}
 
 
 def run_pretrain(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from poa.data.layout import SOURCES
 from poa.evaluate import PROTOCOLS
 from poa.export.formats import DTYPES
 from poa.options import describe, nearest
-from poa.presets import PRESETS, preset
+from poa.presets import PRESETS, QUICKSTARTS, preset
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -76,7 +76,7 @@ def _add_first(group: argparse._SubParsersAction[Command]) -> None:
     )
     command.add_argument(
         "--backbone",
-        choices=tuple(commands.QUICKSTARTS),
+        choices=tuple(QUICKSTARTS),
         default="vit",
         help="backbone to train (default: vit)",
     )

@@ -26,32 +26,17 @@ from poa.weights import load_strictly
 FORMER = "poa-model-1"  # a file of weights with a JSON file of the same name beside it
 
 
-def extract(
-    backbone: Backbone,
-    subnet: Subnet,
-    folder: Path,
-    crops: CropsConfig,
-    *,
-    canvas: int | None = None,
-    bits: int | None = None,
-    image_size: int | None = None,
-    source: str = "",
-) -> Path:
+def extract(backbone: Backbone, subnet: Subnet, folder: Path, crops: CropsConfig, **options: Any) -> Path:
     """Write one subnet as a static model.
 
     Args:
         folder: where the folder `{kind}-{subnet}` goes; made if needed.
-        backbone, subnet, crops, canvas, bits, image_size, source: as in `static_model`.
+        backbone, subnet, crops, options: as of `static_model`, which raises the same errors.
 
     Returns:
         The folder of the model.
-
-    Raises:
-        InputError: as `static_model`.
     """
-    model = static_model(
-        backbone, subnet, crops, canvas=canvas, bits=bits, image_size=image_size, source=source
-    )
+    model = static_model(backbone, subnet, crops, **options)
     config = model.config
     suffix = f"-{config.image_size}px" if config.image_size != backbone.config.image_size else ""
     return model.save(folder / f"{config.kind}-{subnet}{suffix}")

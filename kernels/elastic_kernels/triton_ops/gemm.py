@@ -68,7 +68,7 @@ Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu"]
 # 256 columns (one block a processor), elsewhere 128. Products with a GELU keep 128 there: of two blocks a
 # processor, one hides its epilogue behind the other's loop.
 _FP32 = GemmConfig(64, 32, 32, warps=4, stages=1)  # exact products run on the plain units, from registers
-_HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least a part has
+_HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least an architecture has
 _HALF_WIDE = GemmConfig(128, 256, 64, warps=8, stages=4)
 _NOT_WIDE = ("gelu", "dgrad_gelu")
 WIDE_WASTE = 1.15  # a wide tile is taken while at most this much is computed in vain
@@ -76,7 +76,7 @@ WIDE_WASTE = 1.15  # a wide tile is taken while at most this much is computed in
 
 @lru_cache
 def gemm_config(form: Form, columns: int, itemsize: int, capability: tuple[int, int]) -> GemmConfig:
-    """Settings for a result of so many columns, on a part of a compute capability."""
+    """Settings for a result of so many columns, on a GPU of a compute capability."""
     if itemsize == 4:
         return _FP32
     wide = cdiv(columns, _HALF_WIDE.block_n) * _HALF_WIDE.block_n <= WIDE_WASTE * columns

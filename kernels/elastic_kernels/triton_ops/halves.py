@@ -172,8 +172,8 @@ class Normed:
             return dx, None, None
         if ledger is not None and len(weight) == dh.shape[1]:
             waiting = ledger.arrived(id(weight))
-        (beside,) = waiting or (None,)
-        affine = vectors.add(partials, len(weight), weight.dtype, beside)
+        (addend,) = waiting or (None,)
+        affine = vectors.add(partials, len(weight), weight.dtype, addend)
         if ledger is not None and ledger.awaits_whole(id(weight)):
             ledger.leave(id(weight), affine)
             return dx, None, None

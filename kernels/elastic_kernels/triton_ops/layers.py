@@ -153,13 +153,13 @@ class Layer:
         x: Tensor,
         vectors: VectorGrads,
         sums: Tensor | None = None,
-        beside: Tensor | None = None,
+        addend: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Gradients of weight, bias and LayerScale, where there are such and they do not wait elsewhere.
 
         Complete once `vectors` are launched. `sums` are those of dy over parts of its rows, fp32
         `[parts, groups, n]`, if who made it summed them. The bias also has a gradient `[groups, n]` from
-        elsewhere, if `beside` is given.
+        elsewhere, if `addend` is given.
         """
         ledger, key = self.spec.ledger, self.spec.key
         whole = list(self.weight.shape[1:]) == self.full
@@ -168,8 +168,8 @@ class Layer:
             sums = None
         elif sums is None:
             sums = ops.linear_bias_sums(dy)
-        if beside is not None and sums is not None:
-            sums[0].add_(beside)
+        if addend is not None and sums is not None:
+            sums[0].add_(addend)
         dweight, dbias, dgamma = self._gradients(dy, x, vectors, sums, *(waiting or (None, None, None)))
         if ledger is not None and ledger.awaits_whole(key):
             ledger.leave(key, dweight, dbias, dgamma)

@@ -36,7 +36,7 @@ from elastic_kernels.triton_ops.registration import register
 
 
 @triton.jit
-def _beside(
+def _epilogue_operands(
     bias_ptr, residual_ptr, places, offs_n, mask_m, out_features, stride_r,
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -117,12 +117,12 @@ def _linear_fwd_kernel(
     for part in tl.static_range(SLICES):
         offs_h = first + part * COLUMNS
         if part == 0 or not AHEAD:
-            bias, residual = _beside(
+            bias, residual = _epilogue_operands(
                 bias_ptr, residual_ptr, places, offs_h, mask_m, out_features, stride_r, HAS_BIAS, EPILOGUE
             )
         this_bias, this_residual = bias, residual
         if AHEAD and part + 1 < SLICES:
-            bias, residual = _beside(
+            bias, residual = _epilogue_operands(
                 bias_ptr, residual_ptr, places, offs_h + COLUMNS, mask_m, out_features, stride_r,
                 HAS_BIAS, EPILOGUE,
             )  # fmt: skip

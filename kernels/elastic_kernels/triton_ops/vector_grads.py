@@ -3,9 +3,9 @@
     bias, affine of a norm    sum of the parts
     LayerScale                dW = gamma * P,  db = gamma * sum dy,  dgamma = rowsum(P * W) + b * sum dy
 
-Each is made in full shape, 0 outside of the corner, and added to one that waits beside it. LayerScale takes
-one pass over P, of the weight's size, and no saved activation. Parts are added in a fixed order, so that
-results repeat bitwise.
+Each is made in full shape, 0 outside of the corner; an addend, a gradient that was made before, may be added.
+LayerScale takes one pass over P, of the weight's size, and no saved activation. Parts are added in a fixed
+order, so that results repeat bitwise.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _added(sums_ptr, parts, stride, offs_n, mask_n, PARTS: tl.constexpr):
 
 @triton.jit
 def _vector(
-    result_ptr, sums_ptr, beside_ptr, parts, groups, features, largest, tile,
+    result_ptr, sums_ptr, addend_ptr, parts, groups, features, largest, tile,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of the vectors `[groups, largest]`, one after the other, from `[parts, groups, features]`."""
@@ -43,15 +43,15 @@ def _vector(
     sums_ptr += group * features
     total = _added(sums_ptr, parts, groups * features, offs_n, offs_n < features, PARTS)
     inside, place = offs_n < largest, group * largest + offs_n
-    if beside_ptr is not None:
-        total += tl.load(beside_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    if addend_ptr is not None:
+        total += tl.load(addend_ptr + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(result_ptr + place, total.to(result_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _scaled_rows(
-    p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, beside_ptr,
-    gamma_beside_ptr,
+    p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, addend_ptr,
+    gamma_addend_ptr,
     parts, features, in_features, largest, corner_out, corner_width, stride_wn, stride_wk, tile,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -78,21 +78,21 @@ def _scaled_rows(
         dbias = _added(sums_ptr, parts, features, offs_n, mask_n, PARTS)
         dgamma += dbias * tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
         dbias *= gamma
-        if beside_ptr is not None:
-            dbias += tl.load(beside_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
+        if addend_ptr is not None:
+            dbias += tl.load(addend_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
         tl.store(dbias_ptr + offs_n, dbias.to(dbias_ptr.dtype.element_ty), mask=inside)
-    if gamma_beside_ptr is not None:
-        dgamma += tl.load(gamma_beside_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
+    if gamma_addend_ptr is not None:
+        dgamma += tl.load(gamma_addend_ptr + offs_n, mask=inside, other=0.0).to(tl.float32)
     tl.store(dgamma_ptr + offs_n, dgamma.to(dgamma_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_parts", "first_groups", "second_parts", "second_groups", "parts"])
 def _vector_grads_kernel(
-    first_ptr, first_sums_ptr, first_beside_ptr, first_parts, first_groups, first_features, first_largest,
-    second_ptr, second_sums_ptr, second_beside_ptr, second_parts, second_groups, second_features,
+    first_ptr, first_sums_ptr, first_addend_ptr, first_parts, first_groups, first_features, first_largest,
+    second_ptr, second_sums_ptr, second_addend_ptr, second_parts, second_groups, second_features,
     second_largest,
-    p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, beside_ptr,
-    gamma_beside_ptr,
+    p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, addend_ptr,
+    gamma_addend_ptr,
     parts, features, in_features, largest, corner_out, corner_width, stride_wn, stride_wk,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +102,7 @@ def _vector_grads_kernel(
         if tile < tl.cdiv(largest, ROWS):
             _scaled_rows(
                 p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr,
-                beside_ptr, gamma_beside_ptr,
+                addend_ptr, gamma_addend_ptr,
                 parts, features, in_features, largest, corner_out, corner_width, stride_wn, stride_wk, tile,
                 PARTS, ROWS, BLOCK,
             )  # fmt: skip
@@ -111,14 +111,14 @@ def _vector_grads_kernel(
         tiles = first_groups * tl.cdiv(first_largest, COLUMNS)
         if (tile >= 0) & (tile < tiles):
             _vector(
-                first_ptr, first_sums_ptr, first_beside_ptr, first_parts, first_groups, first_features,
+                first_ptr, first_sums_ptr, first_addend_ptr, first_parts, first_groups, first_features,
                 first_largest, tile, PARTS, COLUMNS,
             )  # fmt: skip
         tile -= tiles
     if second_ptr is not None:  # noqa: SIM102, the compiler drops it
         if tile >= 0:
             _vector(
-                second_ptr, second_sums_ptr, second_beside_ptr, second_parts, second_groups, second_features,
+                second_ptr, second_sums_ptr, second_addend_ptr, second_parts, second_groups, second_features,
                 second_largest, tile, PARTS, COLUMNS,
             )  # fmt: skip
 
@@ -129,7 +129,7 @@ _NO_VECTOR, _NO_SCALE = (None, None, None, 0, 1, 0, 0), (*(None,) * 10, 0, 0, 0,
 
 
 def vector_grads_(
-    results: list[Tensor], sums: list[Tensor], besides: list[Tensor | None], scaled: list[Tensor | None]
+    results: list[Tensor], sums: list[Tensor], addends: list[Tensor | None], scaled: list[Tensor | None]
 ) -> None:
     """Write gradients.
 
@@ -138,13 +138,13 @@ def vector_grads_(
             P, fp32 `[1, n, k]` and contiguous, made the weight's gradient in place, and the gradients of
             gamma `[largest]` and of the bias `[largest]`, if the layer has one.
         sums: partial sums, fp32 `[parts, groups, n]`.
-        besides: a vector like its result for each of `sums`, added to it, or None.
+        addends: a vector like its result for each of `sums`, added to it, or None.
         scaled: none, or of LayerScale's layer: partial sums of the bias `[parts, 1, n]` or None, the corners
             weight `[1, n, k]`, bias `[1, n]` or None and gamma `[n]`, of which P was made; a gradient
             `[1, n_c, k_c]`, contiguous, to be added to that corner of P, or None; gradients of bias and
             gamma, to which these are added, or None.
     """
-    vectors = list(zip(results, sums, besides, strict=False))
+    vectors = list(zip(results, sums, addends, strict=False))
     scale, programs = _scale_arguments(results[len(sums) :], *scaled) if scaled else (_NO_SCALE, 0)
     for i in range(0, max(len(vectors), 1), 2):
         pair = [_vector_arguments(*vector) for vector in vectors[i : i + 2]]
@@ -157,9 +157,9 @@ def vector_grads_(
         scale, programs = _NO_SCALE, 0
 
 
-def _vector_arguments(result: Tensor, sums: Tensor, beside: Tensor | None) -> tuple[Any, ...]:
+def _vector_arguments(result: Tensor, sums: Tensor, addend: Tensor | None) -> tuple[Any, ...]:
     parts, groups, features = sums.shape
-    return result, sums, beside, parts, groups, features, len(result) // groups
+    return result, sums, addend, parts, groups, features, len(result) // groups
 
 
 def _scale_arguments(results: list[Tensor], *scaled: Any) -> tuple[tuple[Any, ...], int]:
@@ -174,7 +174,7 @@ def _scale_arguments(results: list[Tensor], *scaled: Any) -> tuple[tuple[Any, ..
 
 
 register(
-    "vector_grads_(Tensor(a!)[] results, Tensor[] sums, Tensor?[] besides, Tensor?[] scaled) -> ()",
+    "vector_grads_(Tensor(a!)[] results, Tensor[] sums, Tensor?[] addends, Tensor?[] scaled) -> ()",
     vector_grads_,
     lambda *arguments: None,
 )
@@ -189,16 +189,16 @@ class VectorGrads:
     def _clear(self) -> None:
         self._results: list[Tensor] = []
         self._sums: list[Tensor] = []
-        self._besides: list[Tensor | None] = []
+        self._addends: list[Tensor | None] = []
         self._scaled: list[Tensor | None] = []
         self._scaled_results: list[Tensor] = []
 
-    def add(self, sums: Tensor, largest: int, dtype: torch.dtype, beside: Tensor | None) -> Tensor:
-        """That of partial sums fp32 `[parts, groups, n]`: `[groups * largest]`, as is `beside`."""
+    def add(self, sums: Tensor, largest: int, dtype: torch.dtype, addend: Tensor | None) -> Tensor:
+        """That of partial sums fp32 `[parts, groups, n]`: `[groups * largest]`, as is `addend`."""
         result = sums.new_empty(sums.shape[1] * largest, dtype=dtype)
         self._results.append(result)
         self._sums.append(sums)
-        self._besides.append(beside)
+        self._addends.append(addend)
         return result
 
     def scale(
@@ -214,7 +214,7 @@ class VectorGrads:
     def launch(self) -> None:
         """Fill those that were not yet."""
         if results := self._results + self._scaled_results:
-            ops.vector_grads_(results, self._sums, self._besides, self._scaled)
+            ops.vector_grads_(results, self._sums, self._addends, self._scaled)
             self._clear()
 
 
