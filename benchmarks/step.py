@@ -27,12 +27,12 @@ from benchmarks.results import Row, place
 from elastic_kernels import backend
 from poa.config import Config
 from poa.micro_batch import MicroBatch, crop_masks, student_passes
-from poa.network import VIEWS, Batch, Network, StudentPass
+from poa.network import VIEWS, Batch, StudentPass
 from poa.optim import Schedules
 from poa.options import override
 from poa.presets import QUICKSTARTS, preset
 from poa.random import python_stream, torch_stream
-from poa.step import TrainingState, autocast, initial_network, train_step
+from poa.step import Initial, TrainingState, autocast, initial_networks, train_step
 from poa.subnets import SearchSpace, Subnet
 from poa.tribranch import teacher_targets, tribranch_loss
 
@@ -99,8 +99,8 @@ def make_setting(config: Config, images: int, device: torch.device) -> Setting:
 
 
 @functools.lru_cache(maxsize=1)
-def _initial(config: Config) -> Network:
-    return initial_network(config)  # on the CPU, which takes it seconds
+def _initial(config: Config) -> Initial:
+    return initial_networks(config)  # on the CPU, which takes it seconds
 
 
 def initial_state(setting: Setting) -> TrainingState:

@@ -1,7 +1,7 @@
 """The configuration of a run.
 
 `method` and `data` are what changes results; `performance` must not change them; `run` says what happens
-around the training, and neither results nor speed depend on it, but for `run.init_from`.
+around the training, and neither results nor speed depend on it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Destination = Literal["tensorboard", "wandb"]
 MOST_IMAGES = 65536  # of a micro-batch
 MOST_PARAMETERS = 10_000_000_000  # fp32 weights, teacher, gradients and moments of which take 200 GB
+
+
+@dataclass(frozen=True)
+class InitConfig(Options, at="method.init"):
+    """The initial weights."""
+
+    weights: str = option(
+        "",
+        "run folder, timm:NAME, folder of a model, or file of weights whose weights the run starts from; "
+        "empty: random weights",
+    )
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,7 @@ class MethodConfig(Options, at="method"):
     canvas: int = option(
         256, "images are shrunk to fit a square of this many pixels when decoded", "[8, 16384]"
     )
+    init: InitConfig = section(InitConfig(), "the initial weights")
     backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
     loss: LossConfig = section(LossConfig(), "the loss")
@@ -105,7 +117,6 @@ class PerformanceConfig(Options, at="performance"):
 class RunConfig(Options, at="run"):
     """What happens around the training."""
 
-    init_from: str = option("", "run folder whose newest weights the run starts from; empty: random weights")
     device: str = option("auto", "device to train on: auto, cpu, cuda or cuda:N")
     log_every: int = option(20, "steps between lines of metrics.jsonl and of progress", "[1, 1e9]")
     save_every: int = option(1000, "steps between checkpoints; the last step is always saved", "[1, 1e9]")
@@ -141,6 +152,7 @@ class Config:
         "performance.reduce": "method.reduce_dtype",
         "run.data": "data.source",
         "run.holdout": "data.holdout",
+        "run.init_from": "method.init.weights",
         "run.unreadable_share": "data.unreadable_share",
     }
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from poa.backbones import Backbone, BackboneConfig, ResNetConfig, SwinConfig, ViTConfig
@@ -88,7 +87,7 @@ def load_backbone(
         '128x12'
     """
     with as_input(f"{path}: expected official weights"):
-        state = _of_branch(_read(Path(path)), branch, str(path))
+        state = of_branch(read_weights(Path(path)), branch, str(path))
     return backbone_from_state(state, name=str(path), head_dim=head_dim, norm_groups=norm_groups)
 
 
@@ -96,7 +95,7 @@ def backbone_from_state(
     state: Mapping[str, Tensor], *, name: str = "state", head_dim: int = 64, norm_groups: int = 32
 ) -> Backbone:
     """An elastic backbone from official parameters; kind and sizes are read from their names and shapes."""
-    with as_input(f"{name}: expected official weights"):
+    with as_input(f"{name}: expected weights of a backbone"):
         backbone = _config(backbone_state(state), name, head_dim, norm_groups).build()
         load_strictly(backbone, backbone_state(state), name)
     return backbone
@@ -105,22 +104,27 @@ def backbone_from_state(
 def _config(converted: Mapping[str, Tensor], name: str, head_dim: int, norm_groups: int) -> BackboneConfig:
     """Kind and sizes of the network that has these parameters."""
     readers: dict[str, Callable[[], BackboneConfig]] = {
-        "cls_token": lambda: _vit(converted, head_dim),
+        "cls_token": lambda: _vit(converted, name, head_dim),
         "stages.0.blocks.0.norm1.weight": lambda: _swin(converted),
         "layer1.0.conv2.weight": lambda: _resnet(converted, norm_groups),
     }
     matching = [reader for key, reader in readers.items() if key in converted]
     if not matching:
-        raise InputError(f"{name}: expected official weights, got none of {', '.join(readers)}")
+        raise InputError(
+            f"{name}: expected weights of a ViT, Swin or ResNet, got none of {', '.join(readers)}"
+        )
     try:
         return matching[0]()
     except KeyError as missing:
-        raise InputError(f"{name}: expected official weights, got no {missing}") from None
+        raise InputError(f"{name}: expected weights of a backbone, got no {missing}") from None
 
 
-def _vit(state: Mapping[str, Tensor], head_dim: int) -> BackboneConfig:
+def _vit(state: Mapping[str, Tensor], name: str, head_dim: int) -> BackboneConfig:
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    side = round((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
+    if width % head_dim:
+        raise InputError(f"{name}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
     return ViTConfig(
         image_size=side * patch,
         patch_size=patch,
@@ -129,6 +133,7 @@ def _vit(state: Mapping[str, Tensor], head_dim: int) -> BackboneConfig:
         min_depth=1,
         max_depth=_count(state, "blocks."),
         head_dim=head_dim,
+        registers=registers,
         mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
         masked="mask_token" in state,
     )
@@ -172,13 +177,7 @@ def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
 
 
-def _read(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return read_weights(path)
-
-
-def _of_branch(content: Any, branch: str, name: str) -> dict[str, Tensor]:
+def of_branch(content: Any, branch: str, name: str) -> dict[str, Tensor]:
     """The parameters of one branch's backbone, `backbone.` stripped."""
     for key in (branch, "model"):
         if isinstance(content, Mapping) and key in content:

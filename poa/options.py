@@ -85,10 +85,10 @@ class Options:
         return InputError(f"{self.at}.{name}: expected {expected}, got {shown(text)}")
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, most: int = SHOWN) -> str:
     """A value in a message, cut where it is long."""
     text = value if isinstance(value, str) else f"{value}"
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text):,} characters)"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def section(default: Any, help: str) -> Any:

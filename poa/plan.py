@@ -156,7 +156,7 @@ def require_runnable(config: Config, processes: int) -> None:
 
 
 def first_lines(
-    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, world: World
+    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, world: World, weights: str = "random"
 ) -> Iterator[str]:
     """What was found and what will be done, a line for each subject; then what is unusual."""
     method, space = config.method, config.method.backbone.space
@@ -179,8 +179,8 @@ def first_lines(
         f"steps: {schedules.total_steps:,} of {counted(images, 'image')}{parts}, "
         f"{method.optim.epochs:g} epochs of {counted(plan.epoch_steps, 'step')}"
     )
-    if config.run.init_from:
-        yield f"weights: the newest of {config.run.init_from}"
+    if weights != "random":
+        yield f"weights: {weights}"
     marks = phases(config, plan, schedules)
     yield f"phases: {', '.join(f'{what} step {step:,}' for what, step in marks)}"
     for line in _unusual(config, plan, schedules, data, world):

@@ -168,6 +168,31 @@ def _small_images() -> Config:
     )
 
 
+def _elastic() -> Config:
+    """A network that has learned already: short, with small learning rates in its first layers."""
+    optim = OptimConfig(
+        epochs=10.0,
+        base_lr=5e-4,
+        min_lr=1e-6,
+        warmup_epochs=1.0,
+        freeze_last_layer_epochs=0.2,
+        layer_decay=0.8,
+        stretch=1.0,
+        momentum=0.996,
+        teacher_temperature_epochs=2.0,
+        ibot_start_epoch=1.0,
+    )
+    backbone = ViTConfig(drop_path=0.1)
+    return Config(method=MethodConfig(backbone=backbone, loss=LossConfig(operands="fp16"), optim=optim))
+
+
+def _elastic_small() -> Config:
+    """The same for images of about 32 pixels on a CPU."""
+    small = _small_images()
+    optim = dataclasses.replace(small.method.optim, epochs=5.0, base_lr=5e-4, momentum=0.99, layer_decay=0.8)
+    return dataclasses.replace(small, method=dataclasses.replace(small.method, optim=optim))
+
+
 def _published(
     backbone: BackboneOptions, layer_decay: float, epochs: float, ibot_epoch: float, stretch: float
 ) -> Config:
@@ -199,6 +224,8 @@ PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     "quickstart-swin": (_quickstart_swin, "digits with a Swin: widths 16 and 32, last stage 1..3 blocks"),
     "quickstart-resnet": (_quickstart_resnet, "digits with a ResNet: middle widths 16..32, 3..5 blocks"),
     "small-images": (_small_images, "images of 32 pixels on a CPU: widths 64..128, depths 2..4"),
+    "elastic": (_elastic, "with --init: any network of 224 pixels, which becomes elastic; needs a GPU"),
+    "elastic-small": (_elastic_small, "with --init: any network of 32 pixels, on a CPU"),
     "vit-s16": (lambda: _vit(192, 384, 6, 12), "up to ViT-S/16: widths 192..384, depths 6..12"),
     "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),
     "vit-l16": (lambda: _vit(384, 1024, 12, 24), "the paper's ViT-L/16: widths 384..1024, depths 12..24"),

@@ -25,10 +25,10 @@ from poa.evaluate.sweep import data_place
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
+from poa.initialization import initial_config
 from poa.metrics import Callback
 from poa.network import Network
 from poa.options import differences, override
-from poa.presets import preset as preset_of
 from poa.progress import say
 from poa.report import curves_of, evaluations, summary
 from poa.selection import Budgets, LatencyTable, Selection
@@ -41,9 +41,10 @@ from poa.table import Table
 
 def pretrain(
     data: Images | None = None,
-    preset: str | Config = "quickstart",
+    preset: str | Config | None = None,
     *,
     out: str | Path | None,
+    init: str | None = None,
     resume: bool = False,
     check: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -53,8 +54,11 @@ def pretrain(
 
     Args:
         data: images to train on, alone or with labels; default those of the preset.
-        preset: name of the preset whose options are used, or a whole configuration.
+        preset: name of the preset whose options are used, or a whole configuration; default quickstart, with
+            `init` elastic, or the options of that run.
         out: the run folder, new; None only to `check`.
+        init: initial weights, whose backbone is used: `timm:NAME`, the folder of a model or of a run, or a
+            file.
         resume: resume the run in `out` if there is one.
         check: only print which images were found and what the run would do.
         callbacks: called with each row of the metrics: logged steps, evaluations (`row["knn"]`) and alarms.
@@ -78,8 +82,8 @@ def pretrain(
     """
     if not (out or check):
         raise InputError(f"out: expected the folder of the run, got {out!r}; only check=True needs none")
-    config, openers = _with_images(preset_of(preset) if isinstance(preset, str) else preset, data)
-    config, folder = override(config, options), RunFolder(Path(out or "."))
+    config, openers = _with_images(initial_config(preset, init, options), data)
+    folder = RunFolder(Path(out or "."))
     resume = resume and bool(folder.checkpoints())
     if out and not resume:
         folder.require_new()

@@ -9,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from poa.checkpoint import Branch, RunFolder
 from poa.config import Config, Precision
 from poa.errors import InputError
 from poa.health import observe
+from poa.initialization import is_run, read_source
 from poa.micro_batch import AUTOCAST, MicroBatch
 from poa.network import Network, StudentOutput, StudentPass
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
@@ -42,11 +43,10 @@ class TrainingState:
     rounded: working_weights
 
     @classmethod
-    def start(cls, config: Config, device: torch.device, student: Network | None = None) -> TrainingState:
-        """Initial networks, or with this student, and an optimiser that has not stepped."""
-        method = config.method
-        student = (student or initial_network(config)).to(device)
-        teacher = initial_network(config, "teacher").to(device) if config.run.init_from else deepcopy(student)
+    def start(cls, config: Config, device: torch.device, initial: Initial | None = None) -> TrainingState:
+        """Initial networks, default those of the configuration, and an optimiser that has not stepped."""
+        method, initial = config.method, initial or initial_networks(config)
+        student, teacher = initial.student.to(device), initial.teacher.to(device)
         teacher.requires_grad_(False)
         return cls(
             student,
@@ -93,18 +93,42 @@ class TrainingState:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def initial_network(config: Config, branch: Branch = "student") -> Network:
-    """The student or the teacher before training: random weights, the same for both, or those of another run.
+class Initial(NamedTuple):
+    """Networks before training, on the CPU, and where their weights come from."""
+
+    student: Network
+    teacher: Network
+    origin: str
+
+
+def initial_networks(config: Config) -> Initial:
+    """Random weights, the same for both networks, or those of `method.init.weights`.
+
+    Only those of another run differ between the two, and have heads.
 
     Raises:
-        InputError: the other run has no weights, or some of other names or shapes.
+        InputError: there are no weights, or some of other names or shapes.
     """
-    generator = torch_stream(config.method.seed, "initial weights")
-    network = Network(config.method.backbone, config.method.head, generator)
-    if config.run.init_from:
-        source, checkpoint = RunFolder(Path(config.run.init_from)).network(branch)
-        load_strictly(network, source.state_dict(), f"run.init_from: {checkpoint.path}")
-    return network
+    method, weights, origin = config.method, config.method.init.weights, "random"
+    student = Network(method.backbone, method.head, torch_stream(method.seed, "initial weights"))
+    if weights and not is_run(weights):
+        source = read_source(weights, method.backbone)
+        source.place_into(student.backbone)
+        origin = str(source)
+    teacher = deepcopy(student)
+    if is_run(weights):
+        branches: dict[Branch, Network] = {"student": student, "teacher": teacher}
+        for branch, network in branches.items():
+            trained, checkpoint = RunFolder(Path(weights)).network(branch)
+            load_strictly(network, trained.state_dict(), f"method.init.weights: {checkpoint.path}")
+            origin = f"those of step {checkpoint.step:,} of {weights}"
+    return Initial(student, teacher, origin)
+
+
+def initial_network(config: Config, branch: Branch = "student") -> Network:
+    """One of `initial_networks`."""
+    networks = initial_networks(config)
+    return networks.student if branch == "student" else networks.teacher
 
 
 def rounded_weights(student: Network, teacher: Network, precision: Precision) -> working_weights:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elastic_kernels import compilations
 from poa.checkpoint import RunFolder, log
-from poa.config import Config, with_run
+from poa.config import Config, InitConfig
 from poa.data.layout import Openers
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
@@ -31,7 +32,7 @@ from poa.options import describe
 from poa.plan import Plan, evaluated_subnets, first_lines, last_lines, phases, require_runnable
 from poa.progress import Progress, say
 from poa.signals import StopSignals, preempted
-from poa.step import StepReport, TrainingState, initial_network, train_step
+from poa.step import Initial, StepReport, TrainingState, initial_networks, train_step
 from poa.subnets import SubnetSampler
 from poa.writers import require_writers
 
@@ -110,7 +111,11 @@ def _train(
     assert folder.lock
     plan = Plan.of(config, len(data.train), world.size, content)
     schedules = plan.schedules(config)
-    beginning = list(first_lines(config, plan, schedules, data, world))
+    read = not content and (config.method.init.weights or not check)
+    initial = initial_networks(config) if read else None
+    beginning = list(
+        first_lines(config, plan, schedules, data, world, initial.origin if initial else "random")
+    )
     changes: list[str] = []
     if content:
         with as_input(f"checkpoint of step {content['step']}: expected that of this run"):
@@ -123,11 +128,9 @@ def _train(
     for line in changes if world.is_main else ():
         log.warning("%s", line)
     if check:
-        if config.run.init_from and not content:
-            initial_network(config)  # may not fit
         return
     started = time.monotonic()
-    run = Trainer(config, folder, data, world, content, callbacks)
+    run = Trainer(config, folder, data, world, content, callbacks, initial)
     if not content:
         world.from_main(folder.lock.acquire)
     run.begin()
@@ -147,6 +150,7 @@ class Trainer:
         world: this process.
         content: of the checkpoint to resume; None for a new run.
         callbacks: called on the main process with every line of the metrics.
+        initial: networks of a new run; default those of its configuration.
 
     Raises:
         InputError: more ranks than micro-batches, or a checkpoint that does not fit.
@@ -160,6 +164,7 @@ class Trainer:
         world: World,
         content: dict[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
+        initial: Initial | None = None,
     ):
         method = config.method
         self.config, self.folder, self.data, self.world = config, folder, data, world
@@ -171,8 +176,8 @@ class Trainer:
         self.sampler = SubnetSampler(
             self.space, method.sampling, method.seed, self.plan.micro_batches, method.backbone.flops
         )
-        random = with_run(config, init_from="") if content else config  # the checkpoint has all
-        self.state = TrainingState.start(random, world.device)
+        random = replace(config, method=replace(method, init=InitConfig())) if content else config
+        self.state = TrainingState.start(random, world.device, initial)
         self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler, callbacks)
         self.images = data.digest()
         self.first_step = 0

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from poa.errors import InputError, as_input, one_line
 
 
 def read_weights(path: Path, *, mapped: bool = False) -> Any:
-    """Load a file of `torch.save` without running anything in it.
+    """Load a file of `torch.save` without running anything in it, or a safetensors file.
 
     Args:
         path: of the file.
@@ -26,6 +27,8 @@ def read_weights(path: Path, *, mapped: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: expected a file of weights, got no such file")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that are refused anyway
             named = not any("\ud800" <= letter <= "\udfff" for letter in str(path))  # what torch can map

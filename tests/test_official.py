@@ -78,7 +78,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="no such file"):
         load_backbone(tmp_path / "nothing.pth")
-    with pytest.raises(InputError, match="expected official weights, got none of cls_token"):
+    with pytest.raises(InputError, match="expected weights of a ViT, Swin or ResNet, got none of cls_token"):
         load({"weights": torch.zeros(2)})
     with pytest.raises(InputError, match=r"0 expected weights missing .* 1 unknown \(first: extra\)"):
         load(state() | {"extra": torch.zeros(1)})

@@ -267,11 +267,12 @@ def test_what_cannot_be_planned_again(option: str, tmp_path: Path, capsys: Any) 
 def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     pretrain(tiny_config(), first)
-    start = ["pretrain", "--init-from", str(first), "--out", str(second), "method.optim.base_lr=0.001"]
+    start = ["pretrain", "--init", str(first), "--out", str(second), "method.optim.base_lr=0.001"]
     assert main(start) == 0
     config = RunFolder(second).config()
-    assert config.run.init_from == str(first)
-    assert config.method == replace(tiny_config().method, optim=config.method.optim)
+    assert config.method.init.weights == str(first)
+    changed = {"optim": config.method.optim, "init": config.method.init}
+    assert config.method == replace(tiny_config().method, **changed)
     state = TrainingState.start(config, torch.device("cpu"))
     for branch in ("student", "teacher"):
         saved = newest(first)[branch]
@@ -280,9 +281,9 @@ def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, capsys: pytest
     assert [row["step"] for row in rows(second)] == [1, 2, 3, 4, 5, 6]
     wider = ["--preset", "quickstart", *OVERRIDES, "method.backbone.max_width=48"]
     for check in ([], ["--check"]):
-        assert main(["pretrain", "--init-from", str(first), "--out", str(second / "x"), *wider, *check]) == 2
+        assert main(["pretrain", "--init", str(first), "--out", str(second / "x"), *wider, *check]) == 2
         error = capsys.readouterr().err
-        assert "run.init_from: " in error and "expected shape (1, 1, 48), got (1, 1, 32)" in error
+        assert "method.init.weights: " in error and "expected shape (1, 1, 48), got (1, 1, 32)" in error
         assert not (second / "x").exists()
     shutil.rmtree(first)
     assert main(["pretrain", "--resume", str(second)]) == 0

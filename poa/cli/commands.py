@@ -21,6 +21,7 @@ from poa.export.card import push, write_card
 from poa.export.formats import require_packages
 from poa.export.int8 import export_int8, open_to_quantise
 from poa.files import make_folder, read_json, require_json
+from poa.initialization import initial_config
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
 from poa.options import from_dict, override
@@ -33,9 +34,9 @@ from poa.warmup import warm_up, warm_up_absent
 
 def run_pretrain(options: argparse.Namespace) -> None:
     if options.resume:
-        if options.preset or options.config or options.out or options.auto_resume or options.init_from:
+        if options.preset or options.config or options.out or options.auto_resume or options.init:
             raise InputError(
-                "--resume: expected no --preset, --config, --init-from, --out or --auto-resume with it"
+                "--resume: expected no --preset, --config, --init, --out or --auto-resume with it"
             )
         run = Run(options.resume)
         run.resume(config=_overridden(run.config, options), replan=options.replan, check=options.check)
@@ -187,16 +188,12 @@ def list_subnets(options: argparse.Namespace) -> None:
 
 def _new_config(options: argparse.Namespace) -> Config:
     """Of a preset, a file or the run to start from, in this order; the quickstart's where none is named."""
-    source = getattr(options, "init_from", None)
     if options.preset and options.config:
         raise InputError("expected one of --preset and --config, got both")
+    preset = options.preset
     if options.config:
-        config = from_dict(Config, read_json(Path(options.config), "config: expected a JSON file"))
-    elif source and not options.preset:
-        config = RunFolder(Path(source)).config()
-    else:
-        config = preset(options.preset or "quickstart")
-    return _overridden(with_run(config, init_from=source) if source else config, options)
+        preset = from_dict(Config, read_json(Path(options.config), "config: expected a JSON file"))
+    return _overridden(initial_config(preset, getattr(options, "init", None), options.overrides), options)
 
 
 def _overridden(config: Config, options: argparse.Namespace) -> Config:

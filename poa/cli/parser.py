@@ -162,9 +162,10 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
         help="with --resume: allow other method.optim options, such as epochs",
     )
     command.add_argument(
-        "--init-from",
-        metavar="RUN",
-        help="initial weights from this run, whose options are used unless --preset is given",
+        "--init",
+        metavar="WEIGHTS",
+        help="initial weights, whose backbone is used: timm:NAME, the folder of a model or a run, or a file "
+        "(method.init.weights); without --preset the options of the run or those of preset elastic are used",
     )
     command.add_argument(
         "--check",

@@ -1,0 +1,87 @@
+"""The configuration of a run that starts from pretrained weights: its backbone follows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from poa.backbones import BackboneOptions, ViTConfig
+from poa.checkpoint import RunFolder
+from poa.config import Config, InitConfig, MethodConfig
+from poa.data.crops import CropsConfig
+from poa.initialization.source import Source, is_run, read_source
+from poa.options import override
+from poa.presets import preset as preset_of
+
+HINTS = ("kind", "head_dim", "norm_groups")  # options that a file of weights needs to be understood
+KEPT = ("drop_path", "drop_path_uniform", "sampling_scale", "mask_scale")  # options that no weights decide
+
+
+def initial_config(
+    preset: str | Config | None, weights: str | None, overrides: Sequence[str] | Mapping[str, Any]
+) -> Config:
+    """The options of a new run.
+
+    Args:
+        preset: name of a preset, or a configuration. None: that of the run that `weights` names; `elastic`
+            with other weights; `quickstart` without.
+        weights: as `method.init.weights`; their backbone takes the place of that of the preset. Subnets of a
+            backbone of one size go down to half of its width and depth.
+        overrides: options that win over all this.
+
+    Raises:
+        InputError: unknown options, or weights that cannot be used.
+    """
+    if weights and preset is None and is_run(weights):
+        config = RunFolder(Path(weights)).config()
+    elif isinstance(preset, Config):
+        config = preset
+    else:
+        config = preset_of(preset or ("elastic" if weights else "quickstart"))
+    if not weights:
+        return override(config, overrides)
+    init = InitConfig(weights)
+    if is_run(weights):
+        backbone, crops = RunFolder(Path(weights)).config().method.backbone, config.method.crops
+    else:
+        source = read_source(weights, override(config, _hints(overrides)).method.backbone)
+        backbone, crops = _following(source, config.method)
+    method = dataclasses.replace(config.method, init=init, backbone=backbone, crops=crops)
+    return override(dataclasses.replace(config, method=method), overrides)
+
+
+def _hints(overrides: Sequence[str] | Mapping[str, Any]) -> Sequence[str] | Mapping[str, Any]:
+    """Those of the overrides that a file of weights needs."""
+
+    def helps(key: str) -> bool:
+        return key.partition("=")[0].rpartition(".")[2] in HINTS
+
+    if isinstance(overrides, Mapping):
+        return {key: value for key, value in overrides.items() if helps(key)}
+    return [assignment for assignment in overrides if helps(assignment)]
+
+
+def _following(source: Source, method: MethodConfig) -> tuple[BackboneOptions, CropsConfig]:
+    """The backbone of the source, with subnets down to half of it, on crops of the sizes that it can take."""
+    shape, crops = cast(BackboneOptions, source.backbone.config), method.crops
+    patch = shape.patch_size if isinstance(shape, ViTConfig) else shape.stride
+    sizes = {
+        name: max(1, round(getattr(crops, name) / patch)) * patch for name in ("global_size", "local_size")
+    }
+    if source.normalisation:
+        sizes |= dict(zip(("mean", "std"), source.normalisation, strict=True))
+    unit = shape.head_dim if isinstance(shape, ViTConfig) else shape.unit
+    smallest: dict[str, Any] = {"min_width": -(-shape.max_width // unit // 2) * unit}
+    if isinstance(shape, ViTConfig):
+        smallest["min_depth"] = -(-shape.max_depth // 2)
+    else:
+        smallest["min_depths"] = tuple(-(-depth // 2) for depth in shape.max_depths)
+    kept = {
+        key: getattr(method.backbone, key)
+        for key in KEPT
+        if hasattr(method.backbone, key) and hasattr(shape, key)
+    }
+    crops = dataclasses.replace(crops, **sizes)
+    return dataclasses.replace(shape, image_size=crops.global_size, masked=True, **smallest, **kept), crops

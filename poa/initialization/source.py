@@ -1,0 +1,215 @@
+"""Pretrained weights from timm, from a model of this project or from a file, as an elastic backbone.
+
+Every tensor is placed or named; at full size the backbone computes what the source does, which is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from poa.backbones import Backbone, BackboneConfig, ElasticViT, ResNetConfig, ViTConfig
+from poa.errors import InputError, optional_package
+from poa.export import load
+from poa.export.model import CONFIG, TOLERANCE, WEIGHTS
+from poa.files import read_json
+from poa.official import backbone_from_state, backbone_name, backbone_state, of_branch
+from poa.options import shown
+from poa.weights import load_strictly, read_weights
+
+TIMM = "timm:"
+CLASSIFIER = re.compile(r"(head|fc)\.(weight|bias)")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""What a source computes of images: `Features.cls` and `Features.patches`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pretrained weights.
+
+    Attributes:
+        name: where they come from.
+        backbone: they themselves, of one size, in float32 on the CPU.
+        elastic: whether prefixes of them were trained, so that their order must stay.
+        normalisation: mean and standard deviation of the pixels by channel, where the source says them.
+        left_out: names of tensors that no backbone has: those of a classifier.
+    """
+
+    name: str
+    backbone: Backbone
+    elastic: bool = False
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    left_out: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        config = self.backbone.config
+        left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"{self.name}, a {config.kind} {config.space.intact} of {config.image_size} pixels{left_out}"
+
+    @torch.no_grad()
+    def place_into(self, backbone: Backbone) -> None:
+        """Load the weights into a backbone of the same shape, which may take images of another size.
+
+        A position embedding is resampled to its grid. A mask token that the source lacks stays as it is.
+
+        Raises:
+            InputError: another shape.
+        """
+        state = self.backbone.state_dict()
+        if isinstance(self.backbone, ElasticViT) and isinstance(backbone, ElasticViT):
+            side, width = backbone.config.grid(backbone.config.image_size), self.backbone.config.max_width
+            state["pos_embed"] = self.backbone.position_embedding(side, side, width)
+        mine = backbone.state_dict()
+        state |= {name: mine[name] for name in ("mask_token",) if name in mine and name not in state}
+        load_strictly(backbone, state, self.name)
+
+
+def is_run(name: str) -> bool:
+    """Whether it names the folder of a run."""
+    path = Path(name)
+    return bool(name) and (path / CONFIG).is_file() and (path / "checkpoints").is_dir()
+
+
+def read_source(name: str, hints: BackboneConfig | None = None) -> Source:
+    """Read pretrained weights.
+
+    Args:
+        name: `timm:NAME`, the folder of a model of `poa extract` or of timm, or a file of weights with the
+            names of timm or of an official POA checkpoint.
+        hints: tells of a file what shapes do not: `head_dim` of a ViT, `norm_groups` of a ResNet.
+
+    Raises:
+        InputError: nothing of these; tensors missing, unknown or not of a floating dtype above 8 bits; or an
+            architecture that computes something else at full size.
+    """
+    path = Path(name)
+    if name.startswith(TIMM):
+        source, reference = _of_timm(name, name.removeprefix(TIMM))
+    elif not path.is_dir():
+        source, reference = _of_file(name, hints or ViTConfig())
+    elif not (path / CONFIG).is_file():
+        raise InputError(f"{name}: expected the folder of a run or of a model, got no {CONFIG} in it")
+    elif "poa" in read_json(path / CONFIG, f"{name}: expected the JSON file of a model"):
+        source, reference = _of_extracted(name)
+    else:
+        _require_floats(read_weights(path / WEIGHTS), str(path / WEIGHTS))
+        source, reference = _of_timm(name, f"local-dir:{path}")
+    _require_equal(source, reference)
+    return source
+
+
+def _of_timm(name: str, architecture: str) -> tuple[Source, Reference]:
+    timm = optional_package("timm", "timm")
+    try:
+        model = timm.create_model(architecture, pretrained=True, num_classes=0).eval()
+    except Exception as error:
+        why = shown(" ".join(str(error).split()), 400)  # names of tensors are on lines of their own
+        raise InputError(
+            f"{name}: expected weights that timm loads, got {type(error).__name__}: {why}"
+        ) from None
+    state, groups = model.state_dict(), getattr(getattr(model, "bn1", None), "num_groups", None)
+    if isinstance(model, timm.models.VisionTransformer):
+        state = _under_our_names(state, model.no_embed_class)
+        backbone = backbone_from_state(state, name=name, head_dim=model.blocks[0].attn.head_dim)
+    elif isinstance(model, timm.models.ResNet) and groups:
+        backbone = backbone_from_state(_under_our_names(state), name=name, norm_groups=groups)
+    else:
+        raise InputError(
+            f"{name}: expected a VisionTransformer, or a ResNet with group norm, of timm, got a "
+            f"{type(model).__name__}"
+        )
+
+    def reference(images: Tensor) -> tuple[Tensor, Tensor]:
+        features = model.forward_features(images)
+        if features.dim() == 3:
+            return features[:, 0], features[:, model.num_prefix_tokens :]
+        maps = F.interpolate(features, scale_factor=ResNetConfig.mask_scale)
+        return features.mean((2, 3)), maps.flatten(2).transpose(1, 2)
+
+    pixels = model.pretrained_cfg
+    return Source(name, backbone, normalisation=(tuple(pixels["mean"]), tuple(pixels["std"]))), reference
+
+
+def _of_extracted(name: str) -> tuple[Source, Reference]:
+    model = load(name)
+    backbone, pixels = model.config.build(), model.preprocess
+    load_strictly(backbone, backbone_state(_under_our_names(model.backbone.state_dict())), name)
+    return Source(name, backbone, normalisation=(pixels.mean, pixels.std)), _features_of(model.backbone)
+
+
+def _of_file(name: str, hints: BackboneConfig) -> tuple[Source, Reference]:
+    """Of a state dict: an official checkpoint, or one with timm's names."""
+    content = of_branch(read_weights(Path(name)), "teacher", name)
+    left_out = tuple(key for key in content if CLASSIFIER.fullmatch(key))
+    state = {key: tensor for key, tensor in content.items() if key not in left_out}
+    _require_floats(state, name)
+    sizes = {key: getattr(hints, key) for key in ("head_dim", "norm_groups") if hasattr(hints, key)}
+    backbone = backbone_from_state(_under_our_names(backbone_state(state)), name=name, **sizes)
+    elastic = any(backbone_name(key) != key for key in state)
+    static = backbone.to_static(backbone.space.intact)
+    plain = static.config.plain()
+    load_strictly(plain, static.exported_state(), name)
+    return Source(name, backbone, elastic, None, left_out), _features_of(plain)
+
+
+def _features_of(network: nn.Module) -> Reference:
+    def reference(images: Tensor) -> tuple[Tensor, Tensor]:
+        (features,) = network([images])
+        return features.cls, features.patches
+
+    return reference
+
+
+def _under_our_names(state: Mapping[str, Tensor], padded: bool | None = None) -> dict[str, Tensor]:
+    """timm's tensors under the names of this project; those that a ViT may lack, such that nothing changes.
+
+    Args:
+        state: of a network of timm.
+        padded: whether the position embedding of a ViT lacks rows for class token and registers; None: it
+            lacks them where it is a square without.
+    """
+    placed = {re.sub(r"(^|\.)bn(\d)", r"\1norm\2", name): tensor for name, tensor in state.items()}
+    if not {"cls_token", "pos_embed"} <= placed.keys():
+        return placed
+    prefix = 1 + (placed["reg_token"].shape[1] if "reg_token" in placed else 0)
+    positions, width = placed["pos_embed"], placed["cls_token"].shape[-1]
+    if padded or (padded is None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]):
+        placed["pos_embed"] = torch.cat([positions.new_zeros(1, prefix, width), positions], dim=1)
+    blocks = {name.split(".")[1] for name in placed if name.startswith("blocks.")}
+    neutral = {"ls1.gamma": torch.ones(width), "ls2.gamma": torch.ones(width)}
+    for part, value in {**neutral, "attn.qkv.bias": torch.zeros(3 * width)}.items():
+        if not any(name.endswith(f".{part}") for name in placed):
+            placed |= {f"blocks.{block}.{part}": value for block in blocks}
+    return placed
+
+
+def _require_floats(state: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in state.items():
+        if tensor.dtype not in FLOATS:
+            raise InputError(
+                f"{name}: {key}: expected one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}"
+            )
+
+
+@torch.no_grad()
+def _require_equal(source: Source, reference: Reference) -> None:
+    """Compare both networks on random images of the source's size."""
+    size = source.backbone.config.image_size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    (ours,), theirs = source.backbone.eval()([images]), reference(images)
+    pairs = zip((ours.cls, ours.patches), theirs, strict=True)
+    worst = max(float((x - y).abs().max() / max(1.0, float(y.abs().max()))) for x, y in pairs)
+    if not worst < TOLERANCE:  # also where it is NaN
+        raise InputError(
+            f"{source.name}: expected an architecture that computes the same here, got features that differ "
+            f"by {worst:.2e}; it has another activation, norm or attention"
+        )

@@ -1,0 +1,222 @@
+"""Runs that start from pretrained weights: which are read, that they compute the same, what is refused."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers import golden_cases as golden
+from helpers.tiny import SHORT, tiny_config, tiny_pyramid
+from poa.__main__ import main
+from poa.backbones import Backbone
+from poa.checkpoint import RunFolder, read_checkpoint
+from poa.errors import InputError
+from poa.export import extract
+from poa.initialization import initial_config, read_source
+from poa.official import load_backbone
+from poa.step import initial_network
+from poa.train import pretrain
+
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
+DINO = {"img_size": 42, "patch_size": 14, "embed_dim": 64, "depth": 2, "num_heads": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("vit_tiny_patch16_224", SMALL),
+    "without-biases": ("vit_tiny_patch16_224", SMALL | {"qkv_bias": False}),
+    "layer-scale": ("vit_small_patch14_dinov2", DINO),
+    "registers": ("vit_small_patch14_reg4_dinov2", DINO),
+    "resnet": ("resnet50_gn", {"layers": [1, 2, 1, 1]}),
+}
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "norms-of-q": (
+        "vit_tiny_patch16_224",
+        SMALL | {"qk_norm": True},
+        "0 expected weights missing .* 12 unknown",
+    ),
+    "mean": (
+        "vit_tiny_patch16_224",
+        SMALL | {"global_pool": "avg"},
+        r"2 expected weights missing \(first: norm",
+    ),
+    "activation": (
+        "vit_tiny_patch16_224",
+        SMALL | {"act_layer": "silu"},
+        "features that differ by .*activation",
+    ),
+    "batch-norm": (
+        "resnet18",
+        {"layers": [1, 1, 1, 1]},
+        "bn1.num_batches_tracked: expected one of torch.float32",
+    ),
+    "eva": ("eva02_tiny_patch14_224", DINO, "expected a VisionTransformer, .* got a Eva"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `vit-32x2` and `resnet-32x1-2-2` of extracted models with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    for config in (tiny_config(), tiny_pyramid("resnet")):
+        backbone = random_weights(config.method.backbone.build())
+        extract(backbone, backbone.space.intact, folder, config.method.crops)
+    return folder
+
+
+def random_weights(network: Any) -> Any:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+def of_timm(folder: Path, architecture: str, arguments: dict[str, Any]) -> Any:
+    """A model of timm with random weights, and its folder."""
+    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
+    model = random_weights(timm.create_model(architecture, **arguments))
+    timm.models.save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_timm_compute_the_same(family: str, tmp_path: Path) -> None:
+    model = of_timm(tmp_path, *FAMILIES[family])
+    config = initial_config("elastic", str(tmp_path), ["head.prototypes=8", "hidden=8"])
+    source = read_source(str(tmp_path))
+    size = source.backbone.config.image_size
+    at_source = replace(config.method.backbone, image_size=size).build()
+    source.place_into(at_source)
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected, (got,) = (
+            model.forward_head(model.forward_features(images), pre_logits=True),
+            at_source([images]),
+        )
+    assert float((got.cls - expected).abs().max()) < 1e-5
+    backbone = initial_network(config).backbone
+    assert backbone.config.image_size == config.method.crops.global_size == 224
+    assert config.method.crops.mean == model.pretrained_cfg["mean"]
+    states = backbone.state_dict(), at_source.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if name != "pos_embed")
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_architectures_are_refused(family: str, tmp_path: Path) -> None:
+    architecture, arguments, reason = OTHERS[family]
+    of_timm(tmp_path, architecture, arguments)
+    with pytest.raises(InputError, match=reason):
+        read_source(str(tmp_path))
+
+
+def test_a_name_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: make(name, **SMALL, **rest))
+    assert str(read_source("timm:vit_tiny_patch16_224")).startswith(
+        "timm:vit_tiny_patch16_224, a vit 64x3 of 32"
+    )
+    monkeypatch.undo()
+    with pytest.raises(
+        InputError, match="timm:vit_of_nobody: expected weights that timm loads, got RuntimeError: "
+    ):
+        read_source("timm:vit_of_nobody")
+
+
+@pytest.mark.parametrize("kind", ["vit-32x2", "resnet-32x1-2-2"])
+def test_extracted_models(kind: str, models: Path) -> None:
+    config = initial_config("quickstart", str(models / kind), [])
+    space = config.method.backbone.space
+    assert str(space.intact) == kind.partition("-")[2]
+    assert str(space.smallest) == {"vit-32x2": "16x1", "resnet-32x1-2-2": "16x1-1-1"}[kind]
+    backbone = initial_network(config).backbone
+    same_features(backbone, read_source(str(models / kind)).backbone)
+
+
+def same_features(a: Backbone, b: Backbone) -> None:
+    images = torch.randn(2, 3, a.config.image_size, a.config.image_size)
+    with torch.no_grad():
+        assert torch.equal(a([images])[0].patches, b([images])[0].patches)
+
+
+def test_files(models: Path, tmp_path: Path) -> None:
+    """One with timm's names and a classifier, at another size; and an official checkpoint."""
+    state = load_file(models / "vit-32x2" / "model.safetensors")
+    file = tmp_path / "plain.safetensors"
+    save_file(state | {"head.weight": torch.zeros(10, 32), "head.bias": torch.zeros(10)}, file)
+    overrides = ["head_dim=16", "image_size=48", "global_size=48"]
+    config = initial_config("quickstart", str(file), overrides)
+    source = read_source(str(file), config.method.backbone)
+    assert str(source) == f"{file}, a vit 32x2 of 24 pixels; left out: head.bias, head.weight"
+    backbone: Any = initial_network(config).backbone
+    assert torch.equal(backbone.pos_embed, source.backbone.position_embedding(6, 6, 32))  # type: ignore[operator]
+
+    official = tmp_path / "official.pth"
+    weights = golden.tensors("vit_forward", "state")
+    torch.save({"teacher": {f"backbone.{name}": tensor for name, tensor in weights.items()}}, official)
+    head_dim = golden.case("vit_forward")["config"]["head_dim"]
+    config = initial_config("quickstart", str(official), [f"head_dim={head_dim}"])
+    assert read_source(str(official), config.method.backbone).elastic
+    config = replace(config, method=replace(config.method, head=replace(config.method.head, prototypes=(8,))))
+    loaded = load_backbone(official, head_dim=head_dim)
+    weights = initial_network(config).backbone.state_dict()
+    different = [name for name, w in loaded.state_dict().items() if not torch.equal(w, weights[name])]
+    assert different in ([], ["pos_embed"])
+
+
+def test_wrong_files(models: Path, tmp_path: Path) -> None:
+    state = load_file(models / "vit-32x2" / "model.safetensors")
+    file, hints = tmp_path / "wrong.safetensors", tiny_config().method.backbone
+
+    def refused(content: dict[str, torch.Tensor], reason: str) -> None:
+        save_file(content, file)
+        with pytest.raises(InputError, match=reason) as error:
+            read_source(str(file), hints)
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+    lost = {name: tensor for name, tensor in state.items() if name != "blocks.1.ls1.gamma"}
+    refused(lost, r"1 expected weights missing \(first: blocks.1.ls1.gamma\), 0 unknown")
+    refused(state | {"extra": torch.zeros(1)}, r"0 expected weights missing .* 1 unknown \(first: extra\)")
+    refused(
+        state | {"norm.bias": torch.zeros(32, dtype=torch.float8_e4m3fn)}, "norm.bias: .* got torch.float8"
+    )
+    refused(state | {"norm.bias": torch.full((32,), float("nan"))}, "features that differ by nan")
+    refused({"weights": torch.zeros(2)}, "expected weights of a ViT, Swin or ResNet, got none of")
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(InputError, match="expected a complete file of weights only"):
+        read_source(str(file))
+    (tmp_path / "model.pth").write_bytes(pickle.dumps({"teacher": Path("x")}))
+    with pytest.raises(InputError, match="expected a complete file of weights only"):
+        read_source(str(tmp_path / "model.pth"))
+    with pytest.raises(InputError, match="expected a file of weights, got no such file"):
+        read_source(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="expected the folder of a run or of a model, got no config.json"):
+        read_source(str(tmp_path))
+    with pytest.raises(InputError, match="expected a width that is a multiple of head_dim 64, got 32"):
+        read_source(str(models / "vit-32x2" / "model.safetensors"))
+
+
+def test_a_run_resumes_as_if_never_interrupted(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(models / "vit-32x2", tmp_path / "source")
+    out = tmp_path / "run"
+    start = ["pretrain", "--preset", "quickstart", "--init", str(source), "--out", str(out), *SHORT]
+    assert main([*start, "--check"]) == 0 and not out.exists()
+    assert main(start) == 0
+    assert f"weights: {source}, a vit 32x2 of 24 pixels" in capsys.readouterr().out
+    shutil.rmtree(source)
+    folder = RunFolder(out)
+    checkpoints = folder.checkpoints()
+    assert [checkpoint.step for checkpoint in checkpoints] == [3, 6]
+    whole = read_checkpoint(checkpoints[-1].path)
+    checkpoints[-1].path.unlink()
+    pretrain(folder.config(), out, resume=True)
+    again = read_checkpoint(folder.newest().path)
+    for branch in ("student", "teacher"):
+        assert all(torch.equal(again[branch][name], tensor) for name, tensor in whole[branch].items())
