@@ -23,12 +23,10 @@ def figures_of(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
 
 
 def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[str, int]) -> Any:
-    """A figure of a panel each for what the metrics tell.
+    """A figure of a panel each for what the metrics tell; of several runs, a panel shows the first figure of
+    each.
 
-    Args:
-        runs: rows by name; of several, a panel shows the first figure of each.
-        band: the usual range of figures, shaded.
-        phases: steps at which what begins or ends, dotted.
+    The usual range of figures is shaded; steps at which phases begin or end are dotted.
     """
     from matplotlib.figure import Figure  # optional, and slow to import
 

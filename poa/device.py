@@ -93,11 +93,8 @@ def prepared_ahead(device: torch.device, prepare: Callable[[], T]) -> T:
     """What `prepare` makes out of host memory alone, made beside the step before.
 
     The host is ahead of a GPU, which still runs that step: on a stream of their own, copies and augmentation
-    need not wait for it. What is started from here on comes after them.
-
-    Args:
-        device: of the training.
-        prepare: reads nothing that other streams write; gives tensors, dataclasses and sequences of them.
+    need not wait for it. What is started from here on comes after them. `prepare` reads nothing that other
+    streams write, and gives tensors, dataclasses and sequences of them.
     """
     stream = side_stream(device, "input")
     if stream is None:

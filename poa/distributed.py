@@ -115,9 +115,7 @@ class World:
     def require_same(self, what: str, values: Mapping[str, object]) -> None:
         """Raise InputError, in all processes, where a value is not the same in all of them.
 
-        Args:
-            what: the values are, for the message.
-            values: small things by name, in the same order everywhere.
+        The values are small, and in the same order everywhere; `what` they are begins the message.
         """
         for rank, others in enumerate(self.gather(dict(values))):
             for name, value in values.items():
@@ -136,8 +134,7 @@ class World:
     def gather_rows(self, rows: Tensor) -> Tensor | None:
         """The rows of all processes one after the other, on the main process; None on the others.
 
-        Args:
-            rows: CPU tensor `[N, ...]`; N may differ between processes, the rest may not.
+        Rows are CPU tensors `[N, ...]`; N may differ between processes, the rest may not.
         """
         if self.size == 1:
             return rows
@@ -191,17 +188,13 @@ def init_distributed(device_name: str, timeout: float = 600.0, threads: int | No
 
     Nothing may hold the group after that: gloo's threads would live on, and one that meets the end of the
     interpreter aborts the process. So a DDP module must not outlive the context, and
-    `torch.distributed.nn.functional`, whose default arguments keep the group of the moment, is
-    imported early.
-
-    Args:
-        device_name: see `choose_device`.
-        timeout: seconds to wait for another process before it is given up.
-        threads: see `use_threads`.
+    `torch.distributed.nn.functional`, whose default arguments keep the group of the moment, is imported
+    early.
 
     Raises:
         InputError: a launcher's environment that makes no sense.
-        PeerError: another process never came, failed, or does not respond; the message names it.
+        PeerError: another process never came, failed, or does not respond for `timeout` seconds; the message
+            names it.
     """
     rank, size, local = (
         _from_launcher(*what) for what in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))

@@ -20,10 +20,7 @@ def require_matplotlib() -> None:
 def require_drawable(path: Path, option: str, also: str = "") -> None:
     """Raise InputError, before any work is done for it, where no picture can be written at a path.
 
-    Args:
-        path: of the picture; its ending chooses the format.
-        option: that named it.
-        also: another ending that will do.
+    The ending chooses the format; `also` is another one that will do.
     """
     require_matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase

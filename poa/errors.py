@@ -68,8 +68,7 @@ def one_line(error: BaseException) -> str:
 def as_input(expected: str) -> Iterator[None]:
     """Around reading what somebody gave: whatever is wrong with it, known or not, is an InputError.
 
-    Args:
-        expected: the beginning of the message, `NAME: expected ...`.
+    The message begins with `expected`, which is `NAME: expected ...`.
     """
     try:
         yield
@@ -81,15 +80,7 @@ def as_input(expected: str) -> Iterator[None]:
 
 
 def optional_package(name: str, extra: str) -> Any:
-    """Import a package that only some commands need.
-
-    Args:
-        name: of the module.
-        extra: what `pip install '.[EXTRA]'` installs it with.
-
-    Raises:
-        InputError: it cannot be imported.
-    """
+    """Import a package that only some commands need, or raise InputError: which `extra` installs it."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # beside versions that do not fit, packages fail in many ways

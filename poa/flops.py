@@ -41,10 +41,7 @@ def expected_masked(method: MethodConfig) -> float:
 def micro_batch_flops(method: MethodConfig, elastic: Subnet, masked: float) -> float:
     """FLOPs of a micro-batch: the teacher's forward, both students forward and backward.
 
-    Args:
-        method: network, heads, crops.
-        elastic: the elastic student's subnet.
-        masked: patches under masks in its global crops.
+    On average `masked` patches of its global crops are under masks.
     """
     intact = method.backbone.space.intact
     return (

@@ -98,13 +98,7 @@ class ProjectionHead(nn.Module):
 
 
 class ProjectionHeads(nn.Module):
-    """All heads side by side.
-
-    Args:
-        max_width: channels of the intact backbone.
-        config: sizes.
-        generator: CPU generator of the initial weights; default torch's own.
-    """
+    """All heads side by side, on a backbone whose intact width is `max_width`."""
 
     def __init__(self, max_width: int, config: HeadConfig, generator: torch.Generator | None = None):
         super().__init__()

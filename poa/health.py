@@ -47,14 +47,7 @@ def observe(targets: Targets, students: Sequence[StudentOutput]) -> dict[str, Te
 
 @dataclass(frozen=True)
 class Alarm:
-    """What can go wrong, and what helps.
-
-    Attributes:
-        name: of the alarm.
-        prefix: of the figures it watches.
-        low, high: figures outside of this range are bad.
-        advice: what to change.
-    """
+    """What can go wrong: figures of a `prefix` outside of `low` to `high`; and what to change, `advice`."""
 
     name: str
     prefix: str

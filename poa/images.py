@@ -29,10 +29,6 @@ PATIENCE = 20.0  # seconds after which a line says that images are searched
 def open_on_ranks(config: Config, world: World, openers: Openers | None = None) -> DataSplit:
     """Open the images; the main process does so first, so that shards are listed once.
 
-    Args:
-        config, world: of the run.
-        openers: how to open them, where the configuration does not name a place.
-
     Raises:
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
     """

@@ -12,10 +12,7 @@ from poa.data.loader import SampleStream, training_batches, useful_workers
 def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iterator[str]:
     """A line for each number of worker processes: images a second, and that over the processes that decode.
 
-    Args:
-        config: data, canvas, batches and shuffling of a run.
-        workers: numbers to try; 0 decodes in this process.
-        seconds: to measure each, after its first batch.
+    Each is measured for so many seconds after its first batch; with 0 workers, this process decodes.
     """
     method = config.method
     data = config.data.open(config.method.seed)

@@ -73,13 +73,9 @@ class SoftTargets:
 def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) -> list[SoftTargets]:
     """Soft assignments of rows to prototypes with equal use of every prototype over all ranks.
 
-    Each entry of `logits` is a problem of its own; see `elastic_kernels.sinkhorn_scaling`. This is the
-    official algorithm (its constants cancel) in the log domain.
-
-    Args:
-        logits: teacher logits `[rows_i, prototypes_i]` of each problem; the rows of this rank.
-        temperature: of the teacher.
-        iterations: how often both directions are normalised.
+    Each entry of `logits`, the teacher's `[rows_i, prototypes_i]` of this rank, is a problem of its own; see
+    `elastic_kernels.sinkhorn_scaling`. This is the official algorithm (its constants cancel) in the log
+    domain.
     """
     scaling = sinkhorn_scaling(logits, temperature, iterations, _reduce)
     return [SoftTargets(t, log_u, temperature) for t, log_u in zip(logits, scaling, strict=True)]

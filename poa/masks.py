@@ -75,14 +75,9 @@ def draw_masks(
     ratio: tuple[float, float],
     generator: random.Random,
 ) -> Masks:
-    """Draw the masks of a micro-batch's global crops.
+    """Draw the masks of a micro-batch's global crops, both views together, on a grid of patches (high, wide).
 
-    Args:
-        crops: how many, both views together.
-        grid: patches (high, wide).
-        probability: share of the crops that get a mask.
-        ratio: smallest and largest share of masked patches; the masked crops divide this range evenly.
-        generator: of the random draws.
+    A share `probability` of the crops gets one; these divide the range of ratios of masked patches evenly.
     """
     patches = grid[0] * grid[1]
     masked = int(crops * probability)

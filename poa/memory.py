@@ -63,12 +63,8 @@ class Prediction:
 
 @cache
 def predict_memory(config: Config, images: int | None = None, elastic: Subnet | None = None) -> Prediction:
-    """The memory of a step on one GPU.
-
-    Args:
-        config: of the run.
-        images: of a micro-batch; default the configuration's.
-        elastic: subnet of the elastic student; default the intact network, which is the most.
+    """The memory of a step on one GPU, by default of the configuration's micro-batch with the intact network
+    as the elastic student, which is the most.
 
     Raises:
         InputError: an optimiser other than the fused one, whose state is not known here.
@@ -87,13 +83,9 @@ def predict_memory(config: Config, images: int | None = None, elastic: Subnet | 
 
 
 class Living(TorchDispatchMode):
-    """Adds up the bytes of the meta tensors that exist.
+    """Adds up the bytes of the meta tensors that exist: `now`, and the most so far, `peak`.
 
     What an operator allocates and frees inside of itself is not seen.
-
-    Attributes:
-        now: bytes at present.
-        peak: the most so far.
     """
 
     def __init__(self) -> None:

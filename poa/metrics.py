@@ -199,12 +199,7 @@ class Guard:
 
 
 class Journal:
-    """The rows of a run, and the alarms in them: what is counted in steps, written every so often.
-
-    Args:
-        config, folder, world, plan, schedules, sampler: of the run.
-        callbacks: called with every row on the main process.
-    """
+    """The rows of a run, and the alarms in them: what is counted in steps, written every so often."""
 
     def __init__(
         self,
@@ -257,12 +252,9 @@ class Journal:
         self.guard.add(done, report)
 
     def log(self, done: int, compilations: int, progress: Progress) -> None:
-        """Write the means since the last log, and alarms.
+        """Write the means since the last log after `done` steps, and alarms; `progress` shows them, too.
 
-        Args:
-            done: steps.
-            compilations: kernels that Triton compiled since the start.
-            progress: shows them, too.
+        `compilations` counts the kernels that Triton compiled since the start.
 
         Raises:
             DivergenceError: the loss is NaN or inf, or too many steps in a row were skipped.

@@ -56,16 +56,11 @@ def make_micro_batch(
     *,
     masked: bool,
 ) -> MicroBatch:
-    """Augment decoded images on their device, and draw the masks and the stochastic depth.
+    """Augment decoded images on their device, and draw the masks, if iBOT has started, and the stochastic
+    depth.
 
-    Args:
-        method: how.
-        student: which network the passes are for.
-        canvases: uint8 `[B, 3, canvas, canvas]`.
-        sizes: int64 `[B, 2]` on the CPU, height and width in pixels of the image on each canvas.
-        elastic: subnet of the elastic student.
-        draws: random streams.
-        masked: whether iBOT has started.
+    Canvases are uint8 `[B, 3, canvas, canvas]`, sizes int64 `[B, 2]` on the CPU: height and width in pixels
+    of the image on each. The passes are for `student`.
     """
     dtype = AUTOCAST.get(method.precision, torch.float32)
     global_crops, local_crops = augment(canvases, sizes, method.crops, draws.augmentation, dtype)

@@ -66,17 +66,12 @@ class StochasticDepth:
 def draw_stochastic_depth(
     groups: Groups, rates: Sequence[float], generator: torch.Generator, device: torch.device = CPU
 ) -> StochasticDepth | None:
-    """Choose the crops that each half of each active block works on.
+    """Choose, with a CPU generator, the crops that each half of each active block works on; None if all rates
+    are 0.
 
     With a rate above 0.1 a fixed number of crops, `max(int(crops * (1 - rate)), 1)`, is kept in each group,
     scaled by `crops / kept`; with a smaller rate every crop is kept with probability `1 - rate` and scaled by
     its inverse (both official).
-
-    Args:
-        groups: of the packed tensor.
-        rates: drop rate of each active block; all 0 means None is returned.
-        generator: a CPU generator.
-        device: of the result.
     """
     if not any(rates):
         return None

@@ -79,10 +79,7 @@ class OptimConfig(Options, at="method.optim"):
         """Raise InputError where a phase would not be over, or not begin, before the run ends.
 
         The message gives durations of the same proportions that fit: the longest a tenth of the run, as in
-        the published recipe.
-
-        Args:
-            ibot: the masked-patch loss has a weight, so that it must begin.
+        the published recipe. Where `ibot` has no weight, it need not begin.
         """
         durations = {name: getattr(self, name) for name in DURATIONS if ibot or name != "ibot_start_epoch"}
         if all(value < self.epochs or value == 0 for value in durations.values()):
@@ -118,15 +115,11 @@ def cosine_schedule(
     freeze: int = 0,
     stretch: float = 1.0,
 ) -> Schedule:
-    """Zeros, a linear warm-up that includes `base`, then a cosine towards `final`.
+    """Zeros for `freeze` steps, a linear warm-up from `start` that includes `base`, then a cosine towards
+    `final`.
 
     The cosine is as long as if the run had `int(total / stretch)` steps and is cut at `total`, so with a
     stretch below 1 the last value is far from `final`, which holds from `total` on.
-
-    Args:
-        base, final, start: values at the peak, the end, and the beginning of the warm-up.
-        total, warmup, freeze: steps.
-        stretch: in (0, 1].
     """
     length = int(total / stretch) - warmup - freeze
     steps = np.arange(min(length, max(total - warmup - freeze, 0)))
@@ -149,13 +142,7 @@ class Schedules:
 
     @classmethod
     def build(cls, config: OptimConfig, epoch_steps: int, images_a_step: int) -> Schedules:
-        """Schedules of a run.
-
-        Args:
-            config: durations in epochs and values.
-            epoch_steps: steps of an epoch.
-            images_a_step: images of a step over all ranks, for the learning-rate rule.
-        """
+        """Schedules of a run; `images_a_step`, over all ranks, are for the learning-rate rule."""
 
         def steps(epochs: float) -> int:
             return round(epochs * epoch_steps)
@@ -195,14 +182,11 @@ class Schedules:
 
 
 def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float) -> list[dict[str, Any]]:
-    """AdamW parameter groups with learning-rate and weight-decay multipliers.
+    """AdamW parameter groups: `params`, `names`, `lr_multiplier`, `wd_multiplier`, `last_layer` (prototypes).
 
     The learning rate decays from block to block, counted on the intact depth; the patch embedding gets one
-    more factor. Biases, norms and LayerScale have no weight decay; tokens, positions and prototype gains
-    do (official). Groups of prototypes carry `last_layer=True`.
-
-    Returns:
-        Groups with `params`, `names`, `lr_multiplier`, `wd_multiplier`, `last_layer`.
+    more factor. Biases, norms and LayerScale have no weight decay; tokens, positions and prototype gains do
+    (official).
     """
     groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
@@ -224,10 +208,7 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step.
 
-    Args:
-        student, teacher: the weights, and their moving average.
-        config: of the optimiser.
-        kind: who runs it, see `require_optimizer`. The fused one writes the teacher, too.
+    The fused one writes the teacher, the moving average of the student, too.
     """
     groups = parameter_groups(student, config.layer_decay, config.patch_embed_lr)
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": 1e-8}
@@ -275,13 +256,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], n
 def update_weights(
     optimizer: torch.optim.Optimizer, student: Network, teacher: Network, clip: float, momentum: float
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Clip, step and move the teacher; gradients that are NaN or inf change no weight.
+    """Clip, step and move the teacher by its momentum; gradients that are NaN or inf change no weight.
 
-    Args:
-        optimizer: of `build_optimizer`.
-        student, teacher: as there.
-        clip: largest gradient norm of backbone and of heads; 0: no clipping.
-        momentum: of the teacher's moving average.
+    Backbone and heads are clipped apart, to the norm `clip`; 0: not at all.
 
     Returns:
         The gradient norms before clipping, and whether all are finite; on the device.

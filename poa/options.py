@@ -24,11 +24,7 @@ SHOWN = 60  # characters of a wrong value in a message
 def option(default: Any, help: str, within: str = "") -> Any:
     """A dataclass field with the text that `--help` shows.
 
-    Args:
-        default: value.
-        help: one sentence or less.
-        within: of a number, or of each of several: the interval it must lie in, such as `[1, 4096]` or
-            `(0, 1]`. Every number has one.
+    A number, or each of several, must lie in the interval `within`, such as `[1, 4096]` or `(0, 1]`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "within": within})
 
@@ -248,11 +244,8 @@ def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | None:
-    """The first difference of two groups, as `key: value against value`.
-
-    Args:
-        a, b: the groups.
-        leave_out: options, or groups of them, that may differ.
+    """The first difference of two groups but in options, or groups of them, left out: `key: value against
+    value`.
     """
     for key, left, right in differences(a, b):
         if not any(key == name or key.startswith(f"{name}.") for name in leave_out):

@@ -43,13 +43,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config, images: int, processes: int, content: dict[str, Any] | None = None) -> Plan:
-        """The plan of a new run, or of a resumed one.
-
-        Args:
-            config: of the run.
-            images: to train on.
-            processes: that share the micro-batches.
-            content: of the checkpoint to resume.
+        """The plan of a new run, or of one that is resumed from the content of a checkpoint.
 
         Raises:
             InputError: more ranks than micro-batches.

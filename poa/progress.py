@@ -30,12 +30,8 @@ def discard_output() -> None:
 
 
 class Progress:
-    """Shows steps and the newest values; silent on all but the main process.
-
-    Args:
-        total, start: steps of the run, and those done before.
-        shown: False on other processes than the main one.
-        unit: what is counted.
+    """Shows steps and the newest values, and what is left of `total` after `start` were done before; silent
+    unless `shown`, as on all but the main process.
     """
 
     def __init__(self, total: int, start: int, shown: bool, unit: str = "step"):

@@ -24,11 +24,8 @@ from poa.train import pretrain
 
 
 def quickstart(config: Config, out: Path) -> None:
-    """Pre-train, extract and evaluate all subnets, write `summary.json` and a plot, print a table.
-
-    Args:
-        config: of the run; needs labelled data.
-        out: the run folder, new.
+    """Pre-train on labelled data, extract and evaluate all subnets, write `summary.json` and a plot, print a
+    table.
     """
     require_matplotlib()
     started = time.perf_counter()

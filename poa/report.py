@@ -34,11 +34,7 @@ STYLE = (
 
 
 def write_report(folders: Sequence[RunFolder], out: Path) -> None:
-    """Draw the curves of runs into one HTML page, or one picture.
-
-    Args:
-        folders: of the runs; several are compared.
-        out: `.html`, or any ending that matplotlib writes.
+    """Draw the curves of a run, or of several to compare, into one HTML page, or one picture of any kind.
 
     Raises:
         InputError: no metrics yet, no matplotlib, an unknown ending, or a place where nothing can be written.
@@ -173,9 +169,7 @@ def evaluations(
 ) -> dict[str, dict[str, float]]:
     """Accuracies of subnets by their names, of every protocol of every evaluation in a folder.
 
-    Args:
-        folder: of the run.
-        scores: those of a row of an evaluation, by title; default the one that stands for each protocol.
+    `scores` picks those of a row by title; default the one that stands for each protocol.
     """
     columns: dict[str, dict[str, float]] = {}
     for file in sorted(folder.path.glob("evaluation*.json")):

@@ -30,10 +30,8 @@ class StopSignals:
     under nohup, stays so.
 
     A second Ctrl-C leaves at once, also where the main thread waits in a library and cannot handle signals.
-    Signals belong to the main thread; elsewhere nothing is changed.
-
-    Args:
-        said: whether a first Ctrl-C says what it does.
+    Signals belong to the main thread; elsewhere nothing is changed. A first Ctrl-C says what it does, if
+    `said`.
     """
 
     def __init__(self, said: bool) -> None:

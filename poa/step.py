@@ -183,11 +183,6 @@ def train_step(
 
     Args:
         model: `state.student`, or what wraps it.
-        state: of the training.
-        config: of the run.
-        schedules: of the run.
-        step: number of the step.
-        micro_batches: of this process, one after the other.
         weight: of a micro-batch in the mean over this process's micro-batches; other than 1 / micro_batches
             where processes have different numbers of them.
         observed: look at the health of the run too.
@@ -236,12 +231,7 @@ def accumulate_gradients(
     weight: float,
     timed: Timed = nullcontext,
 ) -> tuple[dict[str, Tensor], list[StudentOutput]]:
-    """Run both students on one micro-batch and add the gradients of its weighted loss.
-
-    Args:
-        model, state, config, weight, timed: as of `train_step`.
-        micro_batch: of this process.
-        targets: of the micro-batch.
+    """Run both students on one micro-batch and add the gradients of its weighted loss; see `train_step`.
 
     Returns:
         The loss and its terms, detached, and what the students gave.

@@ -164,25 +164,18 @@ class SearchSpace:
 
 
 class SubnetSampler:
-    """Draws the elastic student's subnet of every micro-batch of every step.
+    """Draws the elastic student's subnet of every micro-batch of every step, over all ranks.
 
     Policies:
         per-rank: every micro-batch goes through its own shuffled rounds (official); a step waits for the
-        largest.
+            largest.
         shared: one draw for all micro-batches of a step.
-        balanced: the micro-batches of a step get subnets of about equal cost. Each round is sorted by cost
-            and cut into groups of neighbours, one group a step, in random order; what is left over (chosen at
-            random) joins the next round. Over `micro_batches` rounds every subnet is drawn exactly as often
-            as under per-rank. For the ViT-L space the most expensive of 8 micro-batches costs on average 1.5
-            % more than the mean of its step (at worst 9 %), of 32 micro-batches 7.5 % (27 %); under per-rank
-            that is 103 % and 158 %.
-
-    Args:
-        space: the search space.
-        policy: one of `POLICIES`.
-        seed: of the run.
-        micro_batches: micro-batches a step, over all ranks.
-        cost: FLOPs of a subnet, needed by `balanced`.
+        balanced: the micro-batches of a step get subnets of about equal cost, in FLOPs. Each round is sorted
+            by it and cut into groups of neighbours, one group a step, in random order; what is left over
+            (chosen at random) joins the next round. Over `micro_batches` rounds every subnet is drawn exactly
+            as often as under per-rank. For the ViT-L space the most expensive of 8 micro-batches costs on
+            average 1.5 % more than the mean of its step (at worst 9 %), of 32 micro-batches 7.5 % (27 %);
+            under per-rank that is 103 % and 158 %.
     """
 
     def __init__(

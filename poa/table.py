@@ -10,9 +10,7 @@ from typing import Any
 class Table(list[dict[str, Any]]):
     """Rows with the same columns; a list of dictionaries, as data frames take them.
 
-    Args:
-        rows: values by column.
-        formats: of the values of some columns, such as `{"params": ",", "k=20": ".1%"}`.
+    `formats` are of the values of some columns, such as `{"params": ",", "k=20": ".1%"}`.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], formats: Mapping[str, str] | None = None):

@@ -52,9 +52,7 @@ def pretrain(
     """Train a run to its end; first say what was found and what will be done, last what to do next.
 
     Args:
-        config: of the run.
-        out: the run folder; new, or with `resume` one with a checkpoint.
-        resume: continue from the newest checkpoint.
+        out: the run folder; new, or with `resume` one with a checkpoint, whose newest is continued.
         check: only say it, and write nothing.
         openers: how to open the images, where the configuration does not name a place.
         callbacks: called on the main process with every line of the metrics.
@@ -141,16 +139,10 @@ def _train(
 
 
 class Trainer:
-    """One process's part of a run.
+    """One process's part of a run: a new one, or one that goes on from the content of a checkpoint.
 
-    Args:
-        config: of the run.
-        folder: of the run; nothing is written before `begin`.
-        data: training and test images.
-        world: this process.
-        content: of the checkpoint to resume; None for a new run.
-        callbacks: called on the main process with every line of the metrics.
-        initial: networks of a new run; default those of its configuration.
+    Nothing is written before `begin`. Callbacks are called on the main process with every line of the
+    metrics. `initial` are the networks of a new run; default those of its configuration.
 
     Raises:
         InputError: more ranks than micro-batches, or a checkpoint that does not fit.

@@ -24,19 +24,14 @@ from poa.subnets import Subnet
 
 
 def warm_up(config: Config) -> Iterator[str]:
-    """Take steps on noise with an elastic student of every width, with masks and without.
+    """Take steps on noise with an elastic student of every width, with masks and without; a line for each
+    width.
 
     Kernels know widths and not depths, so the shallowest subnets stand for all. What was compiled stays in
     Triton's cache on disk, where runs of this machine find it.
 
-    Args:
-        config: of the run; `run.device` says where.
-
-    Yields:
-        A line for each width.
-
     Raises:
-        InputError: no kernels run there.
+        InputError: no kernels run on `run.device`.
     """
     device = choose_device(config.run.device)
     state = TrainingState.start(config, device)
@@ -56,18 +51,11 @@ def warm_up(config: Config) -> Iterator[str]:
 def warm_up_absent(
     config: Config, architecture: str, cache: Path, triton_key: str | None = None
 ) -> Iterator[str]:
-    """The same for a GPU that is not here: no kernel runs, and a folder takes what was compiled.
+    """The same for an absent GPU, such as sm_90: no kernel runs, and the folder `cache` takes what was
+    compiled.
 
-    Kernels get the settings that they have without a table of timed ones.
-
-    Args:
-        config: of the run.
-        architecture: of the GPU, such as sm_90.
-        cache: folder, which may hold kernels already.
-        triton_key: of the Triton that shall read it, if not this one.
-
-    Yields:
-        A line for each kernel, and how to use the folder.
+    Kernels get the settings that they have without a table of timed ones. `triton_key` is of the Triton that
+    shall read the folder, if not of this one. There is a line for each kernel, and how to use the folder.
 
     Raises:
         InputError: an unknown architecture, or Triton cannot compile here.

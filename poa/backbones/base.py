@@ -187,17 +187,13 @@ class Backbone(nn.Module, ABC):
         drop: StochasticDepth | None = None,
         recompute: bool = False,
     ) -> Tensor:
-        """What the losses need of `forward`, without the work for the rest.
+        """What the losses need of `forward`, whose arguments and errors it shares, without the work for the
+        rest.
 
-        Args:
-            crops, subnet, masks, drop, recompute: as of `forward`.
-            patches: int64 `[chosen]`, distinct positions among the `[crops * patches]` of the last group.
+        `patches` are int64 `[chosen]`, distinct positions among the `[crops * patches]` of the last group.
 
         Returns:
             `[crops + chosen, w]`: the `cls` of all crops in order, then the chosen patches.
-
-        Raises:
-            InputError: as `forward`.
         """
         return self._tokens(self._inputs(crops, subnet, masks, drop, recompute), patches)
 
@@ -222,12 +218,8 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
-        """The `Features` after each of the last `count` blocks (of the last stage), in order.
-
-        Args:
-            images: `[B, 3, H, W]`, as for `forward`.
-            subnet: which network.
-            count: of blocks; where there are fewer, so many.
+        """The `Features` of images `[B, 3, H, W]` after each of the last `count` blocks (of the last stage),
+        or of as many as there are, in order.
         """
 
     @abstractmethod
@@ -242,11 +234,8 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def to_static(self, subnet: Subnet, image_size: int | None = None) -> Backbone:
-        """A subnet as a network of its own, with offset scales folded into its weights; float32, on the CPU.
-
-        Args:
-            subnet: which network.
-            image_size: pixels of its global crops; default those of training.
+        """A subnet as a network of its own, with offset scales folded into its weights; float32,
+        on the CPU.
         """
 
     def exported_state(self) -> dict[str, Tensor]:

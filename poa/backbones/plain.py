@@ -30,12 +30,8 @@ class PlainNetwork(nn.Module):
 class PlainViT(PlainNetwork):
     """A vision transformer.
 
-    Args:
-        grid: patches along a side of an image of the trained size.
-        patch: pixels of a side of a patch.
-        width, depth, heads, hidden: channels, blocks, attention heads, hidden units of an MLP.
-        registers: tokens between the class token and the patches.
-        eps: of the norms.
+    Images of the trained size have `grid` patches of `patch` pixels along a side; `registers` are tokens
+    between the class token and the patches, `hidden` units those of an MLP.
     """
 
     def __init__(
@@ -113,13 +109,9 @@ class _LayerScale(nn.Module):
 class PlainResNet(PlainNetwork):
     """A ResNet of bottlenecks with group norm.
 
-    Args:
-        base: channels of the stem.
-        middle: narrowest channels of the blocks of the first stage; they double from stage to stage.
-        depths: blocks of each stage.
-        groups: of every norm.
-        expansion: channels of the first stage's outputs over those of the stem.
-        scale: patches per position of the last map, along each side.
+    `base` are the channels of the stem, `expansion` times as many those of the first stage's outputs,
+    `middle` the narrowest of its blocks: they double from stage to stage. `scale` is patches per position of
+    the last map, along each side.
     """
 
     def __init__(

@@ -15,10 +15,8 @@ from elastic_kernels import cached_constant, resized_positions
 def positions_of_grid(positions: Tensor, prefix: int, height: int, breadth: int) -> Tensor:
     """The position embedding `[1, prefix + height * breadth, width]` of a grid of patches.
 
-    Args:
-        positions: `[1, prefix + side * side, width]`, the trained one.
-        prefix: tokens before the patches.
-        height, breadth: patches.
+    It is made of the trained one, `[1, prefix + side * side, width]`, with `prefix` tokens before the
+    patches.
     """
     return resized_positions(positions, prefix, resizing_of_grid(positions, prefix, height, breadth))
 

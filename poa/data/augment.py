@@ -59,13 +59,8 @@ def draw_views(
 ) -> tuple[CropParameters, CropParameters]:
     """Draw the parameters of the two global views and of the `local_count` local views.
 
-    How much is drawn does not depend on which operations are switched on, so switching one off
-    leaves the others as they were.
-
-    Args:
-        config: of the crops.
-        sizes: int64 `[B, 2]` on the CPU, (height, width) of the images in pixels.
-        generator: a CPU generator.
+    How much is drawn does not depend on which operations are switched on, so switching one off leaves the
+    others as they were. `sizes` and `generator` are as of `augment`.
     """
     blur, solarize = config.blur, config.solarize
     count = config.local_count

@@ -69,13 +69,8 @@ def decode_sized(file: BinaryIO, canvas: int, bits: int | None = None) -> tuple[
 def to_pixels(image: Image.Image, canvas: int, bits: int | None = None) -> np.ndarray:
     """A picture as uint8 `[H, W, 3]`, upright, shrunk (aspect kept) to fit a square of `canvas` pixels.
 
-    Grey, palette, CMYK and deeper images become 8-bit RGB; transparency is dropped; of an animation the first
-    picture is taken; EXIF says what is upright.
-
-    Args:
-        image: any picture; stays as it is.
-        canvas: pixels.
-        bits: of pixels deeper than 8 bits, see `_eight_bits`.
+    Grey, palette, CMYK and deeper images become 8-bit RGB, these by `_eight_bits`; transparency is dropped;
+    of an animation the first picture is taken; EXIF says what is upright.
 
     Raises:
         ValueError: pixels are floating-point numbers.

@@ -92,10 +92,8 @@ class SampleStream:
     Args:
         images: how many there are.
         batch_size: images of a micro-batch.
-        micro_batches: which micro-batches of a step are this process's.
-        step_micro_batches: micro-batches of a step, over all processes.
-        steps: range of steps to produce.
-        seed: of the run.
+        micro_batches, step_micro_batches: which of a step's are this process's, and how many there are.
+        steps, seed: to produce; of the run.
         start: position in the sequence of the first image of step 0; may be negative.
         block: neighbouring images that stay near to each other in a shuffle: blocks are shuffled, then the
             images of every `WINDOW` blocks. 1: a full shuffle.
@@ -193,17 +191,10 @@ class _AllImages(Dataset[Decoded]):
 def training_batches(
     source: ImageSource, stream: SampleStream, canvas: int, workers: int, patience: float = 600.0
 ) -> Iterator[Canvases]:
-    """One batch per micro-batch of the stream.
-
-    Args:
-        source: the images.
-        stream: which of them.
-        canvas: largest side of a decoded image, pixels.
-        workers: processes that decode.
-        patience: seconds to wait for a batch of theirs.
+    """One batch per micro-batch of the stream, on canvases of `canvas` pixels.
 
     Raises:
-        DataError: a batch does not come.
+        DataError: the workers give none for `patience` seconds.
     """
     images = _TrainingImages(source, canvas, stream.seed)
     return batches_of(images, workers, patience, batch_sampler=stream)
@@ -266,14 +257,9 @@ def _data_error(error: RuntimeError, workers: int, patience: float) -> Exception
 def require_shared_memory(canvas: int, batch_size: int, workers: int, evaluates: bool) -> None:
     """Refuse a run whose workers could not pass their batches, as with the 64 MiB of a Docker container.
 
-    Args:
-        canvas: largest side of a decoded image, pixels.
-        batch_size: images of a training batch.
-        workers: processes that decode, for each training process.
-        evaluates: whether the loader of evaluations works beside that of training.
-
     Raises:
-        InputError: less is free than batches of square images take, of all ranks of this machine.
+        InputError: less is free than the batches of all ranks of this machine take, those of evaluations
+            included if it `evaluates`.
     """
     workers, ranks = useful_workers(workers), os.environ.get("LOCAL_WORLD_SIZE", "")
     images = batch_size + EVALUATION_BATCH * evaluates

@@ -53,13 +53,9 @@ class Preprocessing:
     def of(
         cls, crops: CropsConfig, canvas: int | None = None, bits: int | None = None, size: int | None = None
     ) -> Preprocessing:
-        """That of evaluation.
+        """That of evaluation, for crops of `size` pixels (default: as in training).
 
-        Args:
-            crops: gives share and normalisation.
-            canvas: default: as many pixels as the shorter side has before the crop.
-            bits: as the attribute.
-            size: of the crop; default that of training.
+        By default the canvas is as many pixels as the shorter side has before the crop.
         """
         resize = crops.eval_resize(size)
         return cls(size or crops.global_size, resize, canvas or resize, crops.mean, crops.std, bits)

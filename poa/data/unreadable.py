@@ -34,11 +34,8 @@ class Unreadable:
         self.new += messages
 
     def settle(self, step: int, images: int) -> int:
-        """Count what all processes met since the last call.
-
-        Args:
-            step: done so far.
-            images: asked for since the beginning of the run, by all processes.
+        """Count what all processes met since the last call, after `step` steps that asked for `images` images
+        in all.
 
         Raises:
             InputError: too many; in all processes.

@@ -81,13 +81,7 @@ class Nearest:
         self.neighbours = [[] for _ in self.queries]
 
     def add(self, source: ImageSource, positions: Sequence[int], cls: Tensor) -> None:
-        """Look at more images.
-
-        Args:
-            source: where they are.
-            positions: in it.
-            cls: their class tokens, `[images, C]` on the CPU.
-        """
+        """Look at more images: positions in a source, and their class tokens, `[images, C]` on the CPU."""
         similarities, order = (self._features @ F.normalize(cls, dim=1).T).topk(min(self.count, len(cls)))
         for neighbours, values, columns in zip(
             self.neighbours, similarities.tolist(), order.tolist(), strict=True

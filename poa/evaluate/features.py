@@ -52,15 +52,9 @@ def extract_features(
     canvas: int,
     workers: int = 0,
 ) -> FeatureSet | None:
-    """Results of each function on the normalised centre crops of all readable images.
+    """Results of functions of normalised images `[B, 3, S, S]` on the centre crops of all readable images.
 
-    Args:
-        functions: of normalised images `[B, 3, S, S]` on the device of `world`.
-        source: the images; every process takes a part of them.
-        crops: gives the size of the centre crop and the normalisation.
-        world: this process.
-        canvas: largest side of a decoded image, pixels.
-        workers: decoding processes.
+    Every process takes a part of the images.
 
     Returns:
         On the main process; None on the others.

@@ -166,12 +166,8 @@ class Report:
     def plot(self, path: Path | None = None, baseline: tuple[str, float] | None = None) -> Any:
         """Draw accuracy against parameters, a line per width; hollow marks are before training.
 
-        Args:
-            path: of a picture to write, too; its ending chooses the format.
-            baseline: name and accuracy of a horizontal line.
-
-        Returns:
-            A figure of matplotlib.
+        A `path` is written to, too; its ending chooses the format. The baseline, a name and an accuracy, is a
+        horizontal line. Returns a figure of matplotlib.
         """
         from matplotlib.figure import Figure  # optional, and slow to import
 
@@ -213,15 +209,8 @@ def evaluate_subnets(
 ) -> Report:
     """Score subnets on the held-out images by what the training images teach.
 
-    Args:
-        backbone: trained weights, on the device of `world`.
-        subnets: which networks.
-        data: needs labelled test images.
-        config: of the run.
-        world: this process; all of them extract features.
-        origin: of the weights.
-        initial: the weights before training, scored too.
-        protocols: how.
+    The weights are on the device of `world`, whose processes all extract features; `initial` ones, of before
+    training, are scored too.
     """
     asked = {
         (subnet, name): (p, p.features(weights, subnet))

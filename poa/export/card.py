@@ -39,16 +39,9 @@ feature = model("photo.jpg")
 
 
 def write_card(model: ExportedModel, folder: Path, run: RunFolder, licence: str) -> Path:
-    """Write the card of a model of a run into its folder.
+    """Write the card of a model into its folder, out of the data, settings and evaluations of its run.
 
-    Args:
-        model: the model.
-        folder: of the model.
-        run: tells the data, the settings and the evaluations.
-        licence: of the weights, an identifier of the Hub such as apache-2.0.
-
-    Raises:
-        SaveError: the file system refused it.
+    `licence` is an identifier of the Hub such as apache-2.0.
     """
     path = folder / CARD
     write_text(path, "\n".join(_card(model, folder.name, run, licence)))
@@ -98,15 +91,11 @@ def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[s
 
 
 def push(folder: Path, name: str, *, dry_run: bool) -> str:
-    """Upload a model's folder to the Hugging Face Hub, into a private repository if there is none yet.
-
-    Args:
-        folder: of the model.
-        name: of the repository, `USER/NAME`.
-        dry_run: only say what would be uploaded.
+    """Upload a model's folder to a repository `USER/NAME` of the Hugging Face Hub, private if there is none
+    yet.
 
     Returns:
-        What was done, in a line.
+        What was done, or would be, in a line.
 
     Raises:
         InputError: huggingface_hub is not installed, or the Hub refused it.

@@ -66,14 +66,11 @@ def open_to_quantise(config: Config, image_size: int | None) -> DataSplit:
 def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Config) -> Quantised:
     """Write a model whose weights and their inputs are 8-bit integers; norms, softmax and sums are fp32.
 
-    Args:
-        model: of the image size of training.
-        folder: exists; gets `model.int8.onnx`.
-        data: what `open_to_quantise` gives.
-        config: of the run.
+    Training images calibrate it and are the bank of k-NN. The file is `model.int8.onnx`.
 
     Raises:
-        InputError: a package is missing.
+        InputError: no labelled images are held out, another image size than in training, or a package is
+            missing.
     """
     onnx = optional_package("onnx", "export")
     with tempfile.TemporaryDirectory() as scratch:

@@ -51,13 +51,8 @@ def rankme(features: Tensor) -> float:
 def agreements(
     backbone: Backbone, subnets: Sequence[Subnet], source: ImageSource, config: Config, world: World
 ) -> list[Agreement]:
-    """Agreement of subnets with the intact network on the class tokens of images.
-
-    Args:
-        backbone: the weights, on the device of `world`, the only process.
-        subnets: which networks.
-        source: the images; labels are not read.
-        config: of the run.
+    """Agreement of subnets with the intact network on the class tokens of images; `world` is the only
+    process.
 
     Raises:
         InputError: fewer than two images can be read.

@@ -177,16 +177,9 @@ class LatencyTable:
 def measure(
     method: MethodConfig, subnets: Sequence[Subnet], setting: Setting, device: torch.device, seconds: float
 ) -> LatencyTable:
-    """Measure the latency of subnets as networks of their own.
+    """Measure the latency of subnets as networks of their own, so many seconds each.
 
-    Weights are random: latency does not depend on them.
-
-    Args:
-        method: gives the backbone.
-        subnets: which networks; all are in memory at the same time.
-        setting: batch, image size and runtime, and what else goes into the table.
-        device: to run on.
-        seconds: of measuring each.
+    Weights are random: latency does not depend on them. All are in memory at the same time.
 
     Raises:
         InputError: no room for all of them, or a runtime that does not take them.

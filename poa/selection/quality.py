@@ -101,14 +101,8 @@ def agreement_quality(
 ) -> Quality:
     """Linear CKA of all subnets with the intact network, with RankMe beside.
 
-    They are kept in the folder of the run, and read from there when they are asked for again.
-
-    Args:
-        weights: whose.
-        config: of the run; its data are used, held-out images if there are any.
-        images: so many at most.
-        device: to compute on.
-        openers: how to open the data, where no name says it.
+    They are computed on at most so many images, held-out ones if there are any, kept in the folder of the
+    run, and read from there when they are asked for again.
     """
     folder, space = weights.folder, config.method.backbone.space
     asked: dict[str, Any] = {"branch": weights.branch, "data": data_place(config.data.source)}

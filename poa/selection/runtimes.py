@@ -81,15 +81,11 @@ class Times:
 
 
 def interleaved(calls: Mapping[K, Call], device: torch.device, seconds: float) -> dict[K, Times]:
-    """Times of single calls that take turns, so that a drift of the machine hits all alike.
+    """Times of single calls, each of which has run before, that take turns, so that a drift of the machine
+    hits all.
 
     In every round each has one turn, in random order: `WARM` calls that are not timed, which bring its
-    weights back into the caches, and `CALLS` that are.
-
-    Args:
-        calls: what is timed; each has run before.
-        device: they run on; a GPU is waited for after each call.
-        seconds: of measuring each, within `ROUNDS`.
+    weights back into the caches, and `CALLS` that are. Each is measured for so many seconds, within `ROUNDS`.
     """
     times = {key: Times() for key in calls}
     least, most = ROUNDS

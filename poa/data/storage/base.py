@@ -92,14 +92,11 @@ def is_label(name: str) -> bool:
 def join_labels(
     parts: Sequence[tuple[np.ndarray, Sequence[str]]], classes: Sequence[str] | None = None
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels of several files, each of which numbers the names of its own.
-
-    Args:
-        parts: (int64 `[images]`, -1 for none; the names) of each file.
-        classes: all names in order; default: as they are sorted, numbers as numbers.
+    """Labels of several files, each of which numbers (int64 `[images]`, -1 for none) the names of its own.
 
     Returns:
-        int64 `[images]`, or None where no image has a label; names of the labels.
+        int64 `[images]`, or None where no image has a label; the names of all labels, default sorted, numbers
+        as numbers.
     """
     if classes is None:
         names = {name for _, own in parts for name in own if is_label(name)}

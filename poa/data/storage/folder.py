@@ -103,13 +103,10 @@ class Tree:
 
 
 def read_folder(root: Path, skipped: Collection[str] = ()) -> Opened:
-    """List a folder of class folders, or a flat folder of images; sorted, hidden files left out.
+    """List a folder of class folders, or a flat folder of images; sorted, hidden files and names `skipped`
+    left out.
 
     Images beside class folders have no label.
-
-    Args:
-        root: the folder.
-        skipped: names in it that are not looked at.
 
     Raises:
         InputError: no images there.
