@@ -2,6 +2,7 @@
 
     config.json                               the configuration
     beginning.json                            the first lines of the run: images found, plan
+    order.json                                the order of sorted pretrained weights, if any
     metrics.jsonl                             a line per logged step, evaluation and alarm, with its checksum
     unreadable.jsonl                          a line per image that could not be read, if any
     lock                                      the process that trains, while it does
@@ -158,6 +159,15 @@ class RunFolder:
         """Keep what the run says at its beginning, and the steps of its phases, for reports."""
         about = {"version": VERSION, "said": said, "phases": phases}
         write_json(self.path / "beginning.json", about)
+
+    def keep_order(self, order: Mapping[str, Any]) -> None:
+        """Keep the order into which pretrained weights were sorted."""
+        write_json(self.path / "order.json", dict(order))
+
+    def order(self) -> dict[str, Any] | None:
+        """The order of `keep_order`, if weights were sorted."""
+        file = self.path / "order.json"
+        return read_json(file, "run: expected an order in JSON") if file.is_file() else None
 
     def config(self) -> Config:
         """The configuration the run was started with."""

@@ -25,7 +25,8 @@ from poa.evaluate.sweep import data_place
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
-from poa.initialization import initial_config
+from poa.initialization import in_order_of, initial_config
+from poa.initialization.importance import Order
 from poa.metrics import Callback
 from poa.network import Network
 from poa.options import differences, override
@@ -85,6 +86,8 @@ def pretrain(
     config, openers = _with_images(initial_config(preset, init, options), data)
     folder = RunFolder(Path(out or "."))
     resume = resume and bool(folder.checkpoints())
+    if resume:
+        config = in_order_of(config, folder.config())
     if out and not resume:
         folder.require_new()
     train.pretrain(config, folder.path, resume=resume, check=check, openers=openers, callbacks=callbacks)
@@ -221,7 +224,10 @@ class Run:
             origin, before = Origin.of(folder, checkpoint, branch), None
             backbone = network.backbone.to(world.device)
             if initial:
-                before = initial_network(config, branch).backbone.to(world.device)
+                untrained = initial_network(config, branch)
+                if order := folder.order():
+                    Order(**order).sort(untrained)
+                before = untrained.backbone.to(world.device)
             report = evaluate_subnets(
                 backbone, chosen, images, config, world, origin, initial=before, protocols=asked
             )

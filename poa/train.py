@@ -25,6 +25,7 @@ from poa.distributed import Poll, World, init_distributed, mean_in_bf16
 from poa.errors import DivergenceError, as_input
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.images import open_on_ranks
+from poa.initialization.importance import sort_by_importance
 from poa.lock import RunLock
 from poa.metrics import Callback, Journal
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
@@ -127,11 +128,15 @@ def _train(
         log.warning("%s", line)
     if check:
         return
-    started = time.monotonic()
+    started, order = time.monotonic(), None
+    if initial and config.method.init.importance != "none":
+        config, order = sort_by_importance(config, initial, data, world)
     run = Trainer(config, folder, data, world, content, callbacks, initial)
     if not content:
         world.from_main(folder.lock.acquire)
     run.begin()
+    if order:
+        world.from_main(partial(folder.keep_order, vars(order)))
     world.from_main(partial(folder.keep_beginning, beginning, dict(phases(config, plan, schedules))))
     run.train()
     for line in last_lines(folder.path, time.monotonic() - started, data) if world.is_main else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,15 @@ from helpers import golden_cases as golden
 from helpers.tiny import SHORT, tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.backbones import Backbone
+from poa.backbones.positions import positions_of_grid
 from poa.checkpoint import RunFolder, read_checkpoint
 from poa.errors import InputError
 from poa.export import extract
 from poa.initialization import initial_config, read_source
+from poa.initialization.importance import Order, taylor_order
 from poa.official import load_backbone
 from poa.step import initial_network
+from poa.subnets import Subnet
 from poa.train import pretrain
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
@@ -56,6 +60,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "eva": ("eva02_tiny_patch14_224", DINO, "expected a VisionTransformer, .* got a Eva"),
 }
+
+
+SUBNETS = ["16x1", "16x2", "32x1"]
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +160,10 @@ def test_files(models: Path, tmp_path: Path) -> None:
     config = initial_config("quickstart", str(file), overrides)
     source = read_source(str(file), config.method.backbone)
     assert str(source) == f"{file}, a vit 32x2 of 24 pixels; left out: head.bias, head.weight"
-    backbone: Any = initial_network(config).backbone
-    assert torch.equal(backbone.pos_embed, source.backbone.position_embedding(6, 6, 32))  # type: ignore[operator]
+    resampled, original = (
+        b.state_dict()["pos_embed"] for b in (initial_network(config).backbone, source.backbone)
+    )
+    assert torch.equal(resampled, positions_of_grid(original, 1, 6, 6))
 
     official = tmp_path / "official.pth"
     weights = golden.tensors("vit_forward", "state")
@@ -201,6 +210,44 @@ def test_wrong_files(models: Path, tmp_path: Path) -> None:
         read_source(str(models / "vit-32x2" / "model.safetensors"))
 
 
+def test_sorting_changes_nothing_but_the_order() -> None:
+    vit: Any = random_weights(
+        tiny_config("registers=2", "layer_scale=1", "max_depth=4").method.backbone.build()
+    )
+    order = Order.random(vit, torch.Generator().manual_seed(3))
+    result = order.applied(vit)
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        (before,), (after,) = vit([images]), result([images])
+    for a, b in ((before.cls, after.cls), (before.patches, after.patches)):
+        assert float((a[..., order.channels] - b).abs().max()) < 1e-5
+    assert result.config.active(Subnet(16, 2)) == sorted(order.blocks[:2])
+    with pytest.raises(InputError, match="block_order: expected each of 0..3 once, got "):
+        replace(vit.config, block_order=(0, 1, 2))
+
+
+def test_what_is_unused_comes_last() -> None:
+    """A block, heads, hidden units and channels without effect have the least importance."""
+    vit: Any = random_weights(tiny_config("layer_scale=1", "max_depth=4").method.backbone.build())
+    with torch.no_grad():
+        for scale in (vit.blocks[2].ls1, vit.blocks[2].ls2):
+            scale.gamma.zero_()
+        vit.blocks[0].attn.proj.weight[:, :16] = 0
+        vit.blocks[1].mlp.fc2.weight[:, 5] = 0
+        writers = [s.gamma for block in vit.blocks for s in (block.ls1, block.ls2)]
+        for weight in (
+            vit.cls_token.permute(2, 0, 1),
+            vit.pos_embed.permute(2, 0, 1),
+            *vit.patch_embed.proj.parameters(),
+            *writers,
+        ):
+            weight[:4] = 0
+    images = [torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    order = taylor_order(vit, images, torch.Generator().manual_seed(0))
+    assert order.blocks[-1] == 2 and order.heads[0] == [1, 0] and order.hidden[1][-1] == 5
+    assert set(order.channels[-4:]) == {0, 1, 2, 3}
+
+
 def test_a_run_resumes_as_if_never_interrupted(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,10 +255,18 @@ def test_a_run_resumes_as_if_never_interrupted(
     out = tmp_path / "run"
     start = ["pretrain", "--preset", "quickstart", "--init", str(source), "--out", str(out), *SHORT]
     assert main([*start, "--check"]) == 0 and not out.exists()
-    assert main(start) == 0
-    assert f"weights: {source}, a vit 32x2 of 24 pixels" in capsys.readouterr().out
+    evaluated = ["evaluate_every=1000", "knn_images=50", "method.init.images=16"]
+    assert main([*start, *evaluated]) == 0
+    said = capsys.readouterr().out
+    assert f"weights: {source}, a vit 32x2 of 24 pixels" in said
+    assert re.findall(r"importance: 20-NN accuracy of (\S+): \S+%, \S+% in a random order", said) == SUBNETS
+    assert main(["pretrain", "--resume", str(out), "--importance", "none"]) == 2
+    assert main([*start, *evaluated, "--auto-resume"]) == 0  # whose options have no order
+    with pytest.raises(InputError, match="method.init.importance: expected none for a resnet, got 'taylor'"):
+        initial_config("quickstart", str(models / "resnet-32x1-2-2"), ["importance=taylor"])
     shutil.rmtree(source)
     folder = RunFolder(out)
+    assert sorted(folder.config().method.backbone.block_order) == [0, 1]  # type: ignore[union-attr]
     checkpoints = folder.checkpoints()
     assert [checkpoint.step for checkpoint in checkpoints] == [3, 6]
     whole = read_checkpoint(checkpoints[-1].path)

@@ -63,6 +63,11 @@ class ViTConfig(BackboneConfig):
     min_depth: int = option(12, "blocks of the shallowest subnet", "[1, 1024]")
     max_depth: int = option(24, "blocks of the intact network", "[1, 1024]")
     depth_step: int = option(1, "distance between depths", "[1, 1024]")
+    block_order: tuple[int, ...] = option(
+        (),
+        "all blocks by importance: a subnet keeps the first of them; empty: evenly spaced ones",
+        "[0, 1024)",
+    )
     head_dim: int = option(64, "channels of an attention head", "[1, 1024]")
     registers: int = option(0, "register tokens, which attend and are no output", "[0, 64]")
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
@@ -86,6 +91,8 @@ class ViTConfig(BackboneConfig):
             raise self.wrong("width_step", f"whole steps from {self.min_width} to {self.max_width}")
         if (self.max_depth - self.min_depth) % self.depth_step:
             raise self.wrong("depth_step", f"whole steps from {self.min_depth} to {self.max_depth}")
+        if self.block_order and sorted(self.block_order) != list(range(self.max_depth)):
+            raise self.wrong("block_order", f"each of 0..{self.max_depth - 1} once")
         if int(self.mlp_ratio * self.min_width) < 1:
             raise self.wrong(
                 "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
@@ -125,10 +132,14 @@ class ViTConfig(BackboneConfig):
     def feature_width(self, subnet: Subnet) -> int:
         return subnet.width
 
+    def active(self, subnet: Subnet) -> list[int]:
+        """Indices of the active blocks."""
+        (depth,) = subnet.blocks
+        return sorted(self.block_order[:depth]) or active_blocks(self.max_depth, depth)
+
     def active_drop_rates(self, subnet: Subnet) -> list[float]:
         """Stochastic-depth rate of each active block; not rescaled for shallow subnets (official)."""
-        (depth,) = subnet.blocks
-        return [self.drop_rates[i] for i in active_blocks(self.max_depth, depth)]
+        return [self.drop_rates[i] for i in self.active(subnet)]
 
     def grid(self, image_size: int) -> int:
         if image_size < self.patch_size or image_size % self.patch_size:
@@ -170,6 +181,7 @@ class ViTConfig(BackboneConfig):
             max_width=subnet.width,
             min_depth=depth,
             max_depth=depth,
+            block_order=(),
             mlp_ratio=hidden / subnet.width,
             drop_path=0.0,
             masked=False,
@@ -303,8 +315,7 @@ class ElasticViT(Backbone):
 
     def active_blocks(self, subnet: Subnet) -> list[ElasticBlock]:
         """The blocks a subnet runs through, in order."""
-        (depth,) = subnet.blocks
-        return [cast(ElasticBlock, self.blocks[i]) for i in active_blocks(self.config.max_depth, depth)]
+        return [cast(ElasticBlock, self.blocks[i]) for i in self.config.active(subnet)]
 
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator

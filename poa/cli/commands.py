@@ -33,6 +33,8 @@ from poa.warmup import warm_up, warm_up_absent
 
 
 def run_pretrain(options: argparse.Namespace) -> None:
+    if options.importance and not options.init:
+        raise InputError("--importance: expected --init WEIGHTS with it")
     if options.resume:
         if options.preset or options.config or options.out or options.auto_resume or options.init:
             raise InputError(
@@ -43,6 +45,8 @@ def run_pretrain(options: argparse.Namespace) -> None:
         return
     if options.replan:
         raise InputError("--replan: expected --resume RUN with it")
+    if options.importance:
+        options.overrides = [f"method.init.importance={options.importance}", *options.overrides]
     config = _new_config(options)
     if not options.out and not options.check:
         raise InputError("pretrain: expected --out RUN, the folder of the new run")

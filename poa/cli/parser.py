@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -16,7 +16,7 @@ from poa.cli.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subne
 from poa.cli.data_check import add_data
 from poa.cli.embedding import add_embed
 from poa.cli.selection import add_latency, add_select
-from poa.config import Config
+from poa.config import Config, InitConfig
 from poa.data.layout import SOURCES
 from poa.evaluate import PROTOCOLS
 from poa.export.formats import DTYPES
@@ -166,6 +166,11 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
         metavar="WEIGHTS",
         help="initial weights, whose backbone is used: timm:NAME, the folder of a model or a run, or a file "
         "(method.init.weights); without --preset the options of the run or those of preset elastic are used",
+    )
+    command.add_argument(
+        "--importance",
+        choices=get_args(get_type_hints(InitConfig)["importance"]),
+        help="with --init: order of channels, heads, hidden units and blocks (method.init.importance)",
     )
     command.add_argument(
         "--check",

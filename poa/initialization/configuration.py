@@ -48,8 +48,19 @@ def initial_config(
     else:
         source = read_source(weights, override(config, _hints(overrides)).method.backbone)
         backbone, crops = _following(source, config.method)
+        if backbone.kind == "vit" and not source.elastic:
+            init = InitConfig(weights, "taylor")
     method = dataclasses.replace(config.method, init=init, backbone=backbone, crops=crops)
     return override(dataclasses.replace(config, method=method), overrides)
+
+
+def in_order_of(config: Config, run: Config) -> Config:
+    """The configuration with the blocks in the order that a run found when it began."""
+    backbone, theirs = config.method.backbone, run.method.backbone
+    if config.method.init.importance == "none" or not isinstance(backbone, ViTConfig):
+        return config
+    backbone = dataclasses.replace(backbone, block_order=getattr(theirs, "block_order", ()))
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=backbone))
 
 
 def _hints(overrides: Sequence[str] | Mapping[str, Any]) -> Sequence[str] | Mapping[str, Any]:

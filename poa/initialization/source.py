@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poa.backbones import Backbone, BackboneConfig, ElasticViT, ResNetConfig, ViTConfig
+from poa.backbones.positions import positions_of_grid
 from poa.errors import InputError, optional_package
 from poa.export import load
 from poa.export.model import CONFIG, TOLERANCE, WEIGHTS
@@ -64,10 +65,10 @@ class Source:
         Raises:
             InputError: another shape.
         """
-        state = self.backbone.state_dict()
-        if isinstance(self.backbone, ElasticViT) and isinstance(backbone, ElasticViT):
-            side, width = backbone.config.grid(backbone.config.image_size), self.backbone.config.max_width
-            state["pos_embed"] = self.backbone.position_embedding(side, side, width)
+        source, state = self.backbone, self.backbone.state_dict()
+        if isinstance(source, ElasticViT):
+            side = backbone.config.grid(backbone.config.image_size)
+            state["pos_embed"] = positions_of_grid(source.pos_embed, source.config.prefix, side, side)
         mine = backbone.state_dict()
         state |= {name: mine[name] for name in ("mask_token",) if name in mine and name not in state}
         load_strictly(backbone, state, self.name)
