@@ -7,13 +7,13 @@ heads are `dino_head.mlp0.2` and `dino_head.last_layer0`, and training checkpoin
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from poa.backbones import Backbone, BackboneConfig, ResNetConfig, SwinConfig, ViTConfig
+from poa.backbones import CONFIGS, Backbone, BackboneConfig
 from poa.errors import InputError, as_input
 from poa.weights import load_strictly, read_weights
 
@@ -103,78 +103,16 @@ def backbone_from_state(
 
 def _config(converted: Mapping[str, Tensor], name: str, head_dim: int, norm_groups: int) -> BackboneConfig:
     """Kind and sizes of the network that has these parameters."""
-    readers: dict[str, Callable[[], BackboneConfig]] = {
-        "cls_token": lambda: _vit(converted, name, head_dim),
-        "stages.0.blocks.0.norm1.weight": lambda: _swin(converted),
-        "layer1.0.conv2.weight": lambda: _resnet(converted, norm_groups),
-    }
-    matching = [reader for key, reader in readers.items() if key in converted]
-    if not matching:
-        raise InputError(
-            f"{name}: expected weights of a ViT, Swin or ResNet, got none of {', '.join(readers)}"
-        )
+    kinds = [kind for kind in CONFIGS if kind.marker in converted]
+    if not kinds:
+        markers = ", ".join(kind.marker for kind in CONFIGS)
+        raise InputError(f"{name}: expected weights of a ViT, Swin or ResNet, got none of {markers}")
     try:
-        return matching[0]()
+        return kinds[0].of_weights(converted, head_dim, norm_groups)
     except KeyError as missing:
         raise InputError(f"{name}: expected weights of a backbone, got no {missing}") from None
-
-
-def _vit(state: Mapping[str, Tensor], name: str, head_dim: int) -> BackboneConfig:
-    width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-    side = round((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
-    if width % head_dim:
-        raise InputError(f"{name}: expected a width that is a multiple of head_dim {head_dim}, got {width}")
-    return ViTConfig(
-        image_size=side * patch,
-        patch_size=patch,
-        min_width=head_dim,
-        max_width=width,
-        min_depth=1,
-        max_depth=_count(state, "blocks."),
-        head_dim=head_dim,
-        registers=registers,
-        mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
-        masked="mask_token" in state,
-    )
-
-
-def _swin(state: Mapping[str, Tensor]) -> BackboneConfig:
-    offsets, heads = state["stages.0.blocks.0.attn.relative_position_bias_table"].shape
-    embedding, _, _, patch = state["patch_embed.proj.weight"].shape
-    depths = tuple(_count(state, f"stages.{stage}.blocks.") for stage in range(_count(state, "stages.")))
-    width = state["stages.0.blocks.0.norm1.weight"].shape[0]
-    return SwinConfig(
-        patch_size=patch,
-        min_width=width // heads,
-        max_width=width,
-        head_dim=width // heads,
-        min_depths=(1,) * len(depths),
-        max_depths=depths,
-        window=(round(offsets**0.5) + 1) // 2,
-        mlp_ratio=state["stages.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
-        embedding_width=embedding,
-        masked="mask_token" in state,
-    )
-
-
-def _resnet(state: Mapping[str, Tensor], norm_groups: int) -> BackboneConfig:
-    depths = tuple(_count(state, f"layer{stage}.") for stage in range(1, 5))
-    base, width = state["conv1.weight"].shape[0], state["layer1.0.conv2.weight"].shape[0]
-    return ResNetConfig(
-        min_depths=(1,) * 4,
-        max_depths=depths,
-        base_width=base,
-        min_width=norm_groups,
-        max_width=width,
-        norm_groups=norm_groups,
-        masked="mask_token" in state,
-    )
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """One more than the largest number that follows a prefix."""
-    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def of_branch(content: Any, branch: str, name: str) -> dict[str, Tensor]:

@@ -23,18 +23,18 @@ from poa.data.sources import DataSplit
 from poa.device import deterministic_algorithms, prepared_ahead
 from poa.distributed import Poll, World, init_distributed, mean_in_bf16
 from poa.errors import DivergenceError, as_input
-from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.images import open_on_ranks
 from poa.initialization.importance import sort_by_importance
 from poa.lock import RunLock
 from poa.metrics import Callback, Journal
 from poa.micro_batch import Draws, MicroBatch, make_micro_batch
 from poa.options import describe
-from poa.plan import Plan, evaluated_subnets, first_lines, last_lines, phases, require_runnable
+from poa.plan import Plan, first_lines, last_lines, phases, require_runnable
 from poa.progress import Progress, say
 from poa.signals import StopSignals, preempted
 from poa.step import Initial, StepReport, TrainingState, initial_networks, train_step
 from poa.subnets import SubnetSampler
+from poa.validation import Validation
 from poa.writers import require_writers
 
 # Options that may differ between ranks.
@@ -168,7 +168,6 @@ class Trainer:
         self.plan = Plan.of(config, len(data.train), world.size, content)
         self.space = method.backbone.space
         self.micro_batches = world.share(self.plan.micro_batches)
-        self.evaluated = evaluated_subnets(config)
         self.schedules = self.plan.schedules(config)
         self.sampler = SubnetSampler(
             self.space, method.sampling, method.seed, self.plan.micro_batches, method.backbone.flops
@@ -217,13 +216,14 @@ class Trainer:
         """All remaining steps, with logging, evaluation and checkpoints."""
         total, options = self.schedules.total_steps, self.config.run
         journal, meter, poll = self.journal, self.journal.meter, Poll(self.world)
+        validation = Validation(self.config, self.data, self.world, journal)
         with Progress(total, self.first_step, self.world.is_main) as progress, ExitStack() as stack:
             signals = stack.enter_context(StopSignals(said=self.world.is_main))
             compiled = stack.enter_context(compilations())
             stack.enter_context(self.state.undisturbed())
             stack.enter_context(journal.opened(self.first_step))
-            if self.world.from_main(self._misses_evaluation):
-                self.evaluate(self.first_step, progress)
+            if self.world.from_main(partial(validation.is_missing, self.first_step, total)):
+                validation.run(self.first_step, self.state, progress)
             meter.reset()
             steps = range(self.first_step, total)
             for step, canvases in zip(steps, meter.timed(self.batches(steps)), strict=True):
@@ -241,20 +241,13 @@ class Trainer:
                     journal.log(done, compiled.count, progress)
                     self.state.rounded.forget()  # callbacks may do anything
                 if evaluates and not stops:
-                    self.evaluate(done, progress)
+                    validation.run(done, self.state, progress)
                 if saves or stops:
                     self.save(done)  # last, as what comes before would not be repeated
                 if stops:
                     raise preempted(self.folder.path, done, signals.received)
                 if saves or evaluates:
                     meter.reset()  # neither counts as training time
-
-    def _misses_evaluation(self) -> bool:
-        """Whether the state the run begins with should have been evaluated and was not."""
-        every, step = self.config.run.evaluate_every, self.first_step
-        if every == 0 or (step % every and step != self.schedules.total_steps):
-            return False
-        return not any("knn" in row and row["step"] == step for row in self.folder.rows())
 
     def batches(self, steps: range) -> Iterator[list[Canvases]]:
         """Decoded images of this process's micro-batches, step by step."""
@@ -335,18 +328,3 @@ class Trainer:
             self.folder.save(state, self.config)
 
         self.world.from_main(write)
-
-    def evaluate(self, done: int, progress: Progress) -> None:
-        """k-NN of the teacher's chosen subnets and of the intact student."""
-        if self.data.test is None:
-            return
-        intact, state, limit = self.space.intact, self.state, self.config.run.knn_images
-        branches = {"teacher": (state.teacher, self.evaluated), "student": (state.student, [intact])}
-        scores = {}
-        for branch, (network, subnets) in branches.items():
-            accuracies = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
-            for subnet, score in zip(subnets, accuracies, strict=True):
-                scores[f"{branch} {subnet}"] = score[REPORTED_K]
-        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
-        shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
-        progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")

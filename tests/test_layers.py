@@ -22,7 +22,7 @@ FLOORS = (
     "backbones heads losses network official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
     "step plan evaluate selection memory warmup writers metrics report contact_sheet curves export images "
-    "initialization",
+    "initialization validation",
     "train",
     "run embedding",
     "quickstart cli __init__ __main__",

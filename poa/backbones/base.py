@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,23 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
     Attributes:
         kind: its name in configurations and files.
         image_size: pixels of a side of the global crops.
+        marker: name of a parameter that weights of this kind alone have.
     """
 
     kind: str
     image_size: int
+    marker: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> BackboneConfig:
+        """That of the network with these parameters; its search space is every width and depth up to it.
+
+        Channels of a ViT's attention head and groups of a ResNet's norms are not in the shapes.
+
+        Raises:
+            KeyError: a parameter is missing.
+        """
 
     def require_order(self, low: str, high: str) -> None:
         """Raise InputError where the option `low` is above the option `high`."""
@@ -255,3 +268,8 @@ def initialise_as_torch(layer: nn.Linear | nn.Conv2d, generator: torch.Generator
 def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights in float32, contiguous, on the CPU, in memory of their own."""
     return {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+
+
+def count_of(state: Mapping[str, Tensor], prefix: str) -> int:
+    """One more than the largest number that follows a prefix in the names of parameters."""
+    return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))

@@ -11,16 +11,16 @@ official `DynamicResNet`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_kernels import ElasticBottleneck, ElasticGroupNorm, conv_channels_last, recomputed
-from poa.backbones.base import Features, Inputs, TimmModel, copied, initialise_as_torch
+from poa.backbones.base import Features, Inputs, TimmModel, copied, count_of, initialise_as_torch
 from poa.backbones.plain import PlainResNet
 from poa.backbones.pyramid import Pyramid, PyramidConfig
 from poa.multicrop import StochasticDepth
@@ -43,6 +43,7 @@ class ResNetConfig(PyramidConfig):
         (465, '64x3-4-6-3', '128x3-8-36-3')
     """
 
+    marker: ClassVar[str] = "layer1.0.conv2.weight"
     kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
     min_depths: tuple[int, ...] = option(
         (3, 4, 6, 3), "blocks of each stage of the shallowest subnet", "[1, 1024]"
@@ -117,6 +118,20 @@ class ResNetConfig(PyramidConfig):
     def plain(self) -> PlainResNet:
         sizes = self.base_width, self.max_width, self.max_depths, self.norm_groups
         return PlainResNet(*sizes, expansion=EXPANSION, scale=self.mask_scale)
+
+    @classmethod
+    def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> ResNetConfig:
+        depths = tuple(count_of(state, f"layer{stage}.") for stage in range(1, 5))
+        base, width = state["conv1.weight"].shape[0], state["layer1.0.conv2.weight"].shape[0]
+        return cls(
+            min_depths=(1,) * 4,
+            max_depths=depths,
+            base_width=base,
+            min_width=norm_groups,
+            max_width=width,
+            norm_groups=norm_groups,
+            masked="mask_token" in state,
+        )
 
 
 class ElasticResNet(Pyramid):

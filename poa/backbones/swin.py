@@ -10,9 +10,9 @@ Parameter names are timm's, but for stages, whose `downsample` stands at their e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from elastic_kernels import (
     elastic_linear,
     recomputed,
 )
-from poa.backbones.base import Features, Inputs, copied, initialise_as_torch
+from poa.backbones.base import Features, Inputs, copied, count_of, initialise_as_torch
 from poa.backbones.pyramid import Pyramid, PyramidConfig
 from poa.errors import InputError
 from poa.multicrop import StochasticDepth, draw_samples
@@ -52,6 +52,7 @@ class SwinConfig(PyramidConfig):
         (39, '96x2-2-6-2', '128x2-2-18-2')
     """
 
+    marker: ClassVar[str] = "stages.0.blocks.0.norm1.weight"
     kind: Literal["swin"] = option("swin", "Swin transformer")
     patch_size: int = option(4, "pixels of a side of a patch", "[1, 1024]")
     head_dim: int = option(16, "channels of an attention head", "[1, 1024]")
@@ -145,6 +146,27 @@ class SwinConfig(PyramidConfig):
             drop_path=0.0,
             embedding_width=self.embedding,
             shifted=tuple(shifts),
+        )
+
+    @classmethod
+    def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> SwinConfig:
+        offsets, heads = state["stages.0.blocks.0.attn.relative_position_bias_table"].shape
+        embedding, _, _, patch = state["patch_embed.proj.weight"].shape
+        depths = tuple(
+            count_of(state, f"stages.{stage}.blocks.") for stage in range(count_of(state, "stages."))
+        )
+        width = state["stages.0.blocks.0.norm1.weight"].shape[0]
+        return cls(
+            patch_size=patch,
+            min_width=width // heads,
+            max_width=width,
+            head_dim=width // heads,
+            min_depths=(1,) * len(depths),
+            max_depths=depths,
+            window=(round(offsets**0.5) + 1) // 2,
+            mlp_ratio=state["stages.0.blocks.0.mlp.fc1.weight"].shape[0] / width,
+            embedding_width=embedding,
+            masked="mask_token" in state,
         )
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from poa.backbones.base import (
     Inputs,
     TimmModel,
     copied,
+    count_of,
     initialise_as_torch,
 )
 from poa.backbones.plain import PlainViT
@@ -54,6 +55,7 @@ class ViTConfig(BackboneConfig):
         (143, '384x12', '1024x24')
     """
 
+    marker: ClassVar[str] = "cls_token"
     kind: Literal["vit"] = option("vit", "vision transformer")
     image_size: int = option(224, "pixels of a side of the global crops; sets the position grid", "[1, 4096]")
     patch_size: int = option(16, "pixels of a side of a patch", "[1, 1024]")
@@ -206,6 +208,24 @@ class ViTConfig(BackboneConfig):
         sizes = (grid, self.patch_size, self.max_width, self.max_depth, heads, self.hidden, self.registers)
         return PlainViT(*sizes, eps=LAYER_NORM_EPS)
 
+    @classmethod
+    def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> ViTConfig:
+        width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
+        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+        side = round((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
+        return cls(
+            image_size=side * patch,
+            patch_size=patch,
+            min_width=head_dim,
+            max_width=width,
+            min_depth=1,
+            max_depth=count_of(state, "blocks."),
+            head_dim=head_dim,
+            registers=registers,
+            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            masked="mask_token" in state,
+        )
+
 
 class ElasticViT(Backbone):
     """An elastic ViT.
@@ -305,6 +325,10 @@ class ElasticViT(Backbone):
         resizings = [resizing_of_grid(self.pos_embed, weights.prefix, *self._grid(c)) for c in crops]
         return elastic_embedding(crops, weights, width, masks=masks, resizings=resizings), self.groups(crops)
 
+    def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
+        """As `positions_of_grid`, of a subnet's width."""
+        return positions_of_grid(self.pos_embed[..., :width], self.config.prefix, height, breadth)
+
     def normalise(self, x: Tensor) -> Tensor:
         """The last LayerNorm, over the width of `x`."""
         return self.norm(x)
@@ -336,7 +360,7 @@ class ElasticViT(Backbone):
         side = config.grid(config.image_size)
         state = {
             "cls_token": self.cls_token[..., :width],
-            "pos_embed": positions_of_grid(self.pos_embed[..., :width], config.prefix, side, side),
+            "pos_embed": self.position_embedding(side, side, width),
             "patch_embed.proj.weight": self.patch_embed.proj.weight[:width],
             "patch_embed.proj.bias": cast(Tensor, self.patch_embed.proj.bias)[:width],
             "norm.weight": self.norm.weight[:width],

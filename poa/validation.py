@@ -1,0 +1,42 @@
+"""Evaluations during training: k-NN accuracies of held-out images."""
+
+from __future__ import annotations
+
+from poa.config import Config
+from poa.data.sources import DataSplit
+from poa.distributed import World
+from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.metrics import Journal
+from poa.plan import evaluated_subnets
+from poa.progress import Progress
+from poa.step import TrainingState
+
+
+class Validation:
+    """Scores the teacher's chosen subnets and the intact student, and writes the scores into the metrics."""
+
+    def __init__(self, config: Config, data: DataSplit, world: World, journal: Journal):
+        self.config, self.data, self.world, self.journal = config, data, world, journal
+        intact = config.method.backbone.space.intact
+        self.subnets = {"teacher": evaluated_subnets(config), "student": [intact]}
+
+    def is_missing(self, step: int, total: int) -> bool:
+        """Whether the state before the next of `total` steps should have been evaluated and was not."""
+        every = self.config.run.evaluate_every
+        if every == 0 or (step % every and step != total):
+            return False
+        return not any("knn" in row and row["step"] == step for row in self.journal.folder.rows())
+
+    def run(self, done: int, state: TrainingState, progress: Progress) -> None:
+        """Score the networks after `done` steps, where there are held-out images."""
+        if self.data.test is None:
+            return
+        scores, limit = {}, self.config.run.knn_images
+        for branch, network in (("teacher", state.teacher), ("student", state.student)):
+            subnets = self.subnets[branch]
+            accuracies = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
+            for subnet, score in zip(subnets, accuracies, strict=True):
+                scores[f"{branch} {subnet}"] = score[REPORTED_K]
+        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
+        shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
+        progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
