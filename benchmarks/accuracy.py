@@ -9,15 +9,10 @@ STORAGE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}  # ro
 
 
 def excess_error(ours: Tensor, torchs: Tensor, truth: Tensor, factor: float = 2.0) -> str | None:
-    """What is wrong with a result, or None.
+    """What is wrong with a result, or None; ours and PyTorch's have one dtype, the truth is float64.
 
     The largest error may be `factor` times that of PyTorch's result, plus rounding of the largest value. NaN
     in PyTorch's result allows nothing.
-
-    Args:
-        ours, torchs: of one dtype.
-        truth: float64, of the same shape.
-        factor: how much worse than PyTorch counts as equal.
     """
     if ours.shape != truth.shape:
         return f"expected shape {tuple(truth.shape)}, got {tuple(ours.shape)}"

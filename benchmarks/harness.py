@@ -107,12 +107,8 @@ def run(
 ) -> Iterator[Event]:
     """Measure a problem; yields rows as they come, and the providers that fail.
 
-    Args:
-        problem: to be measured.
-        ceilings: of the device, for the share of the floor; None leaves it out.
-        only: names of the providers to measure, default all.
-        seconds: of measuring each provider and mode.
-        without: names of providers to leave out.
+    Ceilings of the device give the share of the floor; None leaves it out. Each of the named providers,
+    default all, and modes is measured for so many seconds.
 
     Raises:
         DeviceLost: a provider left the device unusable.

@@ -18,12 +18,8 @@ class Journal:
     """Rows and ends of cases, each a line of JSON that is on disk when the call returns.
 
     A line of `cases.jsonl` has `part`, `case` and `outcome`: `done` or `failed`; or about a `provider` of the
-    case `refused`, and then whether it was `lost` with its process, or `settled`.
-
-    Args:
-        folder: of the run; made if need be.
-        resume: continue what the folder holds.
-        retry: forget cases that failed or lost a provider, so that they are measured again.
+    case `refused`, and then whether it was `lost` with its process, or `settled`. To `retry` forgets cases
+    that failed or lost a provider, so that they are measured again.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set.

@@ -186,16 +186,11 @@ def host_milliseconds(step: Callable[[], None], repeats: int) -> list[float]:
 
 
 def run(config: Config, elastic: Subnet, repeats: int = 5) -> tuple[list[str], dict[str, Any]]:
-    """Count and time a step.
-
-    Args:
-        config: of a run.
-        elastic: subnet of the elastic student.
-        repeats: steps that are timed.
+    """Count and time a step, the fastest of some repeats.
 
     Returns:
         Lines of a table, and a summary: launches, those of each kind, bytes of those that are neither ours
-        nor a library's products, and the host's milliseconds in the step that took the fewest.
+        nor a library's products, and the host's milliseconds.
     """
     operators = Operators()
     with absent_gpu() as launches, step_of(config, elastic) as step:

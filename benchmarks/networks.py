@@ -38,15 +38,10 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 def run(
     name: str, which: str, images: int, device: torch.device, seconds: float, without: Collection[str] = ()
 ) -> Iterator[Event]:
-    """Measure a subnet of a preset, forward, and forward with backward to all weights.
+    """Measure a subnet (smallest, middle or intact) of a preset, forward, and with backward to all weights.
 
-    Args:
-        name: of the preset; without a GPU a tiny network is used instead.
-        which: subnet, smallest, middle or intact.
-        images: of a forward, in the size of global crops.
-        device: to run on.
-        seconds: of measuring each provider and mode.
-        without: names of providers.
+    Without a GPU a tiny network stands in. Images have the size of global crops; each of the providers and
+    modes is measured for so many seconds.
 
     Raises:
         DeviceLost: a provider left the device unusable.

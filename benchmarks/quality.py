@@ -79,17 +79,10 @@ class Official:
 
 
 def run(name: str, data: str, device: torch.device, minutes: float, official: Path | None) -> list[Row]:
-    """Train for so many minutes each and evaluate on the way.
-
-    Args:
-        name: of the preset.
-        data: as `poa pretrain --data`; with held-out images of known classes.
-        device: to run on.
-        minutes: of training, of each.
-        official: checkout of the official code, or None.
+    """Train for so many minutes each and evaluate on the way, on data as of `poa pretrain --data`.
 
     Raises:
-        ValueError: the data has no classes to evaluate on, or `official` is no such checkout.
+        ValueError: the data has no classes to evaluate on, or `official` is no checkout of the official code.
     """
     if official is not None:
         require_checkout(official)

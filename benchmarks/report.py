@@ -46,12 +46,7 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def write(paths: Sequence[Path], readme: Path = README, plots: Path = PLOTS) -> None:
-    """Renew the README's section and the plots.
-
-    Args:
-        paths: files of rows.
-        readme: whose lines between the two markers are replaced.
-        plots: folder of the pictures.
+    """Renew the README's lines between the two markers, and the plots, from files of rows.
 
     Raises:
         ValueError: rows that no GPU measured, or a README without the markers.

@@ -43,12 +43,7 @@ def waiting_by_flops(name: str, policy: str, processes: int) -> float:
 def run(name: str, data: str, processes: int, steps: int, device: str) -> list[Row]:
     """Train with each policy for so many steps and print what it costs.
 
-    Args:
-        name: of the preset.
-        data: as `poa pretrain --data`.
-        processes: on this machine, each with one micro-batch.
-        steps: of each policy.
-        device: auto, cpu or cuda.
+    The processes share this machine, each with one micro-batch.
     """
     print(f"    {'policy':10} {'waiting by FLOPs':>17} {'measured':>9}")
     rows = []

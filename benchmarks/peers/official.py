@@ -49,18 +49,12 @@ def require_checkout(folder: Path) -> None:
 
 
 class OfficialStep:
-    """A training step of the official code with the weights of one of ours.
+    """A training step of the official code with the weights of one of ours; its stochastic depth is its own.
 
-    Args:
-        checkout: folder that holds the official `poa` package.
-        method: network, heads and loss; its stochastic depth is the official code's own.
-        device: to run on.
-
-    Attributes:
-        patches: what was changed so that it runs, one line each.
+    `patches` tells what was changed so that it runs, one line each.
 
     Raises:
-        ValueError: the folder is no such checkout.
+        ValueError: the folder is no checkout of the official code.
     """
 
     def __init__(self, checkout: Path, method: MethodConfig, device: torch.device):

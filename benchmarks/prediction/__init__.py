@@ -44,12 +44,7 @@ def step_costs(config: Config, elastic: Subnet, gpu: Gpu) -> list[Cost]:
 
 
 def run(config: Config, elastic: Subnet, gpu: str) -> tuple[list[str], dict[str, Any]]:
-    """Predict a step.
-
-    Args:
-        config: of a run; `method.batch_size` images.
-        elastic: subnet of the elastic student.
-        gpu: one of `gpus.KNOWN`.
+    """Predict a step on one of `gpus.KNOWN`.
 
     Returns:
         Lines of a table, and a summary: milliseconds of a step, and images/s.

@@ -177,13 +177,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | None = None) -> Choice:
-    """Triton or the reference for an operator.
+    """Triton or the reference for an operator, by the device of an input and its dtype, or that of the
+    kernel's work.
 
-    Args:
-        op: its name, for the message.
-        x: the input that decides device and dtype.
-        limit: why the kernel cannot take this input's shape, or None.
-        dtype: that the kernel works in, if not that of `x`.
+    `limit` is why the kernel cannot take this input's shape, or None.
 
     Raises:
         RuntimeError: `triton` is forced and cannot run.

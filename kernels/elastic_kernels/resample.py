@@ -125,13 +125,9 @@ def _filters(
 ) -> Tensor:
     """Bicubic filters (a = -0.5) of one axis, widened by the scale when shrinking, as Pillow's.
 
-    Args:
-        spans: `[N, 2]`, start and length of the part that is resized.
-        limits: `[N, 2]`, first and end of the pixels that may be read.
-        size: output pixels.
-        extent: input pixels.
-        taps: upper bound of the pixels a filter covers.
-        mirror: bool `[N]`, output in reverse.
+    `spans` `[N, 2]` are start and length of the part that is resized from `extent` to `size` pixels, `limits`
+    `[N, 2]` first and end of the pixels that may be read. A filter covers at most `taps`. Where `mirror`,
+    bool `[N]`, is set, output is in reverse.
 
     Returns:
         float32 `[N, size, extent]`; rows sum to 1.

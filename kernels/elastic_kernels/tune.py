@@ -268,15 +268,9 @@ def _survey(
 
 
 def compile_all(calls: Counter[Call], architecture: str, folder: Path) -> Iterator[str]:
-    """Compile what `tune` would try on a GPU, which may be absent, on all CPUs.
+    """Compile what `tune` would try on a GPU, such as sm_90, which may be absent, on all CPUs.
 
-    Args:
-        calls: as for `tune`.
-        architecture: of the GPU, such as sm_90.
-        folder: that `TRITON_CACHE_DIR` then names for `tune`.
-
-    Yields:
-        A line for each binary.
+    `TRITON_CACHE_DIR` names the folder for `tune` then. There is a line for each binary.
 
     Raises:
         ValueError: an architecture that is not known, or Triton does not compile here.
@@ -296,18 +290,11 @@ def compile_all(calls: Counter[Call], architecture: str, folder: Path) -> Iterat
 
 
 def tune(calls: Counter[Call], path: Path, minutes: float, device: torch.device) -> Iterator[str]:
-    """Find the fastest settings of the kernels of some calls, as many as the time allows.
+    """Find the fastest settings of the kernels of calls as `record` counts them, as many as the minutes
+    allow.
 
-    The table is written after each, and what it holds already is kept: a later call continues.
-
-    Args:
-        calls: as `record` counts them.
-        path: of the table.
-        minutes: after which nothing more is timed.
-        device: a GPU.
-
-    Yields:
-        Lines of results.
+    The table at `path` is written after each, and what it holds already is kept: a later call continues.
+    There are lines of results.
 
     Raises:
         ValueError: `path` holds something else than a table of this GPU and these versions.

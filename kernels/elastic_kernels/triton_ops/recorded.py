@@ -95,15 +95,11 @@ class Launches:
     binaries: list[Binary] = field(default_factory=list)
 
     def compile_into(self, folder: Path, triton_key: str | None = None) -> Iterator[str]:
-        """Compile the binaries on all CPUs into a folder that is Triton's cache.
+        """Compile the binaries on all CPUs into a folder that is Triton's cache; the name of each when it is
+        ready.
 
-        Args:
-            folder: new, or such a cache already.
-            triton_key: `triton.runtime.cache.triton_key()` of the Triton that shall read it, if another one:
-                the same version has other keys for other versions of Python.
-
-        Yields:
-            The name of a binary when it is ready.
+        `triton_key` is `triton.runtime.cache.triton_key()` of the Triton that shall read it, if another one:
+        the same version has other keys for other versions of Python.
         """
         context = multiprocessing.get_context("spawn")
         compile_one = partial(_compile, folder.resolve(), triton_key)
