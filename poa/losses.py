@@ -14,10 +14,11 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import koleo as koleo
-from elastic_kernels import sinkhorn_scaling
+from elastic_kernels import sinkhorn_scaling, without_autocast
 from poa.options import Options, option
 
 
@@ -32,6 +33,11 @@ class LossConfig(Options, at="method.loss"):
     )
     dino: float = option(1.0, "weight of the DINO (class-token) loss", "[0, 1000]")
     ibot: float = option(1.0, "weight of the iBOT (masked-patch) loss", "[0, 1000]")
+    features: float = option(
+        0.0,
+        "weight of feature distillation: similarities of class tokens in a micro-batch follow the teacher's",
+        "[0, 1000]",
+    )
     koleo: float = option(0.1, "weight of the KoLeo regulariser", "[0, 1000]")
     student_temperature: float = option(0.1, "softmax temperature of both students", "[0.0001, 100]")
     targets: Literal["sinkhorn", "centering"] = option(
@@ -44,6 +50,23 @@ class LossConfig(Options, at="method.loss"):
     center_weighting: Literal["exact", "official"] = option(
         "exact", "centers follow the mean over all rows of a step, or the mean of its micro-batches' means"
     )
+
+
+def feature_distillation(tokens: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Scalar: how the similarities of every image to the others differ from those that the teacher sees.
+
+    KL divergence of the softmax over the others, mean over rows, of `[rows, w]` from `[rows, W]`; no heads
+    are needed. Source: SEED (Fang et al., ICLR 2021); the queue is the micro-batch, of each network its own.
+    """
+
+    def log_shares(x: Tensor) -> Tensor:
+        x = F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+        rows, similarities = len(x), x @ x.t() / temperature
+        others = similarities.flatten()[1:].view(rows - 1, rows + 1)[:, :-1].reshape(rows, rows - 1)
+        return others.log_softmax(1)
+
+    with without_autocast(tokens.device):
+        return F.kl_div(log_shares(tokens), log_shares(teacher), log_target=True, reduction="batchmean")
 
 
 @dataclass(frozen=True)

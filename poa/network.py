@@ -104,10 +104,10 @@ class Network(nn.Module):
         return StudentOutput(self.head.embed(tokens), prototypes, cls)
 
     @torch.no_grad()
-    def teacher_logits(self, batch: Batch, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    def teacher_logits(self, batch: Batch, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Logits of the class tokens, views swapped so that A teaches B, and of the masked patches.
 
-        They are products of operands in `dtype`, and kept in it.
+        They are products of operands in `dtype`, and kept in it. Last the class tokens, views as they are.
         """
         count, masked = len(batch.global_crops), len(batch.masks.indices)
         tokens = self.backbone.gather_tokens([batch.global_crops], batch.masks.indices)
@@ -118,4 +118,4 @@ class Network(nn.Module):
                 F.linear(x, w).split([count, masked])
                 for x, w in zip(embedded, self.head.matrices(dtype), strict=True)
             ]
-        return [c for c, _ in logits], [p for _, p in logits]
+        return [c for c, _ in logits], [p for _, p in logits], tokens[:count]

@@ -21,9 +21,15 @@ from poa.network import Network
 from poa.options import Options, option
 
 OptimizerKind = Literal["fused", "torch", "apex"]
-DURATIONS = ("warmup_epochs", "freeze_last_layer_epochs", "teacher_temperature_epochs", "ibot_start_epoch")
+DURATIONS = (
+    "warmup_epochs",
+    "freeze_last_layer_epochs",
+    "freeze_backbone_epochs",
+    "teacher_temperature_epochs",
+    "ibot_start_epoch",
+)
 # What cannot be planned again in the middle of a run: the rest are schedules.
-FIXED = ("epoch_steps", "beta1", "beta2", "layer_decay", "patch_embed_lr")
+FIXED = ("epoch_steps", "beta1", "beta2", "layer_decay", "patch_embed_lr", "freeze_backbone_epochs")
 MOST_STEPS = 10_000_000  # of a run; the paper's has 276,800
 
 
@@ -41,6 +47,14 @@ class OptimConfig(Options, at="method.optim"):
     warmup_epochs: float = option(10.0, "epochs of the linear warm-up of the learning rate", "[0, 1e6]")
     freeze_last_layer_epochs: float = option(
         1.0, "epochs in which the prototypes (the last layer) are frozen", "[0, 1e6]"
+    )
+    freeze_backbone_epochs: float = option(
+        0.0, "epochs in which the backbone is frozen, so that new heads fit pretrained features", "[0, 1e6]"
+    )
+    freeze_teacher_epochs: float = option(
+        0.0,
+        "epochs in which the teacher's backbone is frozen, its heads follow; as many as epochs: always",
+        "[0, 1e6]",
     )
     weight_decay: float = option(0.04, "weight decay at the first step", "[0, 100]")
     weight_decay_end: float = option(0.4, "weight decay at the end of the cosine schedule", "[0, 100]")
@@ -134,7 +148,9 @@ class Schedules:
 
     total_steps: int
     ibot_start: int
+    teacher_start: int
     lr: Schedule
+    backbone_lr: Schedule
     last_layer_lr: Schedule
     weight_decay: Schedule
     momentum: Schedule
@@ -159,14 +175,20 @@ class Schedules:
         lr = cosine_schedule(
             peak, config.min_lr, total, warmup=steps(config.warmup_epochs), stretch=config.stretch
         )
-        frozen = lr.values.copy()
-        frozen[: steps(config.freeze_last_layer_epochs)] = 0
+
+        def frozen(epochs: float) -> Schedule:
+            values = lr.values.copy()
+            values[: steps(epochs)] = 0
+            return Schedule(values, lr.final)
+
         warm = min(steps(config.teacher_temperature_epochs), MOST_STEPS)
         return cls(
             total_steps=total,
             ibot_start=steps(config.ibot_start_epoch),
+            teacher_start=steps(config.freeze_teacher_epochs),
             lr=lr,
-            last_layer_lr=Schedule(frozen, lr.final),
+            backbone_lr=frozen(config.freeze_backbone_epochs),
+            last_layer_lr=frozen(config.freeze_last_layer_epochs),
             weight_decay=cosine_schedule(
                 config.weight_decay, config.weight_decay_end, total, stretch=config.stretch
             ),
@@ -181,22 +203,26 @@ class Schedules:
         )
 
 
-def parameter_groups(network: Network, layer_decay: float, patch_embed_lr: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: Network, layer_decay: float, patch_embed_lr: float, apart: bool = False
+) -> list[dict[str, Any]]:
     """AdamW parameter groups: `params`, `names`, `lr_multiplier`, `wd_multiplier`, `last_layer` (prototypes).
+
+    Where backbone and heads are `apart`, groups have `backbone`, too.
 
     The learning rate decays from block to block, counted on the intact depth; the patch embedding gets one
     more factor. Biases, norms and LayerScale have no weight decay; tokens, positions and prototype gains do
     (official).
     """
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, bool, bool], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         part, _, local = name.partition(".")
         lr = layer_decay ** network.backbone.layers_above(local) if part == "backbone" else 1.0
         if local.startswith("patch_embed."):
             lr *= patch_embed_lr
         undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
-        key = (lr, 0.0 if undecayed else 1.0, ".prototypes." in name)
-        fields = zip(("lr_multiplier", "wd_multiplier", "last_layer"), key, strict=True)
+        key = (lr, 0.0 if undecayed else 1.0, ".prototypes." in name, apart and part == "backbone")
+        fields = zip(("lr_multiplier", "wd_multiplier", "last_layer", "backbone"), key, strict=True)
         group = groups.setdefault(key, {"params": [], "names": [], **dict(fields)})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -210,7 +236,8 @@ def build_optimizer(
 
     The fused one writes the teacher, the moving average of the student, too.
     """
-    groups = parameter_groups(student, config.layer_decay, config.patch_embed_lr)
+    apart = config.freeze_backbone_epochs > 0
+    groups = parameter_groups(student, config.layer_decay, config.patch_embed_lr, apart)
     options: dict[str, Any] = {"betas": (config.beta1, config.beta2), "eps": 1e-8}
     if kind == "fused":
         parts = {name: part.parameters() for name, part in student.named_children()}
@@ -254,16 +281,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], n
 
 
 def update_weights(
-    optimizer: torch.optim.Optimizer, student: Network, teacher: Network, clip: float, momentum: float
+    optimizer: torch.optim.Optimizer,
+    student: Network,
+    teacher: Network,
+    clip: float,
+    momentum: float,
+    frozen: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Clip, step and move the teacher by its momentum; gradients that are NaN or inf change no weight.
 
-    Backbone and heads are clipped apart, to the norm `clip`; 0: not at all.
+    Backbone and heads are clipped apart, to the norm `clip`; 0: not at all. Only the heads of a
+    `frozen` teacher move.
 
     Returns:
         The gradient norms before clipping, and whether all are finite; on the device.
     """
+    average, averaged = (teacher.head, student.head) if frozen else (teacher, student)
     if isinstance(optimizer, FusedAdamW):
+        pairs: dict[Tensor, Tensor] = dict(zip(averaged.parameters(), average.parameters(), strict=True))
+        if len(pairs) != len(optimizer.averages):
+            optimizer.set_averages(pairs)
         optimizer.step(max_norm=clip or None, momentum=momentum)
         return optimizer.norms, optimizer.finite
     norms = clip_gradients(student, clip)
@@ -273,19 +310,29 @@ def update_weights(
         optimizer.step()
     elif finite:
         optimizer.step()
-    update_teacher(teacher, student, momentum)
+    update_teacher(average, averaged, momentum)
     return norms, finite
 
 
 def apply_schedules(optimizer: torch.optim.Optimizer, schedules: Schedules, step: int) -> None:
     """Set learning rate and weight decay of every group for a step."""
-    set_rates(optimizer, schedules.lr[step], schedules.last_layer_lr[step], schedules.weight_decay[step])
+    rates = schedules.lr[step], schedules.last_layer_lr[step], schedules.weight_decay[step]
+    set_rates(optimizer, *rates, schedules.backbone_lr[step])
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, last_layer_lr: float, weight_decay: float) -> None:
-    """Multiply the given rates into every group."""
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    last_layer_lr: float,
+    weight_decay: float,
+    backbone_lr: float | None = None,
+) -> None:
+    """Multiply the given rates into every group; `backbone_lr` (default `lr`) where backbones are apart."""
     for group in optimizer.param_groups:
-        group["lr"] = (last_layer_lr if group["last_layer"] else lr) * group["lr_multiplier"]
+        rate = last_layer_lr if group["last_layer"] else lr
+        if group.get("backbone") and backbone_lr is not None:  # groups of older checkpoints lack it
+            rate = backbone_lr
+        group["lr"] = rate * group["lr_multiplier"]
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 

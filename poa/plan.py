@@ -208,6 +208,10 @@ def phases(config: Config, plan: Plan, schedules: Schedules) -> Iterator[tuple[s
     optim, steps = config.method.optim, plan.epoch_steps
     yield "learning rate rises until", round(optim.warmup_epochs * steps)
     yield "prototypes train from", round(optim.freeze_last_layer_epochs * steps)
+    if optim.freeze_backbone_epochs:
+        yield "backbone trains from", round(optim.freeze_backbone_epochs * steps)
+    if optim.freeze_teacher_epochs:
+        yield "teacher's backbone moves from", schedules.teacher_start
     if optim.teacher_temperature_epochs:
         yield "teacher temperature rises until", round(optim.teacher_temperature_epochs * steps)
     if config.method.loss.ibot and config.method.masks.probability:

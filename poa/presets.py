@@ -175,22 +175,33 @@ def _elastic() -> Config:
         base_lr=5e-4,
         min_lr=1e-6,
         warmup_epochs=1.0,
-        freeze_last_layer_epochs=0.2,
+        freeze_last_layer_epochs=0.0,
+        freeze_backbone_epochs=0.5,
+        freeze_teacher_epochs=5.0,
         layer_decay=0.8,
         stretch=1.0,
         momentum=0.996,
         teacher_temperature_epochs=2.0,
         ibot_start_epoch=1.0,
     )
-    backbone = ViTConfig(drop_path=0.1)
-    return Config(method=MethodConfig(backbone=backbone, loss=LossConfig(operands="fp16"), optim=optim))
+    backbone, loss = ViTConfig(drop_path=0.1), LossConfig(operands="fp16", features=1.0)
+    return Config(method=MethodConfig(backbone=backbone, loss=loss, optim=optim))
 
 
 def _elastic_small() -> Config:
     """The same for images of about 32 pixels on a CPU."""
-    small = _small_images()
-    optim = dataclasses.replace(small.method.optim, epochs=5.0, base_lr=5e-4, momentum=0.99, layer_decay=0.8)
-    return dataclasses.replace(small, method=dataclasses.replace(small.method, optim=optim))
+    method = _small_images().method
+    optim = dataclasses.replace(
+        method.optim,
+        epochs=5.0,
+        base_lr=5e-4,
+        freeze_last_layer_epochs=0.0,
+        freeze_backbone_epochs=0.25,
+        freeze_teacher_epochs=2.5,
+        layer_decay=0.8,
+    )
+    loss = dataclasses.replace(method.loss, features=1.0)
+    return dataclasses.replace(_small_images(), method=dataclasses.replace(method, optim=optim, loss=loss))
 
 
 def _published(

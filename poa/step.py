@@ -215,7 +215,8 @@ def train_step(
     state.scaler.unscale_(state.optimizer)
     apply_schedules(state.optimizer, schedules, step)
     clip, momentum = method.optim.clip, schedules.momentum[step]
-    norms, finite = update_weights(state.optimizer, state.student, state.teacher, clip, momentum)
+    frozen = step < schedules.teacher_start
+    norms, finite = update_weights(state.optimizer, state.student, state.teacher, clip, momentum, frozen)
     state.scaler.update()
     assert isinstance(sums, Tensor)
     values = dict(zip(names, sums.unbind(), strict=True))

@@ -33,12 +33,14 @@ OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
 class Targets:
     """What the students learn, per head: of `cls` rows `2 B` (views swapped), of `patches` rows `masked`.
 
+    `tokens`, for feature distillation, are the teacher's class tokens `[2 B, w]`, views as they are.
     On a GPU the scaling vectors come out of `stream`, to be joined before anything here is used or dropped.
     """
 
     cls: list[SoftTargets]
     patches: list[SoftTargets]
     stream: torch.cuda.Stream | None = None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def teacher_targets(
     outputs = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
     heads = len(outputs[0][0])
     # A problem is the class tokens, or the patches, of a head: a part for each micro-batch.
-    parts = list(zip(*([*cls, *patches] for cls, patches in outputs), strict=True))
+    parts = list(zip(*([*cls, *patches] for cls, patches, _ in outputs), strict=True))
     logits = [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in parts]
     counts = [[len(rows) for rows in part] for part in parts]
     stream = None
@@ -79,7 +81,11 @@ def teacher_targets(
             rows = counts[part][0] if config.center_weighting == "official" else None
             losses.update_centers(means, logits[part], config.center_momentum, micro_batches=rows)
     split = (target.split(rows) for target, rows in zip(targets, counts, strict=True))
-    return [Targets(list(each[:heads]), list(each[heads:]), stream) for each in zip(*split, strict=True)]
+    tokens = [each[2] if config.features else None for each in outputs]
+    return [
+        Targets(list(each[:heads]), list(each[heads:]), stream, seen)
+        for each, seen in zip(zip(*split, strict=True), tokens, strict=True)
+    ]
 
 
 Terms = dict[str, Tensor]
@@ -130,14 +136,14 @@ def tribranch_loss(
         `elastic.distill.3`) and `koleo`.
     """
     terms = HeadLosses.of([intact, elastic], targets, batch, config)
-    return _loss(terms, [intact, elastic], config)
+    return _loss(terms, [intact, elastic], targets, config)
 
 
 def intact_loss(
     intact: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summands of `tribranch_loss` that train the intact student."""
-    return _loss(HeadLosses.of([intact], targets, batch, config), [intact], config)
+    return _loss(HeadLosses.of([intact], targets, batch, config), [intact], targets, config)
 
 
 def elastic_loss(
@@ -145,24 +151,33 @@ def elastic_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summands of `tribranch_loss` that train the elastic student; no gradient reaches the intact one."""
     terms = HeadLosses.of([intact.detached(), elastic], targets, batch, config)
-    return _loss(replace(terms, intact=None), [elastic], config)
+    return _loss(replace(terms, intact=None), [elastic], targets, config)
 
 
 def _loss(
-    terms: HeadLosses, students: Sequence[StudentOutput], config: LossConfig
+    terms: HeadLosses, students: Sequence[StudentOutput], targets: Targets, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The formula above, or the summands of it that are there; and all terms by name."""
-    weight, summands = config.intact, []
+    weight, summands = config.intact, list[Tensor]()
     if terms.intact:
         summands.append(weight * _weighted(terms.intact, config))
     if terms.elastic:
         summands.append((1 - weight) * _weighted(terms.elastic, config))
         summands.append((1 - weight) * terms.elastic["distill"])
-    loss = sum(summands[1:], summands[0]).mean()
-    if not config.koleo:
-        return loss, terms.named()
-    koleo = losses.koleo(*(student.tokens for student in students), groups=VIEWS) / 2
-    return loss + config.koleo * koleo, terms.named() | {"koleo": koleo.detach()}
+    loss, named = sum(summands[1:], summands[0]).mean(), terms.named()
+    if targets.tokens is not None:
+        shares = [weight] * bool(terms.intact) + [1 - weight] * bool(terms.elastic)
+        features = [
+            share * losses.feature_distillation(student.tokens, targets.tokens, config.student_temperature)
+            for share, student in zip(shares, students, strict=True)
+        ]
+        named["features"] = torch.stack(features).sum().detach()
+        loss = loss + config.features * sum(features[1:], features[0])
+    if config.koleo:
+        koleo = losses.koleo(*(student.tokens for student in students), groups=VIEWS) / 2
+        named["koleo"] = koleo.detach()
+        loss = loss + config.koleo * koleo
+    return loss, named
 
 
 def _weighted(terms: Terms, config: LossConfig) -> Tensor:

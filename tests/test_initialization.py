@@ -275,3 +275,33 @@ def test_a_run_resumes_as_if_never_interrupted(
     again = read_checkpoint(folder.newest().path)
     for branch in ("student", "teacher"):
         assert all(torch.equal(again[branch][name], tensor) for name, tensor in whole[branch].items())
+
+
+@pytest.mark.parametrize("optimizer", ["fused", "torch"])
+def test_what_is_frozen_does_not_move(optimizer: str, tmp_path: Path) -> None:
+    """The backbone in the first two of six steps, that of the teacher in the first four; heads train."""
+    options = [
+        "freeze_backbone_epochs=1",
+        "freeze_teacher_epochs=2",
+        "freeze_last_layer_epochs=0",
+        "save_every=1",
+    ]
+    config = tiny_config(*options, "keep_last=6", f"performance.optimizer={optimizer}", "loss.features=1")
+    pretrain(config, tmp_path)
+    folder, before = RunFolder(tmp_path), initial_network(config).state_dict()
+    after = {c.step: read_checkpoint(c.path) for c in folder.checkpoints()}
+
+    def moved(step: int, branch: str, part: str) -> bool:
+        """Of all its weights but those that get no gradient: whether any did."""
+        weights = {name: w for name, w in after[step][branch].items() if name.startswith(part)}
+        return not all(torch.equal(w, before[name]) for name, w in weights.items())
+
+    for branch in ("student", "teacher"):
+        assert moved(2, branch, "head.") and not moved(2, branch, "backbone.")
+    assert moved(4, "student", "backbone.") and not moved(4, "teacher", "backbone.")
+    assert moved(6, "teacher", "backbone.")
+    assert all(row["features"] > 0 for row in folder.rows())
+    folder.checkpoints()[-1].path.unlink()
+    pretrain(config, tmp_path, resume=True)
+    again = read_checkpoint(folder.newest().path)["teacher"]
+    assert all(torch.equal(again[name], tensor) for name, tensor in after[6]["teacher"].items())

@@ -102,3 +102,22 @@ def test_koleo_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     torch.testing.assert_close(loss, losses.koleo(x.float()))
+
+
+def test_feature_distillation() -> None:
+    """Against the sums written out, of another width; the gradient leads to the teacher's similarities."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+
+    def shares(tokens: torch.Tensor, row: int) -> torch.Tensor:
+        unit = tokens / tokens.norm(dim=1, keepdim=True)
+        return torch.stack([unit[row] @ unit[k] / 0.1 for k in range(5) if k != row]).softmax(0)
+
+    pairs = [(shares(x, row), shares(teacher, row)) for row in range(5)]
+    expected = torch.stack([(t * (t.log() - s.log())).sum() for s, t in pairs]).mean()
+    loss = losses.feature_distillation(x, teacher, 0.1)
+    torch.testing.assert_close(loss, expected)
+    assert float(losses.feature_distillation(2 * teacher, teacher, 0.1)) < 1e-12
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert float(losses.feature_distillation(x - 0.01 * gradient, teacher, 0.1)) < float(loss)

@@ -48,7 +48,7 @@ def test_orders_of_backward_are_the_same_mathematics(
     """In float64, with iBOT, KoLeo and stochastic depth: every gradient and every term."""
     monkeypatch.setitem(tribranch.OPERANDS, "fp32", torch.float64)
     monkeypatch.setattr(tribranch.losses, "sinkhorn", exact_sinkhorn)
-    changes = [WITH_MASKS, "method.optim.clip=0", "performance.optimizer=torch"]
+    changes = [WITH_MASKS, "method.optim.clip=0", "performance.optimizer=torch", "method.loss.features=1"]
     changes += [f"performance.recompute={recompute}", "method.backbone.drop_path=0.3"]
     results: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     for order in ("performance.backward=together", APART):
@@ -111,7 +111,7 @@ def test_nothing_waits_for_the_device(
     changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From micro-batches to gradients. (On a GPU the optimiser obeys a flag there; on a CPU it asks.)"""
-    run = run_of(tiny_config(WITH_MASKS, *changes), tmp_path)
+    run = run_of(tiny_config(WITH_MASKS, "method.loss.features=1", *changes), tmp_path)
     (canvases,) = next(run.batches(range(1)))
     micro_batch = run.prepare(0, 0, canvases)
     none = torch.zeros(())

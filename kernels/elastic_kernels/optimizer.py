@@ -86,6 +86,17 @@ class FusedAdamW(torch.optim.AdamW):
         self._plan: _Plan | None = None
         self._copies: working_weights | None = None
 
+    @property
+    def averages(self) -> Mapping[Tensor, Tensor]:
+        """Of each parameter that has one."""
+        return self._averages
+
+    def set_averages(self, averages: Mapping[Tensor, Tensor]) -> None:
+        """Move these averages, and no others, from the next step on; as of the constructor."""
+        everything = [p for group in self.param_groups for p in group["params"]]
+        _validate(everything, self._parts, averages)
+        self._averages, self._plan = dict(averages), None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only at construction: a later parameter would belong to no part."""
         if "_parts" in self.__dict__:
