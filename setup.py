@@ -17,6 +17,7 @@ setup(
     extras_require={
         "quickstart": ["scikit-learn", "matplotlib"],
         "plot": ["matplotlib"],
+        "evaluate": ["scikit-learn"],
         "timm": ["timm>=1.0.31"],
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "xformers": ["xformers>=0.0.35"],

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import torch
 
+from poa.classifier import Classifier
 from poa.config import Config
 from poa.errors import InputError, SaveError, one_line
 from poa.files import (
@@ -52,11 +53,16 @@ from poa.weights import load_strictly, read_weights
 
 Branch = Literal["teacher", "student"]
 SCHEDULES = [f"optim.{f.name}" for f in dataclasses.fields(OptimConfig) if f.name not in FIXED]
-FORMAT = "poa-checkpoint-2"
-CONTENT: dict[str, type] = {
+FORMAT, FINE_TUNED = "poa-checkpoint-2", "poa-classifier-1"
+KINDS = {FORMAT: "pre-training", FINE_TUNED: "fine-tuning"}
+SHARED: dict[str, type] = {
     **dict.fromkeys(("step", "processes", "unreadable"), int),
-    **dict.fromkeys(("config", "plan", "watch", "student", "teacher", "optimizer", "scaler"), dict),
-    **dict.fromkeys(("skipped", "centers"), list),
+    **dict.fromkeys(("config", "student", "teacher", "optimizer", "scaler"), dict),
+    "skipped": list,
+}
+CONTENT: dict[str, dict[str, type]] = {
+    FORMAT: SHARED | {"plan": dict, "watch": dict, "centers": list},
+    FINE_TUNED: SHARED | {"finetune": dict, "classes": list, "best": dict},
 }
 DIGITS = 16  # of the checksum in a name
 NAME = re.compile(rf"(\d{{8,}})-([0-9a-f]{{{DIGITS}}})\.pt")
@@ -179,8 +185,13 @@ class RunFolder:
         except InputError as error:
             raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
-    def save(self, state: Mapping[str, Any], config: Config) -> None:
+    def save(self, state: Mapping[str, Any], config: Config, kept: int | None = None) -> None:
         """Write the checkpoint of `state["step"]` and delete those that need not be kept.
+
+        Args:
+            state: what it holds; also its format, where that is not of pre-training.
+            config: of the run.
+            kept: a step whose checkpoint is kept, too.
 
         Raises:
             SaveError: it could not be written; those before are there still.
@@ -198,7 +209,7 @@ class RunFolder:
             before, reason = self.checkpoints(), one_line(error.__cause__ or error)
             newest = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
             raise SaveError(f"the checkpoint of step {step} was not written: {reason}; {newest}") from error
-        self._delete_old(Checkpoint(step, file.path, checksum), config)
+        self._delete_old(Checkpoint(step, file.path, checksum), config, kept)
 
     def _require_lock(self) -> None:
         if self.lock:
@@ -210,10 +221,10 @@ class RunFolder:
             remove_partial(self.path, name)
         remove_partial(self._store)
 
-    def _delete_old(self, newest: Checkpoint, config: Config) -> None:
-        """Keep the newest checkpoints and milestones."""
+    def _delete_old(self, newest: Checkpoint, config: Config, best: int | None) -> None:
+        """Keep the newest checkpoints, milestones and the best."""
         steps = sorted({c.step for c in self.checkpoints()})
-        kept = {*steps[-config.run.keep_last :]}
+        kept = {*steps[-config.run.keep_last :], best}
         if config.run.keep_every:
             kept |= {step for step in steps if step % config.run.keep_every == 0}
         for checkpoint in self.checkpoints():
@@ -250,7 +261,9 @@ class RunFolder:
             if checkpoint.step > step:
                 checkpoint.path.rename(checkpoint.path.with_suffix(DAMAGED))
 
-    def load(self, checkpoint: Checkpoint, config: Config, *, mapped: bool = False) -> dict[str, Any]:
+    def load(
+        self, checkpoint: Checkpoint, config: Config, *, mapped: bool = False, format: str | None = FORMAT
+    ) -> dict[str, Any]:
         """Read a checkpoint of this configuration.
 
         Args:
@@ -258,11 +271,17 @@ class RunFolder:
             config: its `method` must be the checkpoint's, apart from `micro_batches` and, as they may be
                 recomputed, the schedules.
             mapped: leave the tensors in the file until they are used.
+            format: of pre-training or of fine-tuning; None: either.
 
         Raises:
-            InputError: not readable as weights, or of another `method`.
+            InputError: not readable as weights, or of another `method` or format.
         """
         content = read_checkpoint(checkpoint.path, mapped=mapped)
+        if format not in (None, content["format"]):
+            raise InputError(
+                f"{checkpoint.path}: expected a checkpoint of {KINDS[format]}, got one of "
+                f"{KINDS[content['format']]}"
+            )
         theirs = from_dict(Config, content["config"])
         if difference := first_difference(
             config.method, theirs.method, leave_out=("micro_batches", *SCHEDULES)
@@ -273,18 +292,26 @@ class RunFolder:
             )
         return content
 
-    def network(self, branch: Branch = "teacher", step: int | None = None) -> tuple[Network, Checkpoint]:
-        """The trained teacher or student, on the CPU, in evaluation mode; and where it comes from."""
+    def network(
+        self, branch: Branch = "teacher", step: int | None = None
+    ) -> tuple[Network | Classifier, Checkpoint]:
+        """The trained teacher (of fine-tuning: the moving average) or student, and where it comes from.
+
+        It is on the CPU, in evaluation mode."""
         config = self.config()
-        network = Network(config.method.backbone, config.method.head)
         while True:
             checkpoint = self.newest(step)
             try:
-                content = self.load(checkpoint, config, mapped=True)
+                content = self.load(checkpoint, config, mapped=True, format=None)
                 break
             except InputError:
                 if checkpoint.path.exists():
                     raise  # otherwise a run that trains has deleted it, and there is a newer one
+        network: Network | Classifier
+        if content["format"] == FINE_TUNED:
+            network = Classifier(config.method.backbone, content["classes"])
+        else:
+            network = Network(config.method.backbone, config.method.head)
         load_strictly(network, content[branch], str(checkpoint.path))
         return network.eval(), checkpoint
 
@@ -309,10 +336,10 @@ class RunFolder:
 def read_checkpoint(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Load a checkpoint file without running anything in it."""
     content = read_weights(path, mapped=mapped)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in CONTENT:
         got = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"{path}: expected a checkpoint of format {FORMAT}, got {got}")
-    for name, kind in CONTENT.items():
+        raise InputError(f"{path}: expected a checkpoint of format {FORMAT} or {FINE_TUNED}, got {got}")
+    for name, kind in CONTENT[content["format"]].items():
         if not isinstance(content.get(name), kind):
             got = type(content[name]).__name__ if name in content else "nothing"
             raise InputError(f"{path}: expected a checkpoint with {name} ({kind.__name__}), got {got}")

@@ -50,6 +50,7 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[s
         ("gradient norms before clipping", named("grad_norm."), lambda n: n.partition(".")[2]),
         ("learning rate", ["lr"], str),
         ("images per second", ["images_per_s"], str),
+        ("top-1 accuracy of classifiers", named("top1."), lambda n: n.removeprefix("top1.")),
     ]
     for place, (title, names, label) in zip(axes, panels, strict=False):
         shown = [(run, name) for run in runs for name in (names if len(runs) == 1 else names[:1])]

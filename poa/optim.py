@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from elastic_kernels import FusedAdamW
+from poa.classifier import Classifier
 from poa.errors import InputError
 from poa.network import Network
 from poa.options import Options, option
 
+Trained = Network | Classifier
 OptimizerKind = Literal["fused", "torch", "apex"]
 DURATIONS = (
     "warmup_epochs",
@@ -204,7 +206,7 @@ class Schedules:
 
 
 def parameter_groups(
-    network: Network, layer_decay: float, patch_embed_lr: float, apart: bool = False
+    network: Trained, layer_decay: float, patch_embed_lr: float, apart: bool = False
 ) -> list[dict[str, Any]]:
     """AdamW parameter groups: `params`, `names`, `lr_multiplier`, `wd_multiplier`, `last_layer` (prototypes).
 
@@ -230,7 +232,7 @@ def parameter_groups(
 
 
 def build_optimizer(
-    student: Network, teacher: Network, config: OptimConfig, kind: OptimizerKind = "fused"
+    student: Trained, teacher: Trained, config: OptimConfig, kind: OptimizerKind = "fused"
 ) -> torch.optim.Optimizer:
     """AdamW over `parameter_groups`; `apply_schedules` sets its rates before every step.
 
@@ -282,8 +284,8 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], n
 
 def update_weights(
     optimizer: torch.optim.Optimizer,
-    student: Network,
-    teacher: Network,
+    student: Trained,
+    teacher: Trained,
     clip: float,
     momentum: float,
     frozen: bool = False,
@@ -336,7 +338,7 @@ def set_rates(
         group["weight_decay"] = weight_decay * group["wd_multiplier"]
 
 
-def clip_gradients(network: Network, largest: float) -> dict[str, Tensor]:
+def clip_gradients(network: nn.Module, largest: float) -> dict[str, Tensor]:
     """Clip the gradient norm of the backbone and of the heads, each on its own; return the norms before."""
     norms = {}
     for name, part in network.named_children():

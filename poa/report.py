@@ -18,7 +18,7 @@ from poa.contact_sheet import contact_sheet
 from poa.curves import Band, Row, draw_curves, figures_of
 from poa.drawing import require_drawable, require_matplotlib, write_figure
 from poa.errors import InputError
-from poa.evaluate import reported
+from poa.evaluate import number_format, reported
 from poa.files import read_json, write_text
 from poa.options import describe
 from poa.presets import PRESETS, preset
@@ -128,6 +128,8 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     if scores:
         best = {k: v for k, v in scores[-1].items() if k != "k"}
         shown["20-NN accuracy"] = ", ".join(f"{name} {score:.1%}" for name, score in best.items())
+    if tops := [row["top1"] for row in rows if "top1" in row]:
+        shown["top-1 accuracy"] = ", ".join(f"{name} {score:.1%}" for name, score in tops[-1].items())
     return shown
 
 
@@ -192,7 +194,16 @@ def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
     if not columns:
         return "<p>None yet: poa evaluate RUN makes one.</p>"
     subnets = sorted({subnet for scores in columns.values() for subnet in scores}, key=Subnet.parse)
-    cells = ([s, *(f"{c[s]:.1%}" if s in c else "" for c in columns.values())] for s in subnets)
+    cells = (
+        [
+            s,
+            *(
+                format(c[s], number_format(name.rpartition(": ")[2])) if s in c else ""
+                for name, c in columns.items()
+            ),
+        ]
+        for s in subnets
+    )
     return html_table(["subnet", *columns], cells)
 
 

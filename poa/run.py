@@ -12,6 +12,7 @@ from typing import Any
 from poa import train
 from poa.backbones.base import BackboneConfig
 from poa.checkpoint import Branch, Checkpoint, RunFolder
+from poa.classifier import Classifier
 from poa.config import Config, with_data
 from poa.data.layout import Images, Openers, named
 from poa.device import choose_device, use_threads
@@ -19,9 +20,10 @@ from poa.distributed import World, init_distributed
 from poa.drawing import require_drawable
 from poa.embedding import Embeddings, embed
 from poa.errors import InputError
-from poa.evaluate import PROTOCOLS, Origin, Report, evaluate_subnets, evaluation_file
-from poa.evaluate.protocol import Protocol
+from poa.evaluate import Origin, Report, evaluate_subnets, evaluation_file, number_format
+from poa.evaluate.suite import require_protocols
 from poa.evaluate.sweep import data_place
+from poa.evaluate.top1 import top1_of
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
@@ -161,7 +163,8 @@ class Run:
         for title, column in scores.items():
             for row in rows:
                 row[title] = column.get(row["subnet"])
-        return Table(rows, {"params": ",", "flops": ".3g", **dict.fromkeys(scores, ".1%")})
+        formats = {t: number_format(t.rpartition(": ")[2]) for t in scores}
+        return Table(rows, {"params": ",", "flops": ".3g"} | formats)
 
     def subnet(
         self, name: str | Subnet | None = None, *, branch: Branch = "teacher", step: int | None = None
@@ -195,19 +198,20 @@ class Run:
         device: str = "auto",
         out: str | Path | None = None,
         plot: str | Path | None = None,
+        segmentation: str | Path | None = None,
     ) -> Report:
         """Score subnets on held-out images, and write the scores into the folder.
 
         Args:
             subnets: names such as `384x12`, or all.
             data: images; default those of the run.
-            protocols: besides k-NN, such as `linear`.
+            protocols: besides k-NN, such as `linear`; `standard`: all whose packages are installed.
             initial: score the weights before training, too.
             branch, step: whose weights, of which checkpoint; default the newest.
             device: auto, cpu, cuda or cuda:N.
-            out: JSON file; default `evaluation.json` in the folder, or `evaluation-2.json` where that has
-                other data.
+            out: JSON file; default `evaluation.json` in the folder, of other data `evaluation-2.json`.
             plot: a picture, too, of accuracy against size.
+            segmentation: folder of images and masks, to score that, too.
 
         Raises:
             InputError: wrong subnets, protocols, data or places; no held-out images with labels.
@@ -215,21 +219,35 @@ class Run:
         folder = self.folder
         config, openers = _with_images(self.config, self.data if data is None else data)
         chosen = config.method.backbone.space.named([subnets] if isinstance(subnets, str) else subnets)
-        asked = _protocols([protocols] if isinstance(protocols, str) else protocols)
+        asked = require_protocols([protocols] if isinstance(protocols, str) else protocols)
         out = Path(out or evaluation_file(folder, config.data.source, branch))
         with init_distributed(device, config.run.timeout, config.performance.threads) as world:
             world.from_main(partial(_require_outputs, out, plot))
             images = open_on_ranks(config, world, openers)
             network, checkpoint = _same_network(folder, branch, step, world)
             origin, before = Origin.of(folder, checkpoint, branch), None
-            backbone = network.backbone.to(world.device)
+            backbone = network.to(world.device).backbone
+            if isinstance(network, Classifier):
+                asked = [top1_of(network), *asked]
+                if initial:
+                    raise InputError(
+                        "--initial: expected a run of pre-training with it, got a fine-tuned one"
+                    )
             if initial:
                 untrained = initial_network(config, branch)
                 if order := folder.order():
                     Order(**order).sort(untrained)
                 before = untrained.backbone.to(world.device)
             report = evaluate_subnets(
-                backbone, chosen, images, config, world, origin, initial=before, protocols=asked
+                backbone,
+                chosen,
+                images,
+                config,
+                world,
+                origin,
+                initial=before,
+                protocols=asked,
+                masks=Path(segmentation) if segmentation else None,
             )
             if world.is_main:
                 if images.left_out:
@@ -340,14 +358,6 @@ class Run:
         return Table({"": name, "value": value} for name, value in figures.items())
 
 
-def _protocols(names: Sequence[str]) -> list[Protocol]:
-    """Those that always run, and those with these names."""
-    known = [p.name for p in PROTOCOLS]
-    if unknown := [name for name in names if name not in known]:
-        raise InputError(f"protocols: expected some of {', '.join(known)}, got {', '.join(unknown)}")
-    return [p for p in PROTOCOLS if p.help is None or p.name in names]
-
-
 def subnet_rows(backbone: BackboneConfig) -> list[dict[str, Any]]:
     """Names and sizes of all subnets, and how often a round of draws takes each."""
     counts = Counter(backbone.space.round_of_draws())
@@ -374,7 +384,7 @@ def _with_images(config: Config, data: Images | None) -> tuple[Config, Openers |
 
 def _same_network(
     folder: RunFolder, branch: Branch, step: int | None, world: World
-) -> tuple[Network, Checkpoint]:
+) -> tuple[Network | Classifier, Checkpoint]:
     """The same network in all processes, also where a run is saving newer ones meanwhile."""
     while True:
         network, checkpoint = folder.network(branch, step)

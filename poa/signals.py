@@ -75,10 +75,10 @@ class StopSignals:
                     os._exit(INTERRUPTED)
 
 
-def preempted(run: Path, done: int, signal: str | None) -> Preempted:
-    """The end of a run that was stopped after `done` steps and saved."""
+def preempted(run: Path, done: int, signal: str | None, command: str = "pretrain") -> Preempted:
+    """The end of a run of a command that was stopped after `done` steps and saved."""
     return Preempted(
         f"step {done}: stopped by {signal or 'a signal to another rank'}, checkpoint saved; "
-        f"resume with: poa pretrain --resume {shlex.quote(str(run))}",
+        f"resume with: poa {command} --resume {shlex.quote(str(run))}",
         interrupted=signal == "SIGINT",
     )

@@ -79,7 +79,7 @@ def damage_no_config(run: Run) -> None:
         (damage_truncate, "is damaged: expected checksum"),
         (damage_pickle, "expected a complete file of weights only, got a damaged or foreign"),
         (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
-        (damage_foreign, "expected a checkpoint of format poa-checkpoint-2, got None"),
+        (damage_foreign, "expected a checkpoint of format poa-checkpoint-2 or poa-classifier-1, got None"),
         (damage_config, "got another: method.loss.koleo: 9.0 against 0.1 in the checkpoint"),
         (damage_missing, "expected a checkpoint, got checkpoints of steps: none"),
         (damage_no_config, "expected a run folder"),

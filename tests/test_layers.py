@@ -19,11 +19,11 @@ FLOORS = (
     "errors random options subnets weights files lock drawing device distributed signals progress table "
     "version",
     "data masks multicrop",
-    "backbones heads losses network official",
+    "backbones heads losses network classifier official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
     "step plan evaluate selection memory warmup writers metrics report contact_sheet curves export images "
     "initialization validation",
-    "train",
+    "train finetune",
     "run embedding",
     "quickstart cli __init__ __main__",
 )

@@ -78,12 +78,16 @@ def pieces() -> Iterator[tuple[str, str]]:
 
 def arguments(command: str) -> list[str]:
     """Those of `poa`, on the images and runs there are here, with options that make a run short."""
-    places = {"DATA": "path/to/images", "RUN": "runs/first"}
+    places = {"DATA": "path/to/images", "RUN": "runs/first", "TUNED": "runs/tuned"}
     places["timm:vit_small_patch14_dinov2.lvd142m"] = "models/vit-192x6"
     launcher, _, rest = command.partition("poa ")
     words = [places.get(word, word) for word in shlex.split(rest)]
     if words[0] == "loader":
         return [*words, "--seconds", "0.2"]
+    if words[0] == "finetune":
+        if launcher:  # RandAugment needs timm
+            words = [*words[: words.index("--recipe")], "--out", "runs/many"]
+        return [*words, "epochs=1", "warmup_epochs=0.5", "batch_size=4"]
     if words[0] == "latency":
         return [*words, *([] if "--sample" in words else ["--sample", "10"]), "--seconds", "0.01"]
     if words[0] == "select":

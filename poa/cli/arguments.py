@@ -57,9 +57,9 @@ def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
     return read
 
 
-def add_subnets(command: Command, **subnets: Any) -> None:
+def add_subnets(command: Command, run: str = RUN_HELP, **subnets: Any) -> None:
     """Which run, and which of its subnets; `subnets` tells whether they have a default."""
-    command.add_argument("run", metavar="RUN", help=RUN_HELP)
+    command.add_argument("run", metavar="RUN", help=run)
     command.add_argument(
         "--subnets",
         nargs="+",
@@ -77,6 +77,11 @@ def add_weights(command: Command) -> None:
         default="teacher",
         help="branch whose weights are used (default: teacher)",
     )
+    add_step(command)
+
+
+def add_step(command: Command) -> None:
+    """Which checkpoint of a run."""
     command.add_argument(
         "--step",
         type=number(int, "[1, 1e9]"),

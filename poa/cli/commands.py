@@ -11,17 +11,23 @@ from pathlib import Path
 import torch
 
 from poa.checkpoint import RunFolder
+from poa.classifier import Classifier
 from poa.config import Config, with_data, with_run
 from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS, REPORTED_K
+from poa.evaluate.models import evaluate_model
+from poa.evaluate.protocol import Protocol
+from poa.evaluate.suite import require_protocols
 from poa.export import export_file, extract, load
 from poa.export.card import push, write_card
 from poa.export.formats import require_packages
 from poa.export.int8 import export_int8, open_to_quantise
+from poa.export.model import WEIGHTS
 from poa.files import make_folder, read_json, require_json
 from poa.initialization import initial_config
+from poa.initialization.source import TIMM
 from poa.loader_speed import loader_speed
 from poa.memory import memory_report
 from poa.options import from_dict, override
@@ -89,6 +95,7 @@ def run_extract(options: argparse.Namespace) -> None:
             bits=config.data.bits,
             image_size=options.image_size,
             source=f"{checkpoint.path} ({options.branch})",
+            classifier=network if isinstance(network, Classifier) else None,
         )
         print(path)
         model = load(path)
@@ -117,17 +124,40 @@ def _require_together(options: argparse.Namespace, subnets: int) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    chosen = [p.name for p in PROTOCOLS if p.help and getattr(options, p.name)]
+    chosen += [options.suite] if options.suite else []
+    if options.run.startswith(TIMM) or (Path(options.run) / WEIGHTS).exists():
+        _evaluate_model(options, require_protocols(chosen))
+        return
     report = Run(options.run).evaluate(
         options.subnets,
         options.data,
-        protocols=[p.name for p in PROTOCOLS if p.help and getattr(options, p.name)],
+        protocols=chosen,
         initial=options.initial,
         branch=options.branch,
         step=options.step,
         device=options.device,
         out=options.out,
         plot=options.plot,
+        segmentation=options.segmentation,
     )
+    if is_main_process():
+        print(report.table(), *report.files, sep="\n")
+
+
+def _evaluate_model(options: argparse.Namespace, protocols: list[Protocol]) -> None:
+    """Of a model, which has one size and no checkpoints."""
+    if not options.data:
+        raise InputError(f"evaluate: expected --data with the model {options.run}, got none")
+    others = options.initial or options.step or options.plot or options.segmentation
+    if others or options.subnets != ["all"]:
+        raise InputError(
+            "evaluate: expected no --initial, --step, --plot, --segmentation or --subnets with a model"
+        )
+    if options.run.startswith(TIMM) and not options.out:
+        raise InputError(f"evaluate: expected --out with {options.run}, got none")
+    out = Path(options.out or Path(options.run) / "evaluation.json")
+    report = evaluate_model(options.run, options.data, protocols, device=options.device, out=out)
     if is_main_process():
         print(report.table(), *report.files, sep="\n")
 

@@ -15,10 +15,12 @@ from poa.cli import commands
 from poa.cli.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, add_weights, number
 from poa.cli.data_check import add_data
 from poa.cli.embedding import add_embed
+from poa.cli.finetune import add_finetune
 from poa.cli.selection import add_latency, add_select
 from poa.config import Config, InitConfig
 from poa.data.layout import SOURCES
 from poa.evaluate import PROTOCOLS
+from poa.evaluate.suite import STANDARD
 from poa.export.formats import DTYPES
 from poa.options import describe, nearest
 from poa.presets import PRESETS, QUICKSTARTS, preset
@@ -61,6 +63,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     add_data(group)
     _add_planning(group)
     _add_pretrain(group, arguments)
+    add_finetune(group)
     _add_queries(group)
     return parser
 
@@ -237,7 +240,7 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     command = group.add_parser(
         "evaluate", help=f"measure the accuracy of subnets on held-out images: {names}"
     )
-    add_subnets(command, default=["all"])
+    add_subnets(command, "run, extracted model, or timm:NAME of timm's models", default=["all"])
     add_weights(command)
     command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
     command.add_argument(
@@ -246,6 +249,12 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     for protocol in PROTOCOLS:
         if protocol.help:
             command.add_argument(f"--{protocol.name}", action="store_true", help=protocol.help)
+    command.add_argument(
+        "--segmentation", metavar="FOLDER", help="also segment the images of this folder, which has masks"
+    )
+    command.add_argument(
+        "--suite", choices=(STANDARD,), help="standard: all protocols whose packages are installed"
+    )
     command.add_argument(
         "--out", help="JSON file (default: RUN/evaluation.json, with other data RUN/evaluation-2.json)"
     )

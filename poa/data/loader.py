@@ -27,6 +27,9 @@ SUBSTITUTES = 20  # tried in the place of an unreadable image
 WINDOW = 8  # blocks that a block shuffle mixes
 PREFETCHED = 2  # batches that a worker makes ahead, PyTorch's default
 EVALUATION_BATCH = 256  # images
+Transform = Callable[[np.ndarray, int], np.ndarray]
+"""From an image uint8 `[H, W, 3]` and its position in the sequence of training to another such image."""
+
 SHARED = Path("/dev/shm")  # through which workers pass batches, on Linux
 MORE = "give it more (docker run --shm-size=2g)"
 
@@ -150,10 +153,11 @@ class _TrainingImages(Dataset[Decoded]):
     """Images by (position in the sequence, image). In the place of an unreadable one comes another, which the
     position in the sequence draws."""
 
-    def __init__(self, source: ImageSource, canvas: int, seed: int):
+    def __init__(self, source: ImageSource, canvas: int, seed: int, transform: Transform | None):
         self.source = source
         self.canvas = canvas
         self.seed = seed
+        self.transform = transform
 
     def __getitem__(self, sample: tuple[int, int]) -> Decoded:
         position, index = sample
@@ -161,7 +165,9 @@ class _TrainingImages(Dataset[Decoded]):
         draw = None
         for _ in range(SUBSTITUTES):
             try:
-                return Decoded(self.source.read(index, self.canvas), index, unreadable)
+                image = self.source.read(index, self.canvas)
+                image = self.transform(image, position) if self.transform else image
+                return Decoded(image, index, unreadable)
             except ImageError as error:
                 unreadable.append(str(error))
             draw = draw or np.random.default_rng(stream_seed(self.seed, "substitute", abs(position)))
@@ -189,14 +195,21 @@ class _AllImages(Dataset[Decoded]):
 
 
 def training_batches(
-    source: ImageSource, stream: SampleStream, canvas: int, workers: int, patience: float = 600.0
+    source: ImageSource,
+    stream: SampleStream,
+    canvas: int,
+    workers: int,
+    patience: float = 600.0,
+    transform: Transform | None = None,
 ) -> Iterator[Canvases]:
     """One batch per micro-batch of the stream, on canvases of `canvas` pixels.
+
+    Workers apply the transform, if there is one, to an image and its position in the sequence.
 
     Raises:
         DataError: the workers give none for `patience` seconds.
     """
-    images = _TrainingImages(source, canvas, stream.seed)
+    images = _TrainingImages(source, canvas, stream.seed, transform)
     return batches_of(images, workers, patience, batch_sampler=stream)
 
 

@@ -10,6 +10,7 @@ from poa.evaluate.sweep import (
     evaluation_file,
     knn_of_pixels,
     knn_of_subnets,
+    number_format,
     reported,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "knn_accuracy",
     "knn_of_pixels",
     "knn_of_subnets",
+    "number_format",
     "reported",
 ]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from poa.backbones import Backbone
+from poa.data.crops import CropsConfig
 from poa.subnets import Subnet
 
 Function = Callable[[Tensor], Tensor]
@@ -40,6 +41,10 @@ class Protocol:
         accuracies: those in such a value, also one out of a file, by the title of their column; in 0..1.
         reported: title of the one that curves, plots and pages show.
         settings: what scores depend on, besides weights and data; "protocol" says in words what is done.
+        learns: from training images; without it, those in `score` are empty.
+        queries: what is scored of the queries, where that is other than of the training images.
+        needs: name of an optional package.
+        numbers: titles among `accuracies` of what is no share of 1.
     """
 
     name: str
@@ -49,6 +54,15 @@ class Protocol:
     accuracies: Callable[[Any], Mapping[str, float]]
     reported: str
     settings: Mapping[str, Any]
+    learns: bool = True
+    queries: Callable[[Backbone, Subnet, CropsConfig], Function] | None = None
+    numbers: tuple[str, ...] = ()
+    needs: str = ""
+
+    def task(self, backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Task:
+        """What is to be scored of a subnet on images of these crops."""
+        own = self.queries(backbone, subnet, crops) if self.queries else None
+        return Task(self, self.features(backbone, subnet), own)
 
     @property
     def before(self) -> str:
@@ -66,3 +80,15 @@ class Protocol:
             numbers = ", ".join(f"{x:g}" for x in value) if isinstance(value, list) else value
             shown += [f"{key} {numbers}"] if key != "protocol" else []
         return "; ".join(shown)
+
+
+class Task(NamedTuple):
+    """Features of training images and, where they are others, of queries, and how they are scored."""
+
+    protocol: Protocol
+    features: Function
+    own: Function | None = None
+
+    @property
+    def queries(self) -> Function:
+        return self.own or self.features

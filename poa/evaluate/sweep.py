@@ -20,22 +20,33 @@ from poa.config import Config
 from poa.data.layout import DATASET
 from poa.data.sources import DataSplit, ImageSource
 from poa.data.storage import is_url
+from poa.data.summary import LeftOut
 from poa.distributed import World
 from poa.drawing import write_figure
 from poa.errors import InputError
+from poa.evaluate.correspondence import CORRESPONDENCE
 from poa.evaluate.features import MEMORY, FeatureSet, extract_features, pixels
-from poa.evaluate.knn import KNN, class_token
+from poa.evaluate.kmeans import KMEANS
+from poa.evaluate.knn import KNN
 from poa.evaluate.linear import LINEAR
-from poa.evaluate.protocol import Function, Labelled, Protocol
+from poa.evaluate.logistic import LOGISTIC
+from poa.evaluate.protocol import Function, Labelled, Protocol, Task
+from poa.evaluate.quality import QUALITY, spearman
+from poa.evaluate.retrieval import RETRIEVAL
+from poa.evaluate.robustness import ROBUSTNESS
+from poa.evaluate.segmentation import SEGMENTATION, open_scenes, segmentation
+from poa.evaluate.top1 import TOP1
 from poa.files import read_json, write_json
 from poa.subnets import Subnet
 from poa.table import Table
 from poa.version import VERSION
 
-# All protocols, in the order of their columns; plots show the first.
-PROTOCOLS: tuple[Protocol, ...] = (KNN, LINEAR)
-
-Task = tuple[Protocol, Function]
+# All protocols, in the order of their columns.
+PROTOCOLS: tuple[Protocol, ...] = (
+    KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, SEGMENTATION, ROBUSTNESS
+)  # fmt: skip
+SEPARATE = (TOP1, SEGMENTATION)  # scored where a run has classifiers, or there are masks
+FEWEST = 4  # subnets, before a correlation means anything
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,11 @@ def reported(values: Mapping[str, Any]) -> dict[str, float]:
     return {p.reported: p.headline(values[p.name]) for p in PROTOCOLS if p.name in values}
 
 
+def number_format(title: str) -> str:
+    """How a figure is written: a share of 1 in per cent."""
+    return ".2f" if any(title in p.numbers for p in PROTOCOLS) else ".1%"
+
+
 def accuracies(values: Mapping[str, Any]) -> dict[str, float]:
     """All accuracies of such scores by the titles of their columns."""
     columns_of = [p.accuracies(values[p.name]) for p in PROTOCOLS if p.name in values]
@@ -129,8 +145,8 @@ class Report:
             {"subnet": s.subnet, "params": s.parameters, "GFLOPs": s.flops / 1e9, **s.columns()}
             for s in self.scores
         ]
-        accuracies = dict.fromkeys(self.scores[0].columns(), ".1%")
-        return Table(rows, {"params": ",", "GFLOPs": ".3f", **accuracies})._repr_html_()
+        formats = {title: number_format(title) for title in self.scores[0].columns()}
+        return Table(rows, {"params": ",", "GFLOPs": ".3f", **formats})._repr_html_()
 
     def table(self) -> str:
         """A text table: the settings, then one line per subnet."""
@@ -145,8 +161,20 @@ class Report:
         ]
         for score, row in zip(self.scores, rows, strict=True):
             line = f"{score.subnet!s:>9} {score.parameters:>11,} {score.flops / 1e9:>8.3f}"
-            lines.append(line + "".join(f"  {row[t]:>{w}.1%}" for t, w in wide.items()))
+            lines.append(line + "".join(f"  {row[t]:>{w}{number_format(t)}}" for t, w in wide.items()))
+        if ranks := self.correlations():
+            told = ", ".join(f"{title} {value:.2f}" for title, value in ranks.items())
+            lines.append(f"Spearman's correlation with {KNN.reported} over {len(rows)} subnets: {told}")
         return "\n".join(lines)
+
+    def correlations(self) -> dict[str, float]:
+        """Rank correlation with k-NN of the figures that need no labels, over the subnets; none of few."""
+        rows = [score.columns() for score in self.scores]
+        titles = [title for title in QUALITY.numbers if title in rows[0]]
+        if len(rows) < FEWEST:
+            return {}
+        known = [row[KNN.reported] for row in rows]
+        return {title: spearman([row[title] for row in rows], known) for title in titles}
 
     def write(self, path: Path) -> None:
         """Write JSON."""
@@ -161,39 +189,49 @@ class Report:
             }
             for s in self.scores
         ]
-        write_json(path, {"settings": self.settings, "subnets": rows})
+        ranks = {"correlations": found} if (found := self.correlations()) else {}
+        write_json(path, {"settings": self.settings, "subnets": rows, **ranks})
 
     def plot(self, path: Path | None = None, baseline: tuple[str, float] | None = None) -> Any:
-        """Draw accuracy against parameters, a line per width; hollow marks are before training.
+        """Draw the figure of each protocol against parameters, a line per width; hollow: before training.
 
-        A `path` is written to, too; its ending chooses the format. The baseline, a name and an accuracy, is a
-        horizontal line. Returns a figure of matplotlib.
+        A `path` is written to, too; its ending chooses the format. The baseline, a name and a k-NN accuracy,
+        is a horizontal line. Returns a figure of matplotlib.
         """
         from matplotlib.figure import Figure  # optional, and slow to import
 
-        first, figure = PROTOCOLS[0], Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
+        protocols = [p for p in PROTOCOLS if p.name in self.scores[0].values]
+        figure = Figure(figsize=(6.4 * len(protocols), 4.0), layout="constrained")
+        for axes, protocol in zip(
+            figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True
+        ):
+            self._draw(axes, protocol)
+            if baseline and protocol is protocols[0]:
+                axes.axhline(100 * baseline[1], color="grey", linewidth=1, linestyle="--", label=baseline[0])
+            axes.legend(fontsize=8)
+        if path:
+            write_figure(figure, path, 150)
+        return figure
+
+    def _draw(self, axes: Any, protocol: Protocol) -> None:
+        """Draw a panel."""
+        number = protocol.reported in protocol.numbers
         for width in sorted({s.subnet.width for s in self.scores}):
             line = sorted((s for s in self.scores if s.subnet.width == width), key=lambda s: s.parameters)
             sizes = [s.parameters for s in line]
             after, before = (
-                [100 * first.headline(s.values[name]) for s in line if name in s.values]
-                for name in (first.name, first.before)
+                [(1 if number else 100) * protocol.headline(s.values[name]) for s in line if name in s.values]
+                for name in (protocol.name, protocol.before)
             )
             (drawn,) = axes.plot(sizes, after, "o-", label=f"width {width}")
             if before:
                 axes.plot(sizes, before, "o:", color=drawn.get_color(), markerfacecolor="white", linewidth=1)
-        if baseline:
-            axes.axhline(100 * baseline[1], color="grey", linewidth=1, linestyle="--", label=baseline[0])
-        hollow = " (hollow: before training)" if first.before in self.scores[0].values else ""
-        axes.set(xlabel="parameters", ylabel=f"accuracy, {first.name} {first.reported}, %", xscale="log")
+        hollow = " (hollow: before training)" if protocol.before in self.scores[0].values else ""
+        named = protocol.reported if number else f"accuracy, {protocol.name} {protocol.reported}, %"
+        axes.set(xlabel="parameters", ylabel=named, xscale="log")
         data = Path(self.settings["data"]).name
         axes.set_title(f"One training run, {len(self.scores)} models: {data}{hollow}", fontsize=10)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-        if path:
-            write_figure(figure, path, 150)
-        return figure
 
 
 def evaluate_subnets(
@@ -206,21 +244,31 @@ def evaluate_subnets(
     *,
     initial: Backbone | None = None,
     protocols: Sequence[Protocol] = (KNN,),
+    masks: Path | None = None,
 ) -> Report:
     """Score subnets on the held-out images by what the training images teach.
 
     The weights are on the device of `world`, whose processes all extract features; `initial` ones, of before
-    training, are scored too.
+    training, are scored too. `masks` is a folder of images and masks to segment.
     """
+    crops, left_out = config.method.crops, LeftOut()
+    scenes = open_scenes(masks, crops, left_out) if masks else None
+    if left_out:
+        log.warning("segmentation: left out: %s", left_out)
     asked = {
-        (subnet, name): (p, p.features(weights, subnet))
+        (subnet, name): p.task(weights, subnet, crops)
         for p in protocols
         for name, weights in ((p.name, backbone), (p.before, initial))
         if weights is not None
         for subnet in subnets
     }
     values = dict(zip(asked, score(list(asked.values()), data, config, world), strict=True))
-    network = config.method.backbone
+    seed, network = config.method.seed, config.method.backbone
+    if scenes:
+        protocols = [*protocols, SEGMENTATION]
+        for subnet in subnets:
+            segment = partial(segmentation, backbone, subnet, scenes, world.device, seed)
+            values[subnet, SEGMENTATION.name] = world.from_main(segment)
     scores = [
         SubnetScore(
             subnet,
@@ -230,7 +278,6 @@ def evaluate_subnets(
         )
         for subnet in subnets
     ]
-    crops = config.method.crops
     settings = {
         "data": data_place(config.data.source),
         "bank_images": len(data.train.labelled()),
@@ -253,12 +300,14 @@ def knn_of_subnets(
     limit: int | None = None,
 ) -> list[dict[int, float]]:
     """k-NN accuracy of each subnet by k; the arguments are those of `score`."""
-    return score([(KNN, class_token(backbone, s)) for s in subnets], data, config, world, limit)
+    return score([KNN.task(backbone, s, config.method.crops) for s in subnets], data, config, world, limit)
 
 
 def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
     """k-NN accuracy of the raw pixels."""
-    (accuracy,) = score([(KNN, pixels(config.method.crops))], data, config, World(0, 1, torch.device("cpu")))
+    (accuracy,) = score(
+        [Task(KNN, pixels(config.method.crops))], data, config, World(0, 1, torch.device("cpu"))
+    )
     return accuracy
 
 
@@ -281,8 +330,10 @@ def score(
     sources = [limited(source, limit) for source in (data.train.labelled(), data.test)]
     scores: list[Any] = []
     for group in _groups(tasks, max(len(source) for source in sources), config, world.device):
-        train, queries = (_extract([f for _, f in group], source, config, world) for source in sources)
-        protocols = [protocol for protocol, _ in group]
+        learning = [task.features for task in group if task.protocol.learns]
+        train = _extract(learning, sources[0], config, world) if learning else None
+        queries = _extract([task.queries for task in group], sources[1], config, world)
+        protocols = [task.protocol for task in group]
         scores += world.from_main(
             partial(_scores, protocols, train, queries, world.device, config.method.seed)
         )
@@ -297,16 +348,17 @@ def _scores(
     seed: int,
 ) -> list[Any]:
     """Those of each of the features; the main process has them."""
-    assert train is not None and queries is not None
-    if unreadable := train.unreadable + queries.unreadable:
+    assert queries is not None
+    if unreadable := (train.unreadable if train else []) + queries.unreadable:
         log.warning(
             "evaluation: %d images could not be read, the first is %s", len(unreadable), unreadable[0]
         )
-    pairs = zip(protocols, train.features, queries.features, strict=True)
-    return [
-        p.score(Labelled(mine, train.labels), Labelled(theirs, queries.labels), device, seed)
-        for p, mine, theirs in pairs
-    ]
+    learned = iter(train.features if train else ())
+    empty, scores = Labelled(torch.zeros(0), queries.labels[:0]), []
+    for protocol, features in zip(protocols, queries.features, strict=True):
+        known = Labelled(next(learned), train.labels) if protocol.learns and train else empty
+        scores.append(protocol.score(known, Labelled(features, queries.labels), device, seed))
+    return scores
 
 
 @torch.no_grad()
@@ -314,13 +366,13 @@ def _groups(tasks: Sequence[Task], images: int, config: Config, device: torch.de
     """Neighbours whose features of so many images fit into `MEMORY` together, or single ones."""
     size, group, used = config.method.crops.global_size, list[Task](), 0
     blank = torch.zeros(1, 3, size, size, device=device)
-    for protocol, function in tasks:
-        row = function(blank)
+    for task in tasks:
+        row = task.queries(blank)
         needed = images * row.numel() * row.element_size()
         if group and used + needed > MEMORY:
             yield group
             group, used = [], 0
-        group.append((protocol, function))
+        group.append(task)
         used += needed
     yield group
 

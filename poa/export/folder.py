@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load as read_tensors
+from torch import nn
 
 from poa.backbones import CONFIGS, Backbone
 from poa.checkpoint import Branch, RunFolder
+from poa.classifier import Classifier
 from poa.data.crops import CropsConfig
 from poa.errors import InputError, as_input
-from poa.export.model import CONFIG, FORMAT, WEIGHTS, ExportedModel, static_model
+from poa.export.model import CONFIG, FORMAT, HEAD, WEIGHTS, ExportedModel, static_model
 from poa.files import open_regular, read_json, unsealed
 from poa.options import section_from_dict
 from poa.subnets import Subnet
@@ -79,6 +81,7 @@ def load(
             canvas=config.method.canvas,
             bits=config.data.bits,
             source=f"{checkpoint.path} ({branch})",
+            classifier=network if isinstance(network, Classifier) else None,
         )
     files = _weights(path)
     subnets = {file: _subnet(file) for file in files}
@@ -116,9 +119,15 @@ def _read_model(weights: Path) -> ExportedModel:
                 f"({got:.8}); extract them again"
             )
         config = section_from_dict(CONFIGS, info["backbone"], "backbone")
-        network = config.plain()
-        load_strictly(network, read_tensors(content), str(weights))
-        return ExportedModel(network, config, info).eval()
+        network, state, head = config.plain(), read_tensors(content), None
+        if classes := info.get("classes"):
+            described = config.timm_model()
+            name = f"{described.classifier if described else HEAD}."
+            own = {key.removeprefix(name): state.pop(key) for key in list(state) if key.startswith(name)}
+            head = nn.Linear(own["weight"].shape[1], len(classes))
+            load_strictly(head, own, str(weights))
+        load_strictly(network, state, str(weights))
+        return ExportedModel(network, config, info, head).eval()
 
 
 def _read_info(weights: Path) -> dict[str, Any]:

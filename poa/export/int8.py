@@ -19,6 +19,7 @@ from poa.distributed import World
 from poa.errors import InputError, optional_package
 from poa.evaluate import REPORTED_K
 from poa.evaluate.knn import KNN
+from poa.evaluate.protocol import Task
 from poa.evaluate.sweep import score
 from poa.export.formats import export_file, onnx_runner, quiet
 from poa.export.model import ExportedModel
@@ -78,7 +79,7 @@ def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Con
         small = Path(scratch) / "model.int8.onnx"
         with quiet():
             _quantise(whole, small, _calibration(model, data, config))
-        tasks = [(KNN, onnx_runner(file)) for file in (whole, small)]
+        tasks = [Task(KNN, onnx_runner(file)) for file in (whole, small)]
         alone = World(0, 1, torch.device("cpu"))
         fp32, int8 = (accuracies[REPORTED_K] for accuracies in score(tasks, data, config, alone))
         proto = onnx.load(small)

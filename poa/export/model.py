@@ -16,6 +16,7 @@ from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 
 from poa.backbones import Backbone, BackboneConfig
+from poa.classifier import Classifier
 from poa.data.crops import CropsConfig
 from poa.data.preprocessing import Picture, Preprocessing
 from poa.errors import ExportError, InputError, optional_package
@@ -26,6 +27,7 @@ from poa.weights import load_strictly
 
 FORMAT = "poa-model-2"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+HEAD = "head"  # name of classifiers of networks that timm has not
 TOLERANCE = 1e-5  # largest difference of a model's forward from the elastic subnet's, fp32, relative to 1
 
 
@@ -33,6 +35,7 @@ class ExportedModel(nn.Module):
     """A subnet as an ordinary network: images in, features out.
 
     Attributes:
+        head: the classifier of a fine-tuned subnet, from features to logits; None without one.
         backbone: the network, in plain PyTorch operations, which also gives patch tokens:
             `model.backbone([images])[0].patches`.
         config: its shape.
@@ -47,9 +50,16 @@ class ExportedModel(nn.Module):
         torch.Size([2, 9, 32])
     """
 
-    def __init__(self, backbone: nn.Module, config: BackboneConfig, info: dict[str, Any]):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        config: BackboneConfig,
+        info: dict[str, Any],
+        head: nn.Linear | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
+        self.head = head
         self.config = config
         self.info = info
         self.preprocess = Preprocessing.from_dict(info["preprocessing"])
@@ -59,6 +69,22 @@ class ExportedModel(nn.Module):
         """Which network of its run."""
         depth = self.info["depth"]
         return Subnet(self.info["width"], tuple(depth) if isinstance(depth, list) else depth)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes of a fine-tuned subnet, in the order of its logits; none without a head."""
+        return list(self.info.get("classes", ()))
+
+    def classify(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
+        """Logits of the classes, float32 `[B, classes]`; the arguments are those of `forward`.
+
+        Raises:
+            InputError: the model is not of a fine-tuned run.
+        """
+        if self.head is None:
+            raise InputError("classify: expected a model of a fine-tuned run, got one without a classifier")
+        logits: Tensor = self.head(self(images))
+        return logits
 
     def forward(self, images: Tensor | Picture | Sequence[Picture]) -> Tensor:
         """Features as k-NN sees them.
@@ -88,9 +114,19 @@ class ExportedModel(nn.Module):
         if described is None:
             raise InputError(f"to_timm: timm has no such {self.config.kind}")
         timm = optional_package("timm", "timm")
-        model: nn.Module = timm.create_model(described.architecture, num_classes=0, **described.arguments)
-        model.load_state_dict(self.backbone.state_dict())
+        model: nn.Module = timm.create_model(
+            described.architecture, num_classes=len(self.classes), **described.arguments
+        )
+        model.load_state_dict(self.exported_state())
         return model.eval()
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """The weights as files hold them, under timm's names where timm has the network."""
+        described, state = self.config.timm_model(), self.backbone.state_dict()
+        if self.head is not None:
+            name = described.classifier if described else HEAD
+            state |= {f"{name}.{key}": value for key, value in self.head.state_dict().items()}
+        return state
 
     def save(self, folder: str | Path) -> Path:
         """Write the model as it is now, so that `load` and timm give it again.
@@ -109,7 +145,7 @@ class ExportedModel(nn.Module):
         if folder.suffix == ".safetensors":
             raise InputError(f"save: expected the name of a folder, got {folder}")
         make_folder(folder, "save")
-        content = tensor_bytes(self.backbone.state_dict(), metadata={"format": "pt"})
+        content = tensor_bytes(self.exported_state(), metadata={"format": "pt"})
         info = self.info | {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
         write_json(folder / CONFIG, sealed(_for_timm(self) | {"poa": info}))
         write_bytes(folder / WEIGHTS, content)
@@ -123,7 +159,8 @@ def _for_timm(model: ExportedModel) -> dict[str, Any]:
         return {}
     return {
         "architecture": described.architecture,
-        "num_classes": 0,
+        "num_classes": len(model.classes),
+        **({"label_names": model.classes} if model.classes else {}),
         "num_features": model.config.feature_width(model.subnet),
         "model_args": described.arguments,
         "pretrained_cfg": {
@@ -134,7 +171,7 @@ def _for_timm(model: ExportedModel) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(pixels.mean),
             "std": list(pixels.std),
-            "num_classes": 0,
+            "num_classes": len(model.classes),
             "first_conv": described.first_conv,
             "classifier": described.classifier,
             "custom_load": False,
@@ -151,6 +188,7 @@ def static_model(
     bits: int | None = None,
     image_size: int | None = None,
     source: str = "",
+    classifier: Classifier | None = None,
 ) -> ExportedModel:
     """A subnet as a model of its own, in evaluation mode, after a check that its features are the same.
 
@@ -163,6 +201,7 @@ def static_model(
         bits: of pixels that have more than 8; default: as many as each image needs.
         image_size: pixels of its images; a position embedding is interpolated to it. Default: as trained.
         source: where the weights come from, kept in the JSON file.
+        classifier: of a fine-tuned run, whose backbone it is.
 
     Raises:
         InputError: a subnet outside the space, or an image size that the backbone cannot take.
@@ -182,7 +221,11 @@ def static_model(
         "source": source,
         "largest_difference": _largest_difference(backbone, network, subnet, size),
     }
-    return ExportedModel(network, config, info).eval()
+    head = None
+    if classifier:
+        info["classes"] = list(classifier.classes)
+        head = classifier.plain_head(config.feature_width(subnet))
+    return ExportedModel(network, config, info, head).eval()
 
 
 @torch.no_grad()

@@ -21,9 +21,8 @@ from poa.distributed import World
 from poa.errors import InputError
 from poa.evaluate.features import extract_features
 from poa.evaluate.knn import class_token
+from poa.evaluate.quality import rankme
 from poa.subnets import Subnet
-
-EPS = 1e-7  # of RankMe
 
 
 @dataclass(frozen=True)
@@ -39,13 +38,6 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     x, y = ((z - z.mean(0)).double() for z in (x, y))
     norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
     return float(torch.linalg.matrix_norm(y.T @ x) ** 2 / norms) if norms > 0 else 0.0
-
-
-def rankme(features: Tensor) -> float:
-    """Effective rank of features `[images, channels]`, float64 inside."""
-    values = torch.linalg.svdvals(features.double())
-    shares = values / values.sum().clamp_min(EPS) + EPS
-    return float(torch.special.entr(shares).sum().exp())
 
 
 def agreements(

@@ -34,7 +34,7 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registered = (KNN, NEAREST_MEAN)
-    for module in ("evaluate.sweep", "cli.parser", "cli.commands", "run"):
+    for module in ("evaluate.sweep", "evaluate.suite", "cli.parser", "cli.commands"):
         monkeypatch.setattr(f"poa.{module}.PROTOCOLS", registered)
     run = tmp_path / "run"
     assert main(["pretrain", "--out", str(run), *OVERRIDES]) == 0

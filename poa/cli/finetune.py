@@ -1,0 +1,78 @@
+"""The command `poa finetune`: its options, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from poa.checkpoint import RunFolder
+from poa.cli.arguments import Command, add_step
+from poa.config import with_data, with_run
+from poa.data.layout import SOURCES
+from poa.errors import InputError
+from poa.finetune import RECIPES, finetune, recipe
+from poa.finetune.train import resume
+from poa.options import describe, override
+
+
+def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
+    recipes = "\n".join(f"  {name:<10} {text}" for name, (_, text) in RECIPES.items())
+    default = RECIPES["short"][0]
+    options = "\n".join(
+        f"  {key}={','.join(map(str, value)) if isinstance(value, tuple) else value}\n      {kind}: {text}"
+        for key, kind, value, text in describe(default)
+    )
+    command = group.add_parser(
+        "finetune",
+        help="fine-tune all subnets of a run with classifiers in one elastic run, or single ones",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Fine-tune on labelled images; with torchrun on many devices.\n\nrecipes:\n{recipes}",
+        epilog=f"options, with the values of recipe short:\n{options}",
+    )
+    command.add_argument("run", nargs="?", metavar="RUN", help="run folder written by pretrain")
+    command.add_argument("--out", help="new run folder; of single subnets, where their run folders go")
+    command.add_argument("--resume", metavar="OUT", help="resume this fine-tuning from its newest checkpoint")
+    command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
+    command.add_argument(
+        "--subnets",
+        nargs="+",
+        metavar="WxD",
+        help="fine-tune each of these subnets alone, in a run folder of its own (default: all in one)",
+    )
+    command.add_argument("--recipe", default="short", help="options to use, see below (default: short)")
+    command.add_argument(
+        "--share", type=float, help="share of the training images of each class, such as 0.01 or 0.1"
+    )
+    command.add_argument("--device", default="auto", help="device to train on: auto, cpu, cuda or cuda:N")
+    add_step(command)
+    command.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="any option listed below, such as epochs=10"
+    )
+    command.set_defaults(command=run_finetune)
+
+
+def run_finetune(options: argparse.Namespace) -> None:
+    words = [*([options.run] if options.run else []), *(options.subnets or [])]  # which take options, too
+    options.overrides = [*(word for word in words if "=" in word), *options.overrides]
+    options.run = None if options.run and "=" in options.run else options.run
+    options.subnets = [word for word in options.subnets or [] if "=" not in word]
+    if options.resume:
+        if options.run or options.out or options.overrides:
+            raise InputError("--resume: expected no RUN, --out or KEY=VALUE with it")
+        resume(Path(options.resume))
+        return
+    if not (options.run and options.out):
+        raise InputError("finetune: expected RUN and --out, or --resume OUT")
+    chosen = override(recipe(options.recipe), options.overrides)
+    if options.share is not None:
+        chosen = override(chosen, {"share": options.share})
+    source, out = RunFolder(Path(options.run)), Path(options.out)
+    config = with_run(source.config(), device=options.device)
+    config = with_data(config, options.data) if options.data else config
+    subnets = config.method.backbone.space.named(options.subnets) if options.subnets else [None]
+    for subnet in subnets:
+        place = out / str(subnet) if subnet else out
+        RunFolder(place).require_new()
+    for subnet in subnets:
+        place = out / str(subnet) if subnet else out
+        finetune(source, config, chosen, place, subnet=subnet, step=options.step)

@@ -1,0 +1,189 @@
+"""Scores of models beside those of runs: extracted ones, and those of timm as peers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from poa.backbones.base import Backbone, BackboneConfig, Features
+from poa.config import Config, with_data
+from poa.data.crops import CropsConfig
+from poa.data.preprocessing import Preprocessing
+from poa.distributed import init_distributed
+from poa.errors import InputError, as_input, optional_package
+from poa.evaluate.protocol import Protocol
+from poa.evaluate.sweep import Origin, Report, evaluate_subnets
+from poa.evaluate.top1 import TOP1
+from poa.export import ExportedModel, load
+from poa.files import require_json
+from poa.images import open_on_ranks
+from poa.initialization.source import TIMM
+from poa.options import option
+from poa.subnets import SearchSpace, Subnet
+from poa.version import VERSION
+
+
+@dataclass(frozen=True)
+class PeerConfig(BackboneConfig):
+    """The size of a network of timm."""
+
+    kind: Literal["timm"] = option("timm", "a network of timm")
+    image_size: int = option(224, "pixels of a side of an image", "[1, 4096]")
+    width: int = option(384, "channels of its features", "[1, 65536]")
+    depth: int = option(12, "its blocks", "[1, 4096]")
+    count: int = option(0, "its parameters", "[0, inf)")
+    cost: int = option(0, "FLOPs of a forward", "[0, inf)")
+    patches: int = option(14, "patches along a side", "[1, 4096]")
+
+    @classmethod
+    def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> BackboneConfig:
+        raise NotImplementedError
+
+    @property
+    def space(self) -> SearchSpace:
+        return SearchSpace((self.width,), (self.depth,))
+
+    def feature_width(self, subnet: Subnet) -> int:
+        return self.width
+
+    def grid(self, image_size: int) -> int:
+        return self.patches
+
+    def parameters(self, subnet: Subnet) -> int:
+        return self.count
+
+    def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        return self.cost
+
+    def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
+        raise NotImplementedError
+
+    def build(self, generator: torch.Generator | None = None) -> Backbone:
+        raise NotImplementedError
+
+
+class Fixed(nn.Module):
+    """A network of one size, asked as a `Backbone` is; of its blocks only the last gives features."""
+
+    def __init__(self, network: nn.Module, config: BackboneConfig):
+        super().__init__()
+        self.network, self.config, self.space = network, config, config.space
+
+    def forward(self, crops: Sequence[Tensor], subnet: Subnet | None = None) -> list[Features]:
+        features: list[Features] = self.network(crops)
+        return features
+
+    def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
+        return self([images])
+
+
+class _OfTimm(nn.Module):
+    """A network of timm as one of ours: crop groups in, `Features` out."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, crops: Sequence[Tensor]) -> list[Features]:
+        return [self._features(images) for images in crops]
+
+    def _features(self, images: Tensor) -> Features:
+        tokens = self.model.forward_features(images)
+        cls = self.model.forward_head(tokens, pre_logits=True)
+        if tokens.dim() == 4:
+            last = tokens.shape[1] == cls.shape[1]
+            tokens = (tokens if last else tokens.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        return Features(cls, tokens[:, getattr(self.model, "num_prefix_tokens", 0) :], tokens)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model to be scored, and its pre-processing."""
+
+    backbone: Fixed
+    pixels: Preprocessing
+    classifier: ExportedModel | None
+
+
+def open_peer(name: str) -> Peer:
+    """An extracted model by its folder, or one of timm by `timm:NAME`, with its pre-trained weights.
+
+    Raises:
+        InputError: there is none, or no timm.
+    """
+    if not name.startswith(TIMM):
+        model = load(name)
+        classifier = model if model.head is not None else None
+        return Peer(Fixed(model.backbone, model.config), model.preprocess, classifier)
+    timm = optional_package("timm", "timm")
+    with as_input(f"{name}: expected a model of timm whose weights can be read"):
+        network = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0).eval()
+    data = timm.data.resolve_model_data_config(network)
+    size, share = data["input_size"][-1], data["crop_pct"]
+    resize = round(size / share)
+    wrapped, blank = _OfTimm(network), torch.zeros(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        (features,) = wrapped([blank])
+    config = PeerConfig(
+        image_size=size,
+        width=features.cls.shape[1],
+        depth=max(len(getattr(network, "blocks", ())), 1),
+        count=sum(p.numel() for p in network.parameters()),
+        cost=counter.get_total_flops(),
+        patches=round(features.patches.shape[1] ** 0.5),
+    )
+    pixels = Preprocessing(size, resize, resize, tuple(data["mean"]), tuple(data["std"]))
+    return Peer(Fixed(wrapped, config), pixels, None)
+
+
+def evaluate_model(
+    name: str, data: str, protocols: Sequence[Protocol], *, device: str = "auto", out: Path
+) -> Report:
+    """Score a model as `Run.evaluate` scores subnets.
+
+    Args:
+        name: of `open_peer`.
+        data: images with labels.
+        protocols: how.
+        device: auto, cpu, cuda or cuda:N.
+        out: JSON file.
+
+    Raises:
+        InputError: wrong model, data or file.
+    """
+    with init_distributed(device) as world:
+        world.from_main(partial(require_json, out, "--out", "settings"))
+        peer = open_peer(name)
+        pixels, fixed = peer.pixels, cast(Any, peer.backbone.to(world.device))
+        crops = CropsConfig(
+            global_size=pixels.size,
+            local_count=0,
+            eval_share=pixels.size / pixels.resize,
+            mean=pixels.mean,  # type: ignore[arg-type]
+            std=pixels.std,  # type: ignore[arg-type]
+            blur=(0.0, 0.0, 0.0),
+        )
+        base = Config()
+        method = replace(base.method, backbone=fixed.config, crops=crops, canvas=pixels.canvas)
+        config = with_data(replace(base, method=method), data)
+        images = open_on_ranks(config, world)
+        if peer.classifier is not None:
+            model = peer.classifier.to(world.device)
+            if tuple(model.classes) != images.train.classes:
+                raise InputError(
+                    f"{data}: expected the classes of the model, got {len(images.train.classes)} others"
+                )
+            protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
+        origin = Origin(name, "model", 0, VERSION)
+        subnets = list(fixed.space)
+        report = evaluate_subnets(fixed, subnets, images, config, world, origin, protocols=protocols)
+        if world.is_main:
+            report.write(out)
+        return replace(report, files=(out,))

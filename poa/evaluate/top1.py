@@ -1,0 +1,51 @@
+"""Top-1 and top-5 accuracy of the classifiers of a fine-tuned run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poa.backbones import Backbone
+from poa.classifier import Classifier
+from poa.errors import InputError
+from poa.evaluate.protocol import Function, Labelled, Protocol
+from poa.subnets import Subnet
+
+
+def top_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of images `{"top1": 0..1, "top5": 0..1}` whose label is among the largest logits.
+
+    Args:
+        logits: `[N, classes]`.
+        labels: int64 `[N]`.
+    """
+    order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {"top1": float(order[:, 0].double().mean()), "top5": float(order.any(1).double().mean())}
+
+
+def _of_no_classifier(backbone: Backbone, subnet: Subnet) -> Function:
+    raise InputError("top1: expected a fine-tuned run, got one of pre-training; poa finetune makes one")
+
+
+def _score(train: Labelled, queries: Labelled, device: torch.device, seed: int) -> Any:
+    return top_accuracy(*queries)
+
+
+TOP1 = Protocol(
+    "top1",
+    None,
+    _of_no_classifier,
+    _score,
+    lambda score: {"top-1": score["top1"], "top-5": score["top5"]},
+    "top-1",
+    {"protocol": "accuracy of the fine-tuned classifier of each subnet"},
+    learns=False,
+)
+
+
+def top1_of(network: Classifier) -> Protocol:
+    """The protocol for a fine-tuned network."""
+    return replace(TOP1, features=lambda _, subnet: lambda images: network.logits(images, subnet))

@@ -1,0 +1,202 @@
+"""Metrics of the protocols against reference libraries, and against what they must beat."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers import collections_of_images as collections
+from helpers.commands import fails
+from helpers.tiny import tiny_config
+from poa.__main__ import main
+from poa.data.crops import CropsConfig
+from poa.data.sources import open_data
+from poa.distributed import World
+from poa.errors import InputError
+from poa.evaluate.correspondence import SHARE, centers, correspondence, pck, second_view
+from poa.evaluate.features import pixels
+from poa.evaluate.kmeans import KMEANS, cluster_scores
+from poa.evaluate.knn import KNN
+from poa.evaluate.logistic import LOGISTIC, logistic_accuracy
+from poa.evaluate.protocol import Labelled, Task
+from poa.evaluate.quality import alpha_req, lidar, quality, rankme, spearman
+from poa.evaluate.retrieval import RETRIEVAL, average_precisions, retrieval_scores
+from poa.evaluate.robustness import (
+    CORRUPTIONS,
+    LEVELS,
+    ROBUSTNESS,
+    conditions,
+    drop_patches,
+    shuffle_tiles,
+)
+from poa.evaluate.sweep import PROTOCOLS, SEPARATE, score
+from poa.evaluate.top1 import top_accuracy
+from poa.step import initial_network
+from poa.subnets import Subnet
+
+metrics = pytest.importorskip("sklearn.metrics")
+CPU = torch.device("cpu")
+DRAW = torch.Generator().manual_seed(0)
+
+
+def clusters(count: int, spread: float) -> Labelled:
+    labels = torch.arange(count) % 4
+    return Labelled(torch.eye(4, 8)[labels] + spread * torch.randn(count, 8, generator=DRAW), labels)
+
+
+def test_metrics_are_those_of_scikit_learn() -> None:
+    similarities = torch.randn(20, 50, generator=DRAW)
+    relevant = torch.rand(20, 50, generator=DRAW) < 0.2
+    expected = [metrics.average_precision_score(r, s) for r, s in zip(relevant, similarities, strict=True)]
+    np.testing.assert_allclose(average_precisions(similarities, relevant), expected, atol=1e-6)
+    logits, labels = torch.randn(60, 7, generator=DRAW), torch.arange(60) % 7
+    for name, k in (("top1", 1), ("top5", 5)):
+        expected = metrics.top_k_accuracy_score(labels, logits, k=k)
+        assert top_accuracy(logits, labels)[name] == pytest.approx(expected, abs=1e-6)
+    renamed = (labels + 3) % 7
+    assert [*cluster_scores(renamed.numpy(), labels.numpy()).values()] == pytest.approx([1.0] * 4)
+    from scipy.stats import spearmanr
+
+    a, b = similarities[:2].tolist()
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic, abs=1e-6)
+
+
+def test_recall_and_map_of_few_images() -> None:
+    bank = Labelled(torch.eye(3), torch.tensor([0, 1, 1]))
+    asked = Labelled(torch.tensor([[3.0, 2.0, 1.0], [3.0, 1.0, 2.0]]), torch.tensor([1, 1]))
+    got = retrieval_scores(bank, asked, CPU)
+    assert got["recall@1"] == 0 and got["recall@5"] == 1
+    assert got["map"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+    with pytest.raises(InputError, match="expected training images with labels, got none"):
+        retrieval_scores(Labelled(torch.zeros(0, 3), torch.zeros(0).long()), asked, CPU)
+
+
+def test_pixels_of_digits_beat_noise_under_each_protocol() -> None:
+    """By one call, which takes all protocols."""
+    config, data = tiny_config(), open_data("digits", 0.25, 0)
+    noise = torch.randn(3 * 24 * 24, 16, generator=DRAW)
+    shown = pixels(config.method.crops)
+    for protocol, least, title in (
+        (LOGISTIC, 0.9, "logistic"),
+        (KMEANS, 0.5, "NMI"),
+        (RETRIEVAL, 0.5, "mAP"),
+    ):
+        tasks = [
+            Task(protocol, lambda x: shown(x)[:, ::7]),
+            Task(protocol, lambda x: (x.flatten(1) @ noise).sin()),
+        ]
+        values, others = score(tasks, data, config, World(0, 1, CPU), limit=300)
+        assert protocol.accuracies(values)[title] > least > protocol.accuracies(others)[title], title
+
+
+def test_logistic_regression_chooses_its_regularisation() -> None:
+    train, queries = clusters(200, 0.5), clusters(100, 0.5)
+    got = logistic_accuracy(train, queries, 0)
+    assert got["accuracy"] > 0.6 and got == logistic_accuracy(train, queries, 0)
+    with pytest.raises(InputError, match="expected images of two classes or more, got 1"):
+        logistic_accuracy(Labelled(train.features, torch.zeros(200).long()), queries, 0)
+
+
+def test_spectra_of_known_features() -> None:
+    """k equal directions have effective rank k, eigenvalues i^-2 the exponent 2; LiDAR sees through noise."""
+    basis = torch.linalg.qr(torch.randn(300, 40, generator=DRAW).double())[0]
+    basis = basis - basis.mean(0)
+    assert rankme(torch.linalg.qr(basis)[0][:, :16]) == pytest.approx(16, abs=0.1)
+    decayed = torch.linalg.qr(basis)[0] / torch.arange(1, 41)
+    assert alpha_req(decayed) == pytest.approx(2, abs=0.05)
+
+    def views(directions: int) -> Tensor:
+        images = torch.zeros(300, 1, 40)
+        images[:, 0, :directions] = torch.randn(300, directions, generator=DRAW)
+        return images + 0.1 * torch.randn(300, 4, 40, generator=DRAW)
+
+    few, many = lidar(views(4)), lidar(views(20))
+    assert 3 < few < 8 < many < 30
+    assert quality(views(4))["lidar"] == pytest.approx(few, abs=2)
+
+
+def test_damage_of_images() -> None:
+    """As much as asked for, the same for an image in any batch, and more with each level of noise."""
+    images = torch.rand(5, 3, 16, 16, generator=DRAW) + 0.1
+    kept = drop_patches(images, 0.25, 4)
+    assert torch.equal((kept != 0).flatten(1).float().mean(1), torch.full((5,), 0.75))
+    moved = shuffle_tiles(images, 2)
+    assert torch.equal(moved.flatten(1).sort(1).values, images.flatten(1).sort(1).values)
+    assert not torch.equal(moved, images)
+    every = conditions(4, CropsConfig())
+    assert len(every) == 1 + 5 + 2 + LEVELS * len(CORRUPTIONS)
+    for kind, strength, damage in every:
+        whole = damage(images)
+        torch.testing.assert_close(damage(images[3:4]), whole[3:4], msg=f"{kind} {strength}")
+        assert torch.equal(whole, images) == (kind == "clean"), f"{kind} {strength}"
+    changes = [float((CORRUPTIONS["gaussian_noise"](images, i) - images).std()) for i in range(LEVELS)]
+    assert changes == sorted(changes)
+
+
+def test_the_standard_suite_of_a_run_and_of_a_model(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("poa.evaluate.linear.FEWEST_STEPS", 5)
+    data = ["--data", str(collections.write_folder(tmp_path / "images", 24))]
+    out = ["--out", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert main(["evaluate", str(trained), "--suite", "standard", *data, *out]) == 0
+    said = capsys.readouterr().out
+    assert "Spearman's correlation with k=20 over 4 subnets: RankMe" in said
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert set(written["correlations"]) == {"RankMe", "alpha-ReQ", "LiDAR"}
+    names = {p.name for p in PROTOCOLS if p not in SEPARATE}
+    assert all(names <= set(row) for row in written["subnets"])
+    assert all(1 <= row["quality"]["rankme"] <= row["width"] for row in written["subnets"])
+    assert main(["extract", str(trained), "--subnets", "16x2", "--out", str(tmp_path)]) == 0
+    model = [str(tmp_path / "vit-16x2"), "--kmeans", "--robustness"]
+    assert main(["evaluate", *model, *data]) == 0
+    (row,) = json.loads((tmp_path / "vit-16x2/evaluation.json").read_text())["subnets"]
+    same = next(one for one in written["subnets"] if one["subnet"] == "16x2")
+    assert {**same, **row} == same
+    assert "expected --data with the model" in fails(capsys, "evaluate", *model)
+    assert "expected no --initial" in fails(capsys, "evaluate", *model, *data, "--initial")
+
+
+def test_points_of_views_are_found() -> None:
+    """Tokens that tell the place of a patch in the image are found at their places, others by chance."""
+    side = 8
+    places = centers(side)
+    seen = SHARE * torch.stack([1 - places[:, 0], places[:, 1]], 1)
+    frequencies = 3 * torch.randn(2, 64, generator=DRAW)
+    tokens = torch.stack([(points @ frequencies).cos() for points in (places, seen)])[None]
+    noise = torch.randn(tokens.shape, generator=DRAW)
+    found, missed = correspondence(tokens, CPU), correspondence(noise, CPU)
+    assert found["0.1"] > 0.95 and missed["0.1"] < 0.3
+    image = torch.arange(8.0).expand(1, 3, 8, 8)
+    assert (second_view(image)[0, 0, 0].diff() < 0).all()
+    assert pck(torch.tensor([[0.0, 0.0], [0.3, 0.4]]), torch.tensor([[0.0, 0.15], [0.3, 0.4]])) == {
+        "0.05": 0.5, "0.1": 0.5, "0.2": 1.0,
+    }  # fmt: skip
+
+
+def test_a_peer_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
+    data = ["--data", str(collections.write_folder(tmp_path / "images", 8))]
+    for name in ("test_vit", "test_resnet"):
+        out = tmp_path / f"{name}.json"
+        assert main(["evaluate", f"timm:{name}", "--correspondence", *data, "--out", str(out)]) == 0
+        (row,) = json.loads(out.read_text())["subnets"]
+        assert row["params"] > 1000 and row["flops"] > 1000 and 0 <= row["knn"]["20"] <= 1
+
+
+def test_robustness_of_a_subnet() -> None:
+    config, data = tiny_config(), open_data("digits", 0.25, 0)
+    backbone = initial_network(config).backbone
+    tasks = [p.task(backbone, Subnet(16, 1), config.method.crops) for p in (KNN, ROBUSTNESS)]
+    clean, damaged = score(tasks, data, config, World(0, 1, CPU), limit=60)
+    assert damaged["clean"]["0"] == clean[20]
+    assert [*damaged["drop"]] == ["0.1", "0.3", "0.5", "0.7", "0.9"] and damaged["drop"]["0.9"] < clean[20]
+    assert all(len(damaged[kind]) == LEVELS for kind in CORRUPTIONS)
+    assert set(ROBUSTNESS.accuracies(damaged)) >= {"drop 50%", "corrupted"}

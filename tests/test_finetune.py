@@ -1,0 +1,138 @@
+"""Fine-tuning: one elastic run, single subnets, and models with their heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import poa
+from helpers.commands import fails
+from helpers.run_folders import assert_same, newest
+from poa.__main__ import main
+from poa.checkpoint import RunFolder
+from poa.data.sources import open_data
+from poa.finetune import FinetuneConfig
+from poa.finetune.images import mixed, stratified
+from poa.finetune.train import resume, sandwich_losses
+from poa.signals import StopSignals
+from poa.subnets import Subnet
+
+SHORT = ["epochs=1.5", "warmup_epochs=0.5", "evaluate_every=0.5", "flip=0", "--share", "0.1", "mixup=0.8"]
+
+
+@pytest.fixture(scope="module")
+def tuned(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    assert main(["finetune", str(trained), "--out", str(out), *SHORT]) == 0
+    return out
+
+
+def test_all_subnets_have_classifiers_that_are_scored_and_extracted(
+    tuned: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["evaluate", str(tuned), "--plot", str(tmp_path / "a.png")]) == 0
+    said = capsys.readouterr().out
+    assert "top1: accuracy of the fine-tuned classifier" in said and (tmp_path / "a.png").exists()
+    rows = json.loads((tuned / "evaluation.json").read_text())["subnets"]
+    assert len(rows) == 4 and all(0 <= row["top1"]["top1"] <= row["top1"]["top5"] <= 1 for row in rows)
+    assert main(["extract", str(tuned), "--subnets", "16x1", "--out", str(tmp_path)]) == 0
+    model, images = poa.load(tmp_path / "vit-16x1"), torch.randn(3, 3, 24, 24)
+    network, _ = RunFolder(tuned).network()
+    with torch.no_grad():
+        expected = network.logits(images, Subnet(16, 1))  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(model.classify(images), expected, atol=1e-5, rtol=0)
+    assert model.classes == [str(i) for i in range(10)]
+    about = json.loads((tmp_path / "vit-16x1/config.json").read_text())
+    assert about["num_classes"] == 10 and about["label_names"] == model.classes
+    assert "--initial: expected a run of pre-training" in fails(
+        capsys, "evaluate", str(tuned), "--initial", "--out", str(tmp_path / "e.json")
+    )
+
+
+def test_timm_reads_the_head(tuned: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    model = poa.load(tuned, "32x2")
+    model.save(tmp_path / "model")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        assert torch.equal(theirs(images), model.classify(images))
+        assert torch.equal(model.to_timm()(images), model.classify(images))
+
+
+def test_a_run_that_was_stopped_resumes_exactly(
+    tuned: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fails(capsys, "pretrain", "--resume", str(tuned)).count("got one of fine-tuning") == 1
+    monkeypatch.setattr(
+        StopSignals, "received", property(lambda _: "SIGTERM", lambda *_: None), raising=False
+    )
+    out = tmp_path / "stopped"
+    assert main(["finetune", str(trained), "--out", str(out), *SHORT]) != 0
+    assert "resume with: poa finetune --resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert newest(out)["step"] == 1
+    resume(out)
+    a, b = newest(out), newest(tuned)
+    assert_same(a["teacher"], b["teacher"])
+    assert_same(a["optimizer"], b["optimizer"])
+    assert a["best"] == b["best"]
+
+
+def test_one_subnet_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["finetune", str(trained), "--out", str(tmp_path), "--subnets", "16x2", *SHORT]
+    assert main(run) == 0
+    assert [str(s) for s in RunFolder(tmp_path / "16x2").config().method.backbone.space] == ["16x2"]
+    assert poa.load(tmp_path / "16x2").classes[:2] == ["0", "1"]
+    assert "expected a new folder" in fails(capsys, *run)
+    assert "expected RUN and --out" in fails(capsys, "finetune", str(trained))
+    assert "--recipe: expected one of short, " in fails(capsys, *run, "--recipe", "none")
+    assert "finetune.share: expected a value in (0, 1]" in fails(capsys, *run, "--share", "0")
+
+
+def test_losses_of_a_sandwich() -> None:
+    """The largest learns from the targets, the others from its output, which gets no gradient from them."""
+    logits = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]
+    targets = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    losses = sandwich_losses(logits, targets, 0.75)
+    taught = 0.75 * logits[0].detach().softmax(1) + 0.25 * targets
+    for loss, x, y in zip(losses, logits, (targets, taught, taught), strict=True):
+        torch.testing.assert_close(loss, -(y * x.log_softmax(1)).sum(1).mean())
+    (gradient,) = torch.autograd.grad(losses[1:].sum(), logits[0], allow_unused=True)
+    assert gradient is None or not gradient.any()
+
+
+def test_mixing_keeps_the_shares_of_images_and_labels() -> None:
+    """A pixel of an image of ones and zeros is the label's share of it, of mixup everywhere and of CutMix in
+    the mean."""
+    labels = torch.tensor([1, 1, 0, 0])
+    images = labels.float()[:, None, None, None].expand(4, 3, 16, 16)
+    for name, spread in (("mixup", False), ("cutmix", True)):
+        options, different = FinetuneConfig(smoothing=0.0, **{name: 1.0}), 0
+        for seed in range(20):
+            x, y = mixed(images, labels, 2, options, torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(x.mean((1, 2, 3)), y[:, 1])
+            torch.testing.assert_close(y.sum(1), torch.ones(4))
+            different += bool(((x > 0) & (x < 1)).any()) != spread and bool((y != y.round()).any())
+        assert different > 5, name
+    _, smooth = mixed(images, labels, 2, FinetuneConfig(smoothing=0.2), torch.Generator())
+    torch.testing.assert_close(smooth[0], torch.tensor([0.1, 0.9]))
+
+
+def test_a_share_is_stratified() -> None:
+    train = open_data("digits", 0.25, 0).train
+    few, others = (stratified(train, 0.1, seed) for seed in (0, 1))
+    assert few.labels is not None and train.labels is not None
+    whole = np.bincount(train.labels)
+    assert (np.bincount(few.labels) == np.round(0.1 * whole)).all()
+    assert not np.array_equal(few.positions, others.positions)
+    assert (np.bincount(stratified(train, 1e-6, 0).labels) == 1).all()
