@@ -156,10 +156,16 @@ def _page(folders: Sequence[RunFolder], svg: str) -> str:
         f"<h2>Alarms</h2>{'<ul>' + ''.join(alarms) + '</ul>' if alarms else '<p>None.</p>'}",
         f"<h2>Curves</h2>{f'<p>Dotted: {_text(marks)}.</p>' if marks else ''}{svg}",
         f"<h2>Evaluations</h2>{_evaluations(folders, list(rows))}",
+        *(["<p><a href=pictures.html>Pictures</a></p>"] if alone and _has_pictures(folders[0]) else []),
         *([f"<h2>Augmented crops</h2>{_crops(configs[0])}"] if alone else []),
         _options(configs, list(rows)),
     ]
     return "\n".join(parts) + "</html>\n"
+
+
+def _has_pictures(folder: RunFolder) -> bool:
+    """Whether `poa pictures` wrote its page."""
+    return (folder.path / "pictures.html").exists()
 
 
 def _text(value: object) -> str:

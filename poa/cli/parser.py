@@ -16,6 +16,7 @@ from poa.cli.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subne
 from poa.cli.data_check import add_data
 from poa.cli.embedding import add_embed
 from poa.cli.finetune import add_finetune
+from poa.cli.pictures import add_pictures
 from poa.cli.selection import add_latency, add_select
 from poa.config import Config, InitConfig
 from poa.data.layout import SOURCES
@@ -233,6 +234,7 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
     add_select(group)
     _add_extract(group)
     add_embed(group)
+    add_pictures(group)
 
 
 def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:

@@ -92,7 +92,7 @@ class Nearest:
     def page(self) -> str:
         """HTML: a row for each query, nearest first."""
         rows = "".join(
-            f"<div>{_figure(_query(query), name, 'query')}{''.join(map(_neighbour, neighbours))}</div>"
+            f"<div>{figure_of(picture_of(query), name, 'query')}{''.join(map(_neighbour, neighbours))}</div>"
             for query, name, neighbours in zip(self.queries, self._names(), self.neighbours, strict=True)
         )
         return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{rows}</html>\n"
@@ -117,7 +117,8 @@ class Nearest:
         return [f"query {i}" if p else str(self.queries[i]) for i, p in enumerate(pictures)]
 
 
-def _query(query: Picture) -> np.ndarray:
+def picture_of(query: Picture) -> np.ndarray:
+    """A picture or file as pixels that fit a square of `SIDE`."""
     if isinstance(query, Image.Image):
         return to_pixels(query, SIDE)
     with open_regular(query) as file:
@@ -127,10 +128,11 @@ def _query(query: Picture) -> np.ndarray:
 def _neighbour(neighbour: Neighbour) -> str:
     label = neighbour.source.label(neighbour.position)
     about = [f"{neighbour.similarity:.3f}", *([label] if label else []), neighbour.name]
-    return _figure(neighbour.source.read(neighbour.position, SIDE), "\n".join(about))
+    return figure_of(neighbour.source.read(neighbour.position, SIDE), "\n".join(about))
 
 
-def _figure(pixels: np.ndarray, about: str, kind: str = "") -> str:
+def figure_of(pixels: np.ndarray, about: str, kind: str = "") -> str:
+    """HTML of a picture, uint8 `[H, W, 3]`, and what is said of it, line by line."""
     picture = io.BytesIO()
     Image.fromarray(pixels).save(picture, "PNG")
     data = base64.b64encode(picture.getvalue()).decode()
