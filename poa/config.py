@@ -137,6 +137,11 @@ class RunConfig(Options, at="run"):
     knn_subnets: tuple[str, ...] = option(
         (), "teacher subnets in these k-NN evaluations, such as 384x12,192x6; none: largest and smallest"
     )
+    knn_drop: float = option(
+        1.0,
+        "the run stops if the intact teacher's k-NN accuracy falls more below that before the first step",
+        "[0, 1]",
+    )
     skip_limit: int = option(
         30, "skipped steps (NaN or inf gradients) in a row after which a run stops", "[1, 1e9]"
     )

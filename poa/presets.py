@@ -185,7 +185,8 @@ def _elastic() -> Config:
         ibot_start_epoch=1.0,
     )
     backbone, loss = ViTConfig(drop_path=0.1), LossConfig(operands="fp16", features=1.0)
-    return Config(method=MethodConfig(backbone=backbone, loss=loss, optim=optim))
+    method = MethodConfig(backbone=backbone, loss=loss, optim=optim)
+    return Config(method=method, run=RunConfig(knn_drop=0.05))
 
 
 def _elastic_small() -> Config:
@@ -201,7 +202,10 @@ def _elastic_small() -> Config:
         layer_decay=0.8,
     )
     loss = dataclasses.replace(method.loss, features=1.0)
-    return dataclasses.replace(_small_images(), method=dataclasses.replace(method, optim=optim, loss=loss))
+    run = RunConfig(evaluate_every=400, save_every=400, knn_drop=0.05)
+    return dataclasses.replace(
+        _small_images(), method=dataclasses.replace(method, optim=optim, loss=loss), run=run
+    )
 
 
 def _published(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from poa.config import Config
 from poa.data.sources import DataSplit
 from poa.distributed import World
+from poa.errors import DivergenceError
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.metrics import Journal
 from poa.plan import evaluated_subnets
@@ -40,3 +43,16 @@ class Validation:
         self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
         shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
+        self._require_intact(done, scores)
+
+    def _require_intact(self, done: int, scores: Mapping[str, float]) -> None:
+        """Raise DivergenceError where the intact teacher is too far below where it began."""
+        name, most = f"teacher {self.config.method.backbone.space.intact}", self.config.run.knn_drop
+        rows = self.journal.folder.rows() if name in scores and most < 1 else []
+        before = [row["knn"][name] for row in rows if "knn" in row and row["step"] == 0]
+        if before and scores[name] < before[0] - most:
+            raise DivergenceError(
+                f"step {done}: {REPORTED_K}-NN accuracy of {name} fell from {before[0]:.1%} to "
+                f"{scores[name]:.1%}, more than run.knn_drop={most:g}; lower method.optim.base_lr, or raise "
+                "method.optim.freeze_teacher_epochs"
+            )

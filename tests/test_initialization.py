@@ -19,11 +19,12 @@ from poa.__main__ import main
 from poa.backbones import Backbone
 from poa.backbones.positions import positions_of_grid
 from poa.checkpoint import RunFolder, read_checkpoint
-from poa.errors import InputError
+from poa.errors import DivergenceError, InputError
 from poa.export import extract
 from poa.initialization import initial_config, read_source
 from poa.initialization.importance import Order, taylor_order
 from poa.official import load_backbone
+from poa.options import override
 from poa.step import initial_network
 from poa.subnets import Subnet
 from poa.train import pretrain
@@ -52,6 +53,11 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
         "vit_tiny_patch16_224",
         SMALL | {"act_layer": "silu"},
         "features that differ by .*activation",
+    ),
+    "gate": (
+        "vit_giant_patch14_dinov2",
+        DINO | {"embed_dim": 96},
+        "expected an MLP without a gate, got 512 hidden units before 256",
     ),
     "batch-norm": (
         "resnet18",
@@ -305,3 +311,15 @@ def test_what_is_frozen_does_not_move(optimizer: str, tmp_path: Path) -> None:
     pretrain(config, tmp_path, resume=True)
     again = read_checkpoint(folder.newest().path)["teacher"]
     assert all(torch.equal(again[name], tensor) for name, tensor in after[6]["teacher"].items())
+
+
+def test_a_run_stops_where_the_source_is_lost(tmp_path: Path) -> None:
+    config = tiny_config(
+        "base_lr=1", "min_lr=1", "momentum=0", "momentum_end=0", "knn_drop=0.02", "warmup_epochs=0"
+    )
+    config = override(config, ["evaluate_every=3", "knn_images=200"])
+    with pytest.raises(
+        DivergenceError,
+        match="step 3: 20-NN accuracy of teacher 32x2 fell from .* more than run.knn_drop=0.02",
+    ):
+        pretrain(config, tmp_path)

@@ -213,6 +213,11 @@ class ViTConfig(BackboneConfig):
         width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         side = round((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
+        hidden, read = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
+        if hidden != read:
+            raise InputError(f"expected an MLP without a gate, got {hidden} hidden units before {read}")
+        if width % head_dim:
+            raise InputError(f"expected a width that is a multiple of head_dim {head_dim}, got {width}")
         return cls(
             image_size=side * patch,
             patch_size=patch,
@@ -222,7 +227,7 @@ class ViTConfig(BackboneConfig):
             max_depth=count_of(state, "blocks."),
             head_dim=head_dim,
             registers=registers,
-            mlp_ratio=state["blocks.0.mlp.fc1.weight"].shape[0] / width,
+            mlp_ratio=hidden / width,
             masked="mask_token" in state,
         )
 
