@@ -23,7 +23,10 @@ OPERATORS = {
     "attention": ("attention", "window_attention"),
     "products": ("linear", "linear_gelu", "qkv", "linear_residual", "mlp"),
     "norms": ("layer_norm", "group_norm", "rms_norm", "qk_norm"),
-    "designs": ("swiglu", "nested_mlp", "mixed_widths", "mixed_block", "offsets"),
+    "designs": (
+        *("swiglu", "nested_mlp", "mixed_linear", "mixed_norm", "mixed_mlp", "mixed_attention"),
+        *("mixed_block", "offsets", "patch_embed", "conv1x1"),
+    ),
     "losses": ("prototype_losses", "sinkhorn"),
     "optimizer": ("optimizer",),
     "blocks": ("block", "swin_block", "bottleneck"),

@@ -136,7 +136,7 @@ def _run_steps(run: Run) -> None:
 
 
 def _run_layers(run: Run) -> None:
-    """Blocks of today's ViTs, 384 of 768 wide, and one on rows of several widths."""
+    """Blocks of today's ViTs, patches and a 1x1 convolution, 384 of 768 wide, and rows of several widths."""
     images, length, width = 64, 201, 768
     x = torch.empty(images * length, width // 2, device="meta", requires_grad=True)
     ends, widths = (torch.empty(n, dtype=torch.int64, device="meta") for n in (images + 1, len(x)))
@@ -157,6 +157,9 @@ def _run_layers(run: Run) -> None:
             with torch.no_grad():
                 plain.mlp(x)
                 ek.mixed_width_mlp(plain.mlp, torch.empty(len(x), width), widths)
+        maps = torch.empty(images, width // 2, 14, 14).to(memory_format=torch.channels_last)
+        ek.ElasticConv1x1(width, width)(maps, width // 2).sum().backward()
+        ek.ElasticPatchEmbed(16, width)(torch.empty(images, 3, 224, 224), width // 2).sum().backward()
         whole = torch.empty(len(x), width, requires_grad=True)
         ek.mixed_width_block(gated, whole, [(images, length)], widths).sum().backward()
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.cases import designs, method, pyramids, transformer
+from benchmarks.cases import designs, method, mixed_width, pyramids, transformer
 from benchmarks.cases.common import REAL, TINY, Groups, Sizes, draw, sizes_of
 from benchmarks.harness import Problem
 
@@ -77,8 +77,13 @@ CASES: Sequence[Case] = (
     Case("rms_norm", "RMSNorm with a weight", designs.rms_norm),
     Case("swiglu", "a gated MLP; gate and units are two prefixes of one weight", designs.swiglu),
     Case("nested_mlp", "MatFormer: nested hidden units of the whole width", designs.nested_mlp),
-    Case("mixed_widths", "rows of two widths in one layer", designs.mixed_widths),
-    Case("mixed_block", "a block, half of the sequences at a width of their own", designs.mixed_block),
+    Case("mixed_linear", "rows of two widths in one layer", mixed_width.mixed_linear),
+    Case("mixed_norm", "LayerNorm of rows of two widths", mixed_width.mixed_norm),
+    Case("mixed_mlp", "an MLP on rows of two widths", mixed_width.mixed_mlp),
+    Case("mixed_attention", "attention, half of the sequences with fewer heads", mixed_width.mixed_attention),
+    Case("mixed_block", "a block, half of the sequences at a width of their own", mixed_width.mixed_block),
+    Case("patch_embed", "patches to tokens", designs.patch_embed),
+    Case("conv1x1", "a 1x1 convolution of channels-last maps", designs.conv1x1),
     Case("qk_norm", "RMSNorm of queries and keys, and a rotary embedding", designs.qk_norm),
     Case("offsets", "attention of sequences given by offsets", designs.offsets, ("teacher", "student")),
     Case(

@@ -1,4 +1,4 @@
-"""Layers of other elastic networks and of newer ViTs, beside naive slicing, padding and other kernels."""
+"""Layers of other elastic networks and of newer ViTs, beside naive slicing and other kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.failures import Unavailable
 from benchmarks.harness import Problem, Provider
 from benchmarks.peers import designs as peers
 from benchmarks.peers import naive
-from benchmarks.roofline.vit import attention_flops, tokens
+from benchmarks.roofline.vit import tokens
 
 EPS = 1e-6
 
@@ -75,14 +75,14 @@ def swiglu(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Pr
 
 
 def qk_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    """RMSNorm of queries and keys of each head, and a rotary embedding."""
+    """RMSNorm of queries and keys of each head, and a rotary embedding of pairs half a head apart."""
     rows, dtype, dim = tokens(groups), sizes.dtype, sizes.head_dim
     leaves = {
         "qkv": draw(device, dtype, rows, 3, width // dim, dim),
         "weight": draw(device, dtype, 2, dim, seed=1),
     }
-    angles = draw(device, torch.float32, rows, dim // 2, seed=2).repeat_interleave(2, 1)
-    rotary = ek.Rotary(angles.sin(), angles.cos())
+    angles = draw(device, torch.float32, rows, dim // 2, seed=2).repeat(1, 2)
+    rotary = ek.Rotary(angles.sin(), angles.cos(), halves=True)
 
     def ours(qkv: Tensor, weight: Tensor) -> Tensor:
         return ek.qk_norm(qkv, weight, None, EPS, rotary=rotary)
@@ -94,7 +94,10 @@ def qk_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> P
 
         return provider
 
-    others = {"liger": lambda: turned(peers.liger_rms_norm(EPS, device))}
+    others = {
+        "liger": lambda: peers.liger_qk_norm(EPS, rotary, device),
+        "quack": lambda: turned(peers.quack(EPS, device)),
+    }
     plain = turned(lambda x, weight: F.rms_norm(x, (dim,), weight, EPS))
     moved = bytes_of(dtype, 6 * rows * width, 8 * rows * width)
     return Problem(
@@ -124,69 +127,48 @@ def nested_mlp(device: torch.device, sizes: Sizes, groups: Groups, hidden: int) 
     return Problem("nested_mlp", shape, leaves, providers_of(ours, plain), flops, moved)
 
 
-def mixed_widths(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    """A square layer, each half of the rows at a width of its own: the given one, and the largest."""
-    rows, dtype, largest = tokens(groups), sizes.dtype, sizes.largest
-    parts = ((rows // 2, width), (rows - rows // 2, largest))
-    widths = torch.cat([torch.full((count,), w, device=device) for count, w in parts])
-    leaves = {
-        "x": draw(device, dtype, rows, largest),
-        "weight": draw(device, dtype, largest, largest, seed=1, scale=largest**-0.5),
-    }
-
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return ek.mixed_width_linear(x, weight, None, widths, widths, scale=None)
-
-    def by_width(x: Tensor, weight: Tensor) -> Tensor:
-        outputs = [
-            F.pad(F.linear(part[:, :w], weight[:w, :w]), (0, largest - w))
-            for part, (_, w) in zip(x.split([count for count, _ in parts]), parts, strict=True)
-        ]
-        return torch.cat(outputs)
-
-    def padded(x: Tensor, weight: Tensor) -> Tensor:
-        within = torch.arange(largest, device=device) < widths.unsqueeze(1)
-        return F.linear(x * within, weight) * within
-
-    others = {"padded": lambda: padded, "grouped_mm": lambda: peers.grouped_mm(parts, largest, device)}
-    active, weights = sum(count * w for count, w in parts), largest * largest
-    flops = 2.0 * sum(count * w * w for count, w in parts)
-    moved = bytes_of(dtype, active + rows * largest + weights, active + 2 * rows * largest + 2 * weights)
-    providers = providers_of(ours, by_width, **others)
-    return Problem("mixed_widths", shape_of(groups, width, largest), leaves, providers, flops, moved)
-
-
-def mixed_block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    """A whole block: of each crop group half of the sequences at the given width, and half at the largest."""
-    largest = sizes.largest
+def patch_embed(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
+    """Patches of three channels, as many as tokens, in images of one row of patches."""
+    rows, dtype, side, largest = tokens(groups), sizes.dtype, sizes.head_dim // 4, sizes.largest
     with torch.device(device):
-        module = ek.ElasticBlock(largest, 4 * largest, sizes.head_dim, layer_scale=0.1).to(sizes.dtype)
-    halves = [((count // 2, count - count // 2), length) for count, length in groups]
-    parts = [
-        ((count, length), w)
-        for counts, length in halves
-        for count, w in zip(counts, (width, largest), strict=True)
-    ]
-    rows = [count * length for (count, length), _ in parts]
-    widths = torch.cat([torch.full((n,), w, device=device) for n, (_, w) in zip(rows, parts, strict=True)])
-    leaves = {"x": draw(device, sizes.dtype, sum(rows), largest)} | leaves_of(module)
+        module = ek.ElasticPatchEmbed(side, largest).to(dtype)
+    leaves = {"x": draw(device, dtype, 1, 3, side, rows * side), **leaves_of(module)}
 
-    def by_width(module: ek.ElasticBlock, x: Tensor) -> Tensor:
-        return torch.cat(
-            [
-                F.pad(naive.block(module, part[:, :w], [group]), (0, largest - w))
-                for part, (group, w) in zip(x.split(rows), parts, strict=True)
-            ]
-        )
+    def plain(m: ek.ElasticPatchEmbed, x: Tensor) -> Tensor:
+        assert m.proj.bias is not None
+        y = F.conv2d(x, m.proj.weight[:width], m.proj.bias[:width], stride=side)
+        return y.flatten(2).transpose(1, 2)
 
-    ours = of_module(module, ek.mixed_width_block, groups, widths)
-    flops = sum(
-        24.0 * n * w * w + attention_flops((group,), w) for n, (group, w) in zip(rows, parts, strict=True)
-    )
-    active, weights = sum(n * w for n, (_, w) in zip(rows, parts, strict=True)), 12 * largest * largest
-    moved = bytes_of(sizes.dtype, 33 * active + weights, 62 * active + 2 * weights)
-    providers = providers_of(ours, of_module(module, by_width))
-    return Problem("mixed_block", shape_of(groups, width, largest), leaves, providers, flops, moved)
+    inner = 3 * side * side
+    moved = bytes_of(dtype, rows * (inner + width) + inner * width, rows * (2 * inner + width))
+    ours, naively = of_module(module, ek.ElasticPatchEmbed.forward, width), of_module(module, plain)
+    providers, flops = providers_of(ours, naively), 2.0 * rows * inner * width
+    return Problem("patch_embed", shape_of(groups, inner, width), leaves, providers, flops, moved)
+
+
+def conv1x1(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
+    """Channels-last maps, as many positions as tokens; half of the channels out."""
+    rows, dtype, largest, out = tokens(groups), sizes.dtype, sizes.largest, width // 2
+    with torch.device(device):
+        module = ek.ElasticConv1x1(largest, largest).to(dtype)
+    leaves = {"x": draw(device, dtype, 1, rows, 1, width), **leaves_of(module)}
+
+    def plain(m: ek.ElasticConv1x1, x: Tensor) -> Tensor:
+        assert m.bias is not None
+        x = x * (largest / width) if width < largest else x
+        return F.conv2d(x.permute(0, 3, 1, 2), m.weight[:out, :width], m.bias[:out]).permute(0, 2, 3, 1)
+
+    def convolved(m: ek.ElasticConv1x1, x: Tensor) -> Tensor:
+        return m(x.permute(0, 3, 1, 2), out).permute(0, 2, 3, 1)
+
+    def product(m: ek.ElasticConv1x1, x: Tensor) -> Tensor:
+        return naive.linear(x, m.weight.flatten(1), m.bias, out)
+
+    ours, naively, linear = (of_module(module, f) for f in (convolved, plain, product))
+    providers = providers_of(ours, naively, linear=lambda: linear)
+    moved = bytes_of(dtype, rows * (width + out) + width * out, rows * (2 * width + out) + 2 * width * out)
+    flops, shape = 2.0 * rows * width * out, shape_of(groups, width, out)
+    return Problem("conv1x1", shape, leaves, providers, flops, moved)
 
 
 def offsets(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:

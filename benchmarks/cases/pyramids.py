@@ -10,7 +10,7 @@ from torch import Tensor
 import elastic_kernels as ek
 from benchmarks.cases.common import Groups, Sizes, bytes_of, draw, leaves_of, of_module, providers_of
 from benchmarks.harness import Problem
-from benchmarks.peers import naive
+from benchmarks.peers import designs, naive
 from benchmarks.roofline import resnet, swin
 from benchmarks.roofline.costs import HALF, Cost
 from benchmarks.roofline.transformer import Block
@@ -98,7 +98,9 @@ def group_norm(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -
     forward = resnet.norm("intact", "norm", elements, residual=True)
     backward = resnet.norm_backward("intact", "norm", elements, residual=True)
     _, moved = _modelled((forward, backward), sizes.dtype)
-    return Problem("group_norm", "x".join(map(str, shape)), leaves, providers_of(ours, plain), 0.0, moved)
+    others = {"liger": lambda: designs.liger_group_norm(sizes.norm_groups, EPS, device)}
+    providers = providers_of(ours, plain, **others)
+    return Problem("group_norm", "x".join(map(str, shape)), leaves, providers, 0.0, moved)
 
 
 def bottleneck(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -> Problem:

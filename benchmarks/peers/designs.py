@@ -1,16 +1,16 @@
-"""Other implementations of RMSNorm, of a SwiGLU's gate, and of products of several widths."""
+"""Other implementations of norms and of a SwiGLU's gate: Liger's and QuACK's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.failures import Unavailable
 from benchmarks.harness import Provider
 from benchmarks.peers.layer_norm import imported
+from elastic_kernels import Rotary
 
 
 def liger_rms_norm(eps: float, device: torch.device) -> Provider:
@@ -37,14 +37,28 @@ def liger_gate(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     return function.apply  # type: ignore[attr-defined]
 
 
-def grouped_mm(parts: Sequence[tuple[int, int]], largest: int, device: torch.device) -> Provider:
-    """`torch._grouped_mm`: one launch of products of equal shapes, so that corners are padded with zeros."""
-    if device.type != "cuda":
-        raise Unavailable("runs on CUDA only")
-    ends = torch.tensor([count for count, _ in parts], device=device).cumsum(0, dtype=torch.int32)
+def liger_qk_norm(eps: float, rotary: Rotary, device: torch.device) -> Provider:
+    """Liger's RMSNorm of each, and its rotary embedding of both, which is in place."""
+    norm = liger_rms_norm(eps, device)
+    function = imported("liger_kernel.ops.rope", "LigerRopeFunction", device)
+    sin, cos = rotary.sin.unsqueeze(0), rotary.cos.unsqueeze(0)
 
-    def product(x: Tensor, weight: Tensor) -> Tensor:
-        corners = [F.pad(weight[:w, :w], (0, largest - w, 0, largest - w)) for _, w in parts]
-        return torch._grouped_mm(x, torch.stack(corners).mT, offs=ends)
+    def normed(qkv: Tensor, weight: Tensor) -> Tensor:
+        q, k = (norm(qkv[:, part], weight[part]).transpose(0, 1).unsqueeze(0) for part in range(2))
+        turned = function.apply(q, k, cos, sin)  # type: ignore[attr-defined]
+        return torch.stack([*(t[0].transpose(0, 1) for t in turned), qkv[:, 2]], 1)
 
-    return product
+    return normed
+
+
+def liger_group_norm(groups: int, eps: float, device: torch.device) -> Provider:
+    """Of maps with channels first, so that channels-last ones are copied; addition and ReLU are passes."""
+    function = imported("liger_kernel.ops.group_norm", "LigerGroupNormFunction", device)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        channels = x.shape[-1]
+        affine = weight[:channels].contiguous(), bias[:channels].contiguous()
+        y = function.apply(x.movedim(-1, 1).contiguous(), *affine, channels, groups, eps)  # type: ignore[attr-defined]
+        return F.relu(y.movedim(1, -1) + residual)
+
+    return norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,26 @@ def apex(eps: float, device: torch.device) -> Provider:
 
 
 def quack(eps: float, device: torch.device) -> Provider:
-    """QuACK's LayerNorm has no bias and no backward of its own."""
-    imported("quack.rmsnorm", "layernorm_fwd", device)
-    raise Unavailable("quack has no LayerNorm with a bias and a backward")
+    """Two functions, for fp32 affines."""
+    forward, backward = (imported("quack.rmsnorm", f"layernorm_{way}", device) for way in ("fwd", "bwd"))
+
+    class Norm(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            y, rstd, mean = forward(x, weight, bias, eps, return_rstd=True, return_mean=True)  # type: ignore[operator]
+            ctx.save_for_backward(x, weight, rstd, mean)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+            x, weight, rstd, mean = ctx.saved_tensors
+            return backward(x, weight, dy.contiguous(), rstd, mean)  # type: ignore[operator]
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        width = x.shape[-1]
+        return Norm.apply(x, weight[:width].float(), bias[:width].float())
+
+    return norm
 
 
 def peers(eps: float, device: torch.device) -> dict[str, Callable[[], Provider]]:

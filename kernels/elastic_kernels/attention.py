@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import dispatch
+from elastic_kernels import dispatch, validate
 
 WIDEST_HEAD = 128  # channels, of the Triton kernels
 MAX_LENGTH = 4096  # of the Triton kernels
@@ -29,7 +29,7 @@ MAX_LENGTH = 4096  # of the Triton kernels
 Groups = Sequence[tuple[int, int]] | Tensor
 
 
-def packed_attention(qkv: Tensor, groups: Groups) -> Tensor:
+def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -> Tensor:
     """Attend within every sequence of a packed token tensor.
 
     Args:
@@ -37,6 +37,8 @@ def packed_attention(qkv: Tensor, groups: Groups) -> Tensor:
         groups: `(count, length)` of each length class in packing order, whose products sum to `tokens`; or
             the offsets of sequences of any lengths, integers `[sequences + 1]` from 0 to `tokens` on the
             device of `qkv`, which nothing waits for.
+        heads: int64 `[tokens]`, how many heads each row has, the same in a sequence; default all. Others are
+            absent: nothing of them is read, and they are 0 in the result.
 
     Returns:
         `[tokens, heads * head_dim]`, the dtype of `qkv`.
@@ -62,8 +64,14 @@ def packed_attention(qkv: Tensor, groups: Groups) -> Tensor:
         raise ValueError(
             f"packed_attention: expected qkv [tokens, 3, heads, head_dim], got {tuple(qkv.shape)}"
         )
+    if heads is not None and heads.dtype != torch.int64:
+        raise ValueError(f"packed_attention: expected heads int64 [{qkv.shape[0]}], got {heads.dtype}")
+    validate.vectors("packed_attention", qkv, heads=(heads, qkv.shape[0]))
+    if heads is not None and attention_backend(qkv, groups, qkv.shape[-1]).backend != "triton":
+        present = torch.arange(qkv.shape[2], device=qkv.device) < heads.unsqueeze(1)
+        qkv, heads = qkv.where(present[:, None, :, None], 0), None
     if isinstance(groups, Tensor):
-        return _by_offsets(qkv, groups)
+        return _by_offsets(qkv, groups, heads)
     covered = sum(count * length for count, length in groups)
     if covered != qkv.shape[0]:
         raise ValueError(
@@ -73,7 +81,8 @@ def packed_attention(qkv: Tensor, groups: Groups) -> Tensor:
     if choice == "triton":
         from elastic_kernels.triton_ops.attention import AttentionFunction
 
-        return AttentionFunction.apply(qkv, [number for group in groups for number in group])
+        pairs = [number for group in groups for number in group]
+        return AttentionFunction.apply(qkv, pairs, heads, torch.is_grad_enabled())
     if choice == "xformers":
         return _attention_xformers(qkv, groups)
     return _by_length(qkv, groups, _attend_sdpa if choice == "sdpa" else _attend_reference)
@@ -108,7 +117,7 @@ def attention_backend(
     return choice
 
 
-def _by_offsets(qkv: Tensor, offsets: Tensor) -> Tensor:
+def _by_offsets(qkv: Tensor, offsets: Tensor, heads: Tensor | None) -> Tensor:
     """Attention within the sequences that begin at offsets."""
     if offsets.dim() != 1 or offsets.dtype not in (torch.int32, torch.int64) or offsets.device != qkv.device:
         raise ValueError(
@@ -118,7 +127,7 @@ def _by_offsets(qkv: Tensor, offsets: Tensor) -> Tensor:
     if attention_backend(qkv, offsets, qkv.shape[-1]).backend == "triton":
         from elastic_kernels.triton_ops.attention_blocks import AttentionOffsetsFunction
 
-        return AttentionOffsetsFunction.apply(qkv, offsets)
+        return AttentionOffsetsFunction.apply(qkv, offsets, heads, torch.is_grad_enabled())
     if offsets.is_cpu and type(offsets) is Tensor and not torch.compiler.is_compiling():
         ends = offsets.tolist()
         lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]

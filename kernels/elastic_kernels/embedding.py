@@ -131,6 +131,16 @@ def _reference(
     return torch.cat([*rows, x], dim=1) + resized_positions(w.positions[..., :width], w.prefix, resizing)
 
 
+def patch_embedding(op: str, images: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
+    """`[B, channels, H, W]` -> `[B, patches, width]`, with a prefix of the weight and bias."""
+    if linear_backend(op, images).backend == "triton":
+        patches = _patches([images], weight.shape[-1])
+        y = elastic_linear(patches, weight.flatten(1), bias, out_features=width, scale=None)
+        count = images.shape[2] * images.shape[3] // weight.shape[-1] ** 2
+        return y.unflatten(0, (len(images), count))
+    return embedded_patches(images, weight[:width], bias[:width])
+
+
 def embedded_patches(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`[B, channels, H, W]` -> `[B, patches, w]`, by PyTorch's convolution."""
     images, weight, bias = dispatch.autocast_operands(images, weight, bias)

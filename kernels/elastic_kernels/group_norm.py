@@ -72,7 +72,8 @@ def elastic_group_norm(
         from elastic_kernels.triton_ops.group_norm import GroupNormFunction
 
         flat = (x.flatten(1, -2), None if residual is None else residual.flatten(1, -2))
-        y = GroupNormFunction.apply(flat[0], weight, bias, flat[1], groups, eps, activation == "relu")
+        options = (groups, eps, activation == "relu", torch.is_grad_enabled())
+        y = GroupNormFunction.apply(flat[0], weight, bias, flat[1], *options)
         return y.view(x.shape)
     return _reference(x, weight[:channels], bias[:channels], groups, eps, residual, activation)
 

@@ -51,7 +51,7 @@ def koleo(*rows: Tensor, groups: int = 1) -> Tensor:
     if dispatch.choose("koleo", rows[0], limit).backend == "triton":
         from elastic_kernels.triton_ops.koleo import KoleoFunction
 
-        return KoleoFunction.apply(groups, *rows)
+        return KoleoFunction.apply(groups, torch.is_grad_enabled(), *rows)
     parts = [part for x in rows for part in x.chunk(groups)]
     return sum((_reference(part) for part in parts), parts[0].new_zeros(()))
 

@@ -11,6 +11,7 @@ Source: POA (Zhang et al., ECCV 2024), section 3.2; official `DynamicLayerNorm`.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def elastic_layer_norm(
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
         flat = x if rows is not None else x.reshape(-1, width)
-        y = LayerNormFunction.apply(flat, weight, bias, eps, rows)
+        y = LayerNormFunction.apply(flat, weight, bias, eps, rows, None, torch.is_grad_enabled())
         return y if rows is not None else y.view(x.shape)
     return _reference(x if rows is None else x.index_select(0, rows), weight, bias, eps)
 

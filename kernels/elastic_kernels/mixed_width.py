@@ -153,7 +153,7 @@ def _row_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: floa
     if rms_norm_backend(x, op).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
-        return LayerNormFunction.apply(x, weight, bias, eps, None, widths)
+        return LayerNormFunction.apply(x, weight, bias, eps, None, widths, torch.is_grad_enabled())
     outside, count = beyond(widths, x.shape[1]), widths.clamp(max=x.shape[1]).unsqueeze(1)
     wide = x.to(torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32))
     wide = wide.masked_fill(outside, 0)

@@ -50,6 +50,8 @@ def mixed_width_attention(
     Returns:
         `[tokens, w_max]`; beyond its width a row is 0.
 
+    Of heads that a sequence lacks the Triton kernels read nothing, and write zeros.
+
     Raises:
         ValueError, TypeError, RuntimeError: as the operators it is made of.
 
@@ -61,13 +63,14 @@ def mixed_width_attention(
         torch.Size([10, 32])
     """
     op, qkv, inner = "mixed_width_attention", attn.qkv, attn.proj.in_features
-    channels = widths * inner // attn.proj.out_features if heads is None else heads * attn.head_dim
+    if heads is None:
+        heads = widths * inner // (attn.proj.out_features * attn.head_dim)
+    channels = heads * attn.head_dim
     h = mixed_width_stacked(op, x, qkv.weight, qkv.bias, widths, channels, 3, scale=attn.scale)
     h = h.unflatten(-1, (-1, attn.head_dim))
     if isinstance(attn, ElasticRotaryAttention):
         h = attn.before_attention(h, rotary)
-    # Values of heads that a row does not have are 0, so their outputs are, and gradients of all they read.
-    h = packed_attention(h, groups)
+    h = packed_attention(h, groups, heads)
     return mixed_width_linear(h, attn.proj.weight, attn.proj.bias, channels, widths, scale=attn.scale)
 
 

@@ -229,7 +229,8 @@ def prototype_cross_entropy(
     if dispatch.choose(op, x1, dtype=operands).backend == "triton":
         from elastic_kernels.triton_ops.prototype_losses import PrototypeLosses
 
-        return list(PrototypeLosses.apply(x1, x2, weight, parts, *taus, operands))
+        options = (*taus, operands, torch.is_grad_enabled())
+        return list(PrototypeLosses.apply(x1, x2, weight, parts, *options))
     *rounded, matrix = [_rounded(x, operands) for x in (*students, weight)]
     counts = [len(index) for *_, index in parts]
     split = zip(*(x.split(counts) for x in rounded), strict=True)

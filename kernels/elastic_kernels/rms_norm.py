@@ -7,6 +7,7 @@ The Triton kernels are those of LayerNorm. Source: Zhang and Sennrich, 2019.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
         flat = x if rows is not None else x.reshape(-1, width)
-        y = LayerNormFunction.apply(flat, weight, None, eps, rows)
+        y = LayerNormFunction.apply(flat, weight, None, eps, rows, None, torch.is_grad_enabled())
         return y if rows is not None else y.view(x.shape)
     return F.rms_norm(x if rows is None else x.index_select(0, rows), (width,), weight[:width], eps)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elastic_kernels import validate
 from elastic_kernels.attention import Groups, packed_attention
-from elastic_kernels.embedding import embedded_patches
+from elastic_kernels.embedding import patch_embedding
 from elastic_kernels.linear import Scale, elastic_linear, elastic_qkv
 from elastic_kernels.mlp import elastic_swiglu
 from elastic_kernels.modules import ElasticAttention, ElasticLayerNorm, ElasticMLP, LayerScale
@@ -215,8 +215,10 @@ class ElasticPatchEmbed(nn.Module):
     def forward(self, images: Tensor, width: int) -> Tensor:
         """`[B, channels, H, W]` -> `[B, patches, width]`; H and W multiples of the patch size."""
         assert self.proj.bias is not None
-        validate.prefix("ElasticPatchEmbed", "width", width, self.proj.out_channels)
-        return embedded_patches(images, self.proj.weight[:width], self.proj.bias[:width])
+        op = "ElasticPatchEmbed"
+        validate.prefix(op, "width", width, self.proj.out_channels)
+        validate.operands(op, images=images, weight=self.proj.weight)
+        return patch_embedding(op, images, self.proj.weight, self.proj.bias, width)
 
 
 class ElasticConv1x1(nn.Conv2d):

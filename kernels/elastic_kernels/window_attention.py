@@ -72,7 +72,8 @@ def window_attention(
         from elastic_kernels.triton_ops.window_attention import WindowAttentionFunction
 
         sizes = [number for group in maps for number in group]
-        return WindowAttentionFunction.apply(qkv, bias, pad, sizes, window, shift, MASK_VALUE)
+        geometry = (sizes, window, shift, MASK_VALUE)
+        return WindowAttentionFunction.apply(qkv, bias, pad, *geometry, torch.is_grad_enabled())
     bias, pad = bias[:heads], pad[:, :heads]
     parts = qkv.split([count * height * width for count, height, width in maps])
     outputs = [

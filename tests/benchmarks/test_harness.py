@@ -145,7 +145,7 @@ def test_a_slow_provider_is_slow() -> None:
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_every_case_passes_its_gate(case: cases.Case) -> None:
     for make in case.problems(CPU, cases.TINY):
-        rows, refused = measured(make(), only=("ours", "naive", "packed"))
+        rows, refused = measured(make(), only=("ours", "naive", "packed", "padded", "grouped_mm", "linear"))
         assert {"ours", "naive"} <= {row["provider"] for row in rows}
         assert not refused
 

@@ -9,7 +9,8 @@ Up to 64 tokens are one tile, of which the backward makes five products; else it
 for dq, which also notes rowsum(do * o), then for dk and dv.
 Lengths above 256, wide heads and fp32 take the streaming forward, with an online softmax over blocks of keys.
 
-Saved for backward: qkv, o and the fp32 log-sum-exp of each row. Bytes: forward reads 3 and writes 1 of
+Saved for backward: qkv, o and the fp32 log-sum-exp of each row. A sequence may lack heads: its programs for
+these find no tokens. Bytes: forward reads 3 and writes 1 of
 tokens * channels elements; backward reads 5 (qkv, o, do) and writes 3; the log-sum-exp adds 4 bytes a row
 and head.
 """
@@ -30,7 +31,9 @@ from elastic_kernels.triton_ops.attention_blocks import (
     attend_rows,
     blocks_bwd,
     keys_gradients,
+    length_in,
     load_rows,
+    outputs_of,
     queries_gradients,
     store_sums,
 )
@@ -51,7 +54,7 @@ from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
 def _attention_resident_fwd_kernel(
-    qkv_ptr, out_ptr, lse_ptr,
+    qkv_ptr, active_ptr, out_ptr, lse_ptr,
     first_token, length, heads,
     stride_t, stride_g, stride_h,
     scale_log2,
@@ -61,6 +64,7 @@ def _attention_resident_fwd_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
+    length = length_in(active_ptr, row, head, length)
     base = qkv_ptr + row * stride_t + head * stride_h
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
@@ -82,12 +86,13 @@ def _attention_resident_fwd_kernel(
         rows = row + offs_m
         outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
         tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=cells_m)
-        tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
 
 
 @triton.jit(do_not_specialize=["first_token", "length", "heads"])
 def _attention_streaming_fwd_kernel(
-    qkv_ptr, out_ptr, lse_ptr,
+    qkv_ptr, active_ptr, out_ptr, lse_ptr,
     first_token, length, heads,
     stride_t, stride_g, stride_h,
     scale_log2,
@@ -97,6 +102,7 @@ def _attention_streaming_fwd_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
+    length = length_in(active_ptr, row, head, length)
     base = qkv_ptr + row * stride_t + head * stride_h
     attend_rows(
         base, out_ptr, lse_ptr, row, tl.program_id(1) * BLOCK_M, length, head, heads, stride_t, stride_g,
@@ -106,7 +112,7 @@ def _attention_streaming_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
 def _attention_bwd_kernel(
-    qkv_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr,
+    qkv_ptr, active_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr,
     first_token, first_part, length, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
@@ -117,6 +123,7 @@ def _attention_bwd_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
+    length = length_in(active_ptr, row, head, length)
     base = qkv_ptr + row * stride_t + head * stride_h
     part = first_part + pid // heads * tl.cdiv(length, BLOCK_M)
     for start_m in range(0, length, BLOCK_M):
@@ -135,7 +142,7 @@ def _attention_bwd_kernel(
 
 @triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
 def _attention_resident_bwd_kernel(
-    qkv_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
+    qkv_ptr, active_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
     first_token, first_part, length, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
@@ -146,6 +153,7 @@ def _attention_resident_bwd_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     row = first_token + (pid // heads).to(tl.int64) * length
+    length = length_in(active_ptr, row, head, length)
     base = qkv_ptr + row * stride_t + head * stride_h
     outs, out_t = (row * heads + head) * HEAD_DIM, heads * HEAD_DIM
     offs, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
@@ -174,18 +182,29 @@ def _attention_resident_bwd_kernel(
         store_sums(sums_ptr, first_part + pid // heads, head, heads, dq, do, scale, HEAD_DIM, BLOCK_D)
 
 
-def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`."""
-    tokens, _, heads, dim = qkv.shape
-    out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
+def attention_fwd(
+    qkv: Tensor, groups: Sequence[int], active: Tensor | None = None, keep: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Attention within groups of sequences.
+
+    Args:
+        qkv: `[tokens, 3, heads, d]`.
+        groups: flat pairs.
+        active: int64 `[tokens]`, heads that each row has, equal in a sequence; None means all.
+        keep: also give what backward reads.
+
+    Returns:
+        out `[tokens, heads * d]`, and fp32 log2-sum-exp2 `[tokens, heads]` if kept, else empty.
+    """
+    heads, dim = qkv.shape[2:]
+    out, lse = outputs_of(qkv, active, keep)
     for first, count, length in _spans(groups):
         fallback = fwd_config(length, dim, qkv.dtype.itemsize, capability(qkv.device))
         config = config_of(FWD_TUNABLE, fallback, qkv, length)
         kernel = _attention_resident_fwd_kernel if config.resident else _attention_streaming_fwd_kernel
         tiles = 1 if config.resident else cdiv(length, config.block_m)
         kernel[(count * heads, tiles)](
-            qkv, out, lse,
+            qkv, active, out, lse if keep else None,
             first, length, heads,
             *qkv.stride()[:3],
             dim**-0.5 * LOG2_E,
@@ -196,29 +215,36 @@ def attention_fwd(qkv: Tensor, groups: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def attention_bwd(
-    qkv: Tensor, out: Tensor, lse: Tensor, dout: Tensor, groups: Sequence[int], wants_sums: bool
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    groups: Sequence[int],
+    wants_sums: bool,
+    active: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Through attention; `out`, `lse` and `dout` are contiguous.
+    """Through attention; `out`, `lse` and `dout` are contiguous. Sums are of rows that have all heads.
 
     Returns:
         The gradient `[tokens, 3, heads, d]` of qkv, and for a bias sums over parts of its tokens, fp32
         `[parts, 3, heads * d]`, or empty.
     """
     heads, dim = qkv.shape[2:]
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    make = torch.empty if active is None else torch.zeros
+    dqkv = make(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     parts = _parts(qkv, groups) if wants_sums else 0
     sums = torch.empty(parts, 3, heads * dim, dtype=torch.float32, device=qkv.device)
     wanted, first_part = sums if wants_sums else None, 0
     for first, count, length in _spans(groups):
         config = _bwd_config(qkv, length, wants_sums)
         if length > LONGEST_OF_ONE_PROGRAM:
-            span = Span(None, first, count, length)
+            span = Span(None, first, count, length, active)
             blocks_bwd(qkv, out, lse, dout, dqkv, span, config, wanted, first_part)
         else:
             kernel = _attention_resident_bwd_kernel if config.resident else _attention_bwd_kernel
             scratch = () if config.resident else (torch.empty_like(lse),)
             kernel[(count * heads,)](
-                qkv, out, dout, lse, *scratch, dqkv, wanted,
+                qkv, active, out, dout, lse, *scratch, dqkv, wanted,
                 first, first_part, length, heads,
                 *qkv.stride()[:3],
                 dim**-0.5, dim**-0.5 * LOG2_E,
@@ -251,18 +277,15 @@ def _spans(groups: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 register(
-    "attention_fwd(Tensor qkv, int[] groups) -> (Tensor, Tensor)",
+    "attention_fwd(Tensor qkv, int[] groups, Tensor? active=None, bool keep=True) -> (Tensor, Tensor)",
     attention_fwd,
-    lambda qkv, groups: (
-        qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
-        qkv.new_empty(qkv.shape[0], qkv.shape[2], dtype=torch.float32),
-    ),
+    lambda qkv, groups, active=None, keep=True: outputs_of(qkv, active, keep),
 )
 register(
-    "attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups, bool wants_sums)"
-    " -> (Tensor, Tensor)",
+    "attention_bwd(Tensor qkv, Tensor out, Tensor lse, Tensor dout, int[] groups, bool wants_sums,"
+    " Tensor? active=None) -> (Tensor, Tensor)",
     attention_bwd,
-    lambda qkv, out, lse, dout, groups, wants_sums: (
+    lambda qkv, out, lse, dout, groups, wants_sums, active=None: (
         qkv.new_empty(qkv.shape),
         qkv.new_empty(_parts(qkv, groups) if wants_sums else 0, 3, out.shape[1], dtype=torch.float32),
     ),
@@ -273,16 +296,18 @@ class AttentionFunction(torch.autograd.Function):
     """Attention with its gradient; outside of the registered operators, which saves host time."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, groups: list[int]) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, groups: list[int], active: Tensor | None, trains: bool) -> Tensor:
         if qkv.stride(-1) != 1:
             qkv = qkv.contiguous()
-        out, lse = ops.attention_fwd(qkv, groups)
-        ctx.save_for_backward(qkv, out, lse)
+        active = None if active is None else active.contiguous()
+        out, lse = ops.attention_fwd(qkv, groups, active, trains and ctx.needs_input_grad[0])
+        ctx.save_for_backward(qkv, out, lse, active)
         ctx.groups = groups
         return out
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        qkv, out, lse = ctx.saved_tensors
-        return ops.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups, False)[0], None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
+        qkv, out, lse, active = ctx.saved_tensors
+        dqkv, _ = ops.attention_bwd(qkv, out, lse, dout.contiguous(), ctx.groups, False, active)
+        return dqkv, None, None, None

@@ -32,6 +32,15 @@ def load_rows(base, offs_n, offs_d, stride_t, mask):
 
 
 @triton.jit
+def length_in(active_ptr, row, head, length):
+    """Tokens that a head of the sequence that begins at `row` attends to: none if the row lacks it."""
+    if active_ptr is not None:
+        active = tl.load(active_ptr + row, mask=length > 0, other=0)
+        length = tl.where(head < active, length, 0)
+    return length
+
+
+@triton.jit
 def attend_rows(
     base, out_ptr, lse_ptr, row, start_m, length, head, heads, stride_t, stride_g, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -63,7 +72,8 @@ def attend_rows(
     rows = row + offs_m
     outs = out_ptr + (rows[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
     tl.store(outs, (o / z[:, None]).to(out_ptr.dtype.element_ty), mask=cells_m)
-    tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
 
 
 @triton.jit
@@ -182,7 +192,7 @@ def _sequence(offsets_ptr, first_token, length, tokens, index, HAS_OFFSETS: tl.c
 
 @triton.jit(do_not_specialize=["first_token", "length", "tokens", "heads"])
 def _attention_blocks_fwd_kernel(
-    qkv_ptr, offsets_ptr, out_ptr, lse_ptr,
+    qkv_ptr, offsets_ptr, active_ptr, out_ptr, lse_ptr,
     first_token, length, tokens, heads,
     stride_t, stride_g, stride_h,
     scale_log2,
@@ -192,6 +202,7 @@ def _attention_blocks_fwd_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     row, length = _sequence(offsets_ptr, first_token, length, tokens, pid // heads, HAS_OFFSETS)
+    length = length_in(active_ptr, row, head, length)
     base = qkv_ptr + row * stride_t + head * stride_h
     for start_m in range(tl.program_id(1) * BLOCK_M, length, tl.num_programs(1) * BLOCK_M):
         attend_rows(
@@ -202,7 +213,7 @@ def _attention_blocks_fwd_kernel(
 
 @triton.jit(do_not_specialize=["first_part", "first_token", "length", "tokens", "heads"])
 def _attention_blocks_bwd_kernel(
-    qkv_ptr, offsets_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
+    qkv_ptr, offsets_ptr, active_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
     first_part, first_token, length, tokens, heads,
     stride_t, stride_g, stride_h,
     scale, scale_log2,
@@ -212,6 +223,7 @@ def _attention_blocks_bwd_kernel(
     pid, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     head = pid % heads
     row, length = _sequence(offsets_ptr, first_token, length, tokens, pid // heads, HAS_OFFSETS)
+    length = length_in(active_ptr, row, head, length)
     base = qkv_ptr + row * stride_t + head * stride_h
     for start_n in range(part * BLOCK_N, length, parts * BLOCK_N):
         keys_gradients(
@@ -236,12 +248,14 @@ class Span(NamedTuple):
         first: token of the first.
         sequences: how many.
         length: tokens of each, or with offsets of the average one.
+        active: as of `attention_fwd`.
     """
 
     offsets: Tensor | None
     first: int
     sequences: int
     length: int
+    active: Tensor | None
 
     def arguments(self, qkv: Tensor, block: int) -> tuple[tuple[int, int], tuple[Any, ...]]:
         """Grid and run-time arguments of a launch whose programs own `block` rows at a time."""
@@ -274,36 +288,48 @@ def blocks_bwd(
     scale = qkv.shape[3] ** -0.5
     grid, arguments = span.arguments(qkv, min(config.block_m, config.block_n))
     _attention_blocks_bwd_kernel[grid](
-        qkv, span.offsets, out, dout, lse, dqkv, sums,
+        qkv, span.offsets, span.active, out, dout, lse, dqkv, sums,
         first_part, *arguments,
         scale, scale * LOG2_E,
         **_options(qkv, span, config),
     )  # fmt: skip
 
 
-def _span(qkv: Tensor, offsets: Tensor) -> Span:
+def _span(qkv: Tensor, offsets: Tensor, active: Tensor | None) -> Span:
     count = offsets.shape[0] - 1
-    return Span(offsets, 0, count, cdiv(qkv.shape[0], max(count, 1)))
+    return Span(offsets, 0, count, cdiv(qkv.shape[0], max(count, 1)), active)
 
 
-def attention_offsets_fwd(qkv: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """As `attention_fwd`, of sequences that begin at `offsets`, contiguous integers on the same device."""
+def outputs_of(qkv: Tensor, active: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    """Room for what attention gives, zeros where heads may be absent, and for its log-sum-exps if kept."""
     tokens, _, heads, dim = qkv.shape
-    out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
-    span = _span(qkv, offsets)
+    make = torch.empty if active is None else torch.zeros
+    out = make(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
+    return out, torch.empty(tokens if keep else 0, heads, dtype=torch.float32, device=qkv.device)
+
+
+def attention_offsets_fwd(
+    qkv: Tensor, offsets: Tensor, active: Tensor | None = None, keep: bool = True
+) -> tuple[Tensor, Tensor]:
+    """As `attention_fwd`, of sequences that begin at `offsets`, contiguous integers on the same device."""
+    (tokens, _, _, dim), span = qkv.shape, _span(qkv, offsets, active)
+    out, lse = outputs_of(qkv, active, keep)
     if span.sequences and tokens:
         config = fwd_config(1 << 30, dim, qkv.dtype.itemsize, capability(qkv.device))
         grid, arguments = span.arguments(qkv, config.block_m)
         _attention_blocks_fwd_kernel[grid](
-            qkv, offsets, out, lse, *arguments, dim**-0.5 * LOG2_E, **_options(qkv, span, config)
-        )
+            qkv, offsets, active, out, lse if keep else None, *arguments, dim**-0.5 * LOG2_E,
+            **_options(qkv, span, config),
+        )  # fmt: skip
     return out, lse
 
 
-def attention_offsets_bwd(qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> Tensor:
+def attention_offsets_bwd(
+    qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor, dout: Tensor, active: Tensor | None = None
+) -> Tensor:
     """As `attention_bwd`, of sequences that begin at `offsets`."""
-    dqkv, span = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device), _span(qkv, offsets)
+    make = torch.empty if active is None else torch.zeros
+    dqkv, span = make(qkv.shape, dtype=qkv.dtype, device=qkv.device), _span(qkv, offsets, active)
     if span.sequences and qkv.shape[0]:
         config = bwd_config(1 << 30, qkv.shape[3], qkv.dtype.itemsize, capability(qkv.device))
         blocks_bwd(qkv, out, lse, dout, dqkv, span, config)
@@ -311,15 +337,14 @@ def attention_offsets_bwd(qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor
 
 
 register(
-    "attention_offsets_fwd(Tensor qkv, Tensor offsets) -> (Tensor, Tensor)",
+    "attention_offsets_fwd(Tensor qkv, Tensor offsets, Tensor? active=None, bool keep=True)"
+    " -> (Tensor, Tensor)",
     attention_offsets_fwd,
-    lambda qkv, offsets: (
-        qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
-        qkv.new_empty(qkv.shape[0], qkv.shape[2], dtype=torch.float32),
-    ),
+    lambda qkv, offsets, active=None, keep=True: outputs_of(qkv, active, keep),
 )
 register(
-    "attention_offsets_bwd(Tensor qkv, Tensor offsets, Tensor out, Tensor lse, Tensor dout) -> Tensor",
+    "attention_offsets_bwd(Tensor qkv, Tensor offsets, Tensor out, Tensor lse, Tensor dout,"
+    " Tensor? active=None) -> Tensor",
     attention_offsets_bwd,
     lambda qkv, *rest: qkv.new_empty(qkv.shape),
 )
@@ -329,15 +354,16 @@ class AttentionOffsetsFunction(torch.autograd.Function):
     """As `AttentionFunction`, of sequences that begin at offsets."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, offsets: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, offsets: Tensor, active: Tensor | None, trains: bool) -> Tensor:
         if qkv.stride(-1) != 1:
             qkv = qkv.contiguous()
-        offsets = offsets.contiguous()
-        out, lse = ops.attention_offsets_fwd(qkv, offsets)
-        ctx.save_for_backward(qkv, offsets, out, lse)
+        offsets, active = offsets.contiguous(), None if active is None else active.contiguous()
+        out, lse = ops.attention_offsets_fwd(qkv, offsets, active, trains and ctx.needs_input_grad[0])
+        ctx.save_for_backward(qkv, offsets, out, lse, active)
         return out
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        return ops.attention_offsets_bwd(*ctx.saved_tensors, dout.contiguous()), None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
+        *saved, active = ctx.saved_tensors
+        return ops.attention_offsets_bwd(*saved, dout.contiguous(), active), None, None, None

@@ -79,10 +79,11 @@ def _group_norm_fwd_kernel(
     apart = tl.where(mask_c, mean - centre, 0.0)
     squares = tl.where(mask_c, squares, 0.0) + rows * apart * apart
     rstd = 1 / tl.sqrt(_over_group(squares, GROUPS, PER_GROUP) / size + eps)
-    stats = sample * groups + group
-    leads = mask_c & (channel == group * per_group)
-    tl.store(mean_ptr + stats, centre, mask=leads)
-    tl.store(rstd_ptr + stats, rstd, mask=leads)
+    if rstd_ptr is not None:
+        stats = sample * groups + group
+        leads = mask_c & (channel == group * per_group)
+        tl.store(mean_ptr + stats, centre, mask=leads)
+        tl.store(rstd_ptr + stats, rstd, mask=leads)
     weight = tl.load(weight_ptr + channel, mask=mask_c, other=0.0).to(tl.float32) * rstd
     bias = tl.load(bias_ptr + channel, mask=mask_c, other=0.0).to(tl.float32)
     for start in range(0, rows, ROWS):
@@ -179,22 +180,46 @@ def _config(tunable: Tunable, x: Tensor, groups: int) -> GroupConfig:
 
 
 def group_norm_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, groups: int, eps: float, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`[N, rows, C]`, contiguous as `residual` -> y of the same layout, fp32 mean and rstd `[N, groups]`."""
+    """`[N, rows, C]`, contiguous as `residual` -> y of the same layout, fp32 mean and rstd `[N, groups]`.
+
+    Statistics that are not kept are empty.
+    """
     samples, rows, channels = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(samples, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    y, *statistics = results = _empty_results(x, weight, bias, residual, groups, eps, relu, keep)
     if x.numel():
         config = _config(_FWD, x, groups)
         _group_norm_fwd_kernel[(samples, cdiv(groups, config.groups))](
-            x, weight, bias, residual, y, mean, rstd,
+            x, weight, bias, residual, y, *(statistics if keep else (None, None)),
             rows, groups, channels // groups,
             eps,
             HAS_RESIDUAL=residual is not None, RELU=relu,
             ROWS=config.rows, GROUPS=config.groups, PER_GROUP=config.per_group, num_warps=config.warps,
         )  # fmt: skip
-    return y, mean, rstd
+    return results
+
+
+def _empty_results(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    groups: int,
+    eps: float,
+    relu: bool,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0] if keep else 0, groups)
+    mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, rstd
 
 
 def group_norm_bwd(
@@ -228,13 +253,10 @@ def group_norm_bwd(
 
 
 register(
-    "group_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, bool relu)"
-    " -> (Tensor, Tensor, Tensor)",
+    "group_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, bool relu,"
+    " bool keep=True) -> (Tensor, Tensor, Tensor)",
     group_norm_fwd,
-    lambda x, weight, bias, residual, groups, eps, relu: (
-        torch.empty_like(x),
-        *(x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2)),
-    ),
+    _empty_results,
 )
 register(
     "group_norm_bwd(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor rstd,"
@@ -261,10 +283,12 @@ class GroupNormFunction(torch.autograd.Function):
         groups: int,
         eps: float,
         relu: bool,
+        trains: bool,
     ) -> Tensor:
         x = x.contiguous()
         residual = None if residual is None else residual.contiguous()
-        y, mean, rstd = ops.group_norm_fwd(x, weight, bias, residual, groups, eps, relu)
+        keep = trains and any(ctx.needs_input_grad)
+        y, mean, rstd = ops.group_norm_fwd(x, weight, bias, residual, groups, eps, relu, keep)
         ctx.save_for_backward(x, y if relu else None, weight, mean, rstd)
         ctx.has_residual = residual is not None
         return y
@@ -277,4 +301,4 @@ class GroupNormFunction(torch.autograd.Function):
         gated = y is not None and ctx.has_residual  # without a ReLU the residual's gradient is dy
         dx, dresidual, partials = ops.group_norm_bwd(dy, x, y, weight, mean, rstd, gated)
         residual_grad = (dresidual if gated else dy) if ctx.has_residual else None
-        return dx, *affine_gradients(partials, weight), residual_grad, None, None, None
+        return dx, *affine_gradients(partials, weight), residual_grad, None, None, None, None

@@ -60,6 +60,11 @@ class HalfSpec(NamedTuple):
     windows: WindowSpec | None = None
 
 
+def trains(ctx: Any, spec: HalfSpec) -> bool:
+    """Whether backward may follow."""
+    return spec.first.trains and any(ctx.needs_input_grad)
+
+
 @dataclass
 class BranchGradient:
     """What the branch of a half-block takes of the stream's gradient; left by the half-block that makes that.
@@ -132,8 +137,8 @@ class Normed:
         spec: HalfSpec,
     ) -> tuple[Tensor, Normed]:
         """The normalised rows, and what to keep."""
-        # Else they are what follows, or nothing follows.
-        apart = weight is not None and spec.first.trains and any(ctx.needs_input_grad)
+        keep = trains(ctx, spec)
+        apart = keep and weight is not None  # else they are what follows, or nothing follows
         ledger = spec.first.ledger
         if (
             ledger is not None
@@ -142,7 +147,8 @@ class Normed:
             and len(weight) == x.shape[1]
         ):
             ledger.expect(weight)
-        h, xhat, _, rstd = ops.layer_norm_fwd(x, weight, bias, spec.eps, index, spec.first.dtype, apart)
+        arguments = (x, weight, bias, spec.eps, index, spec.first.dtype)
+        h, xhat, _, rstd = ops.layer_norm_fwd(*arguments, apart, None, keep)
         return h, cls(xhat if apart else h, weight, rstd)
 
     def backward(
@@ -221,15 +227,16 @@ class Attended(NamedTuple):
     bias: Tensor | None
 
     @classmethod
-    def of(cls, h: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec) -> Attended:
-        """Rows, with the layer that makes their q, k and v, and the bias of windows."""
+    def of(cls, h: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec, keep: bool) -> Attended:
+        """Rows, with the layer that makes their q, k and v, and the bias of windows; perhaps for backward."""
         qkv = layer.forward(h).unflatten(-1, (-1, spec.head_dim))
         bias = None if bias is None else bias.contiguous()
         groups = spec.attention_groups
         if spec.windows is None:
-            out, lse = ops.attention_fwd(qkv, groups)
+            out, lse = ops.attention_fwd(qkv, groups, None, keep)
         else:
-            out, lse = ops.window_attention_fwd(qkv, bias, _padding(layer, qkv), groups, *spec.windows)
+            pad = _padding(layer, qkv)
+            out, lse = ops.window_attention_fwd(qkv, bias, pad, groups, *spec.windows, keep)
         return cls(h, qkv, out, lse, bias)
 
     def backward(
@@ -274,7 +281,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         h, normed = Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
         proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
-        attended = Attended.of(h, qkv_layer, window_bias, spec)
+        attended = Attended.of(h, qkv_layer, window_bias, spec, trains(ctx, spec))
         saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, *attended)
         keep(ctx, saved, [qkv_layer, proj])
         ctx.spec, ctx.before = spec, BranchGradient.before(x)

@@ -66,8 +66,9 @@ def _koleo_fwd_kernel(
     neighbour = _unit(_rows(x_ptr, nearest + tl.arange(0, 1), every, offs_k, width, stride_x))
     difference = tl.where((offs_k < width)[None, :], u - neighbour + EPS, 0.0)
     distance = tl.sqrt(tl.sum(difference * difference, 1))
-    tl.store(nearest_ptr + row, nearest)
-    tl.store(distance_ptr + row, distance)
+    if nearest_ptr is not None:
+        tl.store(nearest_ptr + row, nearest)
+        tl.store(distance_ptr + row, distance)
     tl.store(losses_ptr + row, tl.where(rows > 1, -tl.log(distance + EPS) / rows, 0.0))
 
 
@@ -117,16 +118,23 @@ def _launches(
         start += len(x)
 
 
-def koleo_fwd(students: list[Tensor], groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, neighbours and distances of all rows of matrices whose rows have a unit stride."""
-    total, device = sum(map(len, students)), students[0].device
-    losses, distances = (torch.empty(total, dtype=torch.float32, device=device) for _ in range(2))
-    nearest = torch.empty(total, dtype=torch.int32, device=device)
+def koleo_fwd(students: list[Tensor], groups: int, keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, neighbours and distances of all rows of matrices whose rows have a unit stride.
+
+    Neighbours and distances that are not kept are empty.
+    """
+    losses, *saved = results = _empty_results(students, groups, keep)
     for _, x, part, rows, options in _launches(students, groups):
-        _koleo_fwd_kernel[(len(x),)](
-            x, losses[part], nearest[part], distances[part], rows, x.shape[1], x.stride(0), **options
-        )
-    return losses, nearest, distances
+        kept = (t[part] if keep else None for t in saved)
+        _koleo_fwd_kernel[(len(x),)](x, losses[part], *kept, rows, x.shape[1], x.stride(0), **options)
+    return results
+
+
+def _empty_results(students: list[Tensor], groups: int, keep: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    total, device = sum(len(x) for x in students), students[0].device
+    kept = total if keep else 0
+    losses, distances = (torch.empty(n, dtype=torch.float32, device=device) for n in (total, kept))
+    return losses, torch.empty(kept, dtype=torch.int32, device=device), distances
 
 
 def koleo_bwd(
@@ -142,13 +150,11 @@ def koleo_bwd(
     return results
 
 
-def _fake_fwd(students: list[Tensor], groups: int) -> tuple[Tensor, ...]:
-    total = sum(len(x) for x in students)
-    dtypes = (torch.float32, torch.int32, torch.float32)
-    return tuple(students[0].new_empty(total, dtype=dtype) for dtype in dtypes)
-
-
-register("koleo_fwd(Tensor[] students, int groups) -> (Tensor, Tensor, Tensor)", koleo_fwd, _fake_fwd)
+register(
+    "koleo_fwd(Tensor[] students, int groups, bool keep=True) -> (Tensor, Tensor, Tensor)",
+    koleo_fwd,
+    _empty_results,
+)
 register(
     "koleo_bwd(Tensor[] students, Tensor grad, Tensor nearest, Tensor distances, int groups) -> Tensor[]",
     koleo_bwd,
@@ -160,9 +166,10 @@ class KoleoFunction(torch.autograd.Function):
     """The sum over all rows of several matrices."""
 
     @staticmethod
-    def forward(ctx: Any, groups: int, *students: Tensor) -> Tensor:
+    def forward(ctx: Any, groups: int, trains: bool, *students: Tensor) -> Tensor:
         rows = [unit_stride(x) for x in students]
-        losses, nearest, distances = ops.koleo_fwd(rows, groups)
+        keep = trains and any(ctx.needs_input_grad)
+        losses, nearest, distances = ops.koleo_fwd(rows, groups, keep)
         ctx.save_for_backward(nearest, distances, *rows)
         ctx.groups = groups
         return losses.sum()
@@ -171,4 +178,4 @@ class KoleoFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         nearest, distances, *rows = ctx.saved_tensors
-        return None, *ops.koleo_bwd(rows, grad, nearest, distances, ctx.groups)
+        return None, None, *ops.koleo_bwd(rows, grad, nearest, distances, ctx.groups)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import unit_stride
-from elastic_kernels.triton_ops.halves import Attended, BranchGradient, HalfSpec, Normed, take_branch
+from elastic_kernels.triton_ops.halves import Attended, BranchGradient, HalfSpec, Normed, take_branch, trains
 from elastic_kernels.triton_ops.layers import Layer, keep, kept
 from elastic_kernels.triton_ops.registration import first_order
 from elastic_kernels.triton_ops.vector_grads import VectorGrads
@@ -43,7 +43,7 @@ class LastAttentionFunction(torch.autograd.Function):
         h, normed = Normed.rows(ctx, unit_stride(x), norm_weight, norm_bias, index, spec)
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
         proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
-        attended = Attended.of(h, qkv_layer, window_bias, spec)
+        attended = Attended.of(h, qkv_layer, window_bias, spec, trains(ctx, spec))
         place = only if place is None else place
         o = attended.out
         # Without any sequence that takes part, parameters still get gradients, of zero.

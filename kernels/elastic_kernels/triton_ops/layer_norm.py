@@ -53,7 +53,7 @@ def _layer_norm_fwd_kernel(
     rows, width,
     stride_x,
     eps,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP_XHAT: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP_XHAT: tl.constexpr, CENTRED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -68,7 +68,7 @@ def _layer_norm_fwd_kernel(
     count, within = _within(mask, widths_ptr, offs_r, mask_r, offs_k, width)
     x = tl.load(x_ptr + source[:, None] * stride_x + offs_k[None, :], mask=within, other=0.0).to(tl.float32)
     centred = x
-    if mean_ptr is not None:
+    if CENTRED:
         mean = tl.sum(x, 1) / count
         centred = tl.where(within, x - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / count + eps)
@@ -84,9 +84,10 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
     if KEEP_XHAT:
         tl.store(xhat_ptr + out, xhat.to(xhat_ptr.dtype.element_ty), mask=mask)
-    if mean_ptr is not None:
-        tl.store(mean_ptr + offs_r, mean, mask=mask_r)
-    tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
+    if rstd_ptr is not None:
+        tl.store(rstd_ptr + offs_r, rstd, mask=mask_r)
+        if CENTRED:
+            tl.store(mean_ptr + offs_r, mean, mask=mask_r)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -218,6 +219,7 @@ def layer_norm_fwd(
     dtype: torch.dtype,
     keep_xhat: bool = False,
     widths: Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalise rows.
 
@@ -227,20 +229,24 @@ def layer_norm_fwd(
         dtype: of y.
         keep_xhat: also give the rows before the affine.
         widths: int64 `[tokens]`, of each row, without an index.
+        keep: also give the statistics.
 
     Returns:
-        y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean (empty for RMSNorm) and rstd `[rows]`.
+        y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean (empty for RMSNorm) and rstd `[rows]`, empty
+        if not kept.
     """
-    y, xhat, mean, rstd = results = _empty_results(x, weight, bias, eps, index, dtype, keep_xhat)
+    results = _empty_results(x, weight, bias, eps, index, dtype, keep_xhat, keep=keep)
+    y, xhat, *statistics = results
     rows, width = y.shape
     if rows:
         config = _config(_FWD, x)
         _layer_norm_fwd_kernel[(cdiv(rows, config.rows),)](
-            x, weight, bias, index, widths, y, xhat, mean if _is_centred(weight, bias) else None, rstd,
+            x, weight, bias, index, widths, y, xhat, *(statistics if keep else (None, None)),
             rows, width,
             x.stride(0),
             eps,
             HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, KEEP_XHAT=keep_xhat,
+            CENTRED=_is_centred(weight, bias),
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return results
@@ -260,12 +266,13 @@ def _empty_results(
     dtype: torch.dtype,
     keep_xhat: bool = False,
     widths: Tensor | None = None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (x if index is None else index).shape[0]
     y = x.new_empty(rows, x.shape[1], dtype=dtype)
-    mean = x.new_empty(rows if _is_centred(weight, bias) else 0, dtype=torch.float32)
+    mean = x.new_empty(rows if keep and _is_centred(weight, bias) else 0, dtype=torch.float32)
     xhat = torch.empty_like(y) if keep_xhat else y.new_empty(0)
-    return y, xhat, mean, x.new_empty(rows, dtype=torch.float32)
+    return y, xhat, mean, x.new_empty(rows if keep else 0, dtype=torch.float32)
 
 
 def layer_norm_bwd(
@@ -340,7 +347,8 @@ def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
 
 register(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, Tensor? index,"
-    " ScalarType dtype, bool keep_xhat=False, Tensor? widths=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType dtype, bool keep_xhat=False, Tensor? widths=None, bool keep=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     layer_norm_fwd,
     _empty_results,
 )
@@ -367,12 +375,14 @@ class LayerNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         index: Tensor | None,
-        widths: Tensor | None = None,
+        widths: Tensor | None,
+        trains: bool,
     ) -> Tensor:
         x = unit_stride(x)
         dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
         widths = None if widths is None else widths.contiguous()
-        y, _, mean, rstd = ops.layer_norm_fwd(x, weight, bias, eps, index, dtype, False, widths)
+        keep = trains and any(ctx.needs_input_grad)
+        y, _, mean, rstd = ops.layer_norm_fwd(x, weight, bias, eps, index, dtype, False, widths, keep)
         ctx.save_for_backward(x, weight, mean if _is_centred(weight, bias) else None, rstd, index, widths)
         ctx.has_bias = bias is not None
         return y
@@ -385,4 +395,4 @@ class LayerNormFunction(torch.autograd.Function):
         rest = (None, None, None, None, None, widths)
         dx, partials = ops.layer_norm_bwd(dy.contiguous(), x, None, weight, mean, rstd, places, *rest)
         dweight, dbias = (None, None) if weight is None else affine_gradients(partials, weight)
-        return dx, dweight, dbias if ctx.has_bias else None, None, None, None
+        return dx, dweight, dbias if ctx.has_bias else None, None, None, None, None

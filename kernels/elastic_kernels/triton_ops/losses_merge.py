@@ -50,23 +50,27 @@ def _losses_merge_kernel(
     has_a = tl.load(index_ptr + TARGETS * offs, mask=mask, other=-1) >= 0
     top1, rest1, across, _ = _merged(at, ranges, rows, mask, 0, 12, 12)
     top_a, rest_a, a1, a2 = _merged(at, ranges, rows, mask, 4, 6, 7)
-    lse = lse_ptr + offs
-    tl.store(lse, top1, mask=mask)
-    tl.store(lse + 2 * rows, top_a, mask=mask)
-    tl.store(lse + 4 * rows, rest1, mask=mask)
-    tl.store(lse + 6 * rows, rest_a, mask=mask)
+    KEEP: tl.constexpr = lse_ptr is not None
+    if KEEP:
+        lse = lse_ptr + offs
+        tl.store(lse, top1, mask=mask)
+        tl.store(lse + 2 * rows, top_a, mask=mask)
+        tl.store(lse + 4 * rows, rest1, mask=mask)
+        tl.store(lse + 6 * rows, rest_a, mask=mask)
     loss = tl.where(has_a, top1 + rest1 - a1, 0.0)
     if TARGETS == 2:
         has_b = tl.load(index_ptr + 2 * offs + 1, mask=mask, other=-1) >= 0
         top_b, rest_b, b1, b2 = _merged(at, ranges, rows, mask, 8, 10, 11)
-        tl.store(lse + 3 * rows, top_b, mask=mask)
-        tl.store(lse + 7 * rows, rest_b, mask=mask)
+        if KEEP:
+            tl.store(lse + 3 * rows, top_b, mask=mask)
+            tl.store(lse + 7 * rows, rest_b, mask=mask)
         loss += tl.where(has_b, top1 + rest1 - b1, 0.0)
     tl.store(losses_ptr + offs, loss * LN_2, mask=mask)
     if TWO:
         top2, rest2, _, _ = _merged(at, ranges, rows, mask, 2, 12, 12)
-        tl.store(lse + rows, top2, mask=mask)
-        tl.store(lse + 5 * rows, rest2, mask=mask)
+        if KEEP:
+            tl.store(lse + rows, top2, mask=mask)
+            tl.store(lse + 5 * rows, rest2, mask=mask)
         lse2 = top2 + rest2
         loss = tl.where(has_a, lse2 - a2, 0.0)
         if TARGETS == 2:
@@ -75,25 +79,29 @@ def _losses_merge_kernel(
         tl.store(losses_ptr + 2 * rows + offs, (lse2 - across) * LN_2, mask=mask)
 
 
-def merge(stats: Tensor, index: Tensor, students: int) -> tuple[Tensor, Tensor]:
+def merge(stats: Tensor, index: Tensor, students: int, keep: bool) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps of all ranges.
 
     Args:
         stats: fp32 `[ranges, STATS, rows]`.
         index: int64 `[rows, 1 or 2]`, targets of a row or -1.
         students: one or two.
+        keep: also give what backward reads.
 
     Returns:
         fp32 losses `[1 or 3, rows]`, of each student and of the distillation; logarithms to base 2 of sums of
         powers of 2 `[8, rows]` of two students and two targets, as maximum and the rest; those of what is not
-        there are not written.
+        there are not written; `[0, rows]` if not kept.
     """
     ranges, _, rows = stats.shape
     losses, lse = (
-        torch.empty(n, rows, dtype=torch.float32, device=stats.device) for n in (2 * students - 1, 8)
+        torch.empty(n, rows, dtype=torch.float32, device=stats.device)
+        for n in (2 * students - 1, 8 if keep else 0)
     )
     if rows:
         _losses_merge_kernel[(triton.cdiv(rows, ROWS),)](
-            stats, index, losses, lse, ranges, rows, TWO=students == 2, TARGETS=index.shape[1], BLOCK=ROWS
-        )
+            stats, index, losses, lse if keep else None,
+            ranges, rows,
+            TWO=students == 2, TARGETS=index.shape[1], BLOCK=ROWS,
+        )  # fmt: skip
     return losses, lse

@@ -32,7 +32,9 @@ class PrototypeLosses(torch.autograd.Function):
         tau_s: float,
         tau_t: float,
         operands: torch.dtype,
+        trains: bool,
     ) -> Tensor:
+        keep = trains and any(ctx.needs_input_grad)
         students, counts = [x for x in (x1, x2) if x is not None], [len(index) for *_, index in parts]
         # Rounded in here, as autograd would round the gradients of tensors that were rounded outside.
         split = zip(*(x.split(counts) for x in students), strict=True)
@@ -40,7 +42,7 @@ class PrototypeLosses(torch.autograd.Function):
         weight, losses, saved = weight.to(operands).contiguous(), [], []
         for x, (t, log_u, index) in zip(_by_part(rows, counts, len(students)), parts, strict=True):
             arguments = unit_stride(t), log_u.float().contiguous(), index.contiguous()
-            loss, lse = ops.prototype_losses_fwd(x, weight, *arguments, tau_s, tau_t)
+            loss, lse = ops.prototype_losses_fwd(x, weight, *arguments, tau_s, tau_t, keep)
             losses.append(loss)
             saved += [*arguments, lse]
         ctx.save_for_backward(rows, weight, *saved)
@@ -74,7 +76,7 @@ class PrototypeLosses(torch.autograd.Function):
         torch._foreach_mul_([dx, dweight], largest / DZ_SCALE)
         of_students = zip(*_by_part(dx, ctx.counts, students), strict=True)
         first, *second = [part[0] if len(part) == 1 else torch.cat(part) for part in of_students]
-        return first, second[0] if second else None, dweight, None, None, None, None
+        return first, second[0] if second else None, dweight, None, None, None, None, None
 
 
 def _by_part(rows: Tensor, counts: list[int], students: int) -> list[Tensor]:

@@ -273,7 +273,14 @@ def _launch_options(config: LossConfig) -> dict[str, int]:
 
 
 def prototype_losses_fwd(
-    x: Tensor, weight: Tensor, t: Tensor, log_u: Tensor, index: Tensor, tau_s: float, tau_t: float
+    x: Tensor,
+    weight: Tensor,
+    t: Tensor,
+    log_u: Tensor,
+    index: Tensor,
+    tau_s: float,
+    tau_t: float,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Losses and log-sum-exps, as of `merge`, of `x` `[students, rows, dim]`."""
     (students, rows, _), (prototypes, dim) = x.shape, weight.shape
@@ -297,7 +304,7 @@ def prototype_losses_fwd(
             STAGES=config.stages if whole else 1,
             **_launch_options(config),
         )  # fmt: skip
-    return merge(stats, index, students)
+    return merge(stats, index, students, keep)
 
 
 def prototype_losses_bwd(
@@ -346,9 +353,11 @@ def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
 
 register(
     "prototype_losses_fwd(Tensor x, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
-    " float tau_s, float tau_t) -> (Tensor, Tensor)",
+    " float tau_s, float tau_t, bool keep=True) -> (Tensor, Tensor)",
     prototype_losses_fwd,
-    lambda x, *rest: tuple(x.new_empty(n, x.shape[1], dtype=torch.float32) for n in (2 * len(x) - 1, 8)),
+    lambda x, weight, t, log_u, index, tau_s, tau_t, keep=True: tuple(
+        x.new_empty(n, x.shape[1], dtype=torch.float32) for n in (2 * len(x) - 1, 8 if keep else 0)
+    ),
 )
 register(
     "prototype_losses_bwd(Tensor grad, Tensor x, Tensor weight, Tensor t, Tensor log_u, Tensor index,"

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.attention import LOG2_E
+from elastic_kernels.triton_ops.attention_blocks import LOG2_E, outputs_of
 from elastic_kernels.triton_ops.device import cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, load_head, of_head
@@ -106,7 +106,8 @@ def _window_attention_fwd_kernel(
     o = dot(p.to(v.dtype), v, None, PRECISION) / z[:, None]
     outs = out_ptr + (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
     tl.store(outs, o.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + token * heads + head, m + tl.log2(z), mask=real)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + token * heads + head, m + tl.log2(z), mask=real)
 
 
 @triton.jit(
@@ -238,18 +239,24 @@ def _constants(qkv: Tensor, side: int, mask_value: float, backward: bool) -> dic
 
 
 def window_attention_fwd(
-    qkv: Tensor, bias: Tensor, pad: Tensor, maps: Sequence[int], side: int, shift: int, mask_value: float
+    qkv: Tensor,
+    bias: Tensor,
+    pad: Tensor,
+    maps: Sequence[int],
+    side: int,
+    shift: int,
+    mask_value: float,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]`.
+    """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]` if kept.
 
     `bias` `[heads or more, n, n]` and `pad` `[3, heads or more, d]` are contiguous; `maps` are flat triples.
     """
-    tokens, _, heads, dim = qkv.shape
-    out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=qkv.device)
+    heads, dim = qkv.shape[2:]
+    out, lse = outputs_of(qkv, None, keep)
     for span in _spans(maps, side, heads):
         _window_attention_fwd_kernel[(span.windows * heads,)](
-            qkv, bias, pad, out, lse,
+            qkv, bias, pad, out, lse if keep else None,
             span.first, *span.sizes, shift, heads,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5 * LOG2_E,
@@ -294,12 +301,9 @@ def window_attention_bwd(
 
 register(
     "window_attention_fwd(Tensor qkv, Tensor bias, Tensor pad, int[] maps, int side, int shift,"
-    " float mask_value) -> (Tensor, Tensor)",
+    " float mask_value, bool keep=True) -> (Tensor, Tensor)",
     window_attention_fwd,
-    lambda qkv, *rest: (
-        qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3]),
-        qkv.new_empty(qkv.shape[0], qkv.shape[2], dtype=torch.float32),
-    ),
+    lambda qkv, bias, pad, maps, side, shift, mask_value, keep=True: outputs_of(qkv, None, keep),
 )
 register(
     "window_attention_bwd(Tensor qkv, Tensor bias, Tensor pad, Tensor lse, Tensor dout,"
@@ -322,10 +326,12 @@ class WindowAttentionFunction(torch.autograd.Function):
         side: int,
         shift: int,
         mask_value: float,
+        trains: bool,
     ) -> Tensor:
         qkv, bias, pad = unit_stride(qkv), bias.contiguous(), pad.contiguous()
         geometry = (maps, side, shift, mask_value)
-        out, lse = ops.window_attention_fwd(qkv, bias, pad, *geometry)
+        keep = trains and any(ctx.needs_input_grad)
+        out, lse = ops.window_attention_fwd(qkv, bias, pad, *geometry, keep)
         ctx.save_for_backward(qkv, bias, pad, lse)
         ctx.geometry = geometry
         return out
@@ -335,4 +341,4 @@ class WindowAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, pad, lse = ctx.saved_tensors
         gradients = ops.window_attention_bwd(qkv, bias, pad, lse, dout.contiguous(), *ctx.geometry)
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None, None, None

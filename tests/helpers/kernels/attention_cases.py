@@ -28,25 +28,42 @@ def offsets_of(groups: Groups) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
 
+def without_absent_heads(qkv: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Sequences have no head, one, two, none, ...: those of each row, and NaN in all others."""
+    lengths = torch.tensor([length for count, length in groups for _ in range(count)])
+    heads = (torch.arange(len(lengths)) % 3).repeat_interleave(lengths).to(qkv.device)
+    absent = torch.arange(qkv.shape[2], device=qkv.device) >= heads.unsqueeze(1)
+    return qkv.masked_fill(absent[:, None, :, None], torch.nan), heads
+
+
 def assert_accurate(
-    case: Groups, dim: int, dtype: torch.dtype, name: str, device: str = "cpu", by_offsets: bool = False
+    case: Groups,
+    dim: int,
+    dtype: torch.dtype,
+    name: str,
+    *,
+    by_offsets: bool = False,
+    absent: bool = False,
 ) -> None:
     """A backend's output and gradient are as good as the reference's in the same dtype."""
-    exact = active_heads(case, dim).to(dtype).double()[:, :, :2]
-    qkv = active_heads(case, dim).to(dtype).to(device)[:, :, :2]
+    qkv, heads = active_heads(case, dim).to(dtype)[:, :, :2], None
+    if absent:
+        qkv, heads = without_absent_heads(qkv, case)
     dout = draw(qkv.shape[0], 2 * dim, seed=1).to(dtype)
-    truth = run(exact, case, dout.double(), "reference")
-    ours = run(qkv, offsets_of(case).to(device) if by_offsets else case, dout.to(device), name)
-    torchs = run(qkv, case, dout.to(device), "reference")
+    truth = run(qkv.double(), case, dout.double(), "reference", heads)
+    ours = run(qkv, offsets_of(case) if by_offsets else case, dout, name, heads)
+    torchs = run(qkv, case, dout, "reference", heads)
     for a, b, t in zip(ours, torchs, truth, strict=True):
         assert a.dtype == dtype
-        assert_as_good_as_torch(a.cpu(), b.cpu(), t)
+        assert_as_good_as_torch(a, b, t)
 
 
-def run(qkv: Tensor, groups: Groups | Tensor, dout: Tensor, name: str) -> tuple[Tensor, Tensor]:
+def run(
+    qkv: Tensor, groups: Groups | Tensor, dout: Tensor, name: str, heads: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Output and gradient on a backend."""
     leaf = qkv.detach().requires_grad_()
     with backend(name):
-        out = packed_attention(leaf, groups)
+        out = packed_attention(leaf, groups, heads)
         (grad,) = torch.autograd.grad(out, leaf, dout)
     return out.detach(), grad

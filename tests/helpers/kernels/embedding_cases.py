@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
-from elastic_kernels import EmbeddingWeights, backend, elastic_embedding
+from elastic_kernels import (
+    ElasticConv1x1,
+    ElasticPatchEmbed,
+    EmbeddingWeights,
+    backend,
+    elastic_embedding,
+)
 from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 
@@ -45,3 +53,27 @@ def assert_accurate(
         assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
         assert not mine[..., width:].any() if number > 2 else True
         assert_as_good_as_torch(mine, theirs, exact, f"gradient {number}" if number else "tokens")
+
+
+LAYERS = ("patches", "patches-of-nothing", "conv1x1")
+
+
+def assert_layer_accurate(kind: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Output and gradients of a module that is no part of a block, 21 of 33 wide."""
+    torch.manual_seed(0)
+    layer: torch.nn.Module = ElasticConv1x1(33, 40) if kind == "conv1x1" else ElasticPatchEmbed(2, 33)
+    images = draw(0 if kind == "patches-of-nothing" else 3, 3, 4, 6)
+    x, size = (draw(3, 5, 7, 21).permute(0, 3, 1, 2), 30) if kind == "conv1x1" else (images, 21)
+    layer, x = layer.to(device, dtype), x.to(device, dtype)
+
+    def run(name: str, kind: torch.dtype) -> list[Tensor]:
+        module, leaf = copy.deepcopy(layer).to(kind), x.to(kind).requires_grad_()
+        with backend(name):
+            y = module(leaf, size)
+            dy = draw(*y.shape, seed=2).to(device, dtype).to(kind)
+            return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], dy)]
+
+    results = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
+    for number, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        assert_as_good_as_torch(mine, theirs, exact, f"result {number}")

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from elastic_kernels.triton_ops import attention
-from helpers.kernels.attention_cases import PARTIAL_DIMS, Groups, active_heads, offsets_of, run
+from helpers.kernels.attention_cases import (
+    PARTIAL_DIMS,
+    Groups,
+    active_heads,
+    offsets_of,
+    run,
+    without_absent_heads,
+)
 from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, sized
 
@@ -53,12 +60,21 @@ def test_sequences_that_begin_at_offsets(dim: int, dtype: torch.dtype) -> None:
     compare(groups, dim, dtype, by_offsets=True)
 
 
-def compare(groups: Groups, dim: int, dtype: torch.dtype, by_offsets: bool = False) -> None:
-    qkv = active_heads(groups, dim, HEADS).to("cuda", dtype)[:, :, :HEADS]
+@pytest.mark.parametrize("by_offsets", [False, True])
+def test_nothing_is_read_of_absent_heads(by_offsets: bool) -> None:
+    compare(sized([(3, 197), (2, 37)], [(2, 5), (2, 67)]), 32, torch.float16, by_offsets, absent=True)
+
+
+def compare(
+    groups: Groups, dim: int, dtype: torch.dtype, by_offsets: bool = False, absent: bool = False
+) -> None:
+    qkv, heads = active_heads(groups, dim, HEADS).to("cuda", dtype)[:, :, :HEADS], None
+    if absent:
+        qkv, heads = without_absent_heads(qkv, groups)
     dout = draw(qkv.shape[0], HEADS * dim, seed=1).to("cuda", dtype)
     layout = offsets_of(groups).cuda() if by_offsets else groups
-    truth = run(qkv.double(), groups, dout.double(), "reference")
-    ours, *again = (run(qkv, layout, dout, "triton") for _ in range(RUNS))
-    for a, b, t in zip(ours, run(qkv, groups, dout, "reference"), truth, strict=True):
+    truth = run(qkv.double(), groups, dout.double(), "reference", heads)
+    ours, *again = (run(qkv, layout, dout, "triton", heads) for _ in range(RUNS))
+    for a, b, t in zip(ours, run(qkv, groups, dout, "reference", heads), truth, strict=True):
         assert_as_good_as_torch(a, b, t)
     assert all(torch.equal(a, r) for other in again for a, r in zip(ours, other, strict=True))

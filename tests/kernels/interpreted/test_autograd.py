@@ -4,14 +4,18 @@ first."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import elastic_kernels as ek
 from elastic_kernels import backend
 from elastic_kernels.recompute import recomputed
+from elastic_kernels.triton_ops.registration import ops
 from helpers.kernels.numerics import draw
 
 WIDTH, HEAD = 32, 16
@@ -21,6 +25,11 @@ GROUPS = [(2, 5)]
 def block() -> ek.ElasticBlock:
     torch.manual_seed(0)
     return ek.ElasticBlock(WIDTH, 64, HEAD, layer_scale=0.5)
+
+
+def swin_block() -> ek.ElasticSwinBlock:
+    torch.manual_seed(0)
+    return ek.ElasticSwinBlock(WIDTH, 64, HEAD, 2, 1)
 
 
 def weight(*shape: int) -> Tensor:
@@ -45,10 +54,15 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "mixed_width": lambda x: ek.mixed_width_block(block(), x, GROUPS, torch.full((10,), WIDTH)),
     "group_norm": lambda x: ek.elastic_group_norm(x[None], weight(WIDTH), weight(WIDTH), 4, 1e-5),
     "attention": lambda x: ek.packed_attention(x.repeat(1, 3).view(10, 3, 2, HEAD), GROUPS),
+    "offsets": lambda x: ek.packed_attention(
+        x.repeat(1, 3).view(10, 3, 2, HEAD), torch.tensor([0, 3, 10]), torch.tensor([1] * 3 + [2] * 7)
+    ),
     "window_attention": lambda x: ek.window_attention(
         x[:8].repeat(1, 3).view(8, 3, 2, HEAD), weight(2, 4, 4), weight(3, 2, HEAD), [(2, 2, 2)], window=2
     ),
     "block": lambda x: block()(x, GROUPS),
+    "last-block": lambda x: block()(x, GROUPS, only=torch.tensor([0, 5])),
+    "swin-block": lambda x: swin_block()(x, [(1, 2, 5)]),
     "prototypes": lambda x: ek.prototype_cross_entropy(
         [x],
         weight(7, WIDTH),
@@ -70,6 +84,26 @@ def test_second_derivatives_are_refused(name: str) -> None:
         torch.autograd.grad(OPERATORS[name](x).sum(), x, create_graph=True)
     (first,) = torch.autograd.grad(OPERATORS[name](x).sum(), x)
     assert first.shape == x.shape and not first.requires_grad
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_is_written_that_only_backward_would_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad each operator gives one tensor: no statistics, no sums before activations."""
+    x = draw(10, WIDTH).float().requires_grad_()
+    trained = OPERATORS[name](x)
+    written: list[int] = []
+
+    def counted(operator: Callable[..., Any], *arguments: Any) -> Any:
+        outputs = operator(*arguments)
+        if outputs is not None:  # else it writes into the stream
+            written.append(sum(output.numel() > 0 for output in tree_leaves(outputs)))
+        return outputs
+
+    for key, operator in vars(ops).items():
+        monkeypatch.setattr(ops, key, partial(counted, operator))
+    with torch.no_grad():
+        served = OPERATORS[name](x)
+    assert torch.equal(trained, served) and set(written) == {1}
 
 
 def test_a_gradient_that_would_be_lost_is_an_error() -> None:

@@ -42,9 +42,17 @@ def test_sequences_that_begin_at_offsets(lengths: tuple[int, ...], dim: int, dty
     assert_accurate([(1, length) for length in lengths], dim, dtype, "triton", by_offsets=True)
 
 
-def test_long_sequences_take_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("absent", [False, True])
+def test_long_sequences_take_several_programs(absent: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic_kernels.triton_ops.attention, "LONGEST_OF_ONE_PROGRAM", 64)
-    assert_accurate([(2, 9), (1, 70)], 16, torch.float32, "triton")
+    assert_accurate([(2, 9), (1, 70)], 16, torch.float32, "triton", absent=absent)
+
+
+@pytest.mark.parametrize("by_offsets", [False, True])
+def test_nothing_is_read_of_absent_heads(by_offsets: bool) -> None:
+    """Of short sequences, of some longer than a tile, and of none that end the batch."""
+    case = [(2, 5), (1, 70), (1, 3), (2, 0)]
+    assert_accurate(case, 16, torch.float16, "triton", by_offsets=by_offsets, absent=True)
 
 
 @pytest.mark.parametrize("layout", ["projections-first", "heads-last", "offset"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import elastic_kernels as ek
-from helpers.kernels.embedding_cases import assert_accurate
+from helpers.kernels.embedding_cases import LAYERS, assert_accurate, assert_layer_accurate
 from helpers.kernels.numerics import DTYPES, draw
 
 
@@ -14,6 +14,12 @@ from helpers.kernels.numerics import DTYPES, draw
 @pytest.mark.parametrize(("width", "registers", "masked"), [(5, 0, True), (9, 2, False), (9, 1, True)])
 def test_tokens_and_gradients(width: int, registers: int, masked: bool, dtype: torch.dtype) -> None:
     assert_accurate(width, 9, registers, masked, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_patches_and_1x1_convolutions(kind: str, dtype: torch.dtype) -> None:
+    assert_layer_accurate(kind, dtype)
 
 
 def test_registered_operators() -> None:
