@@ -84,20 +84,22 @@ def test_repeats_bitwise() -> None:
 
 
 def test_registered_operators() -> None:
-    qkv = draw(13, 3, 2, 16).float()
-    flat = [2, 5, 1, 3]
-    out, lse = torch.ops.elastic_kernels.attention_fwd(qkv, flat)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.elastic_kernels.attention_fwd, (qkv, flat), test_utils=checks)
-    arguments = (qkv, out, lse, torch.ones_like(out), flat)
-    for wants_sums in (False, True):
-        torch.library.opcheck(
-            torch.ops.elastic_kernels.attention_bwd, (*arguments, wants_sums), test_utils=checks
-        )
-    offsets = torch.tensor([0, 4, 13])
-    torch.library.opcheck(torch.ops.elastic_kernels.attention_offsets_fwd, (qkv, offsets), test_utils=checks)
-    arguments = (qkv, offsets, out, lse, torch.ones_like(out))
-    torch.library.opcheck(torch.ops.elastic_kernels.attention_offsets_bwd, arguments, test_utils=checks)
+    ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
+    qkv, flat, offsets = draw(13, 3, 2, 16).float(), [2, 5, 1, 3], torch.tensor([0, 5, 13])
+    active = torch.tensor([1] * 5 + [2] * 8)
+    out, lse = ops.attention_fwd(qkv, flat)
+    saved = (out, lse, torch.ones_like(out))
+    calls = [
+        (ops.attention_fwd, (qkv, flat)),
+        (ops.attention_fwd, (qkv, flat, active, False)),
+        (ops.attention_bwd, (qkv, *saved, flat, False, active)),
+        (ops.attention_bwd, (qkv, *saved, flat, True)),
+        (ops.attention_offsets_fwd, (qkv, offsets)),
+        (ops.attention_offsets_fwd, (qkv, offsets, active, False)),
+        (ops.attention_offsets_bwd, (qkv, offsets, *saved, active)),
+    ]
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=checks)
 
 
 def test_recomputed_equals_stored() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import elastic_kernels as ek
+import elastic_kernels.triton_ops.embedding  # noqa: F401, registers the operators
 from helpers.kernels.embedding_cases import LAYERS, assert_accurate, assert_layer_accurate
 from helpers.kernels.numerics import DTYPES, draw
 

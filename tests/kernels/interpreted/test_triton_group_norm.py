@@ -69,3 +69,14 @@ def test_a_number_that_is_none_stays_so() -> None:
     y = elastic_group_norm(x, torch.ones(4), torch.zeros(4), 2, EPS, activation="relu")
     assert y[..., :2].isnan().all()
     assert not y[..., 2:].isnan().any()
+
+
+def test_registered_operators() -> None:
+    x, weight, residual = draw(2, 5, 6).float(), draw(8).float(), draw(2, 5, 6, seed=1).float()
+    ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = (x, weight, weight, residual, 3, 1e-5, True)
+    y, *statistics = ops.group_norm_fwd(*arguments)
+    for keep in (True, False):
+        torch.library.opcheck(ops.group_norm_fwd, (*arguments, keep), test_utils=checks)
+        arguments_of_backward = (x, x, y, weight, *statistics, keep)
+        torch.library.opcheck(ops.group_norm_bwd, arguments_of_backward, test_utils=checks)

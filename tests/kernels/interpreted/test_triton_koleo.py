@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import elastic_kernels.triton_ops.koleo  # noqa: F401, registers the operators
 from elastic_kernels import backend, koleo
 from helpers.kernels.koleo_cases import assert_accurate
 from helpers.kernels.numerics import DTYPES, draw
@@ -33,6 +34,7 @@ def test_rows_without_a_neighbour_and_equal_rows(name: str) -> None:
 def test_registered_operators() -> None:
     ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
     x = [draw(4, 8).float(), draw(6, 3).float()]
-    torch.library.opcheck(ops.koleo_fwd, (x, 2), test_utils=checks)
+    for keep in (True, False):
+        torch.library.opcheck(ops.koleo_fwd, (x, 2, keep), test_utils=checks)
     saved = ops.koleo_fwd(x, 2)[1:]
     torch.library.opcheck(ops.koleo_bwd, (x, torch.ones(()), *saved, 2), test_utils=checks)

@@ -192,7 +192,8 @@ def test_registered_operators() -> None:
     for students in (1, 2):
         x = torch.stack([inputs["x0"], inputs["x1"]][:students])
         arguments = (x, *shared, TAU_S, TAU_T)
-        torch.library.opcheck(ops.prototype_losses_fwd, arguments, test_utils=checks)
+        for keep in (True, False):
+            torch.library.opcheck(ops.prototype_losses_fwd, (*arguments, keep), test_utils=checks)
         losses, lse = ops.prototype_losses_fwd(*arguments)
         results = x.new_zeros(x.shape).flatten(0, 1), torch.zeros_like(shared[0])
         saved = (x, *shared, lse.nan_to_num(), torch.ones(()))
@@ -204,6 +205,10 @@ def test_registered_operators() -> None:
     torch.library.opcheck(ops.sinkhorn_rows, ([t], table, log_u, TAU_T), test_utils=checks)
     torch.library.opcheck(ops.sinkhorn_columns, ([t], table, None, TAU_T), test_utils=checks)
     torch.library.opcheck(ops.sinkhorn_columns, ([t], table, torch.zeros(5), TAU_T), test_utils=checks)
+    sums = ops.sinkhorn_columns([t], table, None, TAU_T)
+    torch.library.opcheck(ops.sinkhorn_total, (*sums, sums[0]), test_utils=checks)
+    total = ops.sinkhorn_total(*sums, sums[0])
+    torch.library.opcheck(ops.sinkhorn_scaling, (total, sums[0]), test_utils=checks)
 
 
 def test_repeats_bitwise() -> None:

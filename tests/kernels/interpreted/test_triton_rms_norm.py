@@ -28,7 +28,7 @@ def test_registered_operators() -> None:
     places = torch.tensor([1, -1, -1, -1, 0, -1], dtype=torch.int32)
     calls = [
         (ops.layer_norm_fwd, (x, weight, None, 1e-6, None, torch.float16)),
-        (ops.layer_norm_fwd, (x, weight, None, 1e-6, index, torch.float32)),
+        (ops.layer_norm_fwd, (x, weight, None, 1e-6, index, torch.float32, False, None, False)),
         (ops.layer_norm_fwd, (x, weight, None, 1e-6, None, torch.float32, False, index.new_ones(6))),
         (ops.layer_norm_bwd, (x[:2], x, None, weight, None, torch.ones(2), places, None)),
         (ops.swiglu_fwd, (draw(3, 2, 7).float(), "silu")),

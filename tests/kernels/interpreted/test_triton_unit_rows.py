@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import elastic_kernels.triton_ops.unit_rows  # noqa: F401, registers the operators
 from elastic_kernels import unit_rows
 from helpers.kernels.numerics import DTYPES, draw
 from helpers.kernels.unit_rows_cases import assert_accurate

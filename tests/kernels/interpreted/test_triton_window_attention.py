@@ -68,3 +68,13 @@ def test_too_large_windows_and_heads_are_refused_when_forced(dim: int, window: i
     bias = torch.zeros(2, window**2, window**2)
     with pytest.raises(RuntimeError, match=message):
         window_attention(draw(4, 3, 2, dim).float(), bias, None, [(1, 2, 2)], window=window)
+
+
+def test_registered_operators() -> None:
+    ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
+    tensors = draw(20, 3, 2, 16).float(), draw(2, 9, 9).float(), draw(3, 2, 16).float()
+    geometry = ([1, 5, 4], 3, 1, -100.0)
+    out, lse = ops.window_attention_fwd(*tensors, *geometry)
+    for keep in (True, False):
+        torch.library.opcheck(ops.window_attention_fwd, (*tensors, *geometry, keep), test_utils=checks)
+    torch.library.opcheck(ops.window_attention_bwd, (*tensors, lse, out, *geometry), test_utils=checks)

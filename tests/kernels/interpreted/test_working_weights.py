@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_kernels as ek
+from elastic_kernels.triton_ops import folding
 from helpers.kernels.numerics import draw
 
 
@@ -184,3 +185,11 @@ def test_contexts_may_be_nested() -> None:
 def test_wrong_dtype() -> None:
     with pytest.raises(TypeError, match="expected float16 or bfloat16, got torch.float32"):
         ek.working_weights([torch.zeros(2, 2)], torch.float32)
+
+
+def test_registered_operator() -> None:
+    weight, gamma, result = draw(5, 8).float(), draw(5).float(), draw(5, 8).half()
+    table = folding.table_of([weight], folding.addresses_of([weight], [gamma], [result]))
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = ([result], table.tensors, table.tiles, table.aligned)
+    torch.library.opcheck(torch.ops.elastic_kernels.fold_layer_scale, arguments, test_utils=checks)
