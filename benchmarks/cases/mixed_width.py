@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,13 @@ from benchmarks.peers.mixed_width import GroupedMM, Padded, Part, by_width
 from benchmarks.roofline.vit import attention_flops
 
 EPS = 1e-6
-Forward = Callable[[nn.Module, Tensor], Tensor]
+M = TypeVar("M", bound=nn.Module)
 
 
 def _parts(groups: Groups, *widths: int) -> Iterator[Part]:
     for count, length in groups:
         for n, width in zip((count // 2, count - count // 2), widths, strict=True):
-            yield Part(n, length, width)
+            yield Part((n, length), width)
 
 
 def _problem(
@@ -39,10 +40,10 @@ def _problem(
     sizes: Sizes,
     groups: Groups,
     width: int,
-    module: nn.Module,
-    ours: Callable[[nn.Module, Tensor, Tensor], Tensor],
-    sliced: Callable[[nn.Module, Tensor, Part], Tensor],
-    whole: Callable[[Padded, nn.Module, Tensor], Tensor],
+    module: M,
+    ours: Callable[[M, Tensor, Tensor], Tensor],
+    sliced: Callable[[M, Tensor, Part], Tensor],
+    whole: Callable[[Padded, M, Tensor], Tensor],
     cost: tuple[int, float, float],
 ) -> Problem:
     """A module's.
@@ -60,7 +61,7 @@ def _problem(
     parts = list(_parts(groups, width, largest))
     kit = Padded(parts, largest, device)
 
-    def provider(forward: Forward) -> Callable[..., Tensor]:
+    def provider(forward: Callable[[M, Tensor], Tensor]) -> Callable[..., Tensor]:
         return of_module(module, forward)
 
     def masked(kind: type[Padded]) -> Callable[[], Callable[..., Tensor]]:
@@ -70,7 +71,7 @@ def _problem(
     active, weights = sum(part.rows * part.width for part in parts), products * largest * largest
     flops = 2.0 * products * sum(part.rows * part.width**2 for part in parts)
     if op in ("mixed_attention", "mixed_block"):
-        flops += sum(attention_flops([(part.count, part.length)], part.width) for part in parts)
+        flops += sum([attention_flops((part.group,), part.width) for part in parts])
     others = {"padded": masked(Padded), **({"grouped_mm": masked(GroupedMM)} if products else {})}
     providers = providers_of(
         provider(lambda m, x: ours(m, x, kit.widths)),
@@ -82,7 +83,7 @@ def _problem(
     return Problem(op, shape_of(groups, width, largest), leaves, providers, flops, moved)
 
 
-def _made(make: Callable[[], nn.Module], device: torch.device, sizes: Sizes) -> nn.Module:
+def _made(make: Callable[[], M], device: torch.device, sizes: Sizes) -> M:
     with torch.device(device):
         return make().to(sizes.dtype)
 
@@ -126,7 +127,7 @@ def mixed_attention(device: torch.device, sizes: Sizes, groups: Groups, width: i
 
     def sliced(m: ek.ElasticAttention, x: Tensor, part: Part) -> Tensor:
         h = naive.qkv(x, m.qkv.weight, m.qkv.bias).unflatten(-1, (-1, m.head_dim))
-        h = naive.attention(h, [(part.count, part.length)])
+        h = naive.attention(h, [part.group])
         return naive.linear(h, m.proj.weight, m.proj.bias, part.width)
 
     return _problem(
@@ -146,7 +147,7 @@ def mixed_block(device: torch.device, sizes: Sizes, groups: Groups, width: int) 
     return _problem(
         "mixed_block", device, sizes, groups, width, block,
         lambda m, x, widths: ek.mixed_width_block(m, x, groups, widths),
-        lambda m, x, part: naive.block(m, x, [(part.count, part.length)]),
+        lambda m, x, part: naive.block(m, x, [part.group]),
         lambda kit, m, x: kit.block(m, x),
         (12, 33, 62),
     )  # fmt: skip

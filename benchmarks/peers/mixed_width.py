@@ -17,15 +17,14 @@ from elastic_kernels import ElasticAttention, ElasticBlock, ElasticMLP, LayerSca
 
 
 class Part(NamedTuple):
-    """Rows that lie together: sequences, tokens of each, and channels in use."""
+    """Rows that lie together: how many sequences and tokens of each, and channels in use."""
 
-    count: int
-    length: int
+    group: tuple[int, int]
     width: int
 
     @property
     def rows(self) -> int:
-        return self.count * self.length
+        return self.group[0] * self.group[1]
 
 
 def by_width(parts: Sequence[Part], layer: Callable[[Tensor, Part], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -73,7 +72,7 @@ class Padded:
     def attention(self, attn: ElasticAttention, x: Tensor) -> Tensor:
         """Absent heads attend, too, to values of 0."""
         h = self.linear(x, attn.qkv.weight, attn.qkv.bias, 3).unflatten(2, (-1, attn.head_dim))
-        h = naive.attention(h, [(part.count, part.length) for part in self.parts])
+        h = naive.attention(h, [part.group for part in self.parts])
         return self.linear(h, attn.proj.weight, attn.proj.bias).flatten(1)
 
     def mlp(self, mlp: ElasticMLP, x: Tensor) -> Tensor:
