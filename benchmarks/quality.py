@@ -105,7 +105,7 @@ def _train(
     device: torch.device,
     seconds: float,
 ) -> list[Row]:
-    source = config.data.open(config.method.seed)
+    source = config.open()
     if source.test is None:
         raise ValueError(f"--data: expected class folders to evaluate on, got {config.data.source}")
     with tempfile.TemporaryDirectory() as folder:

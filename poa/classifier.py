@@ -48,7 +48,7 @@ class Classifier(nn.Module):
             return [self.head(self.backbone([images], p.subnet, drop=p.drop)[0].cls) for p in passes]
 
     def logits(self, images: Tensor, subnet: Subnet) -> Tensor:
-        """float32 `[B, classes]` of normalised images `[B, 3, S, S]`."""
+        """float32 `[B, classes]` of normalised images `[B, C, S, S]`."""
         logits: Tensor = self.head(self.backbone([images], subnet)[0].cls)
         return logits.float()
 

@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 
 from poa.backbones import BackboneOptions, ViTConfig
 from poa.data.crops import CropsConfig
-from poa.data.sources import DataConfig
+from poa.data.layout import Openers
+from poa.data.sources import DataConfig, DataSplit
 from poa.errors import InputError
 from poa.heads import HeadConfig
 from poa.losses import LossConfig
@@ -83,6 +84,11 @@ class MethodConfig(Options, at="method"):
             raise self.init.wrong("importance", f"none for a {self.backbone.kind}")
         if self.crops.global_size != self.backbone.image_size:
             raise self.crops.wrong("global_size", f"method.backbone.image_size {self.backbone.image_size}")
+        channels = self.backbone.channels
+        for name in ("mean", "std"):
+            if len(getattr(self.crops, name)) != channels:
+                expected = f"a value for each of the {channels} channels, as poa data stats prints them"
+                raise self.crops.wrong(name, expected)
         if self.crops.local_count:
             self.backbone.grid(self.crops.local_size)
         self.optim.require_durations(ibot=self.loss.ibot > 0)
@@ -159,6 +165,10 @@ class Config:
     data: DataConfig = section(DataConfig(), "which images are trained on")
     performance: PerformanceConfig = section(PerformanceConfig(), "changes speed and memory only")
     run: RunConfig = section(RunConfig(), "device, logging, checkpoints, evaluation")
+
+    def open(self, openers: Openers | None = None) -> DataSplit:
+        """The images; see `DataConfig.open`."""
+        return self.data.open(self.method.seed, openers, self.method.backbone.channels)
 
     RENAMED: ClassVar[dict[str, str]] = {  # old names of options, in configurations of earlier versions
         "method.chunks": "method.micro_batches",

@@ -10,6 +10,7 @@ from PIL import Image
 
 from poa.config import Config
 from poa.data.augment import augment
+from poa.data.decode import to_picture
 from poa.data.loader import evaluation_batches
 from poa.errors import InputError
 from poa.random import torch_stream
@@ -25,7 +26,7 @@ def contact_sheet(config: Config) -> bytes:
         InputError: the images are missing or unreadable.
     """
     method, crops = config.method, config.method.crops
-    source = config.data.open(method.seed).train
+    source = config.open().train
     spread = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(np.int64))
     batch = next(iter(evaluation_batches(source.subset(spread), method.canvas, 0)))
     count, side = len(batch.images), crops.global_size
@@ -39,7 +40,7 @@ def contact_sheet(config: Config) -> bytes:
         seen = [*views[0][row::count], *views[1][row::count][:local]]
         pixels = [((crop * std + mean).clamp(0, 1) * 255).round().byte() for crop in seen]
         for column, tile in enumerate([image[:, :height, :width], *pixels]):
-            picture = Image.fromarray(tile.permute(1, 2, 0).numpy())
+            picture = to_picture(tile.permute(1, 2, 0).numpy())
             picture.thumbnail((side, side))
             sheet.paste(picture, (column * (side + GAP), row * (side + GAP)))
     file = io.BytesIO()

@@ -32,7 +32,7 @@ def open_on_ranks(config: Config, world: World, openers: Openers | None = None) 
     Raises:
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
     """
-    data = main_first(lambda: config.data.open(config.method.seed, openers), config.data.source, world)
+    data = main_first(lambda: config.open(openers), config.data.source, world)
     world.from_main(partial(require_readable, data.train, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; continuing without it", line)
@@ -41,7 +41,8 @@ def open_on_ranks(config: Config, world: World, openers: Openers | None = None) 
         world.require_same("data", {**counts, "checksum of names and labels": data.digest()})
     evaluates = bool(config.run.evaluate_every and data.test)
     method = config.method
-    require_shared_memory(method.canvas, method.batch_size, config.performance.workers, evaluates)
+    image_bytes = method.backbone.channels * method.canvas**2
+    require_shared_memory(image_bytes, method.batch_size, config.performance.workers, evaluates)
     return data
 
 

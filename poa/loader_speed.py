@@ -15,7 +15,7 @@ def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iter
     Each is measured for so many seconds after its first batch; with 0 workers, this process decodes.
     """
     method = config.method
-    data = config.data.open(config.method.seed)
+    data = config.open()
     yield f"{len(data.train):,} images, canvas of {method.canvas} pixels, batches of {method.batch_size}"
     for wanted in workers:
         stream = SampleStream(

@@ -159,7 +159,9 @@ def _micro_batch(config: Config, state: TrainingState, elastic: Subnet) -> Micro
     method, meta = config.method, torch.device("meta")
     crops, images = method.crops, method.batch_size
     shapes = [(VIEWS * images, crops.global_size), (crops.local_count * images, crops.local_size)]
-    whole, local = (torch.empty(count, 3, side, side, device=meta) for count, side in shapes)
+    whole, local = (
+        torch.empty(count, method.backbone.channels, side, side, device=meta) for count, side in shapes
+    )
     patches, masked = method.backbone.grid(crops.global_size) ** 2, round(expected_masked(method))
     masks = Masks(
         torch.empty(VIEWS * images, patches, dtype=torch.bool, device=meta),

@@ -59,7 +59,7 @@ def make_micro_batch(
     """Augment decoded images on their device, and draw the masks, if iBOT has started, and the stochastic
     depth.
 
-    Canvases are uint8 `[B, 3, canvas, canvas]`, sizes int64 `[B, 2]` on the CPU: height and width in pixels
+    Canvases are uint8 `[B, C, canvas, canvas]`, sizes int64 `[B, 2]` on the CPU: height and width in pixels
     of the image on each. The passes are for `student`.
     """
     dtype = AUTOCAST.get(method.precision, torch.float32)

@@ -25,8 +25,8 @@ class Batch:
     1).
 
     Attributes:
-        global_crops: `[2 B, 3, S, S]`.
-        local_crops: `[L B, 3, s, s]`, L >= 0.
+        global_crops: `[2 B, C, S, S]`.
+        local_crops: `[L B, C, s, s]`, L >= 0.
         masks: of the global crops; nothing masked before iBOT starts.
     """
 

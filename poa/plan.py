@@ -239,6 +239,9 @@ def _unusual(
     if method.canvas < method.crops.global_size:
         size = method.crops.global_size
         yield f"images are shrunk to {method.canvas} pixels (method.canvas), less than the crops' {size}"
+    channels, crops = method.backbone.channels, method.crops
+    if channels != 3 and (crops.grayscale or crops.jitter and (crops.saturation or crops.hue)):
+        yield f"saturation, hue and grey-scale crops need 3 channels and are left out of images of {channels}"
     if not method.loss.ibot:
         yield "the masked-patch loss is off (method.loss.ibot=0)"
     elif not expected_masked(method):

@@ -39,7 +39,7 @@ def quickstart(config: Config, out: Path) -> None:
         extract(backbone, s, out / "models", method.crops, canvas=method.canvas, source=source)
         for s in subnets
     ]
-    data = config.data.open(config.method.seed)
+    data = config.open()
     initial = initial_network(config).backbone
     world = World(0, 1, torch.device("cpu"))
     origin = Origin.of(folder, checkpoint, "teacher")

@@ -93,7 +93,8 @@ def warm_up_steps(subnet: Subnet, config: Config, state: TrainingState) -> None:
 
 def noise(config: Config) -> Tensor:
     """Canvases of a micro-batch, on the CPU."""
-    shape = (config.method.batch_size, 3, config.method.canvas, config.method.canvas)
+    method = config.method
+    shape = (method.batch_size, method.backbone.channels, method.canvas, method.canvas)
     return torch.randint(256, shape, dtype=torch.uint8, generator=torch_stream(0, "warm-up"))
 
 

@@ -89,6 +89,7 @@ def test_golden_extract(name: str, backbone: ElasticViT) -> None:
         golden.assert_close(ours[key], recorded[key], relative=1e-6)
 
 
+FIVE = ("channels=5", "mean=0.5,0.4,0.3,0.2,0.1", "std=0.2,0.2,0.2,0.3,0.3")
 RESNETS = [Subnet(width, (a, b, 1, 1)) for width in (64, 96) for a in (1, 2) for b in (1, 2)]
 
 
@@ -102,9 +103,10 @@ def test_timm_gives_the_same_bits(kind: str, backbone: ElasticViT, tmp_path: Pat
     """Of eight subnets at two sizes, under strict names; also as parts, with classes and of other sizes."""
     timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
     elastic, subnets = (resnet(), RESNETS) if kind == "resnet" else (backbone, eight_subnets())
+    crops = CROPS
     if kind == "registers":
-        elastic = tiny_config("method.backbone.registers=4").method.backbone.build()
-        subnets = list(elastic.space)
+        elastic = tiny_config("registers=4", *FIVE).method.backbone.build()
+        subnets, crops = list(elastic.space), tiny_config(*FIVE).method.crops
     if elastic is not backbone:
         with torch.no_grad():
             for parameter in elastic.parameters():
@@ -113,24 +115,27 @@ def test_timm_gives_the_same_bits(kind: str, backbone: ElasticViT, tmp_path: Pat
     sizes = [elastic.config.image_size, elastic.config.image_size + step]
     for subnet, size in itertools.product(subnets, sizes):
         if kind != "resnet" or size == sizes[0]:  # one file for all sizes
-            path = export.extract(elastic, subnet, tmp_path, CROPS, image_size=size)
+            path = export.extract(elastic, subnet, tmp_path, crops, image_size=size)
             model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
             ours = poa.load(path)
             assert model.state_dict().keys() == load_file(path / "model.safetensors").keys()
-        images = torch.randn(2, 3, size, size)
+        images = torch.randn(2, len(crops.mean), size, size)
         with torch.no_grad():
             assert torch.equal(model(images), ours(images))
     size = ours.preprocess.size
     assert torch.equal(poa.load(path).to_timm()(images), model(images))
     settings = timm.data.resolve_model_data_config(model)
-    assert tuple(settings["input_size"]) == (3, size, size) and tuple(settings["mean"]) == CROPS.mean
-    assert round(size / settings["crop_pct"]) == CROPS.eval_resize(size)
+    assert (
+        tuple(settings["input_size"]) == (len(crops.mean), size, size)
+        and tuple(settings["mean"]) == crops.mean
+    )
+    assert round(size / settings["crop_pct"]) == crops.eval_resize(size)
     asked = {"features_only": True, "out_indices": [-1]}
     (maps,) = timm.create_model(f"local-dir:{path}", pretrained=True, **asked).eval()(images)
     assert maps.shape[:2] == (2, poa.load(path)(images).shape[1])
     larger = {} if kind == "resnet" else {"img_size": 2 * size}
     model = timm.create_model(f"local-dir:{path}", pretrained=True, num_classes=7, **larger)
-    assert model(torch.randn(1, 3, 2 * size, 2 * size)).shape == (1, 7)
+    assert model(torch.randn(1, len(crops.mean), 2 * size, 2 * size)).shape == (1, 7)
 
 
 def test_what_timm_does_not_have_is_not_offered_to_it(tmp_path: Path) -> None:

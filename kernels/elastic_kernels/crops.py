@@ -5,7 +5,9 @@
 
 for every crop with parameters of its own, drawn beforehand on the CPU. Unlike in the official pipeline, which
 works on 8-bit images, nothing is rounded to integers in between. The plain definition runs each operation on
-the crops that were drawn for it alone. The Triton kernels are in `triton_ops/crops.py`.
+the crops that were drawn for it alone. Saturation, hue and grayscale are defined for three channels and left
+out for others, whose contrast is about the mean of all channels. The Triton kernels are in
+`triton_ops/crops.py`.
 
 Source: DINO (Caron et al., 2021) and DINOv2 (Oquab et al., 2023) for the views; the operations follow
 torchvision's transforms, and the resampling Pillow's bicubic filter.
@@ -26,6 +28,7 @@ from torch import Tensor
 from elastic_kernels import dispatch
 from elastic_kernels.resample import (
     check_canvases,
+    check_normalisation,
     filter_taps,
     normalisation,
     product_pixels,
@@ -92,8 +95,8 @@ def render_crops(
     """Cut boxes out of canvases, resize, flip, rotate, recolour, blur, solarise and normalise them.
 
     Args:
-        images: uint8 `[B, 3, H, W]`, read in place if its rows are contiguous; crop n is of image `n % B`,
-            and no pixel outside of its box reaches it.
+        images: uint8 `[B, C, H, W]` of 1 to 16 channels, read in place if its rows are contiguous; crop n is
+            of image `n % B`, and no pixel outside of its box reaches it.
         parameters: of the `N` crops, a multiple of `B`.
         size: side of the crops in pixels, S.
         blur_kernel: taps of the blur, odd and below 2 * S.
@@ -101,15 +104,17 @@ def render_crops(
         dtype: of the result: float32, float16 or bfloat16.
 
     Returns:
-        Contiguous `[N, 3, S, S]` of `dtype` on the device of `images`.
+        Contiguous `[N, C, S, S]` of `dtype` on the device of `images`.
 
     Raises:
         TypeError: tensors of other dtypes.
         ValueError: other shapes, parameters off the CPU, boxes that are empty or leave the canvas, an order
-            that does not name each operation once, or a blur kernel that does not fit.
+            that does not name each operation once, a blur kernel that does not fit, or a mean or std of other
+            channels.
 
     Numerics: products and sums in fp32, between kernels float16, which holds a level of 0..255 to 1/16.
-    Results repeat bitwise. Never waits for the device: the parameters go there in one transfer.
+    Results repeat bitwise. Never waits for the device: the parameters go there in one transfer. PyTorch
+    jitters images of other than three channels.
 
     Example:
         >>> import torch
@@ -125,6 +130,7 @@ def render_crops(
     _check_parameters(parameters, images)
     wanted = _Wanted(size, blur_kernel, mean, std, dtype)
     _check_wanted(parameters, wanted)
+    check_normalisation(images, mean, std)
     make = _render_triton if crops_backend(images).backend == "triton" else _reference
     return make(images, parameters, wanted)
 
@@ -146,22 +152,20 @@ def crops_backend(images: Tensor) -> dispatch.Choice:
 
 def _reference(images: Tensor, parameters: CropParameters, wanted: _Wanted) -> Tensor:
     """`render_crops` in plain PyTorch."""
-    p, size, steps = parameters, wanted.size, _plan(parameters, wanted.blur_kernel)
-    rows = upload_parts([rows for _, rows, _ in steps], images.device)
+    p, size, channels = parameters, wanted.size, images.shape[1]
     angle = torch.zeros(0) if p.angle is None else p.angle
     levels = normalisation(wanted.mean, wanted.std)
-    plan = [p.boxes.float(), p.flip.float(), angle, *levels, *(a for _, _, a in steps)]
-    boxes, flip, angle, shift, gain, *amounts = upload_parts(plan, images.device)
+    plan = [p.boxes.float(), p.flip.float(), angle, *levels]
+    boxes, flip, angle, shift, gain = upload_parts(plan, images.device)
     if not len(boxes):
-        return boxes.new_empty(0, 3, size, size, dtype=wanted.dtype)
+        return boxes.new_empty(0, channels, size, size, dtype=wanted.dtype)
     taps = filter_taps((p.boxes[:, 2:].amax(0) / size).tolist())
     pixels = product_pixels(images)
     crops = resample_boxes(pixels, boxes, touched_pixels(boxes), (size, size), flip > 0, taps)
     if len(angle):
         crops = _rotate(crops, angle)
-    for (operation, _, _), chosen, amount in zip(steps, rows, amounts, strict=True):
-        changed = operation(crops.index_select(0, chosen), amount.view(-1, 1, 1, 1))
-        crops.index_copy_(0, chosen, changed)
+    blur, none = partial(_blur, wanted.blur_kernel), torch.zeros_like(p.sigma)
+    _apply(crops, [*_recolouring(p, channels), (blur, p.sigma > 0, p.sigma), (_solarize, p.solarize, none)])
     return crops.mul_(gain).sub_(shift).to(wanted.dtype)
 
 
@@ -170,20 +174,27 @@ def _changes(parameters: CropParameters) -> Tensor:
     return parameters.jitter[:, None] & (parameters.factors != torch.tensor(NEUTRAL_CROP))
 
 
-def _plan(parameters: CropParameters, blur_kernel: int) -> list[tuple[Operation, Tensor, Tensor]]:
-    """The colour operations in order, each with the crops it changes (int64) and their amounts."""
+def _recolouring(parameters: CropParameters, channels: int) -> list[tuple[Operation, Tensor, Tensor]]:
+    """The colour operations in order, each with the crops it changes (bool `[N]`) and the amounts `[N]`."""
     p, jitter = parameters, (_brightness, _contrast, _saturation, _hue)
     changes, none = _changes(p), torch.zeros_like(p.sigma)
-    masks: list[tuple[Operation, Tensor, Tensor]] = [
+    steps: list[tuple[Operation, Tensor, Tensor]] = [
         (operation, changes[:, column] & (turn == column), p.factors[:, column])
         for turn in p.order.T
-        for column, operation in enumerate(jitter)
+        for column, operation in enumerate(jitter if channels == len(LUMA) else jitter[:2])
     ]
-    masks.append((_saturation, p.grayscale, none))
-    masks.append((partial(_blur, blur_kernel), p.sigma > 0, p.sigma))
-    masks.append((_solarize, p.solarize, none))
-    plan = [(operation, mask.nonzero().flatten(), amount) for operation, mask, amount in masks]
-    return [(operation, rows, amount[rows]) for operation, rows, amount in plan if len(rows)]
+    return [*steps, (_saturation, p.grayscale, none)] if channels == len(LUMA) else steps
+
+
+def _apply(crops: Tensor, steps: Sequence[tuple[Operation, Tensor, Tensor]]) -> None:
+    """Apply operations to the crops that each changes, in place."""
+    plan = [(operation, mask.nonzero().flatten(), amount) for operation, mask, amount in steps]
+    plan = [(operation, rows, amount[rows]) for operation, rows, amount in plan if len(rows)]
+    rows = upload_parts([rows for _, rows, _ in plan], crops.device)
+    amounts = upload_parts([amounts for _, _, amounts in plan], crops.device)
+    for (operation, _, _), chosen, amount in zip(plan, rows, amounts, strict=True):
+        changed = operation(crops.index_select(0, chosen), amount.view(-1, 1, 1, 1))
+        crops.index_copy_(0, chosen, changed)
 
 
 def _rotate(crops: Tensor, angle: Tensor) -> Tensor:
@@ -196,7 +207,9 @@ def _rotate(crops: Tensor, angle: Tensor) -> Tensor:
 
 
 def _luma(x: Tensor) -> Tensor:
-    """Brightness `[n, 1, h, w]` of colours `[n, 3, h, w]`."""
+    """Brightness `[n, 1, h, w]` of colours `[n, 3, h, w]`; of other channels their mean."""
+    if x.shape[1] != len(LUMA):
+        return x.mean(1, keepdim=True)
     red, green, blue = x.split(1, 1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 
@@ -274,7 +287,10 @@ def _render_triton(images: Tensor, parameters: CropParameters, wanted: _Wanted) 
     crops = operators.crops_resample(images, table, wanted.size, most_rows, all_rows, between_kernels(images))
     if p.angle is not None:
         crops = _rotate(crops.float(), upload(p.angle, images.device)).contiguous()
-    if (operations >= 0).any():
+    if images.shape[1] != len(LUMA):
+        crops = crops.float()
+        _apply(crops, _recolouring(p, images.shape[1]))
+    elif (operations >= 0).any():
         operators.crops_colour_(crops, table)
     taps = wanted.blur_kernel if (p.sigma > 0).any() else 0
     return operators.crops_finish(crops, table, taps, wanted.dtype)
@@ -335,14 +351,12 @@ def _check_boxes(boxes: Tensor, canvas: list[int]) -> None:
 
 
 def _check_wanted(parameters: CropParameters, wanted: _Wanted) -> None:
-    size, blur_kernel, mean, std, dtype = wanted
+    size, blur_kernel, _, _, dtype = wanted
     if size < 1:
         raise ValueError(f"render_crops: expected a size of at least 1, got {size}")
     fits = blur_kernel % 2 == 1 and 1 <= blur_kernel < 2 * size
     if not fits and (parameters.sigma > 0).any():
         raise ValueError(f"render_crops: expected an odd blur_kernel in 1..{2 * size - 1}, got {blur_kernel}")
-    if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"render_crops: expected mean and std of 3 channels, got {len(mean)} and {len(std)}")
     if dtype not in dispatch.TRITON_DTYPES:
         allowed = ", ".join(map(str, dispatch.TRITON_DTYPES))
         raise TypeError(f"render_crops: expected a dtype of {allowed}, got {dtype}")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from elastic_kernels.transfer import upload
 
+MOST_CHANNELS = 16  # of images
+
 
 def eval_crop(
     images: Tensor,
@@ -30,7 +32,8 @@ def eval_crop(
     the largest central square.
 
     Args:
-        images: uint8 `[B, 3, H, W]`; image b fills the top left `sizes[b]` pixels of its canvas.
+        images: uint8 `[B, C, H, W]` of 1 to 16 channels; image b fills the top left `sizes[b]` pixels of its
+            canvas.
         sizes: int64 `[B, 2]` on the CPU, (height, width) in pixels.
         size: side of the crop in pixels.
         mean: of each channel, in 0..1.
@@ -38,11 +41,12 @@ def eval_crop(
         resize: shorter side in pixels, at least `size`; default `size * 256 / 224`, rounded.
 
     Returns:
-        float32 `[B, 3, size, size]`.
+        float32 `[B, C, size, size]`.
 
     Raises:
         TypeError: `images` or `sizes` of another dtype.
-        ValueError: other shapes, sizes that do not fit the canvas, or `resize` below `size`.
+        ValueError: other shapes, sizes that do not fit the canvas, a mean or std of other channels, or
+            `resize` below `size`.
 
     Example:
         >>> import torch
@@ -52,6 +56,7 @@ def eval_crop(
         torch.Size([2, 3, 16, 16])
     """
     check_canvases(images, sizes)
+    check_normalisation(images, mean, std)
     resize = round(size * 256 / 224) if resize is None else resize
     if not 1 <= size <= resize:
         raise ValueError(f"expected 1 <= size <= resize, got size {size} and resize {resize}")
@@ -177,9 +182,9 @@ def product_pixels(images: Tensor) -> Tensor:
 
 
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Shift and gain `[3, 1, 1]` with `(x / 255 - mean) / std = x * gain - shift`."""
-    center = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-    deviation = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+    """Shift and gain `[C, 1, 1]` with `(x / 255 - mean) / std = x * gain - shift`."""
+    center = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    deviation = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
     return center / deviation, 1 / (255 * deviation)
 
 
@@ -192,12 +197,21 @@ def upload_parts(parts: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
 
 
+def check_normalisation(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ValueError unless there are a mean and a std for each channel of `[B, C, H, W]`."""
+    channels = images.shape[1]
+    if len(mean) != channels or len(std) != channels:
+        got = f"{len(mean)} and {len(std)}"
+        raise ValueError(f"expected mean and std of channels={channels}, as the images have, got {got}")
+
+
 def check_canvases(images: Tensor, sizes: Tensor | None = None) -> None:
-    """Raise TypeError or ValueError unless images are uint8 `[B, 3, H, W]` and sizes, if any, fit them."""
+    """Raise TypeError or ValueError unless images are uint8 `[B, C, H, W]` and sizes, if any, fit them."""
     if images.dtype != torch.uint8:
         raise TypeError(f"expected uint8 images, got {images.dtype}")
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"expected images [B, 3, H, W], none of it 0, got {list(images.shape)}")
+    if images.ndim != 4 or images.shape[1] > MOST_CHANNELS or 0 in images.shape:
+        wanted = f"[B, C, H, W], C up to {MOST_CHANNELS}, none of it 0"
+        raise ValueError(f"expected images {wanted}, got {list(images.shape)}")
     if sizes is None:
         return
     if sizes.dtype != torch.int64:

@@ -55,10 +55,12 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
         kind: its name in configurations and files.
         image_size: pixels of a side of the global crops.
         marker: name of a parameter that weights of this kind alone have.
+        channels: of the images.
     """
 
     kind: str
     image_size: int
+    channels: int
     marker: ClassVar[str]
 
     @classmethod
@@ -176,7 +178,7 @@ class Backbone(nn.Module, ABC):
         """Run all crop groups through a subnet.
 
         Args:
-            crops: groups of normalised images `[B_i, 3, H_i, W_i]`.
+            crops: groups of normalised images `[B_i, C, H_i, W_i]`.
             subnet: default the intact network.
             masks: bool `[B_i, patches_i]` or None for each group; True patches become the mask token.
             drop: of `draw_stochastic_depth` for these crops and this subnet, on their device.
@@ -231,7 +233,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
-        """The `Features` of images `[B, 3, H, W]` after each of the last `count` blocks (of the last stage),
+        """The `Features` of images `[B, C, H, W]` after each of the last `count` blocks (of the last stage),
         or of as many as there are, in order.
         """
 

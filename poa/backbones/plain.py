@@ -23,7 +23,7 @@ class PlainNetwork(nn.Module):
         return [self.features(images) for images in crops]
 
     def features(self, images: Tensor) -> Features:
-        """Those of normalised images `[B, 3, H, W]`."""
+        """Those of normalised images `[B, C, H, W]`."""
         raise NotImplementedError
 
 
@@ -37,6 +37,7 @@ class PlainViT(PlainNetwork):
     def __init__(
         self,
         grid: int,
+        channels: int,
         patch: int,
         width: int,
         depth: int,
@@ -47,7 +48,7 @@ class PlainViT(PlainNetwork):
     ):
         super().__init__()
         self.patch, self.prefix = patch, 1 + registers
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + grid**2, width))
@@ -115,11 +116,18 @@ class PlainResNet(PlainNetwork):
     """
 
     def __init__(
-        self, base: int, middle: int, depths: Sequence[int], groups: int, expansion: int, scale: int
+        self,
+        channels: int,
+        base: int,
+        middle: int,
+        depths: Sequence[int],
+        groups: int,
+        expansion: int,
+        scale: int,
     ):
         super().__init__()
         self.scale, self.stages = scale, len(depths)
-        self.conv1 = nn.Conv2d(3, base, 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(channels, base, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.GroupNorm(groups, base)
         entry = base
         for stage, depth in enumerate(depths):

@@ -26,6 +26,7 @@ class PyramidConfig(BackboneConfig):
     """Options of networks of several stages."""
 
     image_size: int = option(224, "pixels of a side of the global crops", "[1, 4096]")
+    channels: int = option(3, "channels of the images", "[1, 16]")
     min_depths: tuple[int, ...] = option(
         (2, 2, 6, 2), "blocks of each stage of the shallowest subnet", "[1, 1024]"
     )

@@ -82,7 +82,7 @@ class ResNetConfig(PyramidConfig):
         return EXPANSION * self.base_width * 2**stage
 
     def parameters(self, subnet: Subnet) -> int:
-        total = self.base_width * (3 * 7**2 + 2)
+        total = self.base_width * (self.channels * 7**2 + 2)
         for stage, depth in enumerate(subnet.blocks):
             entry = self.outputs(stage - 1) if stage else self.base_width
             middle, out = subnet.width * 2**stage, self.outputs(stage)
@@ -93,7 +93,7 @@ class ResNetConfig(PyramidConfig):
 
     def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         side = -(-(image_size or self.image_size) // 2)
-        return 2 * side**2 * 3 * 7**2 * self.base_width
+        return 2 * side**2 * self.channels * 7**2 * self.base_width
 
     def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         total, sides = self.embedding_flops(subnet, image_size), self.sides(image_size)
@@ -112,18 +112,24 @@ class ResNetConfig(PyramidConfig):
         """As `BackboneConfig.timm_model`; there the stem has 64 channels, stages are four and groups 32."""
         if (self.base_width, len(self.max_depths), self.norm_groups) != (64, 4, 32):
             return None
-        arguments = {"layers": list(self.max_depths), "base_width": self.max_width, "norm_layer": "groupnorm"}
+        arguments = {
+            "in_chans": self.channels,
+            "layers": list(self.max_depths),
+            "base_width": self.max_width,
+            "norm_layer": "groupnorm",
+        }
         return TimmModel("resnet50", arguments, "conv1", "fc", fixed_input_size=False)
 
     def plain(self) -> PlainResNet:
-        sizes = self.base_width, self.max_width, self.max_depths, self.norm_groups
+        sizes = self.channels, self.base_width, self.max_width, self.max_depths, self.norm_groups
         return PlainResNet(*sizes, expansion=EXPANSION, scale=self.mask_scale)
 
     @classmethod
     def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> ResNetConfig:
         depths = tuple(count_of(state, f"layer{stage}.") for stage in range(1, 5))
-        base, width = state["conv1.weight"].shape[0], state["layer1.0.conv2.weight"].shape[0]
+        (base, channels), width = state["conv1.weight"].shape[:2], state["layer1.0.conv2.weight"].shape[0]
         return cls(
+            channels=channels,
             min_depths=(1,) * 4,
             max_depths=depths,
             base_width=base,
@@ -158,7 +164,7 @@ class ElasticResNet(Pyramid):
     def __init__(self, config: ResNetConfig, generator: torch.Generator | None = None):
         super().__init__(config)
         width, groups = config.base_width, config.norm_groups
-        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.conv1 = nn.Conv2d(config.channels, width, 7, stride=2, padding=3, bias=False)
         self.norm1 = ElasticGroupNorm(groups, width)
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if config.masked else None
         entry = width
@@ -190,7 +196,7 @@ class ElasticResNet(Pyramid):
         return maps
 
     def _stem(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Images `[B, 3, H, W]` to maps `[B, H / 4, W / 4, base_width]`."""
+        """Images `[B, C, H, W]` to maps `[B, H / 4, W / 4, base_width]`."""
         x = conv_channels_last(images.permute(0, 2, 3, 1), self.conv1.weight, stride=2, padding=3)
         x = self.norm1(x, activation="relu")
         x = F.max_pool2d(x.permute(0, 3, 1, 2), 3, stride=2, padding=1).permute(0, 2, 3, 1)

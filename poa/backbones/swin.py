@@ -108,7 +108,7 @@ class SwinConfig(PyramidConfig):
 
     def parameters(self, subnet: Subnet) -> int:
         w, table = subnet.width, (2 * self.window - 1) ** 2
-        total = self.embedding * (3 * self.patch_size**2 + 3) + 2 * self.feature_width(subnet)
+        total = self.embedding * (self.channels * self.patch_size**2 + 3) + 2 * self.feature_width(subnet)
         for stage, depth in enumerate(subnet.blocks):
             hidden = int(w * self.mlp_ratio)
             linears = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w
@@ -118,7 +118,7 @@ class SwinConfig(PyramidConfig):
         return total
 
     def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
-        return 2 * self.sides(image_size)[0] ** 2 * 3 * self.patch_size**2 * self.embedding
+        return 2 * self.sides(image_size)[0] ** 2 * self.channels * self.patch_size**2 * self.embedding
 
     def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         w, total = subnet.width, self.embedding_flops(subnet, image_size)
@@ -151,12 +151,13 @@ class SwinConfig(PyramidConfig):
     @classmethod
     def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> SwinConfig:
         offsets, heads = state["stages.0.blocks.0.attn.relative_position_bias_table"].shape
-        embedding, _, _, patch = state["patch_embed.proj.weight"].shape
+        embedding, channels, _, patch = state["patch_embed.proj.weight"].shape
         depths = tuple(
             count_of(state, f"stages.{stage}.blocks.") for stage in range(count_of(state, "stages."))
         )
         width = state["stages.0.blocks.0.norm1.weight"].shape[0]
         return cls(
+            channels=channels,
             patch_size=patch,
             min_width=width // heads,
             max_width=width,
@@ -173,13 +174,13 @@ class SwinConfig(PyramidConfig):
 class PatchEmbed(nn.Module):
     """Patches to tokens, normalised over all channels; the first `w` enter the blocks (official)."""
 
-    def __init__(self, patch_size: int, width: int):
+    def __init__(self, patch_size: int, width: int, channels: int):
         super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         self.norm = ElasticLayerNorm(width, eps=LAYER_NORM_EPS)
 
     def forward(self, images: Tensor, width: int) -> Tensor:
-        """`[B, 3, H, W]` -> maps `[B, H / patch, W / patch, width]`."""
+        """`[B, C, H, W]` -> maps `[B, H / patch, W / patch, width]`."""
         assert self.proj.bias is not None
         x, weight, bias = autocast_operands(images, self.proj.weight, self.proj.bias)
         maps = F.conv2d(x, weight, bias, stride=self.proj.stride).permute(0, 2, 3, 1)
@@ -258,7 +259,7 @@ class ElasticSwin(Pyramid):
 
     def __init__(self, config: SwinConfig, generator: torch.Generator | None = None):
         super().__init__(config)
-        self.patch_embed = PatchEmbed(config.patch_size, config.embedding)
+        self.patch_embed = PatchEmbed(config.patch_size, config.embedding, config.channels)
         self.mask_token = nn.Parameter(torch.zeros(1, config.max_width)) if config.masked else None
         self.stages = nn.ModuleList(Stage(config, stage) for stage in range(len(config.max_depths)))
         self.norm = ElasticLayerNorm(config.feature_width(self.space.intact), eps=LAYER_NORM_EPS)

@@ -58,6 +58,7 @@ class ViTConfig(BackboneConfig):
     marker: ClassVar[str] = "cls_token"
     kind: Literal["vit"] = option("vit", "vision transformer")
     image_size: int = option(224, "pixels of a side of the global crops; sets the position grid", "[1, 4096]")
+    channels: int = option(3, "channels of the images", "[1, 16]")
     patch_size: int = option(16, "pixels of a side of a patch", "[1, 1024]")
     min_width: int = option(384, "channels of the narrowest subnet", "[1, 16384]")
     max_width: int = option(1024, "channels of the intact network", "[1, 16384]")
@@ -155,11 +156,12 @@ class ViTConfig(BackboneConfig):
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
         block = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w + 6 * w
         tokens = self.grid(self.image_size) ** 2 + self.prefix
-        return depth * block + w * (3 * self.patch_size**2 + 1) + w * (self.prefix + tokens) + 2 * w
+        patch = self.channels * self.patch_size**2
+        return depth * block + w * (patch + 1) + w * (self.prefix + tokens) + 2 * w
 
     def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         patches = self.grid(image_size or self.image_size) ** 2
-        return 2 * patches * 3 * self.patch_size**2 * subnet.width
+        return 2 * patches * self.channels * self.patch_size**2 * subnet.width
 
     def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
         (depth,), w = subnet.blocks, subnet.width
@@ -192,6 +194,7 @@ class ViTConfig(BackboneConfig):
     def timm_model(self) -> TimmModel:
         arguments = {
             "img_size": self.image_size,
+            "in_chans": self.channels,
             "patch_size": self.patch_size,
             "embed_dim": self.max_width,
             "depth": self.max_depth,
@@ -205,8 +208,8 @@ class ViTConfig(BackboneConfig):
 
     def plain(self) -> PlainViT:
         heads, grid = self.max_width // self.head_dim, self.grid(self.image_size)
-        sizes = (grid, self.patch_size, self.max_width, self.max_depth, heads, self.hidden, self.registers)
-        return PlainViT(*sizes, eps=LAYER_NORM_EPS)
+        sizes = (self.patch_size, self.max_width, self.max_depth, heads, self.hidden, self.registers)
+        return PlainViT(grid, self.channels, *sizes, eps=LAYER_NORM_EPS)
 
     @classmethod
     def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> ViTConfig:
@@ -220,6 +223,7 @@ class ViTConfig(BackboneConfig):
             raise InputError(f"expected a width that is a multiple of head_dim {head_dim}, got {width}")
         return cls(
             image_size=side * patch,
+            channels=state["patch_embed.proj.weight"].shape[1],
             patch_size=patch,
             min_width=head_dim,
             max_width=width,
@@ -253,7 +257,7 @@ class ElasticViT(Backbone):
     def __init__(self, config: ViTConfig, generator: torch.Generator | None = None):
         super().__init__(config)
         width, patches = config.max_width, config.grid(config.image_size) ** 2
-        self.patch_embed = ElasticPatchEmbed(config.patch_size, width)
+        self.patch_embed = ElasticPatchEmbed(config.patch_size, width, config.channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         registers = nn.Parameter(torch.zeros(1, config.registers, width))
         self.reg_token = registers if config.registers else None

@@ -1,8 +1,9 @@
-"""The command `data check`: its options, and what it says of a collection of images."""
+"""The commands `data check` and `data stats`: their options, and what they say of a collection of images."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from poa.config import Config, with_data
 from poa.data.inspect import Inspection, class_sizes, inspect, nearest_hashes
 from poa.data.layout import SOURCES
 from poa.data.sources import DataSplit, ImageSource
+from poa.data.statistics import pixel_statistics
 from poa.data.summary import EXAMPLES, printable
 from poa.device import choose_device, use_threads
 from poa.distributed import World
@@ -23,7 +25,7 @@ from poa.evaluate.features import extract_features
 from poa.evaluate.knn import class_token, nearest
 from poa.files import require_json, write_json
 from poa.options import override
-from poa.plan import describe_data
+from poa.plan import counted, describe_data
 from poa.presets import preset
 
 
@@ -33,7 +35,6 @@ def add_data(group: argparse._SubParsersAction[Command]) -> None:
     check = inner.add_parser(
         "check", help="read every image: what will be used, what is unreadable, near-duplicates across splits"
     )
-    check.add_argument("path", metavar="PATH", help=SOURCES)
     check.add_argument(
         "--run", metavar="RUN", help="also find near-duplicates by features of this run's intact network"
     )
@@ -49,26 +50,50 @@ def add_data(group: argparse._SubParsersAction[Command]) -> None:
         default=0.98,
         help="lowest cosine similarity of features of near-duplicates, with --run (default: 0.98)",
     )
-    check.add_argument(
-        "--workers", type=number(int, "[0, 1024]"), default=1, help="decoding processes (default: 1)"
-    )
     check.add_argument("--device", default="auto", help="device of --run: auto, cpu, cuda or cuda:N")
     check.add_argument("--out", help="also write all near-duplicates and unreadable images to this JSON file")
-    check.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="options of data, such as holdout=0.1"
-    )
     check.set_defaults(command=check_data)
+    stats = inner.add_parser("stats", help="find the mean and std of each channel, as options of a run")
+    stats.set_defaults(command=print_stats, run=None)
+    for each in (check, stats):
+        each.add_argument("path", metavar="PATH", help=SOURCES)
+        each.add_argument(
+            "--channels", type=number(int, "[1, 16]"), help="channels of the images (default: 3)"
+        )
+        each.add_argument(
+            "--workers", type=number(int, "[0, 1024]"), default=1, help="decoding processes (default: 1)"
+        )
+        each.add_argument(
+            "overrides", nargs="*", metavar="KEY=VALUE", help="options of data, such as holdout=0.1"
+        )
 
 
-def check_data(options: argparse.Namespace) -> None:
+def _opened(options: argparse.Namespace) -> tuple[Config, DataSplit]:
+    """The images that are asked for, and the configuration of `--run`, or one that has their options."""
     config = RunFolder(Path(options.run)).config() if options.run else preset("quickstart")
     config = override(with_data(config, options.path), options.overrides)
-    if options.out:
-        require_json(Path(options.out), "--out", "near_duplicates")
-    data = config.data.open(config.method.seed)
+    channels = options.channels or config.method.backbone.channels
+    data = config.data.open(config.method.seed, channels=channels)
     print(f"data: {describe_data(config, data)}", flush=True)
     for line in _of_files(data):
         print(line, flush=True)
+    return config, data
+
+
+def print_stats(options: argparse.Namespace) -> None:
+    config, data = _opened(options)
+    stats = pixel_statistics(data.train, config.method.canvas, options.workers)
+    values = {name: [round(value, 4) for value in getattr(stats, name)] for name in ("mean", "std")}
+    shown = [f"channels={len(stats.mean)}", *(f"{k}={','.join(map(str, v))}" for k, v in values.items())]
+    print(f"of {counted(stats.images, 'training image')}, {len(stats.unreadable):,} more could not be read")
+    print(*shown)
+    print(json.dumps({"images": stats.images, "channels": len(stats.mean), **values}))
+
+
+def check_data(options: argparse.Namespace) -> None:
+    if options.out:
+        require_json(Path(options.out), "--out", "near_duplicates")
+    config, data = _opened(options)
     looks = [inspect(source, options.workers) for source in (data.train, data.test) if source is not None]
     unreadable = [message for look in looks for message in look.unreadable]
     print(_of_sizes(looks))

@@ -31,7 +31,7 @@ def augment(
     """Draw and make the two global views and the local views of a batch.
 
     Args:
-        images: uint8 `[B, 3, H, W]`; image b fills the top left `sizes[b]` pixels of its canvas,
+        images: uint8 `[B, C, H, W]`; image b fills the top left `sizes[b]` pixels of its canvas,
             and what is outside never reaches a crop.
         sizes: int64 `[B, 2]` on the CPU, (height, width) in pixels.
         config: of the crops.
@@ -39,8 +39,8 @@ def augment(
         dtype: of the crops.
 
     Returns:
-        Normalised global crops `[2 * B, 3, S, S]` and local crops
-        `[local_count * B, 3, s, s]`, both view by view.
+        Normalised global crops `[2 * B, C, S, S]` and local crops
+        `[local_count * B, C, s, s]`, both view by view.
 
     Raises:
         TypeError: `images` or `sizes` of another dtype.
@@ -58,7 +58,7 @@ def random_crops(images: Tensor, sizes: Tensor, config: CropsConfig, generator: 
     """One random crop of each image, as the first global view; the arguments are those of `augment`.
 
     Returns:
-        Normalised float32 `[B, 3, S, S]`.
+        Normalised float32 `[B, C, S, S]`.
     """
     check_canvases(images, sizes)
     views = _draw(config, sizes, config.global_scale, config.blur[:1], config.solarize[:1], generator)

@@ -31,10 +31,12 @@ class CropsConfig(Options, at="method.crops"):
     )
     contrast: float = option(0.4, "colour jitter: contrast factors from 1 - value to 1 + value", "[0, 10]")
     saturation: float = option(
-        0.2, "colour jitter: saturation factors from 1 - value to 1 + value", "[0, 10]"
+        0.2, "colour jitter of 3 channels: saturation factors from 1 - value to 1 + value", "[0, 10]"
     )
-    hue: float = option(0.1, "colour jitter: largest hue shift, in turns of the colour circle", "[0, 0.5]")
-    grayscale: float = option(0.2, "probability of a grey-scale crop", "[0, 1]")
+    hue: float = option(
+        0.1, "colour jitter of 3 channels: largest hue shift, in turns of the colour circle", "[0, 0.5]"
+    )
+    grayscale: float = option(0.2, "probability of a grey-scale crop, of 3 channels", "[0, 1]")
     blur: tuple[float, float, float] = option(
         (0.0, 0.9, 0.5),
         "probability of Gaussian blur: in the first global crop, the second, local crops",
@@ -52,10 +54,12 @@ class CropsConfig(Options, at="method.crops"):
     eval_share: float = option(
         0.875, "centre crop of evaluation: its side over the shorter side of the image", "[0.1, 1]"
     )
-    mean: tuple[float, float, float] = option(
-        (0.485, 0.456, 0.406), "mean of the pixels by channel, in 0..1, for normalisation", "[0, 1]"
+    mean: tuple[float, ...] = option(
+        (0.485, 0.456, 0.406),
+        "mean of the pixels by channel, in 0..1, for normalisation; poa data stats finds both",
+        "[0, 1]",
     )
-    std: tuple[float, float, float] = option(
+    std: tuple[float, ...] = option(
         (0.229, 0.224, 0.225),
         "standard deviation of the pixels by channel, for normalisation",
         "[0.0001, 10]",

@@ -1,4 +1,4 @@
-"""From any image file to 8-bit RGB of a bounded size: the same for training, evaluation and use."""
+"""From any image file to 8-bit pixels of a bounded size: the same for training, evaluation and use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageSequence, UnidentifiedImageError
 
 # Those that Pillow decodes by itself; others would start programs, as PostScript does Ghostscript.
 FORMATS = (
@@ -26,6 +26,9 @@ UPRIGHT = {
 }
 
 
+NUMPY = b"\x93NUMPY"  # how a file of an array begins
+
+
 class ImageError(ValueError):
     """An image that cannot be used; the message names it and says why."""
 
@@ -37,13 +40,15 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def decode(file: BinaryIO, canvas: int, bits: int | None = None) -> np.ndarray:
+def decode(file: BinaryIO, canvas: int, bits: int | None = None, channels: int = 3) -> np.ndarray:
     """The picture in a file, as `to_pixels` makes it; see `decode_sized`."""
-    return decode_sized(file, canvas, bits)[1]
+    return decode_sized(file, canvas, bits, channels)[1]
 
 
-def decode_sized(file: BinaryIO, canvas: int, bits: int | None = None) -> tuple[tuple[int, int], np.ndarray]:
-    """(Height, width) of the picture in a file, and the picture as `to_pixels` makes it.
+def decode_sized(
+    file: BinaryIO, canvas: int, bits: int | None = None, channels: int = 3
+) -> tuple[tuple[int, int], np.ndarray]:
+    """(Height, width) of the picture in a file, or of an array of NumPy, and what `to_pixels` makes of it.
 
     JPEGs are decoded at the smallest size that serves.
 
@@ -51,6 +56,11 @@ def decode_sized(file: BinaryIO, canvas: int, bits: int | None = None) -> tuple[
         Exception: of many kinds; the file is damaged, cut off, empty, no image, or larger than Pillow's limit
             against decompression bombs (89 million pixels).
     """
+    begins = file.read(len(NUMPY))
+    file.seek(0)
+    if begins == NUMPY:
+        array = np.load(file, allow_pickle=False)
+        return array.shape[:2], to_pixels(array, canvas, bits, channels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about palettes and EXIF
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -62,26 +72,72 @@ def decode_sized(file: BinaryIO, canvas: int, bits: int | None = None) -> tuple[
             ) from None
         with image:
             size = image.height, image.width
-            image.draft("RGB", (canvas, canvas))
-            return size, to_pixels(image, canvas, bits)
+            image.draft("RGB" if channels == 3 else None, (canvas, canvas))
+            return size, to_pixels(image, canvas, bits, channels)
 
 
-def to_pixels(image: Image.Image, canvas: int, bits: int | None = None) -> np.ndarray:
-    """A picture as uint8 `[H, W, 3]`, upright, shrunk (aspect kept) to fit a square of `canvas` pixels.
+def to_pixels(
+    image: Image.Image | np.ndarray, canvas: int, bits: int | None = None, channels: int = 3
+) -> np.ndarray:
+    """A picture as uint8 `[H, W, channels]`, upright, shrunk (aspect kept) to fit `canvas` pixels squared.
 
-    Grey, palette, CMYK and deeper images become 8-bit RGB, these by `_eight_bits`; transparency is dropped;
-    of an animation the first picture is taken; EXIF says what is upright.
+    Of three channels: grey, palette, CMYK and deeper images become 8-bit RGB, these by `_eight_bits`;
+    transparency is dropped; of an animation the first picture is taken. Of another number: a picture has as
+    many bands, or a TIFF as many pages, or an array is `[H, W]` or `[H, W, channels]`; transparency beside
+    one grey band is dropped. EXIF says what is upright.
 
     Raises:
-        ValueError: pixels are floating-point numbers.
+        ValueError: pixels are floating-point numbers, or have another number of channels.
         Exception: what reads the file raises.
     """
-    rgb = _rgb(image, bits)
-    if (turn := UPRIGHT.get(_orientation(image))) is not None:
-        rgb = rgb.transpose(turn)
-    if max(rgb.size) > canvas:
-        rgb.thumbnail((canvas, canvas), Image.Resampling.BICUBIC)
-    return np.asarray(rgb)
+    if isinstance(image, np.ndarray):
+        planes, turn = _array_planes(image, bits, channels), None
+    else:
+        planes = [_rgb(image, bits)] if channels == 3 else _planes(image, bits, channels)
+        turn = UPRIGHT.get(_orientation(image))
+    for number, plane in enumerate(planes):
+        planes[number] = plane = plane if turn is None else plane.transpose(turn)
+        if max(plane.size) > canvas:
+            plane.thumbnail((canvas, canvas), Image.Resampling.BICUBIC)
+    arrays = [np.asarray(plane) for plane in planes]
+    return arrays[0] if arrays[0].ndim == 3 else np.stack(arrays, 2)
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """Pixels `[H, W, channels]` to look at: RGB, or the mean of other than three channels in grey."""
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels.mean(2).round().astype(np.uint8))
+
+
+def _planes(image: Image.Image, bits: int | None, channels: int) -> list[Image.Image]:
+    """The bands or pages of a picture, each in 8-bit grey; see `to_pixels`."""
+    bands = len(image.getbands())
+    if image.format == "TIFF" and bands == 1 and getattr(image, "n_frames", 1) == channels > 1:
+        pages = [np.asarray(page) for page in ImageSequence.Iterator(image)]
+        image.seek(0)
+        return _array_planes(np.dstack(pages), bits, channels)
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _array_planes(np.asarray(image), bits, channels)
+    if image.mode == "LA" and channels == 1:
+        image = image.getchannel("L")
+    elif image.mode in ("1", "P", "PA"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    planes = list(image.split())
+    if len(planes) != channels:
+        raise ValueError(f"expected an image of channels={channels}, got {len(planes)} ({image.mode})")
+    return planes
+
+
+def _array_planes(pixels: np.ndarray, bits: int | None, channels: int) -> list[Image.Image]:
+    """The channels of an array, each in 8-bit grey; one is repeated where three are wanted."""
+    if pixels.dtype.kind not in "iu" or pixels.ndim not in (2, 3) or 0 in pixels.shape:
+        got = f"{pixels.dtype} {list(pixels.shape)}"
+        raise ValueError(f"expected integers [H, W] or [H, W, channels], got {got}")
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    pixels = np.repeat(pixels, 3, 2) if (pixels.shape[2], channels) == (1, 3) else pixels
+    if pixels.shape[2] != channels:
+        raise ValueError(f"expected an array [H, W, {channels}], got {list(pixels.shape)}")
+    pixels = pixels if pixels.dtype == np.uint8 else _eight_bits(pixels, bits)
+    return [Image.fromarray(np.ascontiguousarray(pixels[..., channel])) for channel in range(channels)]
 
 
 def _orientation(image: Image.Image) -> int:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from poa.data.decode import ImageError
+from poa.data.decode import ImageError, to_picture
 from poa.data.loader import batches_of
 from poa.data.sources import ImageSource
 
@@ -94,8 +94,8 @@ def _cosines() -> np.ndarray:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """The 64 bits of an image, uint8 `[H, W, 3]`; see the top of this file."""
-    grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    """The 64 bits of an image, uint8 `[H, W, C]`; see the top of this file."""
+    grey = to_picture(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     waves = (_cosines() @ np.asarray(grey, dtype=np.float64) @ _cosines().T).ravel().round(6)
     bits = waves > np.median(waves[1:])  # the first is the brightness
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -38,7 +38,7 @@ class Canvases(NamedTuple):
     """Decoded images.
 
     Attributes:
-        images: uint8 `[B, 3, H, W]`, each in the top-left corner.
+        images: uint8 `[B, C, H, W]`, each in the top-left corner.
         sizes: int64 `[B, 2]`, their (height, width).
         positions: int64 `[B]`, in the source.
         unreadable: messages about images that could not be read.
@@ -51,7 +51,7 @@ class Canvases(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """One image `[H, W, 3]` or none, its position in the source, and what could not be read on the way."""
+    """One image `[H, W, C]` or none, its position in the source, and what could not be read on the way."""
 
     image: np.ndarray | None
     position: int
@@ -59,14 +59,15 @@ class Decoded(NamedTuple):
 
 
 def place_on_canvases(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Put images `[H, W, 3]` of any sizes on zero-padded canvases as large as the largest of them.
+    """Put images `[H, W, C]` of any sizes on zero-padded canvases as large as the largest of them.
 
     Returns:
-        uint8 `[B, 3, H, W]` with images in the top-left corners, int64 `[B, 2]` their (height, width).
+        uint8 `[B, C, H, W]` with images in the top-left corners, int64 `[B, 2]` their (height, width).
     """
     sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).view(-1, 2)
     height, width = sizes.amax(0).tolist() if images else (0, 0)
-    canvas = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
+    channels = images[0].shape[2] if images else 0
+    canvas = torch.zeros(len(images), height, width, channels, dtype=torch.uint8)
     for place, image in zip(canvas, images, strict=True):
         place[: image.shape[0], : image.shape[1]] = torch.from_numpy(image.copy())
     return canvas.permute(0, 3, 1, 2).contiguous(), sizes
@@ -267,7 +268,7 @@ def _data_error(error: RuntimeError, workers: int, patience: float) -> Exception
     return error
 
 
-def require_shared_memory(canvas: int, batch_size: int, workers: int, evaluates: bool) -> None:
+def require_shared_memory(image_bytes: int, batch_size: int, workers: int, evaluates: bool) -> None:
     """Refuse a run whose workers could not pass their batches, as with the 64 MiB of a Docker container.
 
     Raises:
@@ -276,7 +277,7 @@ def require_shared_memory(canvas: int, batch_size: int, workers: int, evaluates:
     """
     workers, ranks = useful_workers(workers), os.environ.get("LOCAL_WORLD_SIZE", "")
     images = batch_size + EVALUATION_BATCH * evaluates
-    each = PREFETCHED * images * 3 * canvas**2 * (int(ranks) if ranks.isdecimal() else 1)
+    each = PREFETCHED * images * image_bytes * (int(ranks) if ranks.isdecimal() else 1)
     if not workers or not SHARED.exists():
         return
     free = shutil.disk_usage(SHARED).free

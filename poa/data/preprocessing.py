@@ -49,6 +49,11 @@ class Preprocessing:
     std: tuple[float, ...]
     bits: int | None = None
 
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return len(self.mean)
+
     @classmethod
     def of(
         cls, crops: CropsConfig, canvas: int | None = None, bits: int | None = None, size: int | None = None
@@ -78,16 +83,16 @@ class Preprocessing:
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "interpolation": "bicubic"}
 
     def crop(self, images: Tensor, sizes: Tensor) -> Tensor:
-        """Normalised centre crops, float32 `[B, 3, size, size]`, of decoded images on canvases.
+        """Normalised centre crops, float32 `[B, C, size, size]`, of decoded images on canvases.
 
         Args:
-            images: uint8 `[B, 3, H, W]`, each in the top-left corner.
+            images: uint8 `[B, C, H, W]`, each in the top-left corner.
             sizes: int64 `[B, 2]`, their (height, width).
         """
         return eval_crop(images, sizes, self.size, self.mean, self.std, resize=self.resize)
 
     def __call__(self, images: Picture | Sequence[Picture]) -> Tensor:
-        """Files or pictures to float32 `[B, 3, size, size]` on the CPU.
+        """Files or pictures to float32 `[B, C, size, size]` on the CPU.
 
         A JPEG that comes as a picture and not as a file is shrunk by another filter.
 
@@ -99,6 +104,7 @@ class Preprocessing:
 
     def _decoded(self, picture: Picture) -> np.ndarray:
         if isinstance(picture, Image.Image):
-            return to_pixels(picture, self.canvas, self.bits)
-        source = ImageSource(Files(Path(), [str(picture)]), np.arange(1), None, (), self.bits)
+            return to_pixels(picture, self.canvas, self.bits, self.channels)
+        files = Files(Path(), [str(picture)])
+        source = ImageSource(files, np.arange(1), None, (), self.bits, self.channels)
         return source.read(0, self.canvas)

@@ -37,11 +37,14 @@ class DataConfig(Options, at="data"):
         if not self.source.strip():
             raise self.wrong("source", "digits, or where the images are")
 
-    def open(self, seed: int, openers: Openers | None = None) -> DataSplit:
-        """`open_data` of these options."""
+    def open(self, seed: int, openers: Openers | None = None, channels: int = 3) -> DataSplit:
+        """`open_data` of these options, as images of so many channels."""
         data = open_data(self.source, self.holdout, seed, self.unreadable_share, openers)
-        train = replace(data.train, bits=self.bits)
-        return replace(data, train=train, test=data.test and replace(data.test, bits=self.bits))
+        train, test = (
+            part and replace(part, bits=self.bits, channels=channels) for part in (data.train, data.test)
+        )
+        assert train is not None
+        return replace(data, train=train, test=test)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class ImageSource:
         labels: int64 `[images]`, -1 where an image has none; or None.
         classes: names of the labels.
         bits: of pixels that have more than 8; None: as many as each image needs.
+        channels: that they are read with.
     """
 
     storage: Storage
@@ -61,6 +65,7 @@ class ImageSource:
     labels: np.ndarray | None
     classes: tuple[str, ...]
     bits: int | None = None
+    channels: int = 3
 
     @classmethod
     def whole(cls, opened: Opened) -> ImageSource:
@@ -70,7 +75,7 @@ class ImageSource:
         return len(self.positions)
 
     def read(self, index: int, canvas: int) -> np.ndarray:
-        """One image as uint8 `[H, W, 3]`, shrunk (aspect kept) to fit a square of `canvas` pixels.
+        """One image as uint8 `[H, W, channels]`, shrunk (aspect kept) to fit a square of `canvas` pixels.
 
         Raises:
             ImageError: it is not readable; the message names it.
@@ -83,11 +88,11 @@ class ImageSource:
         try:
             opened = self.storage.open(position)
             if isinstance(opened, np.ndarray):
-                return opened.shape[:2], opened
+                return opened.shape[:2], to_pixels(opened, canvas, self.bits, self.channels)
             if isinstance(opened, Image.Image):
-                return (opened.height, opened.width), to_pixels(opened, canvas, self.bits)
+                return (opened.height, opened.width), to_pixels(opened, canvas, self.bits, self.channels)
             with opened:
-                return decode_sized(opened, canvas, self.bits)
+                return decode_sized(opened, canvas, self.bits, self.channels)
         except DataError:  # of a store that does not answer, which is no reason to train on other images
             raise
         except Exception as error:  # decoders raise whatever they like

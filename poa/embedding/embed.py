@@ -21,6 +21,7 @@ from torch import Tensor
 
 from poa.data.layout import Images, Openers, named
 from poa.data.loader import EVALUATION_BATCH, evaluation_batches
+from poa.data.preprocessing import Preprocessing
 from poa.data.sources import ImageSource, open_parts
 from poa.data.summary import LeftOut
 from poa.distributed import World, init_distributed
@@ -117,7 +118,7 @@ def embed(
     with init_distributed(device, threads=threads) as world, torch.inference_mode():
         if path:
             world.from_main(partial(require_feature_file, path, len(tokens)))
-        sources, left_out = _opened(name, openers, model.preprocess.bits, world)
+        sources, left_out = _opened(name, openers, model.preprocess, world)
         model, kept = model.to(world.device).eval(), _Kept()
         if nearest:
             nearest.begin(model)
@@ -135,13 +136,14 @@ def embed(
 
 
 def _opened(
-    name: str, openers: Openers | None, bits: int | None, world: World
+    name: str, openers: Openers | None, preprocess: Preprocessing, world: World
 ) -> tuple[list[ImageSource], LeftOut]:
     """All images of a name, and what is not among them."""
     opened, lost, left_out = main_first(partial(open_parts, name, 1.0, openers), name, world)
     for line in lost:
         left_out.add("folders or shards, missing or damaged", line)
-    sources = [replace(ImageSource.whole(part), bits=bits) for part in opened]
+    bits, channels = preprocess.bits, preprocess.channels
+    sources = [replace(ImageSource.whole(part), bits=bits, channels=channels) for part in opened]
     world.require_same("data", {"images": sum(map(len, sources)), "missing": len(lost)})
     return sources, left_out
 

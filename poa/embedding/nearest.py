@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from poa.data.decode import ImageError, decode, to_pixels
+from poa.data.decode import ImageError, decode, to_picture, to_pixels
 from poa.data.preprocessing import Picture
 from poa.data.sources import ImageSource
 from poa.data.summary import printable
@@ -64,7 +64,7 @@ class Nearest:
             raise InputError("--query: expected images, got none")
         self.queries, self.count = list(queries), count
         self.neighbours: list[list[Neighbour]] = [[] for _ in queries]
-        self._features = torch.zeros(0)
+        self._features, self._channels = torch.zeros(0), 3
 
     def begin(self, model: ExportedModel) -> None:
         """Compute the features of the queries by a model.
@@ -79,6 +79,7 @@ class Nearest:
             raise InputError(f"--query: expected an image, got {error}") from None
         self._features = F.normalize(torch.cat([model(crop.to(device)).cpu() for crop in crops]), dim=1)
         self.neighbours = [[] for _ in self.queries]
+        self._channels = model.preprocess.channels
 
     def add(self, source: ImageSource, positions: Sequence[int], cls: Tensor) -> None:
         """Look at more images: positions in a source, and their class tokens, `[images, C]` on the CPU."""
@@ -91,9 +92,10 @@ class Nearest:
 
     def page(self) -> str:
         """HTML: a row for each query, nearest first."""
+        shown = (picture_of(query, self._channels) for query in self.queries)
         rows = "".join(
-            f"<div>{figure_of(picture_of(query), name, 'query')}{''.join(map(_neighbour, neighbours))}</div>"
-            for query, name, neighbours in zip(self.queries, self._names(), self.neighbours, strict=True)
+            f"<div>{figure_of(pixels, name, 'query')}{''.join(map(_neighbour, neighbours))}</div>"
+            for pixels, name, neighbours in zip(shown, self._names(), self.neighbours, strict=True)
         )
         return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{rows}</html>\n"
 
@@ -117,12 +119,12 @@ class Nearest:
         return [f"query {i}" if p else str(self.queries[i]) for i, p in enumerate(pictures)]
 
 
-def picture_of(query: Picture) -> np.ndarray:
+def picture_of(query: Picture, channels: int) -> np.ndarray:
     """A picture or file as pixels that fit a square of `SIDE`."""
     if isinstance(query, Image.Image):
-        return to_pixels(query, SIDE)
+        return to_pixels(query, SIDE, channels=channels)
     with open_regular(query) as file:
-        return decode(file, SIDE)
+        return decode(file, SIDE, channels=channels)
 
 
 def _neighbour(neighbour: Neighbour) -> str:
@@ -132,9 +134,9 @@ def _neighbour(neighbour: Neighbour) -> str:
 
 
 def figure_of(pixels: np.ndarray, about: str, kind: str = "") -> str:
-    """HTML of a picture, uint8 `[H, W, 3]`, and what is said of it, line by line."""
+    """HTML of a picture, uint8 `[H, W, C]`, and what is said of it, line by line."""
     picture = io.BytesIO()
-    Image.fromarray(pixels).save(picture, "PNG")
+    to_picture(pixels).save(picture, "PNG")
     data = base64.b64encode(picture.getvalue()).decode()
     lines = "<br>".join(html.escape(printable(line)) for line in about.split("\n"))
     return (

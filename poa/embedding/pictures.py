@@ -90,8 +90,9 @@ def pictures_page(models: Sequence[ExportedModel], images: Sequence[Picture]) ->
                 shown = attention / attention.max().clamp_min(1e-12)
                 parts.append(figure_of(_enlarged(shown), f"{model.subnet}\nattention, head {head}"))
             row.append(f"<div>{''.join(parts)}</div>")
+    channels = models[0].preprocess.channels
     parts = [
-        f"{figure_of(picture_of(image), str(image), 'query')}{''.join(row)}"
+        f"{figure_of(picture_of(image, channels), str(image), 'query')}{''.join(row)}"
         for image, row in zip(images, rows, strict=True)
     ]
     return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{''.join(parts)}</html>\n"

@@ -20,7 +20,7 @@ SHARE = 0.75  # of the side that the second view shows
 
 
 def second_view(images: Tensor) -> Tensor:
-    """The top left corner of `[B, 3, S, S]`, enlarged to its size and mirrored left to right."""
+    """The top left corner of `[B, C, S, S]`, enlarged to its size and mirrored left to right."""
     size, side = images.shape[-1], round(SHARE * images.shape[-1])
     corner = images[..., :side, :side]
     return F.interpolate(corner, (size, size), mode="bicubic", align_corners=False).flip(-1)

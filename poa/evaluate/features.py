@@ -37,7 +37,7 @@ class FeatureSet:
 
 
 def pixels(crops: CropsConfig) -> Function:
-    """The pixels of the centre crops themselves, `[B, 3 * size * size]`: a baseline without a model."""
+    """The pixels of the centre crops themselves, `[B, C * size * size]`: a baseline without a model."""
     std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
     return lambda images: (images * std + mean).flatten(1)
 
@@ -52,7 +52,7 @@ def extract_features(
     canvas: int,
     workers: int = 0,
 ) -> FeatureSet | None:
-    """Results of functions of normalised images `[B, 3, S, S]` on the centre crops of all readable images.
+    """Results of functions of normalised images `[B, C, S, S]` on the centre crops of all readable images.
 
     Every process takes a part of the images.
 

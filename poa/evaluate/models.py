@@ -36,6 +36,7 @@ class PeerConfig(BackboneConfig):
 
     kind: Literal["timm"] = option("timm", "a network of timm")
     image_size: int = option(224, "pixels of a side of an image", "[1, 4096]")
+    channels: int = option(3, "channels of the images", "[1, 16]")
     width: int = option(384, "channels of its features", "[1, 65536]")
     depth: int = option(12, "its blocks", "[1, 4096]")
     count: int = option(0, "its parameters", "[0, inf)")
@@ -126,13 +127,14 @@ def open_peer(name: str) -> Peer:
     with as_input(f"{name}: expected a model of timm whose weights can be read"):
         network = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0).eval()
     data = timm.data.resolve_model_data_config(network)
-    size, share = data["input_size"][-1], data["crop_pct"]
+    (channels, _, size), share = data["input_size"], data["crop_pct"]
     resize = round(size / share)
-    wrapped, blank = _OfTimm(network), torch.zeros(1, 3, size, size)
+    wrapped, blank = _OfTimm(network), torch.zeros(1, channels, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         (features,) = wrapped([blank])
     config = PeerConfig(
         image_size=size,
+        channels=channels,
         width=features.cls.shape[1],
         depth=max(len(getattr(network, "blocks", ())), 1),
         count=sum(p.numel() for p in network.parameters()),
@@ -166,8 +168,8 @@ def evaluate_model(
             global_size=pixels.size,
             local_count=0,
             eval_share=pixels.size / pixels.resize,
-            mean=pixels.mean,  # type: ignore[arg-type]
-            std=pixels.std,  # type: ignore[arg-type]
+            mean=pixels.mean,
+            std=pixels.std,
             blur=(0.0, 0.0, 0.0),
         )
         base = Config()

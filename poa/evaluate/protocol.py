@@ -18,7 +18,7 @@ from poa.data.crops import CropsConfig
 from poa.subnets import Subnet
 
 Function = Callable[[Tensor], Tensor]
-"""From normalised images `[B, 3, S, S]` to features `[B, ...]`."""
+"""From normalised images `[B, C, S, S]` to features `[B, ...]`."""
 
 
 class Labelled(NamedTuple):

@@ -61,7 +61,7 @@ def lidar(views: Tensor) -> float:
 
 
 def views_of(images: Tensor) -> list[Tensor]:
-    """Four views `[B, 3, S, S]` of normalised images."""
+    """Four views `[B, C, S, S]` of normalised images."""
     size, side = images.shape[-1], round(0.75 * images.shape[-1])
     corners = (images[..., :side, :side], images[..., -side:, -side:])
     resized = [

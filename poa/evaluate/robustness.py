@@ -32,7 +32,7 @@ PATTERNS, NOISES = 256, 8  # that images choose from
 REFERENCE = 224  # pixels of a side that widths of blurs are for
 
 Damage = Callable[[Tensor, int], Tensor]
-"""From pixels `[B, 3, S, S]` in 0..1 and a level from 0 to such pixels."""
+"""From pixels `[B, C, S, S]` in 0..1 and a level from 0 to such pixels."""
 
 
 def _chosen(images: Tensor, patterns: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def impulse_noise(x: Tensor, level: int) -> Tensor:
 def _filtered(x: Tensor, kernel: Tensor) -> Tensor:
     height, width = kernel.shape
     padded = F.pad(x, (width // 2, width // 2, height // 2, height // 2), mode="replicate")
-    return F.conv2d(padded, kernel.to(x).expand(3, 1, -1, -1).contiguous(), groups=3)
+    return F.conv2d(padded, kernel.to(x).expand(x.shape[1], 1, -1, -1).contiguous(), groups=x.shape[1])
 
 
 def gaussian_blur(x: Tensor, level: int) -> Tensor:

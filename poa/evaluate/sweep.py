@@ -365,7 +365,7 @@ def _scores(
 def _groups(tasks: Sequence[Task], images: int, config: Config, device: torch.device) -> Iterator[list[Task]]:
     """Neighbours whose features of so many images fit into `MEMORY` together, or single ones."""
     size, group, used = config.method.crops.global_size, list[Task](), 0
-    blank = torch.zeros(1, 3, size, size, device=device)
+    blank = torch.zeros(1, config.method.backbone.channels, size, size, device=device)
     for task in tasks:
         row = task.queries(blank)
         needed = images * row.numel() * row.element_size()

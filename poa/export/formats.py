@@ -1,6 +1,6 @@
 """Models as files for other runtimes: ONNX, and `torch.export` programs.
 
-A file takes any number of float32 images `[B, 3, S, S]`, as `Preprocessing` makes them, and gives float32
+A file takes any number of float32 images `[B, C, S, S]`, as `Preprocessing` makes them, and gives float32
 features `[B, channels]`. It is read back and run before it gets its name: its features must be the model's.
 """
 
@@ -99,7 +99,7 @@ def largest_difference(model: ExportedModel, run: Runner) -> float:
     """Of features from the model's, on random images, relative to the largest of those or 1."""
     size, generator, worst = model.preprocess.size, torch.Generator().manual_seed(0), 0.0
     for count in BATCHES:
-        images = torch.randn(count, 3, size, size, generator=generator)
+        images = torch.randn(count, model.preprocess.channels, size, size, generator=generator)
         wanted, got = model(images), run(images)
         difference = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1)
         worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
@@ -109,7 +109,7 @@ def largest_difference(model: ExportedModel, run: Runner) -> float:
 def _example(model: ExportedModel) -> tuple[tuple[Tensor], tuple[dict[int, Any]]]:
     """Images, and the dimension of them that is free."""
     size = model.preprocess.size
-    return (torch.zeros(2, 3, size, size),), ({0: torch.export.Dim("batch", min=1)},)
+    return (torch.zeros(2, model.preprocess.channels, size, size),), ({0: torch.export.Dim("batch", min=1)},)
 
 
 def _onnx(served: _Served, model: ExportedModel) -> bytes:

@@ -56,7 +56,7 @@ def open_to_quantise(config: Config, image_size: int | None) -> DataSplit:
     wanted = config.method.crops.global_size
     if image_size not in (None, wanted):
         raise InputError(f"--dtype int8: expected the image size of training {wanted}, got {image_size}")
-    data = config.data.open(config.method.seed)
+    data = config.open()
     if data.test is None:
         raise InputError(
             f"--dtype int8: expected held-out images with labels, to score it, got none ({data.untested})"

@@ -90,7 +90,7 @@ class ExportedModel(nn.Module):
         """Features as k-NN sees them.
 
         Args:
-            images: normalised, float32 `[B, 3, H, W]` on the device of the model; or a file, a picture or
+            images: normalised, float32 `[B, C, H, W]` on the device of the model; or a file, a picture or
                 several of them, of any sizes, which `preprocess` prepares.
 
         Returns:
@@ -164,7 +164,7 @@ def _for_timm(model: ExportedModel) -> dict[str, Any]:
         "num_features": model.config.feature_width(model.subnet),
         "model_args": described.arguments,
         "pretrained_cfg": {
-            "input_size": [3, pixels.size, pixels.size],
+            "input_size": [pixels.channels, pixels.size, pixels.size],
             "fixed_input_size": described.fixed_input_size,
             "interpolation": "bicubic",
             "crop_pct": pixels.size / pixels.resize,
@@ -172,7 +172,8 @@ def _for_timm(model: ExportedModel) -> dict[str, Any]:
             "mean": list(pixels.mean),
             "std": list(pixels.std),
             "num_classes": len(model.classes),
-            "first_conv": described.first_conv,
+            # timm would make another layer of one that does not have three channels.
+            "first_conv": described.first_conv if pixels.channels == 3 else None,
             "classifier": described.classifier,
             "custom_load": False,
         },
@@ -232,7 +233,7 @@ def static_model(
 def _largest_difference(elastic: Backbone, network: nn.Module, subnet: Subnet, size: int) -> float:
     """Compare both networks on random images of the model's size; raise where they are not equal."""
     weight = next(elastic.parameters())
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, elastic.config.channels, size, size, generator=torch.Generator().manual_seed(0))
     whole = elastic if weight.dtype == torch.float32 else copy.deepcopy(elastic).float()
     (a,) = whole([images.to(weight.device)], subnet)
     (b,) = network([images])

@@ -17,7 +17,7 @@ from poa.data.crops import CropsConfig
 from poa.data.loader import Canvases, Transform
 from poa.data.preprocessing import Preprocessing
 from poa.data.sources import ImageSource
-from poa.errors import optional_package
+from poa.errors import InputError, optional_package
 from poa.finetune.options import FinetuneConfig
 from poa.random import stream_seed, torch_stream
 
@@ -44,7 +44,7 @@ class Augmentation:
         seed: of the run.
 
     Raises:
-        InputError: timm is asked for and not installed.
+        InputError: timm is asked for, and not installed or the images have other than three channels.
     """
 
     def __init__(self, options: FinetuneConfig, crops: CropsConfig, seed: int):
@@ -59,6 +59,8 @@ class Augmentation:
             blur=(0.0, 0.0, 0.0),
             solarize=(0.0, 0.0, 0.0),
         )
+        if options.augmentation == "timm" and len(crops.mean) != 3:
+            raise InputError(f"augmentation: expected crops of {len(crops.mean)} channels, got timm's of 3")
         self.timm = optional_package("timm.data", "timm") if options.augmentation == "timm" else None
 
     def transform(self) -> Transform | None:
@@ -68,7 +70,7 @@ class Augmentation:
         return _RandAugment(self.options, self.crops.global_size, self.seed)
 
     def __call__(self, canvases: Canvases, device: torch.device, step: int, rank: int) -> Tensor:
-        """Normalised images, float32 `[B, 3, S, S]`."""
+        """Normalised images, float32 `[B, C, S, S]`."""
         images = canvases.images.to(device, non_blocking=True)
         if self.timm is None:
             draw = torch_stream(self.seed, "fine-tuning crops", step, rank)
@@ -119,7 +121,7 @@ def mixed(
     the other image, and `lam` is the share of what is left. Zhang et al., 2018; Yun et al., 2019.
 
     Args:
-        images: `[B, 3, S, S]`.
+        images: `[B, C, S, S]`.
         labels: int64 `[B]`.
         classes: how many there are.
         options: alphas, and the smoothing of labels.

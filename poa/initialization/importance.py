@@ -93,7 +93,7 @@ def taylor_order(vit: ElasticViT, batches: Iterable[Tensor], generator: torch.Ge
 
     Args:
         vit: pretrained.
-        batches: normalised images `[B, 3, S, S]` on its device.
+        batches: normalised images `[B, C, S, S]` on its device.
         generator: on the CPU, of the random vectors.
     """
     sums: dict[str, Tensor] = {}

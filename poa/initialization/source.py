@@ -204,8 +204,9 @@ def _require_floats(state: Mapping[str, Tensor], name: str) -> None:
 @torch.no_grad()
 def _require_equal(source: Source, reference: Reference) -> None:
     """Compare both networks on random images of the source's size."""
-    size = source.backbone.config.image_size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    config = source.backbone.config
+    size = config.image_size
+    images = torch.randn(2, config.channels, size, size, generator=torch.Generator().manual_seed(0))
     (ours,), theirs = source.backbone.eval()([images]), reference(images)
     pairs = zip((ours.cls, ours.patches), theirs, strict=True)
     worst = max(float((x - y).abs().max() / max(1.0, float(y.abs().max()))) for x, y in pairs)

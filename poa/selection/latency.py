@@ -186,8 +186,8 @@ def measure(
     """
     _require_room(sum(method.backbone.parameters(s) for s in subnets) * 4, len(subnets), device)
     draw = torch.Generator().manual_seed(0)
-    backbone = method.backbone.build(draw)
-    images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, generator=draw).to(device)
+    backbone, size = method.backbone.build(draw), setting.image_size
+    images = torch.randn(setting.batch, backbone.config.channels, size, size, generator=draw).to(device)
     with torch.no_grad():
         calls = {}
         for subnet in subnets:

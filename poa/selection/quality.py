@@ -109,7 +109,7 @@ def agreement_quality(
     asked |= {"step": weights.wanted_step, "at_most": images}
     if (agreement := _kept(folder.path / AGREEMENT, asked)) is None:
         network, checkpoint = folder.network(weights.branch, weights.step)
-        data = config.data.open(config.method.seed, openers)
+        data = config.open(openers)
         source = limited(data.test or data.train, images)
         backbone, world = network.backbone.to(device), World(0, 1, device)
         agreement = dict(zip(space, agreements(backbone, list(space), source, config, world), strict=True))

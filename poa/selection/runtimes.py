@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from poa.errors import InputError, one_line
 from poa.export import ExportedModel, export_file
@@ -22,7 +22,7 @@ from poa.random import python_stream
 K = TypeVar("K")
 Call = Callable[[], object]
 Runtime = Callable[[ExportedModel, Tensor], Call]
-"""From a model and normalised images `[B, 3, S, S]`, both on the device, to a call of one forward."""
+"""From a model and normalised images `[B, C, S, S]`, both on the device, to a call of one forward."""
 
 WARM, CALLS = 2, 4  # calls of a turn that are not timed, and then that are
 ROUNDS = (10, 200)  # at least, at most

@@ -200,8 +200,8 @@ FITTING = torch.tensor([[16, 16], [3, 5]])
     [
         (GOOD.float(), FITTING, TypeError, "expected uint8 images, got torch.float32"),
         (GOOD, FITTING.int(), TypeError, "expected int64 sizes, got torch.int32"),
-        (GOOD[0], FITTING, ValueError, r"expected images \[B, 3, H, W\].*got \[3, 16, 16\]"),
-        (GOOD[:, :1], FITTING, ValueError, r"got \[2, 1, 16, 16\]"),
+        (GOOD[0], FITTING, ValueError, r"expected images \[B, C, H, W\], C up to 16.*got \[3, 16, 16\]"),
+        (GOOD[:, :1], FITTING, ValueError, "expected mean and std of channels=1, .*, got 3 and 3"),
         (GOOD[:0], FITTING[:0], ValueError, r"got \[0, 3, 16, 16\]"),
         (GOOD, FITTING[:1], ValueError, r"expected sizes \[2, 2\] on the CPU, got \[1, 2\]"),
         (GOOD, FITTING + 1, ValueError, r"\[1, 1\] to \[16, 16\], got \[4, 6\] to \[17, 17\]"),

@@ -139,7 +139,7 @@ def test_what_is_deployed_is_what_was_evaluated(ending: str, tmp_path: Path) -> 
         path = export.extract(
             backbone, backbone.space.smallest, tmp_path / "out", method.crops, canvas=48, bits=bits
         )
-        source = config.data.open(config.method.seed).train
+        source = config.open().train
         (batch,) = evaluation_batches(source, method.canvas, 0)
         evaluated = Preprocessing.of(method.crops, 48).crop(batch.images, batch.sizes)
         files = [source.storage.name(i) for i in range(len(source))]

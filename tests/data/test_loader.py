@@ -159,13 +159,13 @@ def test_a_small_container_is_refused_before_the_first_step(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    require_shared_memory(256, 64, 2, evaluates=False)
-    require_shared_memory(256, 64, 0, evaluates=True)
+    require_shared_memory(3 * 256**2, 64, 2, evaluates=False)
+    require_shared_memory(3 * 256**2, 64, 0, evaluates=True)
     with pytest.raises(InputError, match="expected 252 MB .* 2 workers, got 67 MB; .* performance.workers=0"):
-        require_shared_memory(256, 64, 2, evaluates=True)
+        require_shared_memory(3 * 256**2, 64, 2, evaluates=True)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(InputError, match="expected 403 MB"):
-        require_shared_memory(256, 64, 2, evaluates=False)
+        require_shared_memory(3 * 256**2, 64, 2, evaluates=False)
     options = ["performance.workers=4", "method.canvas=4096"]
     with pytest.raises(InputError, match="^performance.workers: expected .* MB free in /dev/shm"):
         pretrain(tiny_config(*options), tmp_path / "run", check=True)

@@ -26,7 +26,7 @@ TIMINGS = (
 
 def run_of(config: Config, folder: Path, rank: int = 0, size: int = 1) -> Trainer:
     """A process of a run on the CPU, before its beginning."""
-    data = config.data.open(config.method.seed)
+    data = config.open()
     return Trainer(config, RunFolder(folder), data, World(rank, size, torch.device("cpu")))
 
 

@@ -5,10 +5,10 @@
     finish     Gaussian blur (horizontally, then vertically), solarisation, normalisation
 
 What is random comes in a table, see `crops_table.py`. A filter is worked out where it is used, for all rows
-and channels of a tile at once. Pixels are 0..255, products and sums fp32.
+and three channels of a tile at once. Pixels are 0..255, products and sums fp32.
 
-Bytes: the horizontal pass reads the boxes as uint8 and writes touched rows * 3 * S elements; after it, every
-pass reads and writes N * 3 * S * S elements, colour reads those of crops with contrast twice, and the
+Bytes: the horizontal pass reads the boxes as uint8 and writes touched rows * C * S elements; after it, every
+pass reads and writes N * C * S * S elements, colour reads those of crops with contrast twice, and the
 horizontal blur only touches the crops that are blurred.
 """
 
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from elastic_kernels.triton_ops.crops_table import (
     AMOUNT,
-    COLUMNS,
     CONTRAST,
     CONTRAST_TURN,
     COUNT,
@@ -35,12 +34,13 @@ from elastic_kernels.triton_ops.crops_table import (
     LEFT,
     OPERATION,
     SATURATION,
-    SHIFT,
     SIGMA,
     SOLARIZE,
     TOP,
     WIDTH,
     clip,
+    from_byte,
+    row_of,
     tile_of,
 )
 from elastic_kernels.triton_ops.device import cdiv, unit_stride
@@ -61,12 +61,6 @@ class TileConfig:
 HORIZONTAL = TileConfig(32, 32, 8)
 VERTICAL = BLUR = FINISH = TileConfig(32, 32, 4)
 COLOUR_BLOCK, COLOUR_WARPS = 2048, 16  # pixels at a time of the one program that a crop has
-
-
-@triton.jit
-def _from_byte(x):
-    """A uint8 as float32, put into the digits of 2 ** 23: faster than the GPU's conversion."""
-    return (x.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
 @triton.jit
@@ -101,11 +95,11 @@ def _crops_horizontal_kernel(
     images_ptr, table_ptr, rows_ptr,
     batch, size, tiles_y, tiles_x,
     stride_b, stride_c, stride_h,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Pixel rows that a box touches, `[rows, 3, size]` one crop after the other."""
+    """Pixel rows that a box touches, `[rows, channels, size]` one crop after the other."""
     crop, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    table_ptr += crop * COLUMNS
+    table_ptr = row_of(table_ptr, crop, CHANNELS)
     top, left = tl.load(table_ptr + TOP), tl.load(table_ptr + LEFT)
     height, width = tl.load(table_ptr + HEIGHT), tl.load(table_ptr + WIDTH)
     rows = (tl.ceil(top + height) - tl.floor(top)).to(tl.int32)
@@ -118,57 +112,69 @@ def _crops_horizontal_kernel(
         center, first, narrowing, end, taps = _window(position, left, width, size)
         base = images_ptr + (crop % batch).to(tl.int64) * stride_b
         line = (tl.floor(top).to(tl.int32) + tl.minimum(offs_r, rows - 1)).to(tl.int64) * stride_h
-        red = tl.zeros([ROWS, BLOCK], tl.float32)
-        green, blue, total = red, red, tl.zeros([BLOCK], tl.float32)
-        for tap in range(0, taps):
-            weight, pixel = _tap(first + tap, center, narrowing, end)
-            at = base + line[:, None] + pixel[None, :]
-            red += weight[None, :] * _from_byte(tl.load(at))
-            green += weight[None, :] * _from_byte(tl.load(at + stride_c))
-            blue += weight[None, :] * _from_byte(tl.load(at + 2 * tl.cast(stride_c, tl.int64)))
-            total += weight
-        share = (1.0 / total)[None, :]
         place = tl.load(table_ptr + FIRST_ROW).to(tl.int32, bitcast=True).to(tl.int64)
-        out = rows_ptr + place * 3 * size + offs_r[:, None] * 3 * size + offs_x[None, :]
+        out = rows_ptr + place * CHANNELS * size + offs_r[:, None] * CHANNELS * size + offs_x[None, :]
         mask = (offs_r < rows)[:, None] & (offs_x < size)[None, :]
         dtype: tl.constexpr = rows_ptr.dtype.element_ty
-        tl.store(out, clip(red * share).to(dtype), mask=mask)
-        tl.store(out + size, clip(green * share).to(dtype), mask=mask)
-        tl.store(out + 2 * size, clip(blue * share).to(dtype), mask=mask)
+        for channel in tl.static_range(0, CHANNELS, 3):
+            # Where there is no second or third channel, the first is read again and not stored.
+            to_green = stride_c if channel + 1 < CHANNELS else 0
+            to_blue = 2 * tl.cast(stride_c, tl.int64) if channel + 2 < CHANNELS else 0
+            plane = base + channel * tl.cast(stride_c, tl.int64) if channel else base
+            red = tl.zeros([ROWS, BLOCK], tl.float32)
+            green, blue, total = red, red, tl.zeros([BLOCK], tl.float32)
+            for tap in range(0, taps):
+                weight, pixel = _tap(first + tap, center, narrowing, end)
+                at = plane + line[:, None] + pixel[None, :]
+                red += weight[None, :] * from_byte(tl.load(at))
+                green += weight[None, :] * from_byte(tl.load(at + to_green))
+                blue += weight[None, :] * from_byte(tl.load(at + to_blue))
+                total += weight
+            share = (1.0 / total)[None, :]
+            tl.store(out + channel * size, clip(red * share).to(dtype), mask=mask)
+            if channel + 1 < CHANNELS:
+                tl.store(out + (channel + 1) * size, clip(green * share).to(dtype), mask=mask)
+            if channel + 2 < CHANNELS:
+                tl.store(out + (channel + 2) * size, clip(blue * share).to(dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
 def _crops_vertical_kernel(
     rows_ptr, table_ptr, crops_ptr,
     size, tiles_y, tiles_x,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The touched rows of each crop to `[3, size, size]`."""
+    """The touched rows of each crop to `[channels, size, size]`."""
     crop, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    table_ptr += crop * COLUMNS
+    table_ptr = row_of(table_ptr, crop, CHANNELS)
     top, height = tl.load(table_ptr + TOP), tl.load(table_ptr + HEIGHT)
     offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
     center, first, narrowing, end, taps = _window(tl.minimum(offs_y, size - 1), top, height, size)
     place = tl.load(table_ptr + FIRST_ROW).to(tl.int32, bitcast=True).to(tl.int64)
-    base = rows_ptr + place * 3 * size + offs_x[None, :]
+    base = rows_ptr + place * CHANNELS * size + offs_x[None, :]
     mask_x = (offs_x < size)[None, :]
-    red = tl.zeros([ROWS, BLOCK], tl.float32)
-    green, blue, total = red, red, tl.zeros([ROWS], tl.float32)
-    for tap in range(0, taps):
-        weight, pixel = _tap(first + tap, center, narrowing, end)
-        at = base + ((pixel - tl.floor(top).to(tl.int32)) * 3 * size)[:, None]
-        red += weight[:, None] * tl.load(at, mask=mask_x, other=0.0).to(tl.float32)
-        green += weight[:, None] * tl.load(at + size, mask=mask_x, other=0.0).to(tl.float32)
-        blue += weight[:, None] * tl.load(at + 2 * size, mask=mask_x, other=0.0).to(tl.float32)
-        total += weight
-    share = (1.0 / total)[:, None]
     area = size * size
-    out = crops_ptr + crop.to(tl.int64) * 3 * area + offs_y[:, None] * size + offs_x[None, :]
+    out = crops_ptr + crop.to(tl.int64) * CHANNELS * area + offs_y[:, None] * size + offs_x[None, :]
     mask = (offs_y < size)[:, None] & mask_x
     dtype: tl.constexpr = crops_ptr.dtype.element_ty
-    tl.store(out, clip(red * share).to(dtype), mask=mask)
-    tl.store(out + area, clip(green * share).to(dtype), mask=mask)
-    tl.store(out + 2 * area, clip(blue * share).to(dtype), mask=mask)
+    for channel in tl.static_range(0, CHANNELS, 3):
+        to_green = size if channel + 1 < CHANNELS else 0
+        to_blue = 2 * size if channel + 2 < CHANNELS else 0
+        red = tl.zeros([ROWS, BLOCK], tl.float32)
+        green, blue, total = red, red, tl.zeros([ROWS], tl.float32)
+        for tap in range(0, taps):
+            weight, pixel = _tap(first + tap, center, narrowing, end)
+            at = base + channel * size + ((pixel - tl.floor(top).to(tl.int32)) * CHANNELS * size)[:, None]
+            red += weight[:, None] * tl.load(at, mask=mask_x, other=0.0).to(tl.float32)
+            green += weight[:, None] * tl.load(at + to_green, mask=mask_x, other=0.0).to(tl.float32)
+            blue += weight[:, None] * tl.load(at + to_blue, mask=mask_x, other=0.0).to(tl.float32)
+            total += weight
+        share = (1.0 / total)[:, None]
+        tl.store(out + channel * area, clip(red * share).to(dtype), mask=mask)
+        if channel + 1 < CHANNELS:
+            tl.store(out + (channel + 1) * area, clip(green * share).to(dtype), mask=mask)
+        if channel + 2 < CHANNELS:
+            tl.store(out + (channel + 2) * area, clip(blue * share).to(dtype), mask=mask)
 
 
 @triton.jit
@@ -222,7 +228,7 @@ def _load_colours(base, offs, mask, area):
 def _crops_colour_kernel(crops_ptr, table_ptr, area, BLOCK: tl.constexpr):
     """A crop a program, in place; contrast needs the crop's mean luma at its turn, hence two passes."""
     crop = tl.program_id(0)
-    table_ptr += crop * COLUMNS
+    table_ptr = row_of(table_ptr, crop, 3)
     turns = tl.load(table_ptr + COUNT).to(tl.int32)
     if turns > 0:
         base = crops_ptr + crop.to(tl.int64) * 3 * area
@@ -274,11 +280,11 @@ def _blurred(plane_ptr, offs_y, offs_x, mask, sigma, taps, size, VERTICAL: tl.co
 def _crops_blur_kernel(
     crops_ptr, table_ptr, blurred_ptr,
     size, tiles_y, tiles_x, taps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Horizontally, and only the crops that are blurred."""
     plane, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    sigma = tl.load(table_ptr + plane // 3 * COLUMNS + SIGMA)
+    sigma = tl.load(row_of(table_ptr, plane // CHANNELS, CHANNELS) + SIGMA)
     if sigma > 0:
         offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
         mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
@@ -292,11 +298,11 @@ def _crops_blur_kernel(
 def _crops_finish_kernel(
     crops_ptr, blurred_ptr, table_ptr, out_ptr,
     size, tiles_y, tiles_x, taps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The vertical blur, solarisation and normalisation."""
     plane, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    table_ptr += plane // 3 * COLUMNS
+    table_ptr = row_of(table_ptr, plane // CHANNELS, CHANNELS)
     offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
     mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
     base = plane.to(tl.int64) * size * size
@@ -308,30 +314,34 @@ def _crops_finish_kernel(
         x = tl.load(crops_ptr + at, mask=mask, other=0.0).to(tl.float32)
     # Inverts from 128 up, which for integers is the smaller of the value and its inverse.
     x = tl.where(tl.load(table_ptr + SOLARIZE) > 0, tl.minimum(x, 255 - x), x)
-    y = x * tl.load(table_ptr + GAIN + plane % 3) - tl.load(table_ptr + SHIFT + plane % 3)
+    gain_ptr = table_ptr + GAIN + plane % CHANNELS
+    y = x * tl.load(gain_ptr) - tl.load(gain_ptr + CHANNELS)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def crops_resample(
     images: Tensor, table: Tensor, size: int, most_rows: int, all_rows: int, dtype: torch.dtype
 ) -> Tensor:
-    """Boxes of uint8 `[B, 3, H, W]` as `[N, 3, size, size]` of `dtype` in 0..255.
+    """Boxes of uint8 `[B, C, H, W]` as `[N, C, size, size]` of `dtype` in 0..255.
 
     `most_rows` and `all_rows` count the pixel rows that boxes touch: of the tallest, and of all together.
     """
-    crops = torch.empty(table.shape[0], 3, size, size, dtype=dtype, device=images.device)
+    channels = images.shape[1]
+    crops = torch.empty(table.shape[0], channels, size, size, dtype=dtype, device=images.device)
     if crops.shape[0]:
         images = unit_stride(images)
-        rows = torch.empty(all_rows, 3, size, dtype=dtype, device=images.device)
+        rows = torch.empty(all_rows, channels, size, dtype=dtype, device=images.device)
         grid, tiles = _grid(crops.shape[0], most_rows, size, HORIZONTAL)
         _crops_horizontal_kernel[grid](
             images, table, rows,
             images.shape[0], size, *tiles,
             *images.stride()[:3],
-            **_options(HORIZONTAL),
+            CHANNELS=channels, **_options(HORIZONTAL),
         )  # fmt: skip
         grid, tiles = _grid(crops.shape[0], size, size, VERTICAL)
-        _crops_vertical_kernel[grid](rows, table, crops, size, *tiles, **_options(VERTICAL))
+        _crops_vertical_kernel[grid](
+            rows, table, crops, size, *tiles, CHANNELS=channels, **_options(VERTICAL)
+        )
     return crops
 
 
@@ -345,7 +355,7 @@ def crops_colour_(crops: Tensor, table: Tensor) -> None:
 
 
 def crops_finish(crops: Tensor, table: Tensor, taps: int, dtype: torch.dtype) -> Tensor:
-    """Blurred, solarised and normalised crops `[N, 3, S, S]` of `dtype`; `taps` is 0 if none is blurred."""
+    """Blurred, solarised and normalised crops `[N, C, S, S]` of `dtype`; `taps` is 0 if none is blurred."""
     out = torch.empty(crops.shape, dtype=dtype, device=crops.device)
     count, channels, size, _ = crops.shape
     if count:
@@ -353,9 +363,13 @@ def crops_finish(crops: Tensor, table: Tensor, taps: int, dtype: torch.dtype) ->
         if taps:
             blurred = torch.empty(crops.shape, dtype=crops.dtype, device=crops.device)
             grid, tiles = _grid(count * channels, size, size, BLUR)
-            _crops_blur_kernel[grid](crops, table, blurred, size, *tiles, taps, **_options(BLUR))
+            _crops_blur_kernel[grid](
+                crops, table, blurred, size, *tiles, taps, CHANNELS=channels, **_options(BLUR)
+            )
         grid, tiles = _grid(count * channels, size, size, FINISH)
-        _crops_finish_kernel[grid](crops, blurred, table, out, size, *tiles, taps, **_options(FINISH))
+        _crops_finish_kernel[grid](
+            crops, blurred, table, out, size, *tiles, taps, CHANNELS=channels, **_options(FINISH)
+        )
     return out
 
 
@@ -374,7 +388,7 @@ register(
     " -> Tensor",
     crops_resample,
     lambda images, table, size, most_rows, all_rows, dtype: images.new_empty(
-        table.shape[0], 3, size, size, dtype=dtype
+        table.shape[0], images.shape[1], size, size, dtype=dtype
     ),
 )
 register("crops_colour_(Tensor(a!) crops, Tensor table) -> ()", crops_colour_, lambda crops, table: None)

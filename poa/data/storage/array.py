@@ -27,7 +27,7 @@ class Arrays:
         return self.images[index]
 
     def identity(self) -> Iterable[bytes | np.ndarray]:
-        return self.images
+        return (np.repeat(x[..., None], 3, axis=2) if x.ndim == 2 else x for x in self.images)
 
 
 def load_digits() -> Opened:
@@ -41,5 +41,4 @@ def load_digits() -> Opened:
     digits = datasets.load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     large = [np.asarray(Image.fromarray(d).resize((32, 32), Image.Resampling.BICUBIC)) for d in grey]
-    images = Arrays([np.repeat(d[..., None], 3, axis=2) for d in large])
-    return Opened(images, digits.target.astype(np.int64), tuple("0123456789"), "scikit-learn")
+    return Opened(Arrays(large), digits.target.astype(np.int64), tuple("0123456789"), "scikit-learn")

@@ -34,7 +34,7 @@ class Storage(Protocol):
         """What to call an image in messages."""
 
     def open(self, index: int) -> BinaryIO | Image.Image | np.ndarray:
-        """An encoded image, a picture, or pixels uint8 `[H, W, 3]` that fit every canvas."""
+        """An encoded image, a picture, or pixels `[H, W]` or `[H, W, channels]`."""
 
     def identity(self) -> Iterable[bytes | np.ndarray]:
         """What the same images have in common, wherever they lie."""

@@ -18,7 +18,7 @@ from poa.data.summary import LeftOut
 from poa.errors import InputError
 
 DIGESTED = 16  # samples by which a dataset is known again
-CHANNELS = (1, 3, 4)
+PICTURES = (1, 3, 4)  # channels of pixels that Pillow has pictures of
 
 
 class Samples:
@@ -34,7 +34,7 @@ class Samples:
     def name(self, index: int) -> str:
         return f"{self.kind}[{index}]"
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int) -> Image.Image | np.ndarray:
         return to_picture(_parts(self.dataset[index])[0])
 
     def identity(self) -> Iterable[bytes | np.ndarray]:
@@ -50,7 +50,8 @@ class Samples:
         for index in np.unique(np.linspace(0, len(self) - 1, DIGESTED).astype(np.int64)).tolist():
             try:
                 picture = self.open(index)
-                digest.update(f"{picture.mode} {picture.size}".encode() + picture.tobytes())
+                kind = f"{picture.mode} {picture.size}" if isinstance(picture, Image.Image) else picture.shape
+                digest.update(f"{kind}".encode() + picture.tobytes())
             except Exception:  # datasets raise whatever they like
                 digest.update(b"unreadable")
         return digest.digest()
@@ -89,8 +90,8 @@ def open_dataset(dataset: Any) -> Opened:
     return Opened(samples, *joined, origin, left_out)
 
 
-def to_picture(image: Any) -> Image.Image:
-    """A Pillow image, or pixels as one.
+def to_picture(image: Any) -> Image.Image | np.ndarray:
+    """A Pillow image, or pixels as one where it has as many bands, or else `[H, W, C]`.
 
     Raises:
         ValueError: another type, dtype or shape.
@@ -102,16 +103,17 @@ def to_picture(image: Any) -> Image.Image:
     first = isinstance(image, torch.Tensor)
     pixels = image.numpy(force=True) if isinstance(image, torch.Tensor) else image
     channels = pixels.shape[0 if first else -1] if pixels.ndim == 3 else 1
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or channels not in CHANNELS:
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not 0 < channels <= 16:
         wanted = "[C, H, W]" if first else "[H, W, C]"
         raise ValueError(
-            f"expected uint8 pixels {wanted} of 1, 3 or 4 channels, or [H, W], got {pixels.dtype} "
+            f"expected uint8 pixels {wanted} of 1 to 16 channels, or [H, W], got {pixels.dtype} "
             f"{list(pixels.shape)}; give the dataset without transforms that make other pixels"
         )
     if pixels.ndim == 3:
         pixels = pixels.transpose(1, 2, 0) if first else pixels
         pixels = pixels[..., 0] if channels == 1 else pixels
-    return Image.fromarray(np.ascontiguousarray(pixels))
+    pixels = np.ascontiguousarray(pixels)
+    return Image.fromarray(pixels) if channels in PICTURES else pixels
 
 
 def _parts(sample: Any) -> tuple[Any, Any]:

@@ -14,6 +14,8 @@ from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import InputError
 from poa.files import open_regular
 
+ARRAY = ".npy"  # of NumPy, an image where no pictures are
+
 
 class Files:
     """A file an image, by paths relative to a folder."""
@@ -72,7 +74,11 @@ class Tree:
                     below.append((path, above))
                     self.top |= set() if folder else {path}
             rest += reversed(below)
-        self.images = sorted(images, key=lambda path: path.split(os.sep))
+        pictures = [path for path in images if not path.lower().endswith(ARRAY)]
+        if pictures and len(pictures) < len(images):
+            array = next(path for path in images if path.lower().endswith(ARRAY))
+            self.left_out.add(f"arrays ({ARRAY}) among pictures", array, len(images) - len(pictures))
+        self.images = sorted(pictures or images, key=lambda path: path.split(os.sep))
         self.lost.sort()
 
     def _take(
@@ -88,7 +94,7 @@ class Tree:
                 if (state.st_dev, state.st_ino) not in above:
                     return True
                 self.left_out.add("links to a folder around them", path)
-            elif ending in EXTENSIONS:
+            elif ending in (*EXTENSIONS, ARRAY):
                 if entry.is_file() or entry.is_symlink():  # a link to nothing is an unreadable image
                     images.append(path)
                 else:

@@ -26,14 +26,14 @@ LEVEL = 1 / (255 * min(CONFIG.std))  # of 0..255, in normalised units at most
 LARGEST = {torch.float32: 0.02, torch.float16: 0.75}  # difference in levels, by the dtype between kernels
 
 
-def problem() -> tuple[Tensor, tuple[CropParameters, CropParameters]]:
+def problem(channels: int = 3) -> tuple[Tensor, tuple[CropParameters, CropParameters]]:
     generator = torch.Generator().manual_seed(0)
     sizes = sized(
         torch.tensor([[320, 400], [320, 211], [97, 400], [300, 300]]),
         torch.tensor([[70, 41], [13, 55], [50, 50]]),
     )
     canvas = sizes.amax(0).tolist()
-    images = torch.randint(0, 256, (len(sizes), 3, *canvas), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (len(sizes), channels, *canvas), dtype=torch.uint8, generator=generator)
     images[2:] = (images[2:] > 127).to(torch.uint8) * 255
     return images, draw_views(CONFIG, sizes, generator)
 
@@ -47,9 +47,9 @@ def fused(images: Tensor, views: CropParameters, size: int, **options: Any) -> T
     return render_crops(images, hosted(views), size, **options)
 
 
-def plain(images: Tensor, views: CropParameters, size: int) -> Tensor:
+def plain(images: Tensor, views: CropParameters, size: int, config: CropsConfig = CONFIG) -> Tensor:
     with backend("reference"):
-        return render(on_host(images), hosted(views), size, CONFIG)
+        return render(on_host(images), hosted(views), size, config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -74,6 +74,15 @@ def test_sizes_that_nothing_divides() -> None:
     for size in sized((37, 225), (37, 65)):
         difference = fused(images.cuda(), views, size).cpu() - plain(images, views, size)
         assert difference.abs().max() <= LARGEST[torch.float16] * LEVEL
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_than_three_channels(channels: int) -> None:
+    levels = {"mean": CONFIG.mean[:1] * channels, "std": CONFIG.std[:1] * channels}
+    images, (_, views) = problem(channels)
+    ours = fused(images.cuda(), views, CONFIG.local_size, **levels).cpu()
+    difference = ours - plain(images, views, CONFIG.local_size, dataclasses.replace(CONFIG, **levels))
+    assert difference.abs().max() <= LARGEST[torch.float16] * LEVEL
 
 
 def test_one_pixel_crops() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import elastic_kernels.triton_ops.crops  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
-from elastic_kernels.triton_ops.crops_table import COLUMNS
+from elastic_kernels.triton_ops.crops_table import GAIN
 from poa.data.augment import draw_views, render
 from poa.data.crops import CropsConfig
 
@@ -63,7 +63,7 @@ def assert_like_plain(
 ) -> None:
     config = config or CropsConfig(**LEVELS)
     with patch("elastic_kernels.crops.between_kernels", return_value=intermediate):
-        ours = fused(images, views, size, config.blur_kernel)
+        ours = fused(images, views, size, config.blur_kernel, mean=config.mean, std=config.std)
     with backend("reference"):
         plain = render(images, views, size, config)
     assert ours.shape == plain.shape and ours.dtype == torch.float32 and ours.is_contiguous()
@@ -195,12 +195,13 @@ def test_grayscale_and_solarisation() -> None:
     assert_like_plain(noise(2, 3, 20, 28), views, 8)
 
 
-def everything(seed: int = 0) -> tuple[Tensor, CropParameters, CropsConfig]:
+def everything(seed: int = 0, channels: int = 3) -> tuple[Tensor, CropParameters, CropsConfig]:
     chances: dict[str, Any] = {"blur": (0.5, 0.5, 0.5), "solarize": (0.3, 0.3, 0.3)}
-    config = CropsConfig(global_size=12, local_size=12, local_count=0, **chances, **LEVELS)
+    levels = {name: values[:1] * channels for name, values in LEVELS.items()}
+    config = CropsConfig(global_size=12, local_size=12, local_count=0, **chances, **levels)
     sizes = torch.tensor([[40, 33], [20, 28], [33, 9]])
     views, _ = draw_views(config, sizes, torch.Generator().manual_seed(seed))
-    return noise(3, 3, 40, 33), views, config
+    return noise(3, channels, 40, 33), views, config
 
 
 @pytest.mark.parametrize("intermediate", TOLERANCES, ids=str)
@@ -208,6 +209,12 @@ def test_everything_together(intermediate: torch.dtype) -> None:
     for seed in range(2):
         images, views, config = everything(seed)
         assert_like_plain(images, views, 12, config, intermediate)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_images_of_other_than_three_channels(channels: int) -> None:
+    images, views, config = everything(1, channels)
+    assert_like_plain(images, views, 12, config, torch.float16)
 
 
 @pytest.mark.parametrize("intermediate", TOLERANCES, ids=str)
@@ -240,7 +247,7 @@ def test_no_crops() -> None:
 
 
 def test_registered_operators() -> None:
-    images, table = noise(1, 3, 4, 5), torch.zeros(1, int(COLUMNS.value))
+    images, table = noise(1, 3, 4, 5), torch.zeros(1, GAIN.value + 6)
     table[:, 2:4] = 4.0
     operators = torch.ops.elastic_kernels
     checks = ("test_schema", "test_faketensor")
@@ -284,12 +291,12 @@ def test_wrong_parameters(changes: dict[str, Tensor], error: type[Exception], me
     ("options", "error", "message"),
     [
         ({"images": torch.zeros(1, 3, 9, 9)}, TypeError, "uint8 images, got torch.float32"),
-        ({"images": noise(1, 1, 9, 9)}, ValueError, r"\[B, 3, H, W\].*got \[1, 1, 9, 9\]"),
+        ({"images": noise(1, 1, 9, 9)}, ValueError, "mean and std of channels=1, .*, got 3 and 3"),
         ({"images": noise(4, 3, 9, 9)}, ValueError, r"multiple of 4, got \[2, 4\]"),
         ({"size": 0}, ValueError, "size of at least 1, got 0"),
         ({"blur_kernel": 4}, ValueError, r"odd blur_kernel in 1..15, got 4"),
         ({"blur_kernel": 17}, ValueError, r"odd blur_kernel in 1..15, got 17"),
-        ({"mean": (0.5,)}, ValueError, "mean and std of 3 channels, got 1 and 3"),
+        ({"mean": (0.5,)}, ValueError, "mean and std of channels=3, .*, got 1 and 3"),
         ({"dtype": torch.float64}, TypeError, "got torch.float64"),
     ],
 )
