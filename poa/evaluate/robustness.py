@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +203,26 @@ def summary(score: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         **shuffled,
         "corrupted": sum(corrupted) / len(corrupted),
     }
+
+
+def curves(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
+    """A figure of matplotlib: accuracy over the strength of each kind of damage, a line for each subnet.
+
+    Args:
+        scores: those of `robustness` by the name of the subnet.
+    """
+    from matplotlib.figure import Figure  # optional, and slow to import
+
+    kinds = [kind for kind in next(iter(scores.values())) if kind != "clean"]
+    figure = Figure(figsize=(16.0, 8.0), layout="constrained")
+    for axes, kind in zip(figure.subplots(3, 4).ravel(), kinds, strict=False):
+        for name, score in scores.items():
+            points = {"0": score["clean"]["0"], **score[kind]}
+            axes.plot([*points], [100 * value for value in points.values()], "o-", label=name)
+        axes.set(title=kind.replace("_", " "), ylabel=f"{REPORTED_K}-NN accuracy, %")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    return figure
 
 
 ROBUSTNESS = Protocol(

@@ -33,7 +33,7 @@ from poa.evaluate.logistic import LOGISTIC
 from poa.evaluate.protocol import Function, Labelled, Protocol, Task
 from poa.evaluate.quality import QUALITY, spearman
 from poa.evaluate.retrieval import RETRIEVAL
-from poa.evaluate.robustness import ROBUSTNESS
+from poa.evaluate.robustness import ROBUSTNESS, curves
 from poa.evaluate.segmentation import SEGMENTATION, open_scenes, segmentation
 from poa.evaluate.top1 import TOP1
 from poa.files import read_json, write_json
@@ -196,7 +196,8 @@ class Report:
         """Draw the figure of each protocol against parameters, a line per width; hollow: before training.
 
         A `path` is written to, too; its ending chooses the format. The baseline, a name and a k-NN accuracy,
-        is a horizontal line. Returns a figure of matplotlib.
+        is a horizontal line. Returns a figure of matplotlib. Curves of robustness over the strength of damage
+        go into another file, `NAME-robustness`.
         """
         from matplotlib.figure import Figure  # optional, and slow to import
 
@@ -211,6 +212,9 @@ class Report:
             axes.legend(fontsize=8)
         if path:
             write_figure(figure, path, 150)
+            name = ROBUSTNESS.name
+            if damaged := {str(s.subnet): s.values[name] for s in self.scores if name in s.values}:
+                write_figure(curves(damaged), path.with_stem(f"{path.stem}-{name}"), 100)
         return figure
 
     def _draw(self, axes: Any, protocol: Protocol) -> None:

@@ -147,6 +147,7 @@ def test_the_standard_suite_of_a_run_and_of_a_model(
     assert main(["evaluate", str(trained), "--suite", "standard", *data, *out]) == 0
     said = capsys.readouterr().out
     assert "Spearman's correlation with k=20 over 4 subnets: RankMe" in said
+    assert (tmp_path / "a.png").exists() and (tmp_path / "a-robustness.png").exists()
     written = json.loads((tmp_path / "a.json").read_text())
     assert set(written["correlations"]) == {"RankMe", "alpha-ReQ", "LiDAR"}
     names = {p.name for p in PROTOCOLS if p not in SEPARATE}
