@@ -212,7 +212,7 @@ def test_wrong_files(models: Path, tmp_path: Path) -> None:
         read_source(str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="expected the folder of a run or of a model, got no config.json"):
         read_source(str(tmp_path))
-    with pytest.raises(InputError, match="expected a width that is a multiple of head_dim 64, got 32"):
+    with pytest.raises(InputError, match="max_width: expected a multiple of head_dim 64, got 32"):
         read_source(str(models / "vit-32x2" / "model.safetensors"))
 
 

@@ -56,12 +56,17 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
         image_size: pixels of a side of the global crops.
         marker: name of a parameter that weights of this kind alone have.
         channels: of the images.
+        unit_option: name of the option of which every width is a multiple.
     """
 
     kind: str
     image_size: int
     channels: int
+    min_width: int
+    max_width: int
+    width_step: int | None
     marker: ClassVar[str]
+    unit_option: ClassVar[str]
 
     @classmethod
     @abstractmethod
@@ -79,11 +84,33 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
         if getattr(self, low) > getattr(self, high):
             raise self.wrong(low, f"at most {high} {getattr(self, high)}")
 
-    def require_subnets(self, widths: int, depths: int) -> None:
-        """Raise InputError where there are more subnets than anybody can list."""
-        if widths * depths > MOST_SUBNETS:
-            got = f"{widths:,} widths of {depths:,} depths"
+    def require_widths(self, depths: int) -> None:
+        """Raise InputError where widths do not fit each other, or where there are too many subnets."""
+        for name in ("min_width", "max_width", "width_step"):
+            if (getattr(self, name) or self.unit) % self.unit:
+                raise self.wrong(name, f"a multiple of {self.unit_option} {self.unit}")
+        self.require_order("min_width", "max_width")
+        if (self.max_width - self.min_width) % self.step:
+            raise self.wrong("width_step", f"whole steps from {self.min_width} to {self.max_width}")
+        if len(self.widths) * depths > MOST_SUBNETS:
+            got = f"{len(self.widths):,} widths of {depths:,} depths"
             raise InputError(f"{self.at}: expected at most {MOST_SUBNETS:,} subnets, got {got}")
+
+    @property
+    def unit(self) -> int:
+        """Of which every width is a multiple."""
+        value: int = getattr(self, self.unit_option)
+        return value
+
+    @property
+    def step(self) -> int:
+        """Distance between widths."""
+        return self.width_step or self.unit
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those of all subnets."""
+        return tuple(range(self.min_width, self.max_width + 1, self.step))
 
     @property
     @abstractmethod

@@ -51,17 +51,10 @@ class PyramidConfig(BackboneConfig):
             raise self.wrong("min_depths", f"as many stages as max_depths {self.max_depths}")
         if any(low > high for low, high in zip(self.min_depths, self.max_depths, strict=True)):
             raise self.wrong("min_depths", f"at most max_depths {self.max_depths}")
-        for name in ("min_width", "max_width", "width_step"):
-            if (getattr(self, name) or self.unit) % self.unit:
-                raise self.wrong(name, f"a multiple of {self.unit}")
-        self.require_order("min_width", "max_width")
-        if (self.max_width - self.min_width) % self.step:
-            raise self.wrong("width_step", f"whole steps from {self.min_width} to {self.max_width}")
         if self.mask_scale == 3:
             raise self.wrong("mask_scale", "1, 2 or 4")
         ranges = zip(self.min_depths, self.max_depths, strict=True)
-        depths = math.prod(1 + high - low for low, high in ranges)
-        self.require_subnets(1 + (self.max_width - self.min_width) // self.step, depths)
+        self.require_widths(math.prod(1 + high - low for low, high in ranges))
         self.grid(self.image_size)
 
     @property
@@ -75,20 +68,9 @@ class PyramidConfig(BackboneConfig):
         """Pixels from one position of the first stage's map to the next."""
 
     @property
-    @abstractmethod
-    def unit(self) -> int:
-        """Of which every width is a multiple."""
-
-    @property
-    def step(self) -> int:
-        """Distance between widths."""
-        return self.unit if self.width_step is None else self.width_step
-
-    @property
     def space(self) -> SearchSpace:
-        widths = tuple(range(self.min_width, self.max_width + 1, self.step))
         depths = stage_depths(self.min_depths, self.max_depths)
-        return SearchSpace(widths, depths, self.sampling_scale, self.sampling_scale)
+        return SearchSpace(self.widths, depths, self.sampling_scale, self.sampling_scale)
 
     def active(self, subnet: Subnet, stage: int) -> list[int]:
         """Indices of the active blocks of a stage."""

@@ -44,6 +44,7 @@ class ResNetConfig(PyramidConfig):
     """
 
     marker: ClassVar[str] = "layer1.0.conv2.weight"
+    unit_option: ClassVar[str] = "norm_groups"
     kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
     min_depths: tuple[int, ...] = option(
         (3, 4, 6, 3), "blocks of each stage of the shallowest subnet", "[1, 1024]"
@@ -60,10 +61,6 @@ class ResNetConfig(PyramidConfig):
         super().check()
         if self.base_width % self.norm_groups:
             raise self.wrong("base_width", f"a multiple of norm_groups {self.norm_groups}")
-
-    @property
-    def unit(self) -> int:
-        return self.norm_groups
 
     @property
     def first_stride(self) -> int:

@@ -53,6 +53,7 @@ class SwinConfig(PyramidConfig):
     """
 
     marker: ClassVar[str] = "stages.0.blocks.0.norm1.weight"
+    unit_option: ClassVar[str] = "head_dim"
     kind: Literal["swin"] = option("swin", "Swin transformer")
     patch_size: int = option(4, "pixels of a side of a patch", "[1, 1024]")
     head_dim: int = option(16, "channels of an attention head", "[1, 1024]")
@@ -78,10 +79,6 @@ class SwinConfig(PyramidConfig):
             )
         if self.shifted is not None and tuple(map(len, self.shifted)) != self.max_depths:
             raise self.wrong("shifted", f"as many flags as max_depths {self.max_depths}")
-
-    @property
-    def unit(self) -> int:
-        return self.head_dim
 
     @property
     def first_stride(self) -> int:

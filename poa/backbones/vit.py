@@ -56,6 +56,7 @@ class ViTConfig(BackboneConfig):
     """
 
     marker: ClassVar[str] = "cls_token"
+    unit_option: ClassVar[str] = "head_dim"
     kind: Literal["vit"] = option("vit", "vision transformer")
     image_size: int = option(224, "pixels of a side of the global crops; sets the position grid", "[1, 4096]")
     channels: int = option(3, "channels of the images", "[1, 16]")
@@ -85,13 +86,8 @@ class ViTConfig(BackboneConfig):
     masked: bool = option(True, "has a mask token; false for exported models")
 
     def check(self) -> None:
-        for name in ("min_width", "max_width", "width_step"):
-            if (getattr(self, name) or self.head_dim) % self.head_dim:
-                raise self.wrong(name, f"a multiple of head_dim {self.head_dim}")
-        self.require_order("min_width", "max_width")
         self.require_order("min_depth", "max_depth")
-        if (self.max_width - self.min_width) % (self.width_step or self.head_dim):
-            raise self.wrong("width_step", f"whole steps from {self.min_width} to {self.max_width}")
+        self.require_widths(1 + (self.max_depth - self.min_depth) // self.depth_step)
         if (self.max_depth - self.min_depth) % self.depth_step:
             raise self.wrong("depth_step", f"whole steps from {self.min_depth} to {self.max_depth}")
         if self.block_order and sorted(self.block_order) != list(range(self.max_depth)):
@@ -100,16 +96,13 @@ class ViTConfig(BackboneConfig):
             raise self.wrong(
                 "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
             )
-        widths = 1 + (self.max_width - self.min_width) // (self.width_step or self.head_dim)
-        self.require_subnets(widths, 1 + (self.max_depth - self.min_depth) // self.depth_step)
         self.grid(self.image_size)
 
     @property
     def space(self) -> SearchSpace:
         """All subnets."""
-        step = self.width_step or self.head_dim
         return SearchSpace(
-            widths=tuple(range(self.min_width, self.max_width + 1, step)),
+            widths=self.widths,
             depths=tuple(range(self.min_depth, self.max_depth + 1, self.depth_step)),
             width_scale=self.sampling_scale,
             depth_scale=self.sampling_scale,

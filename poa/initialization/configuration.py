@@ -83,7 +83,7 @@ def _following(source: Source, method: MethodConfig) -> tuple[BackboneOptions, C
     }
     if source.normalisation:
         sizes |= dict(zip(("mean", "std"), source.normalisation, strict=True))
-    unit = shape.head_dim if isinstance(shape, ViTConfig) else shape.unit
+    unit = shape.unit
     smallest: dict[str, Any] = {"min_width": -(-shape.max_width // unit // 2) * unit}
     if isinstance(shape, ViTConfig):
         smallest["min_depth"] = -(-shape.max_depth // 2)
