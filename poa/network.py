@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from elastic_kernels import shared_gradients, without_autocast
 from poa.backbones import BackboneConfig
 from poa.heads import HeadConfig, ProjectionHeads
+from poa.loss_rows import LossRows
 from poa.masks import Masks
 from poa.multicrop import StochasticDepth
 from poa.subnets import Subnet
@@ -44,6 +47,11 @@ class Batch:
         """L, local crops of an image."""
         return VIEWS * self.local_crops.shape[0] // self.global_crops.shape[0]
 
+    @cached_property
+    def loss_rows(self) -> LossRows:
+        """What the losses take of each row of a student's features."""
+        return LossRows.of(VIEWS, self.local_views, self.masks)
+
 
 @dataclass(frozen=True)
 class StudentPass:
@@ -73,6 +81,19 @@ class StudentOutput:
         return StudentOutput(features, prototypes, self.tokens.detach())
 
 
+class _ReachAll(torch.autograd.Function):
+    """The identity, whose backward also reaches parameters, with no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.count = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        return dx, *(None,) * ctx.count
+
+
 class Network(nn.Module):
     """A backbone with its projection heads: the teacher is one, the students share another."""
 
@@ -82,10 +103,23 @@ class Network(nn.Module):
         self.head = ProjectionHeads(backbone.feature_width(backbone.space.intact), head, generator)
 
     def forward(
-        self, batch: Batch, passes: Sequence[StudentPass], recompute: bool = False
+        self,
+        batch: Batch,
+        passes: Sequence[StudentPass],
+        recompute: bool = False,
+        reach_all: bool = False,
     ) -> list[StudentOutput]:
-        """Run the students, one pass each; one call per step, so that DDP sees one forward."""
+        """Run the students, one pass each, of whose losses `backward` is called.
+
+        Args:
+            batch: what they see.
+            passes: of the students.
+            recompute: blocks in the backward.
+            reach_all: the backward reaches all parameters, as DDP expects.
+        """
         prototypes = self.head.matrices()
+        if reach_all:
+            prototypes[0] = _ReachAll.apply(prototypes[0], *self.parameters())
         with shared_gradients():
             return [self._student(batch, p, prototypes, recompute) for p in passes]
 

@@ -138,15 +138,10 @@ def evaluated_subnets(config: Config) -> list[Subnet]:
     return chosen or [space.intact, space.smallest]
 
 
-def require_runnable(config: Config, processes: int) -> None:
+def require_runnable(config: Config) -> None:
     """Raise InputError, before images are looked for, where a run of these options could not begin."""
     evaluated_subnets(config)
     require_optimizer(config.performance.optimizer)
-    if config.performance.backward == "apart" and processes > 1:
-        raise InputError(
-            f"performance.backward: expected together for several processes, got apart for {processes}; "
-            "DDP reduces the gradients of one backward"
-        )
 
 
 def first_lines(

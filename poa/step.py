@@ -237,11 +237,11 @@ def accumulate_gradients(
     Returns:
         The loss and its terms, detached, and what the students gave.
     """
-    batch, losses = micro_batch.batch, config.method.loss
+    batch, losses, several = micro_batch.batch, config.method.loss, isinstance(model, DistributedDataParallel)
 
-    def run(*passes: StudentPass) -> list[StudentOutput]:
+    def run(*passes: StudentPass, reach_all: bool = False) -> list[StudentOutput]:
         with timed(), autocast(batch.global_crops.device, config.method.precision):
-            return model(batch, passes, config.performance.recompute)
+            return model(batch, passes, config.performance.recompute, reach_all)
 
     def backward(loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         state.scaler.scale(weight * loss).backward()
@@ -250,17 +250,18 @@ def accumulate_gradients(
     if config.performance.backward == "together":
         intact, elastic = run(*micro_batch.passes)
         return backward(*tribranch_loss(intact, elastic, targets, batch, losses)), [intact, elastic]
-    (intact,) = run(micro_batch.passes[0])
-    values = backward(*intact_loss(intact, targets, batch, losses))
+    with _reduced_later(model, later=True):
+        (intact,) = run(micro_batch.passes[0])
+        values = backward(*intact_loss(intact, targets, batch, losses))
     intact = intact.detached()
-    (elastic,) = run(micro_batch.passes[1])
+    (elastic,) = run(micro_batch.passes[1], reach_all=several)
     others = backward(*elastic_loss(intact, elastic, targets, batch, losses))
     sums = {name: values[name] + others[name] for name in values.keys() & others.keys()}
     return values | others | sums, [intact, elastic]
 
 
 def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManager[None]:
-    """Gradients of all but the last micro-batch stay in this process."""
+    """Gradients of all but the last backward of a step stay in this process."""
     if later and isinstance(model, DistributedDataParallel):
         return model.no_sync()
     return nullcontext()

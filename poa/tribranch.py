@@ -14,16 +14,16 @@ Source: POA (Zhang et al., ECCV 2024), algorithm 1; official `SSLMetaArch.forwar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from elastic_kernels import prototype_cross_entropy, without_autocast
+from elastic_kernels import prototype_cross_entropy, upload, without_autocast
 from poa import losses
 from poa.device import on_side_stream, side_stream, wait_stream
+from poa.loss_rows import TERMS
 from poa.losses import LossConfig, SoftTargets
-from poa.masks import Masks
 from poa.network import VIEWS, Batch, Network, StudentOutput
 
 OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
@@ -88,42 +88,8 @@ def teacher_targets(
     ]
 
 
-Terms = dict[str, Tensor]
-"""Terms of the loss by name, `[heads]` each."""
-
-
-@dataclass(frozen=True)
-class HeadLosses:
-    """Terms of the loss of a micro-batch, without those that a backward leaves out.
-
-    Attributes:
-        intact: "dino" and "ibot", CE(intact, targets).
-        elastic: the same of the elastic student, and "distill", CE(elastic, intact).
-    """
-
-    intact: Terms | None
-    elastic: Terms | None
-
-    @classmethod
-    def of(
-        cls, students: Sequence[StudentOutput], targets: Targets, batch: Batch, config: LossConfig
-    ) -> HeadLosses:
-        """Those of the intact student, and of the elastic one if there is one."""
-        entropies = _cross_entropies(students, targets, batch, config)
-        intact, *elastic = [
-            {"dino": _dino(rows.cls, batch), "ibot": _ibot(rows.patches, batch.masks)}
-            for rows in entropies[: len(students)]
-        ]
-        if not elastic:
-            return cls(intact, None)
-        return cls(intact, elastic[0] | {"distill": _distill(entropies[-1].cls, batch)})
-
-    def named(self) -> dict[str, Tensor]:
-        """Detached scalars by student, term and head."""
-        students = {"intact": self.intact or {}, "elastic": self.elastic or {}}
-        terms = {f"{k}.{name}": x.detach() for k, terms in students.items() for name, x in terms.items()}
-        heads = range(len(next(iter(terms.values()))))
-        return {f"{name}.{head}": x[head] for head in heads for name, x in terms.items()}
+# Cross-entropies of rows: of each student with the teacher's targets, of the elastic one with the intact.
+ENTROPIES = ("intact", "elastic", "distillation")
 
 
 def tribranch_loss(
@@ -135,75 +101,97 @@ def tribranch_loss(
         The scalar to differentiate, and detached unweighted terms named `STUDENT.TERM.HEAD` (`intact.dino.0`,
         `elastic.distill.3`) and `koleo`.
     """
-    terms = HeadLosses.of([intact, elastic], targets, batch, config)
-    return _loss(terms, [intact, elastic], targets, config)
+    entropies = _cross_entropies([intact, elastic], targets, batch, config)
+    named = dict(zip(ENTROPIES, entropies, strict=True))
+    return _loss(named, {"intact": intact, "elastic": elastic}, targets, batch, config)
 
 
 def intact_loss(
     intact: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summands of `tribranch_loss` that train the intact student."""
-    return _loss(HeadLosses.of([intact], targets, batch, config), [intact], targets, config)
+    (entropy,) = _cross_entropies([intact], targets, batch, config)
+    return _loss({"intact": entropy}, {"intact": intact}, targets, batch, config)
 
 
 def elastic_loss(
     intact: StudentOutput, elastic: StudentOutput, targets: Targets, batch: Batch, config: LossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The summands of `tribranch_loss` that train the elastic student; no gradient reaches the intact one."""
-    terms = HeadLosses.of([intact.detached(), elastic], targets, batch, config)
-    return _loss(replace(terms, intact=None), [elastic], targets, config)
+    _, *entropies = _cross_entropies([intact.detached(), elastic], targets, batch, config)
+    named = dict(zip(ENTROPIES[1:], entropies, strict=True))
+    return _loss(named, {"elastic": elastic}, targets, batch, config)
 
 
 def _loss(
-    terms: HeadLosses, students: Sequence[StudentOutput], targets: Targets, config: LossConfig
+    entropies: dict[str, list[Tensor]],
+    students: dict[str, StudentOutput],
+    targets: Targets,
+    batch: Batch,
+    config: LossConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The formula above, or the summands of it that are there; and all terms by name."""
-    weight, summands = config.intact, list[Tensor]()
-    if terms.intact:
-        summands.append(weight * _weighted(terms.intact, config))
-    if terms.elastic:
-        summands.append((1 - weight) * _weighted(terms.elastic, config))
-        summands.append((1 - weight) * terms.elastic["distill"])
-    loss, named = sum(summands[1:], summands[0]).mean(), terms.named()
+    """The formula above, or the summands of it that are there; and all terms by name.
+
+    Each term is a weighted sum over rows, and so is the loss.
+
+    Args:
+        entropies: `[rows]` of each head, by which of `ENTROPIES` they are.
+        students: with terms of their own, by name.
+        targets: of the teacher.
+        batch: of the rows.
+        config: of the loss.
+    """
+    heads, used = len(next(iter(entropies.values()))), [_terms(name, config) for name in entropies]
+    rows = torch.stack([row for of_heads in entropies.values() for row in of_heads]).unflatten(0, (-1, heads))
+    weights = batch.loss_rows.weights.to(rows.dtype)
+    factors = torch.tensor([[terms.get(term, 0.0) / heads for term in TERMS] for terms in used])
+    of_rows = (upload(factors.to(rows.dtype), rows.device).unsqueeze(1) * weights).sum(-1)
+    loss = (rows * of_rows.unsqueeze(1)).sum()
+    shown = (rows.detach().unsqueeze(-1) * weights).sum(-2)  # [entropies, heads, terms]
+    named = {
+        f"{_student(name)}.{term}.{head}": shown[number, head, TERMS.index(term)]
+        for head in range(heads)
+        for number, (name, terms) in enumerate(zip(entropies, used, strict=True))
+        for term in terms
+    }
     if targets.tokens is not None:
-        shares = [weight] * bool(terms.intact) + [1 - weight] * bool(terms.elastic)
         features = [
-            share * losses.feature_distillation(student.tokens, targets.tokens, config.student_temperature)
-            for share, student in zip(shares, students, strict=True)
+            _share(name, config)
+            * losses.feature_distillation(student.tokens, targets.tokens, config.student_temperature)
+            for name, student in students.items()
         ]
         named["features"] = torch.stack(features).sum().detach()
         loss = loss + config.features * sum(features[1:], features[0])
     if config.koleo:
-        koleo = losses.koleo(*(student.tokens for student in students), groups=VIEWS) / 2
+        koleo = losses.koleo(*(student.tokens for student in students.values()), groups=VIEWS) / 2
         named["koleo"] = koleo.detach()
-        loss = loss + config.koleo * koleo
+        loss = torch.add(loss, koleo, alpha=config.koleo)
     return loss, named
 
 
-def _weighted(terms: Terms, config: LossConfig) -> Tensor:
-    """CE(student, targets) of each head."""
-    return config.dino * terms["dino"] + config.ibot * terms["ibot"]
+def _terms(name: str, config: LossConfig) -> dict[str, float]:
+    """The terms that a cross-entropy has a share in, and their factors."""
+    share = _share(name, config)
+    if name == "distillation":
+        return {"distill": share}
+    return {"dino": share * config.dino, "ibot": share * config.ibot}
 
 
-@dataclass(frozen=True)
-class RowLosses:
-    """Cross-entropies of a student, of all heads.
+def _share(name: str, config: LossConfig) -> float:
+    return config.intact if name == "intact" else 1 - config.intact
 
-    Attributes:
-        cls: `[heads, L B + 2 B]`, of class tokens of local crops, then of global ones.
-        patches: `[heads, masked]`.
-    """
 
-    cls: Tensor
-    patches: Tensor
+def _student(name: str) -> str:
+    return "elastic" if name == "distillation" else name
 
 
 def _cross_entropies(
     students: Sequence[StudentOutput], targets: Targets, batch: Batch, config: LossConfig
-) -> list[RowLosses]:
-    """Of one or two students with the teacher's targets; of two, also of the second with the first."""
+) -> list[list[Tensor]]:
+    """Of one or two students with the teacher's targets; of two, also of the second with the first: `[rows]`
+    of each head."""
     wait_stream(targets.stream)
-    rows = _TargetRows.of(batch)
+    rows = batch.loss_rows
 
     def of_head(head: int, features: Sequence[Tensor]) -> list[Tensor]:
         """`[rows]` of each student, and of two of the second with the first."""
@@ -218,63 +206,4 @@ def _cross_entropies(
 
     features = zip(*(student.features for student in students), strict=True)
     of_heads = [of_head(head, of_students) for head, of_students in enumerate(features)]
-    sizes = [len(rows.classes), len(rows.patches)]
-    return [RowLosses(*torch.stack(losses).split(sizes, 1)) for losses in zip(*of_heads, strict=True)]
-
-
-@dataclass(frozen=True)
-class _TargetRows:
-    """Which targets each row of a student learns from, `[rows, 2]` and `[rows, 1]`, -1 for none.
-
-    Attributes:
-        classes: local crops learn from both views of their image, global ones from the other view, whose
-            target stands in their own row.
-        patches: each from its own.
-    """
-
-    classes: Tensor
-    patches: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch) -> _TargetRows:
-        device, images = batch.global_crops.device, batch.global_crops.shape[0] // VIEWS
-        own = torch.arange(VIEWS * images, device=device)
-        both = own.view(VIEWS, images).t()
-        return cls(
-            torch.cat(
-                [both.repeat(batch.local_views, 1), torch.stack([own, torch.full_like(own, -1)], dim=1)]
-            ),
-            torch.arange(len(batch.masks.indices), device=device).unsqueeze(1),
-        )
-
-
-def _dino(losses: Tensor, batch: Batch) -> Tensor:
-    """Cross-view loss of the class tokens: every local crop against both views, each view against the other.
-
-    `[heads, rows]` -> `[heads]`. The sum over pairs is divided by their number as the official code counts
-    it: the global pairs twice.
-    """
-    pairs = VIEWS + max(VIEWS * batch.local_views, 1)
-    local, whole = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]], dim=1)
-    loss = VIEWS * whole.mean(1)
-    if batch.local_views:
-        loss = loss + local.unflatten(1, (batch.local_views, -1)).mean(2).sum(1)
-    return loss / pairs
-
-
-def _ibot(losses: Tensor, masks: Masks) -> Tensor:
-    """Masked-patch loss: mean over an image's masked patches, then over all global crops, masked or not.
-
-    `[heads, masked]` -> `[heads]`.
-    """
-    return (losses * masks.weights).sum(1) / masks.mask.shape[0]
-
-
-def _distill(losses: Tensor, batch: Batch) -> Tensor:
-    """Same-view distillation of the class tokens: the elastic student follows the intact one.
-
-    `[heads, rows]` -> `[heads]`. Local and global crops count alike; the target is the intact student's plain
-    softmax.
-    """
-    parts = losses.split([batch.local_crops.shape[0], batch.global_crops.shape[0]], dim=1)
-    return torch.stack([part.mean(1) for part in parts if part.shape[1]]).sum(0)
+    return [list(of_all) for of_all in zip(*of_heads, strict=True)]

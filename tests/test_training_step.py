@@ -16,10 +16,8 @@ from poa import tribranch
 from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.device import tensors_in
-from poa.errors import InputError
 from poa.micro_batch import MicroBatch
 from poa.optim import Schedules
-from poa.plan import require_runnable
 from poa.step import TrainingState, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
@@ -90,11 +88,6 @@ def test_apart_trains_the_same(tmp_path: Path) -> None:
         for name in ("together", "apart")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_apart_is_refused_for_several_processes() -> None:
-    with pytest.raises(InputError, match="expected together for several processes, got apart for 2"):
-        require_runnable(tiny_config(APART), 2)
 
 
 def test_deterministic_runs_repeat_bitwise(tmp_path: Path) -> None:

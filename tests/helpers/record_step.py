@@ -23,7 +23,7 @@ VARIANTS = {
     "per-rank": tiny_config(*OPTIONS),
     "without KoLeo": tiny_config(*OPTIONS, "method.loss.koleo=0"),
     "bf16 reduction": tiny_config(*OPTIONS, "method.reduce_dtype=bf16"),
-    "shared": tiny_config(*OPTIONS, "method.sampling=shared"),
+    "shared": tiny_config(*OPTIONS, "method.sampling=shared", "performance.backward=apart"),
     "balanced": tiny_config(*OPTIONS, "method.sampling=balanced"),
     "exact centers": tiny_config(*CENTERING),
     "official centers": tiny_config(*CENTERING, "method.loss.center_weighting=official"),

@@ -85,7 +85,7 @@ class Launches:
     """What was launched while an absent GPU was in use.
 
     Attributes:
-        keep_arguments: launches hold what they were given; autograd then copies gradients among it.
+        keep_arguments: launches hold what they were given.
         made: in order; may be cleared.
         binaries: that the launches needed, each once.
     """
@@ -180,5 +180,7 @@ class _Recorder:
         return None
 
     def run(self, x: int, y: int, z: int, *rest: Any) -> None:
-        given = rest if self.launches.keep_arguments else ()
+        given: tuple[Any, ...] = ()
+        if self.launches.keep_arguments:  # but no gradient itself, which autograd would then copy
+            given = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in rest)
         self.launches.made.append(Launch(self.binary, (x, y, z), given))
