@@ -114,7 +114,8 @@ def reported(values: Mapping[str, Any]) -> dict[str, float]:
 
 def number_format(title: str) -> str:
     """How a figure is written: a share of 1 in per cent."""
-    return ".2f" if any(title in p.numbers for p in PROTOCOLS) else ".1%"
+    kind = title.removesuffix(" init")
+    return ".2f" if any(kind in p.numbers for p in PROTOCOLS) else ".1%"
 
 
 def accuracies(values: Mapping[str, Any]) -> dict[str, float]:

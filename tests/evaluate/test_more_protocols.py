@@ -34,7 +34,7 @@ from poa.evaluate.robustness import (
     drop_patches,
     shuffle_tiles,
 )
-from poa.evaluate.sweep import PROTOCOLS, SEPARATE, score
+from poa.evaluate.sweep import PROTOCOLS, SEPARATE, number_format, score
 from poa.evaluate.top1 import top_accuracy
 from poa.step import initial_network
 from poa.subnets import Subnet
@@ -117,6 +117,8 @@ def test_spectra_of_known_features() -> None:
 
     few, many = lidar(views(4)), lidar(views(20))
     assert 3 < few < 8 < many < 30
+    formats = [number_format(title) for title in ("RankMe", "RankMe init", "k=20", "k=20 init")]
+    assert formats == [".2f", ".2f", ".1%", ".1%"]
     assert quality(views(4))["lidar"] == pytest.approx(few, abs=2)
 
 
