@@ -42,9 +42,7 @@ def main(name: str, count: int) -> None:
     grown = []
     for _ in range(TURNS):
         start, before = time.perf_counter(), peak()
-        poa.embed(
-            model, images, out=folder / "ours.npy", workers=0, batch_size=BATCH, device="cpu", threads=1
-        )
+        poa.embed(model, images, out=out, workers=0, batch_size=BATCH, device="cpu", threads=1)
         rates["poa"].append(count / (time.perf_counter() - start))
         grown.append(peak() - before)
         start = time.perf_counter()
