@@ -212,8 +212,6 @@ class ViTConfig(BackboneConfig):
         hidden, read = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
         if hidden != read:
             raise InputError(f"expected an MLP without a gate, got {hidden} hidden units before {read}")
-        if width % head_dim:
-            raise InputError(f"expected a width that is a multiple of head_dim {head_dim}, got {width}")
         return cls(
             image_size=side * patch,
             channels=state["patch_embed.proj.weight"].shape[1],
