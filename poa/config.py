@@ -111,9 +111,10 @@ class PerformanceConfig(Options, at="performance"):
     recompute: bool = option(
         False, "activation checkpointing: recompute blocks in the backward, less memory and more time"
     )
-    backward: Literal["together", "apart"] = option(
-        "together",
-        "one backward for both students, or the intact student's before the elastic forward: less memory",
+    backward: Literal["auto", "together", "apart"] = option(
+        "auto",
+        "one backward for both students, or the intact student's before the elastic forward: less memory; "
+        "auto: apart on GPUs",
     )
     deterministic: bool = option(False, "only algorithms whose results repeat bitwise")
     optimizer: OptimizerKind = option(

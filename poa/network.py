@@ -120,7 +120,7 @@ class Network(nn.Module):
         prototypes = self.head.matrices()
         if reach_all:
             prototypes[0] = _ReachAll.apply(prototypes[0], *self.parameters())
-        with shared_gradients():
+        with shared_gradients(accumulate=True):
             return [self._student(batch, p, prototypes, recompute) for p in passes]
 
     def _student(

@@ -247,7 +247,7 @@ def accumulate_gradients(
         state.scaler.scale(weight * loss).backward()
         return {"loss": loss.detach(), **terms}
 
-    if config.performance.backward == "together":
+    if _together(config, batch.global_crops.device):
         intact, elastic = run(*micro_batch.passes)
         return backward(*tribranch_loss(intact, elastic, targets, batch, losses)), [intact, elastic]
     with _reduced_later(model, later=True):
@@ -258,6 +258,12 @@ def accumulate_gradients(
     others = backward(*elastic_loss(intact, elastic, targets, batch, losses))
     sums = {name: values[name] + others[name] for name in values.keys() & others.keys()}
     return values | others | sums, [intact, elastic]
+
+
+def _together(config: Config, device: torch.device) -> bool:
+    """Whether both students have one backward; by default where memory is not scarce."""
+    order = config.performance.backward
+    return device.type == "cpu" if order == "auto" else order == "together"
 
 
 def _reduced_later(model: torch.nn.Module, later: bool) -> AbstractContextManager[None]:

@@ -45,10 +45,12 @@ def test_what_saves_memory() -> None:
     def peak(*changes: str, elastic: Subnet | None = None) -> int:
         return predict_memory(override(config, list(changes)), 64, elastic).peak
 
-    plain, smallest = peak(), config.method.backbone.space.smallest
-    assert peak("performance.recompute=true") < 0.6 * plain
-    assert peak("performance.backward=apart") < 0.8 * plain
-    assert peak(elastic=smallest) < 0.8 * plain
+    smallest, together = config.method.backbone.space.smallest, "performance.backward=together"
+    plain, one_backward = peak(), peak(together)
+    assert plain < 0.8 * one_backward
+    assert peak("performance.recompute=true") < 0.8 * plain
+    assert peak("performance.recompute=true", together) < 0.6 * one_backward
+    assert peak(together, elastic=smallest) < 0.8 * one_backward
     assert peak("method.precision=fp32") > 1.5 * plain
 
 
@@ -77,7 +79,7 @@ def test_an_unknown_optimizer_is_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("changes", [[], ["performance.backward=apart"], ["performance.recompute=true"]])
+@pytest.mark.parametrize("changes", [[], ["performance.backward=together"], ["performance.recompute=true"]])
 def test_prediction_and_measurement(changes: list[str]) -> None:
     """Within 5 % of what the allocator counts."""
     from benchmarks.step import Ours, setting

@@ -86,7 +86,7 @@ def arguments(command: str) -> list[str]:
         return [*words, "--seconds", "0.2"]
     if words[0] == "finetune":
         if launcher:  # RandAugment needs timm
-            words = [*words[: words.index("--recipe")], "--out", "runs/many"]
+            words = [*words[: words.index("--recipe")], "--out", "runs/many", "--subnets", "192x6"]
         return [*words, "epochs=1", "warmup_epochs=0.5", "batch_size=4"]
     if words[0] == "latency":
         return [*words, *([] if "--sample" in words else ["--sample", "10"]), "--seconds", "0.01"]

@@ -2,12 +2,14 @@
 
 A narrow network's weight gradient is a corner. Left to autograd it becomes a full-size tensor of mostly zeros
 that is added to the widest network's; here the corner itself waits, and is added in place. So does the whole
-gradient of a network as wide, to which the product of the next one is added.
+gradient of a network as wide, to which the product of the next one is added. Products can also add to the
+gradient that an earlier backward left in `.grad`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 
@@ -18,9 +20,14 @@ from elastic_kernels.dispatch import holding
 
 
 class GradientLedger:
-    """Gradients that wait for that of the whole weight, of one graph; weights are known by `id`."""
+    """Gradients that wait for that of the whole weight, of one graph; weights are known by `id`.
 
-    def __init__(self) -> None:
+    Attributes:
+        accumulates: gradients may be added to those in `.grad`.
+    """
+
+    def __init__(self, accumulates: bool = False) -> None:
+        self.accumulates = accumulates
         self._whole: Counter[int] = Counter()  # uses of whole weights whose backward is to come
         self._waiting: dict[int, tuple[Tensor | None, ...]] = {}
         self._alive: list[Tensor] = []  # so that no other tensor gets the same id
@@ -59,13 +66,26 @@ class GradientLedger:
 _ledger: ContextVar[GradientLedger | None] = ContextVar("shared_gradients", default=None)
 
 
-def shared_gradients() -> AbstractContextManager[None]:
+def earlier_gradients(parameters: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """What `.grad` of a layer's parameters has, if that of each that there is can be added to in place."""
+    gradients = [None if p is None or not p.is_leaf else p.grad for p in parameters]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if p is not None and (gradient is None or gradient.dtype != p.dtype or not gradient.is_contiguous()):
+            return None
+    return gradients
+
+
+def shared_gradients(*, accumulate: bool = False) -> AbstractContextManager[None]:
     """Run several networks on the same weights whose losses are differentiated together.
 
     Among the forward passes in this context, each lets the gradient of a weight be added in place to that of
     a pass that uses all of it, if that comes later in backward, as autograd does for a pass that was run
     earlier: so run the widest network first. In any other order, with `recompute` and without Triton,
     gradients are added by autograd; they are the same up to rounding.
+
+    Args:
+        accumulate: the backward is `loss.backward()`, which may add gradients of layers to those in `.grad`
+            in place: no memory and no pass is needed for them, and hooks of the parameters see none.
 
     Every pass must be part of the loss: a backward that leaves out a wide pass, for whose gradients those of
     others wait, ends in a RuntimeError.
@@ -80,7 +100,7 @@ def shared_gradients() -> AbstractContextManager[None]:
         >>> block.mlp.fc1.weight.grad.shape
         torch.Size([256, 64])
     """
-    return holding(_ledger, GradientLedger())
+    return holding(_ledger, GradientLedger(accumulate))
 
 
 def stop_sharing() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 import elastic_kernels.triton_ops.attention
 import elastic_kernels.triton_ops.window_attention  # noqa: F401, each registers its operators
 from elastic_kernels.layouts import places_of
+from elastic_kernels.shared_gradients import earlier_gradients
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.layer_norm import branch_room
 from elastic_kernels.triton_ops.layers import (
@@ -27,7 +28,7 @@ from elastic_kernels.triton_ops.layers import (
     mlp_backward,
 )
 from elastic_kernels.triton_ops.registration import first_order, ops
-from elastic_kernels.triton_ops.vector_grads import VectorGrads
+from elastic_kernels.triton_ops.vector_grads import VectorGrads, side_by_side
 
 
 class WindowSpec(NamedTuple):
@@ -118,13 +119,19 @@ class Normed:
 
     Attributes:
         xhat: the rows that take part, before the affine.
-        weight: of the affine.
+        weight, bias: the affine, whole.
         rstd: fp32 `[rows]`.
     """
 
     xhat: Tensor
     weight: Tensor | None
+    bias: Tensor | None
     rstd: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What autograd saves."""
+        return self.xhat, self.weight, self.bias, self.rstd
 
     @classmethod
     def rows(
@@ -149,7 +156,7 @@ class Normed:
             ledger.expect(weight)
         arguments = (x, weight, bias, spec.eps, index, spec.first.dtype)
         h, xhat, _, rstd = ops.layer_norm_fwd(*arguments, apart, None, keep)
-        return h, cls(xhat if apart else h, weight, rstd)
+        return h, cls(xhat if apart else h, weight, bias, rstd)
 
     def backward(
         self,
@@ -178,6 +185,11 @@ class Normed:
             return dx, None, None
         if ledger is not None and len(weight) == dh.shape[1]:
             waiting = ledger.arrived(id(weight))
+        if ledger is not None and ledger.accumulates and waiting is None:
+            earlier = side_by_side(earlier_gradients((weight, self.bias)))
+            if earlier is not None:
+                vectors.add_to(earlier, partials)
+                return dx, None, None
         (addend,) = waiting or (None,)
         affine = vectors.add(partials, len(weight), weight.dtype, addend)
         if ledger is not None and ledger.awaits_whole(id(weight)):
@@ -282,7 +294,7 @@ class AttentionHalfFunction(torch.autograd.Function):
         qkv_layer = Layer.of(qkv_weight, qkv_bias, None, x.shape[1], spec.first, alone=True)
         proj = Layer.of(proj_weight, proj_bias, gamma, spec.first.out_features, spec.second)
         attended = Attended.of(h, qkv_layer, window_bias, spec, trains(ctx, spec))
-        saved = (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, *attended)
+        saved = (*normed.tensors, index, row_scale, places, *attended)
         keep(ctx, saved, [qkv_layer, proj])
         ctx.spec, ctx.before = spec, BranchGradient.before(x)
         ctx.branch = BranchGradient.of(x, index, places, row_scale, proj)
@@ -325,7 +337,7 @@ class MlpHalfFunction(torch.autograd.Function):
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_act(h, "gelu")
-        keep(ctx, (normed.xhat, norm_weight, normed.rstd, index, row_scale, places, h, u), [fc1, fc2])
+        keep(ctx, (*normed.tensors, index, row_scale, places, h, u), [fc1, fc2])
         ctx.spec, ctx.before = spec, BranchGradient.before(x)
         ctx.branch = BranchGradient.of(x, index, places, row_scale, fc2)
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)

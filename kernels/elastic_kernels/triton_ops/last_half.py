@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.halves import Attended, BranchGradient, HalfSpec, Normed, take_branch, trains
 from elastic_kernels.triton_ops.layers import Layer, keep, kept
-from elastic_kernels.triton_ops.registration import first_order
+from elastic_kernels.triton_ops.registration import first_order, ops
 from elastic_kernels.triton_ops.vector_grads import VectorGrads
 
 
@@ -48,7 +49,7 @@ class LastAttentionFunction(torch.autograd.Function):
         o = attended.out
         # Without any sequence that takes part, parameters still get gradients, of zero.
         wanted = o.index_select(0, place) if len(o) else o.new_zeros(len(place), o.shape[1])
-        saved = (normed.xhat, norm_weight, normed.rstd, index, places, only, place, row_scale)
+        saved = (*normed.tensors, index, places, only, row_scale)
         keep(ctx, (*saved, wanted, *attended), [qkv_layer, proj])
         residual = x.index_select(0, only)
         ctx.spec, ctx.tokens, ctx.before = spec, len(x), BranchGradient.before(x)
@@ -59,16 +60,16 @@ class LastAttentionFunction(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         tensors, (qkv_layer, proj) = kept(ctx)
-        *normed, index, places, only, place, row_scale, wanted, h, qkv, out, lse, bias = tensors
+        *normed, index, places, only, row_scale, wanted, h, qkv, out, lse, bias = tensors
         attended = Attended(h, qkv, out, lse, bias)
         d, d_sums = take_branch(ctx, dout, None, row_scale, proj)
         vectors = VectorGrads()
         dw2, db2, dgamma = proj.wgrad(d, wanted, vectors, d_sums)
-        do = torch.zeros_like(out)
-        if len(do):
-            do.index_add_(0, place, proj.dgrad(d))
+        source = places_of(only, ctx.tokens)
+        of_rows = source if index is None else source.index_select(0, index)
+        do, _ = ops.branch_grad(proj.dgrad(d), of_rows, None, out.dtype, False)
         dh, dw1, db1, dbias = attended.backward(do, qkv_layer, vectors, ctx.spec)
-        stream = dout.new_zeros(ctx.tokens, dout.shape[1]).index_copy_(0, only, dout)
+        stream, _ = ops.branch_grad(dout, source, None, dout.dtype, False)
         dx, *affine = Normed(*normed).backward(dh, index, places, stream, ctx.spec, vectors, ctx.before)
         vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, dbias, None, None, None, None, None, None

@@ -11,7 +11,7 @@ They lie outside of the registered operators, which saves host time on each call
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import elastic_kernels.triton_ops.linear
 import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
-from elastic_kernels.shared_gradients import GradientLedger
+from elastic_kernels.shared_gradients import GradientLedger, earlier_gradients
 from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.registration import first_order, ops
@@ -61,6 +61,7 @@ class Layer:
         full: `[n_max, k_max]` of a group.
         grad_dtype: of the parameters.
         added: the bias that products add, until backward.
+        parameters: whole weight, bias and gamma, where gradients may be added to theirs; else none.
     """
 
     weight: Tensor
@@ -71,6 +72,7 @@ class Layer:
     grad_dtype: torch.dtype
     spec: LayerSpec
     added: Tensor | None = None
+    parameters: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def of(
@@ -88,6 +90,8 @@ class Layer:
         Products that are `alone`, into which nothing but the bias is fused, take it rounded, where it is.
         """
         copy, out, whole_bias = working_copy(weight, gamma, spec.dtype), spec.out_features, bias
+        accumulates = spec.ledger is not None and spec.ledger.accumulates
+        parameters = (weight, bias, gamma) if accumulates else ()
         stack, parameter = (t.unflatten(0, (spec.groups, -1)) for t in (copy.weight, weight))
         if bias is not None:
             bias = bias.unflatten(0, (spec.groups, -1))[:, :out]
@@ -100,7 +104,8 @@ class Layer:
         if gamma is not None:
             gamma = gamma[:out]
         corner = stack[:, :out, :width].to(spec.dtype)
-        return cls(corner, bias, gamma, plain, list(stack.shape[1:]), weight.dtype, spec, added)
+        full = list(stack.shape[1:])
+        return cls(corner, bias, gamma, plain, full, weight.dtype, spec, added, parameters)
 
     @property
     def factor(self) -> Tensor | None:
@@ -116,11 +121,11 @@ class Layer:
         """This layer with tensors that autograd saved."""
         weight, bias, gamma, plain = saved
         assert weight is not None
-        return Layer(weight, bias, gamma, plain, self.full, self.grad_dtype, self.spec)
+        return replace(self, weight=weight, bias=bias, gamma=gamma, plain=plain)
 
     def without_tensors(self) -> Layer:
         """What a context may hold beside the saved tensors."""
-        return Layer(self.weight.new_empty(0), None, None, None, self.full, self.grad_dtype, self.spec)
+        return replace(self, weight=self.weight.new_empty(0), bias=None, gamma=None, plain=None, added=None)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear_fwd(x, self.weight, self.added, self.spec.scale)
@@ -170,6 +175,9 @@ class Layer:
             sums = ops.linear_bias_sums(dy)
         if addend is not None and sums is not None:
             sums[0].add_(addend)
+        if waiting is None and self.parameters and (earlier := earlier_gradients(self.parameters)):
+            self._accumulate(dy, x, vectors, sums, *earlier)
+            return None, None, None
         dweight, dbias, dgamma = self._gradients(dy, x, vectors, sums, *(waiting or (None, None, None)))
         if ledger is not None and ledger.awaits_whole(key):
             ledger.leave(key, dweight, dbias, dgamma)
@@ -207,6 +215,35 @@ class Layer:
             _, out, width = waiting.shape
             p[:, :out, :width].add_(waiting)
         return p, dbias, None
+
+    def _accumulate(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        vectors: VectorGrads,
+        sums: Tensor | None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        dgamma: Tensor | None,
+    ) -> None:
+        """Add the gradients to those of the whole parameters, in place."""
+        assert dweight is not None
+        scale, (groups, out, width) = self.spec.scale, self.weight.shape
+        corner = dweight.unflatten(0, (groups, -1))[:, :out, :width]
+        if self.gamma is not None:
+            p = ops.linear_wgrad(dy, x, scale, torch.float32)
+            weight = self.weight if self.plain is None else self.plain
+            assert dgamma is not None
+            vectors.scale_into(corner, p, (dgamma, dbias), sums, weight, self.bias, self.gamma)
+            return
+        if sums is not None and dbias is not None:
+            vectors.add_to(dbias, sums)
+        if groups == 1 or out == self.full[0]:
+            ops.linear_wgrad_(corner, dy, x, scale)
+        else:  # which are not one matrix in memory
+            corner.add_(
+                ops.linear_wgrad(dy, x, scale, dy.dtype if corner.dtype == dy.dtype else torch.float32)
+            )
 
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None], layers: Sequence[Layer]) -> None:

@@ -25,7 +25,10 @@ def _branch_grad_kernel(
     stride_o,
     HAS_INDEX: tl.constexpr, HAS_ROW_SCALE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of a part of the rows, scaled and rounded, and their sums; of both what is wanted."""
+    """BLOCK columns of a part of the rows, scaled and rounded, and their sums; of both what is wanted.
+
+    Rows of an index below 0 are zeros.
+    """
     part = tl.program_id(1)
     offs_k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask_k = offs_k < width
@@ -37,8 +40,9 @@ def _branch_grad_kernel(
         mask = mask_r[:, None] & mask_k[None, :]
         source = offs_r.to(tl.int64)
         if HAS_INDEX:
-            source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
-        d = tl.load(dout_ptr + source[:, None] * stride_o + offs_k[None, :], mask=mask, other=0.0)
+            source = tl.load(index_ptr + offs_r, mask=mask_r, other=-1).to(tl.int64)
+        taken = (source >= 0)[:, None] & mask
+        d = tl.load(dout_ptr + source[:, None] * stride_o + offs_k[None, :], mask=taken, other=0.0)
         d = d.to(tl.float32)
         if HAS_ROW_SCALE:
             d *= tl.load(row_scale_ptr + offs_r, mask=mask_r, other=0.0)[:, None]
@@ -97,7 +101,7 @@ def _branch_grad(
 def branch_grad(
     dout: Tensor, index: Tensor | None, row_scale: Tensor | None, dtype: torch.dtype, wants_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the gradient of a residual sum, scaled and rounded for the products.
+    """Rows of the gradient of a residual sum, scaled and rounded for the products; zeros where `index` is -1.
 
     Returns:
         `[kept, n]`, and sums over parts of its rows for a bias, fp32 `[parts, 1, n]`, or empty.

@@ -38,10 +38,10 @@ def _merged(at, ranges, rows, mask, M: tl.constexpr, A: tl.constexpr, B: tl.cons
     return top, tl.log2(z), a / z, b / z
 
 
-@triton.jit(do_not_specialize=["ranges", "rows"])
+@triton.jit(do_not_specialize=["ranges", "rows", "stride_l"])
 def _losses_merge_kernel(
     stats_ptr, index_ptr, losses_ptr, lse_ptr,
-    ranges, rows,
+    ranges, rows, stride_l,
     TWO: tl.constexpr, TARGETS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -75,33 +75,30 @@ def _losses_merge_kernel(
         loss = tl.where(has_a, lse2 - a2, 0.0)
         if TARGETS == 2:
             loss += tl.where(has_b, lse2 - b2, 0.0)
-        tl.store(losses_ptr + rows + offs, loss * LN_2, mask=mask)
-        tl.store(losses_ptr + 2 * rows + offs, (lse2 - across) * LN_2, mask=mask)
+        tl.store(losses_ptr + stride_l + offs, loss * LN_2, mask=mask)
+        tl.store(losses_ptr + 2 * stride_l + offs, (lse2 - across) * LN_2, mask=mask)
 
 
-def merge(stats: Tensor, index: Tensor, students: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exps of all ranges.
+def merge(stats: Tensor, index: Tensor, students: int, losses: Tensor, keep: bool) -> Tensor:
+    """Write the losses, and return the log-sum-exps, of all ranges.
 
     Args:
         stats: fp32 `[ranges, STATS, rows]`.
         index: int64 `[rows, 1 or 2]`, targets of a row or -1.
         students: one or two.
+        losses: fp32 `[1 or 3, rows]`, of each student and of the distillation.
         keep: also give what backward reads.
 
     Returns:
-        fp32 losses `[1 or 3, rows]`, of each student and of the distillation; logarithms to base 2 of sums of
-        powers of 2 `[8, rows]` of two students and two targets, as maximum and the rest; those of what is not
-        there are not written; `[0, rows]` if not kept.
+        Logarithms to base 2 of sums of powers of 2 `[8, rows]` of two students and two targets, as maximum
+        and the rest; those of what is not there are not written; `[0, rows]` if not kept.
     """
     ranges, _, rows = stats.shape
-    losses, lse = (
-        torch.empty(n, rows, dtype=torch.float32, device=stats.device)
-        for n in (2 * students - 1, 8 if keep else 0)
-    )
+    lse = torch.empty(8 if keep else 0, rows, dtype=torch.float32, device=stats.device)
     if rows:
         _losses_merge_kernel[(triton.cdiv(rows, ROWS),)](
             stats, index, losses, lse if keep else None,
-            ranges, rows,
+            ranges, rows, losses.stride(0),
             TWO=students == 2, TARGETS=index.shape[1], BLOCK=ROWS,
         )  # fmt: skip
-    return losses, lse
+    return lse

@@ -160,16 +160,19 @@ def _probabilities(y, lse_ptr, offs_m, mask, rows):
     return tl.exp2((y - m[:, None]) - rest[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "first", "columns"])
+@triton.jit(do_not_specialize=["rows", "first", "columns", "stride_g"])
 def _losses_bwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, lse_ptr, grad_ptr, largest_ptr, dz1_ptr, dz2_ptr,
     rows, prototypes, first, columns, dim,
-    stride_t,
+    stride_t, stride_g,
     inv_tau_s, inv_tau_t, dz_scale,
-    TWO: tl.constexpr, TARGETS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TWO: tl.constexpr, FIRST: tl.constexpr, TARGETS: tl.constexpr, COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dz of `columns * COLUMNS` prototypes from `first * 128` on, times `dz_scale` / the largest gradient."""
+    """dz of `columns * COLUMNS` prototypes from `first * 128` on, times `dz_scale` / the largest gradient.
+
+    Without FIRST, the first student's loss has no gradient.
+    """
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = first * 128 + offs_c
@@ -191,14 +194,17 @@ def _losses_bwd_kernel(
         count += (row_b >= 0).to(tl.float32)
     factor = inv_tau_s * LN_2 * dz_scale / tl.maximum(tl.load(largest_ptr), 1e-30)
     p1 = _probabilities(s1, lse_ptr, offs_m, mask_m, rows)
-    g1 = tl.load(grad_ptr + offs_m, mask=mask_m, other=0.0) * factor
     out = offs_m.to(tl.int64)[:, None] * width + offs_c[None, :]
     mask = mask_m[:, None] & mask_k[None, :]
-    dz1 = g1[:, None] * (count[:, None] * p1 - q)
-    tl.store(dz1_ptr + out, dz1.to(dz1_ptr.dtype.element_ty), mask=mask)
+    grad_ptr += offs_m
+    if FIRST:
+        g1 = tl.load(grad_ptr, mask=mask_m, other=0.0) * factor
+        dz1 = g1[:, None] * (count[:, None] * p1 - q)
+        tl.store(dz1_ptr + out, dz1.to(dz1_ptr.dtype.element_ty), mask=mask)
+        grad_ptr += stride_g
     if TWO:
-        g2 = tl.load(grad_ptr + rows + offs_m, mask=mask_m, other=0.0) * factor
-        gd = tl.load(grad_ptr + 2 * rows + offs_m, mask=mask_m, other=0.0) * factor
+        g2 = tl.load(grad_ptr, mask=mask_m, other=0.0) * factor
+        gd = tl.load(grad_ptr + stride_g, mask=mask_m, other=0.0) * factor
         p2 = _probabilities(s2, lse_ptr + rows, offs_m, mask_m, rows)
         dz2 = g2[:, None] * (count[:, None] * p2 - q) + gd[:, None] * (p2 - p1)
         tl.store(dz2_ptr + out, dz2.to(dz2_ptr.dtype.element_ty), mask=mask)
@@ -280,17 +286,17 @@ def prototype_losses_fwd(
     index: Tensor,
     tau_s: float,
     tau_t: float,
+    losses: Tensor,
     keep: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exps, as of `merge`, of `x` `[students, rows, dim]`."""
+) -> Tensor:
+    """Write the losses, and return the log-sum-exps, as `merge`, of `x` `[students, rows, dim]`."""
     (students, rows, _), (prototypes, dim) = x.shape, weight.shape
     fallback = fwd_config(x.dtype.itemsize, dim, capability(x.device))
     config = _config(_FWD_TUNABLE, fallback, x[0], weight)
     whole = dim <= config.block_d
     blocks = triton.cdiv(rows, config.block_m)
-    ranges = max(
-        min(2 * processors(x.device) // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1
-    )
+    programs = (3 if whole and students == 1 else 2) * processors(x.device)  # that run at once
+    ranges = max(min(programs // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1)
     span = triton.cdiv(triton.cdiv(prototypes, ranges), config.block_n) * config.block_n
     ranges = triton.cdiv(prototypes, span)
     stats = torch.empty(ranges, STATS, rows, dtype=torch.float32, device=x.device)
@@ -304,7 +310,7 @@ def prototype_losses_fwd(
             STAGES=config.stages if whole else 1,
             **_launch_options(config),
         )  # fmt: skip
-    return merge(stats, index, students, keep)
+    return merge(stats, index, students, losses, keep)
 
 
 def prototype_losses_bwd(
@@ -322,11 +328,15 @@ def prototype_losses_bwd(
     dweight: Tensor,
     add: bool,
 ) -> None:
-    """Gradients of x and weight for `grad` of the losses, times `DZ_SCALE` / `largest`: fp32.
+    """Gradients of x and weight for `grad` of the losses, divided by `largest`: fp32.
 
-    That of x is written, as rows `[students * rows, dim]`, that of the weight perhaps added.
+    That of x is written, as rows `[students * rows, dim]`, that of the weight perhaps added. Of two students
+    `grad` is `[3, rows]`, or `[2, rows]` if the first one's loss has none; so has its x then.
     """
     (students, rows, _), (prototypes, dim) = x.shape, weight.shape
+    two, first = students == 2, len(grad) != 2
+    learners = x if first else x[1:]
+    students = len(learners)
     config = _config(_BWD_TUNABLE, bwd_config(x.dtype.itemsize, capability(x.device)), x[0], weight)
     width = min(dz_prototypes(rows, students, x.dtype.itemsize), prototypes)
     dz = torch.empty(students * rows * width, dtype=x.dtype, device=x.device)
@@ -337,13 +347,14 @@ def prototype_losses_bwd(
         _losses_bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
             x[0], x[-1], weight, t, log_u, index, lse, grad, largest, part[0], part[-1],
             rows, prototypes, start // 128, count // unit, dim,
-            t.stride(0),
+            t.stride(0), grad.stride(0),
             LOG2_E.value / tau_s, LOG2_E.value / tau_t, DZ_SCALE,
-            TWO=students == 2, TARGETS=index.shape[1], COLUMNS=unit, PRECISION=precision(x),
+            TWO=two, FIRST=first, TARGETS=index.shape[1], COLUMNS=unit, PRECISION=precision(x),
             **_launch_options(config),
         )  # fmt: skip
-        product_into(dx, part.flatten(0, 1), weight[start : start + count], add=start > 0)
-        product_into(dweight[start : start + count], part.flatten(0, 1).t(), x.flatten(0, 1), add=add)
+        rows_of, columns = part.flatten(0, 1), slice(start, start + count)
+        product_into(dx, rows_of, weight[columns], scale=1 / DZ_SCALE, add=start > 0)
+        product_into(dweight[columns], rows_of.t(), learners.flatten(0, 1), scale=1 / DZ_SCALE, add=add)
 
 
 def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
@@ -353,10 +364,10 @@ def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
 
 register(
     "prototype_losses_fwd(Tensor x, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
-    " float tau_s, float tau_t, bool keep=True) -> (Tensor, Tensor)",
+    " float tau_s, float tau_t, Tensor(a!) losses, bool keep=True) -> Tensor",
     prototype_losses_fwd,
-    lambda x, weight, t, log_u, index, tau_s, tau_t, keep=True: tuple(
-        x.new_empty(n, x.shape[1], dtype=torch.float32) for n in (2 * len(x) - 1, 8 if keep else 0)
+    lambda x, weight, t, log_u, index, tau_s, tau_t, losses, keep=True: x.new_empty(
+        8 if keep else 0, x.shape[1], dtype=torch.float32
     ),
 )
 register(

@@ -3,13 +3,14 @@
     bias, affine of a norm    sum of the parts
     LayerScale                dW = gamma * P,  db = gamma * sum dy,  dgamma = rowsum(P * W) + b * sum dy
 
-Each is made in full shape, 0 outside of the corner; an addend, a gradient that was made before, may be added.
-LayerScale takes one pass over P, of the weight's size, and no saved activation. Parts are added in a fixed
-order, so that results repeat bitwise.
+Each is made in full shape, 0 outside of the corner, and added to one that waits beside it, or in place to an
+earlier one. LayerScale takes one pass over P, of the weight's size, and no saved activation. Parts are added
+in a fixed order, so that results repeat bitwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,12 +51,13 @@ def _vector(
 
 @triton.jit
 def _scaled_rows(
-    p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, addend_ptr,
-    gamma_addend_ptr,
-    parts, features, in_features, largest, corner_out, corner_width, stride_wn, stride_wk, tile,
+    result_ptr, dgamma_ptr, dbias_ptr, p_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr,
+    addend_ptr, gamma_addend_ptr,
+    parts, features, in_features, largest, corner_out, corner_width,
+    stride_rn, stride_cn, stride_wn, stride_wk, tile,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Make rows of P those of the weight's gradient, to which a corner may be added, in place."""
+    """Rows of the weight's gradient, of P and a corner that may be added, either of which is the result."""
     offs_n = tile * ROWS + tl.arange(0, ROWS)
     mask_n, inside = offs_n < features, offs_n < largest
     gamma = tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -70,9 +72,9 @@ def _scaled_rows(
         p *= gamma[:, None]
         if corner_ptr is not None:
             shared = (offs_n < corner_out)[:, None] & (offs_k < corner_width)[None, :]
-            corner = tl.load(corner_ptr + rows * corner_width + offs_k[None, :], mask=shared, other=0.0)
+            corner = tl.load(corner_ptr + rows * stride_cn + offs_k[None, :], mask=shared, other=0.0)
             p += corner.to(tl.float32)
-        tl.store(p_ptr + rows * in_features + offs_k[None, :], p, mask=mask)
+        tl.store(result_ptr + rows * stride_rn + offs_k[None, :], p, mask=mask)
     dgamma = tl.sum(products, 1)
     if sums_ptr is not None:
         dbias = _added(sums_ptr, parts, features, offs_n, mask_n, PARTS)
@@ -91,9 +93,10 @@ def _vector_grads_kernel(
     first_ptr, first_sums_ptr, first_addend_ptr, first_parts, first_groups, first_features, first_largest,
     second_ptr, second_sums_ptr, second_addend_ptr, second_parts, second_groups, second_features,
     second_largest,
-    p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr, addend_ptr,
-    gamma_addend_ptr,
-    parts, features, in_features, largest, corner_out, corner_width, stride_wn, stride_wk,
+    result_ptr, dgamma_ptr, dbias_ptr, p_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr,
+    addend_ptr, gamma_addend_ptr,
+    parts, features, in_features, largest, corner_out, corner_width,
+    stride_rn, stride_cn, stride_wn, stride_wk,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LayerScale's rows if P is given, then tiles of up to two vectors: a program takes one of them."""
@@ -101,9 +104,10 @@ def _vector_grads_kernel(
     if p_ptr is not None:
         if tile < tl.cdiv(largest, ROWS):
             _scaled_rows(
-                p_ptr, dgamma_ptr, dbias_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr, corner_ptr,
-                addend_ptr, gamma_addend_ptr,
-                parts, features, in_features, largest, corner_out, corner_width, stride_wn, stride_wk, tile,
+                result_ptr, dgamma_ptr, dbias_ptr, p_ptr, sums_ptr, weight_ptr, bias_ptr, gamma_ptr,
+                corner_ptr, addend_ptr, gamma_addend_ptr,
+                parts, features, in_features, largest, corner_out, corner_width, stride_rn, stride_cn,
+                stride_wn, stride_wk, tile,
                 PARTS, ROWS, BLOCK,
             )  # fmt: skip
         tile -= tl.cdiv(largest, ROWS)
@@ -125,7 +129,7 @@ def _vector_grads_kernel(
 
 PARTS, COLUMNS = 128, 32  # partial sums and columns that are loaded at a time: many programs, few turns
 ROWS, BLOCK = 4, 512  # of LayerScale's pass: 16 values a thread
-_NO_VECTOR, _NO_SCALE = (None, None, None, 0, 1, 0, 0), (*(None,) * 10, 0, 0, 0, 0, 0, 0, 0, 1)
+_NO_VECTOR, _NO_SCALE = (None, None, None, 0, 1, 0, 0), (*(None,) * 11, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
 
 
 def vector_grads_(
@@ -135,14 +139,15 @@ def vector_grads_(
 
     Args:
         results: a vector `[groups * largest]` of each of `sums`; then those of LayerScale, if there is any:
-            P, fp32 `[1, n, k]` and contiguous, made the weight's gradient in place, and the gradients of
-            gamma `[largest]` and of the bias `[largest]`, if the layer has one.
+            the weight's gradient `[1, n, k]`, perhaps in a larger one, and those of gamma `[largest]` and of
+            the bias `[largest]`, if the layer has one.
         sums: partial sums, fp32 `[parts, groups, n]`.
-        addends: a vector like its result for each of `sums`, added to it, or None.
-        scaled: none, or of LayerScale's layer: partial sums of the bias `[parts, 1, n]` or None, the corners
-            weight `[1, n, k]`, bias `[1, n]` or None and gamma `[n]`, of which P was made; a gradient
-            `[1, n_c, k_c]`, contiguous, to be added to that corner of P, or None; gradients of bias and
-            gamma, to which these are added, or None.
+        addends: a vector like its result for each of `sums`, perhaps itself, added to it, or None.
+        scaled: none, or of LayerScale's layer: P, fp32 `[1, n, k]` and contiguous, or None if it is where the
+            weight's gradient will be; partial sums of the bias `[parts, 1, n]` or None, the corners weight
+            `[1, n, k]`, bias `[1, n]` or None and gamma `[n]`, of which P was made; a gradient
+            `[1, n_c, k_c]`, perhaps in a larger one, to be added to that corner of P, or None; gradients of
+            bias and gamma, to which these are added, or None. Those that are added may be the results.
     """
     vectors = list(zip(results, sums, addends, strict=False))
     scale, programs = _scale_arguments(results[len(sums) :], *scaled) if scaled else (_NO_SCALE, 0)
@@ -164,13 +169,14 @@ def _vector_arguments(result: Tensor, sums: Tensor, addend: Tensor | None) -> tu
 
 def _scale_arguments(results: list[Tensor], *scaled: Any) -> tuple[tuple[Any, ...], int]:
     """Of the kernel, and its programs."""
-    p, dgamma, dbias = (*results, None)[:3]
-    sums, weight, _, _, corner, _, _ = scaled
-    assert p is not None and dgamma is not None
+    result, dgamma, dbias = (*results, None)[:3]
+    p, sums, weight, _, _, corner, _, _ = scaled
+    assert result is not None and dgamma is not None
     parts, largest = 0 if sums is None else len(sums), len(dgamma)
-    shared = (0, 0) if corner is None else corner.shape[1:]
-    sizes = (parts, *p.shape[1:], largest, *shared, *weight.stride()[1:])
-    return (p, dgamma, dbias, *scaled, *sizes), cdiv(largest, ROWS)
+    shared, stride = ((0, 0), 0) if corner is None else (corner.shape[1:], corner.stride(1))
+    sizes = (parts, *result.shape[1:], largest, *shared, result.stride(1), stride, *weight.stride()[1:])
+    places = (result, dgamma, dbias, result if p is None else p)
+    return (*places, *scaled[1:], *sizes), cdiv(largest, ROWS)
 
 
 register(
@@ -207,15 +213,44 @@ class VectorGrads:
         """Those of bias and gamma of the one layer with LayerScale; the rest is as of `vector_grads_`."""
         dgamma = p.new_empty(largest, dtype=dtype)
         dbias = None if sums is None else p.new_empty(largest, dtype=dtype)
-        self._scaled = [sums, *scaled]
+        self._scaled = [None, sums, *scaled]
         self._scaled_results = [p, dgamma, *(() if dbias is None else (dbias,))]
         return dbias, dgamma
+
+    def add_to(self, gradient: Tensor, sums: Tensor) -> None:
+        """Add that of partial sums to one `[groups * largest]`, in place."""
+        self._results.append(gradient)
+        self._sums.append(sums)
+        self._addends.append(gradient)
+
+    def scale_into(
+        self,
+        corner: Tensor,
+        p: Tensor,
+        vectors: tuple[Tensor, Tensor | None],
+        sums: Tensor | None,
+        *layer: Tensor | None,
+    ) -> None:
+        """As `scale`, all of it added to earlier gradients: a corner, and vectors of gamma and bias."""
+        dgamma, dbias = vectors
+        self._scaled = [p, sums, *layer, corner, dbias, dgamma]
+        self._scaled_results = [corner, dgamma, *(() if dbias is None else (dbias,))]
 
     def launch(self) -> None:
         """Fill those that were not yet."""
         if results := self._results + self._scaled_results:
             ops.vector_grads_(results, self._sums, self._addends, self._scaled)
             self._clear()
+
+
+def side_by_side(vectors: Sequence[Tensor | None] | None) -> Tensor | None:
+    """Two vectors as one, if the second lies behind the first in memory, as a backward here makes them."""
+    first, second = vectors or (None, None)
+    if first is None or second is None or first.untyped_storage()._cdata != second.untyped_storage()._cdata:
+        return None
+    if second.storage_offset() != first.storage_offset() + len(first):
+        return None
+    return first.as_strided((len(first) + len(second),), (1,))
 
 
 def affine_gradients(partials: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,20 +89,24 @@ def test_tiles_of_256_columns(form: str, kept: int | None, dtype: torch.dtype) -
     compare(Case(133, 240, 480, kept=kept), form, dtype)
 
 
+@pytest.mark.parametrize("backwards", [1, 2])
 @pytest.mark.parametrize("widths", sized([(1024, 640), (1024, 1024)], [(96, 48), (96, 96)]))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_added_in_place(widths: tuple[int, int], dtype: torch.dtype) -> None:
-    """Of networks that share weights: as good as the sum of whole gradients."""
+def test_gradients_are_added_in_place(widths: tuple[int, int], dtype: torch.dtype, backwards: int) -> None:
+    """Of networks that share weights, in one backward or one after the other: as good as the sum of whole
+    gradients."""
     width, head_dim = widths[0], sized(64, 16)
     torch.manual_seed(0)
     weights = ek.ElasticBlock(width, 3 * width, head_dim, layer_scale=0.5).to("cuda", dtype)
     inputs = [draw(74, w, seed=w).to("cuda", dtype) for w in widths]
 
-    def gradients(name: str, kind: torch.dtype) -> tuple[Tensor, ...]:
+    def gradients(name: str, kind: torch.dtype) -> list[Tensor | None]:
         block = copy.deepcopy(weights).to(kind)
-        with backend(name), ek.shared_gradients():
-            loss = sum(block(x.to(kind), [(2, 37)]).sin().sum() for x in inputs)
-        return torch.autograd.grad(loss, list(block.parameters()))
+        for number in range(backwards):
+            with backend(name), ek.shared_gradients(accumulate=True):
+                losses = [block(x.to(kind), [(2, 37)]).sin().sum() for x in inputs[number::backwards]]
+            sum(losses).backward()
+        return [p.grad for p in block.parameters()]
 
     truth = gradients("reference", torch.float64)
     for ours, torchs, exact in zip(

@@ -88,7 +88,7 @@ def test_second_derivatives_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_nothing_is_written_that_only_backward_would_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under no_grad each operator gives one tensor: no statistics, no sums before activations."""
+    """Under no_grad no operator gives a second tensor: no statistics, no sums before activations."""
     x = draw(10, WIDTH).float().requires_grad_()
     trained = OPERATORS[name](x)
     written: list[int] = []
@@ -103,7 +103,7 @@ def test_nothing_is_written_that_only_backward_would_read(name: str, monkeypatch
         monkeypatch.setattr(ops, key, partial(counted, operator))
     with torch.no_grad():
         served = OPERATORS[name](x)
-    assert torch.equal(trained, served) and set(written) == {1}
+    assert torch.equal(trained, served) and max(written) <= 1
 
 
 def test_a_gradient_that_would_be_lost_is_an_error() -> None:

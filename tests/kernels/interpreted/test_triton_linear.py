@@ -227,7 +227,12 @@ def test_registered_operators() -> None:
         (ops.vector_grads_, ([draw(18).float()], [draw(3, 2, 8).float()], [draw(18).float()], [])),
         (
             ops.vector_grads_,
-            ([weight[:1].clone(), draw(9).float()], [], [], [None, *one, gamma, u[None, :5], None, None]),
+            (
+                [weight[:1].clone(), draw(9).float()],
+                [],
+                [],
+                [None, None, *one, gamma, u[None, :5], None, None],
+            ),
         ),
         (ops.branch_grad, (d, index, scale, torch.float16, True)),
         (ops.branch_grad, (d, None, None, torch.float16, False)),
@@ -299,6 +304,30 @@ def test_gradients_are_added_in_place(widths: tuple[int, ...], left: int, added:
             with Calls() as calls:
                 results.append(torch.autograd.grad(loss, list(block.parameters())))
     assert (len(leaves), calls.counts["linear_wgrad_"]) == (left, added)
+    for ours, autograds in zip(*results, strict=True):
+        torch.testing.assert_close(ours, autograds)
+
+
+@pytest.mark.parametrize(("widths", "added"), [((48, 16), 1), ((16, 48), 2), ((48, 48, 16), 3)])
+@pytest.mark.parametrize("windows", [False, True])
+def test_gradients_are_added_to_those_of_earlier_backwards(
+    widths: tuple[int, ...], added: int, windows: bool
+) -> None:
+    """As autograd adds them, with `added` products; two more a later network where there is no LayerScale."""
+    torch.manual_seed(0)
+    vit, swin = ek.ElasticBlock(48, 96, 16, layer_scale=0.5), ek.ElasticSwinBlock(48, 96, 16, 2, 1)
+    block, groups = (swin, [(1, 2, 5)]) if windows else (vit, [(2, 5)])
+    results = []
+    for accumulate in (False, True):
+        block.zero_grad()
+        with Calls() as calls:
+            for w in widths:
+                with ek.shared_gradients(accumulate=accumulate):
+                    loss = block(draw(10, w).float(), groups).sin().sum()
+                loss.backward()
+        results.append([p.grad.clone() for p in block.parameters()])
+        expected = added + 2 * windows * (len(widths) - 1)
+        assert calls.counts["linear_wgrad_"] == expected * accumulate
     for ours, autograds in zip(*results, strict=True):
         torch.testing.assert_close(ours, autograds)
 

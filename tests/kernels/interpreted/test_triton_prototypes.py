@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elastic_kernels.triton_ops.prototypes as kernels
-from elastic_kernels import sinkhorn_scaling
+from elastic_kernels import backend, prototype_cross_entropy, sinkhorn_scaling
 from helpers.kernels.numerics import DTYPES, draw
 from helpers.kernels.prototype_cases import (
     TAU_S,
@@ -39,6 +39,23 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients(case: str, dtype: torch.dtype) -> None:
     assert_accurate(CASES[case], dtype, dtype)
+
+
+def test_the_first_students_loss_is_not_used() -> None:
+    """Gradients of the others are those for an upstream gradient of zeros."""
+    inputs = CASES["prime"].inputs(torch.float32, torch.float32)
+    (x1, x2), upstream = (inputs[n].requires_grad_() for n in ("x0", "x1")), 1e-4 * draw(3, 17).float()
+    weight, rest = inputs["weight"].requires_grad_(), [inputs[n] for n in ("teacher", "log_scale", "targets")]
+    upstream[0] = 0
+    grads = []
+    for first in (0, 1):
+        with backend("triton"):
+            losses = prototype_cross_entropy([x1, x2], weight, *rest, teacher_temperature=TAU_T)
+        leaves = [x1, x2, weight]
+        grads.append(torch.autograd.grad(losses[first:], leaves, list(upstream[first:]), allow_unused=True))
+    assert not grads[0][0].any() and grads[1][0] is None
+    for zeros, unused in zip(grads[0][1:], grads[1][1:], strict=True):
+        torch.testing.assert_close(unused, zeros, rtol=1e-5, atol=1e-10)
 
 
 @pytest.mark.parametrize("rows", [(19, 30), (0, 7), (5, 0)])
@@ -191,10 +208,11 @@ def test_registered_operators() -> None:
     ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
     for students in (1, 2):
         x = torch.stack([inputs["x0"], inputs["x1"]][:students])
-        arguments = (x, *shared, TAU_S, TAU_T)
+        losses = x.new_zeros(2 * students - 1, x.shape[1])
+        arguments = (x, *shared, TAU_S, TAU_T, losses)
         for keep in (True, False):
             torch.library.opcheck(ops.prototype_losses_fwd, (*arguments, keep), test_utils=checks)
-        losses, lse = ops.prototype_losses_fwd(*arguments)
+        lse = ops.prototype_losses_fwd(*arguments)
         results = x.new_zeros(x.shape).flatten(0, 1), torch.zeros_like(shared[0])
         saved = (x, *shared, lse.nan_to_num(), torch.ones(()))
         arguments = (torch.ones_like(losses), *saved, TAU_S, TAU_T, *results, False)
