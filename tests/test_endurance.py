@@ -40,7 +40,7 @@ def test_a_thousand_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     pretrain(tiny_config(*options, *often), tmp_path / "run")
     (memory, files, threads), (later, files_later, threads_later) = measured
     assert later - memory < 2, (memory, later)
-    assert (files_later, threads_later) == (files, threads)
+    assert files_later <= files and threads_later <= threads
     drawn = sum(
         (Counter(row["subnets"]) for row in RunFolder(tmp_path / "run").rows() if "loss" in row), Counter()
     )

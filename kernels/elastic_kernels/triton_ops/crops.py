@@ -40,7 +40,6 @@ from elastic_kernels.triton_ops.crops_table import (
     WIDTH,
     clip,
     from_byte,
-    row_of,
     tile_of,
 )
 from elastic_kernels.triton_ops.device import cdiv, unit_stride
@@ -99,7 +98,7 @@ def _crops_horizontal_kernel(
 ):  # fmt: skip
     """Pixel rows that a box touches, `[rows, channels, size]` one crop after the other."""
     crop, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    table_ptr = row_of(table_ptr, crop, CHANNELS)
+    table_ptr += crop * (GAIN + 2 * CHANNELS)
     top, left = tl.load(table_ptr + TOP), tl.load(table_ptr + LEFT)
     height, width = tl.load(table_ptr + HEIGHT), tl.load(table_ptr + WIDTH)
     rows = (tl.ceil(top + height) - tl.floor(top)).to(tl.int32)
@@ -146,7 +145,7 @@ def _crops_vertical_kernel(
 ):  # fmt: skip
     """The touched rows of each crop to `[channels, size, size]`."""
     crop, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    table_ptr = row_of(table_ptr, crop, CHANNELS)
+    table_ptr += crop * (GAIN + 2 * CHANNELS)
     top, height = tl.load(table_ptr + TOP), tl.load(table_ptr + HEIGHT)
     offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
     center, first, narrowing, end, taps = _window(tl.minimum(offs_y, size - 1), top, height, size)
@@ -228,7 +227,7 @@ def _load_colours(base, offs, mask, area):
 def _crops_colour_kernel(crops_ptr, table_ptr, area, BLOCK: tl.constexpr):
     """A crop a program, in place; contrast needs the crop's mean luma at its turn, hence two passes."""
     crop = tl.program_id(0)
-    table_ptr = row_of(table_ptr, crop, 3)
+    table_ptr += crop * (GAIN + 2 * 3)
     turns = tl.load(table_ptr + COUNT).to(tl.int32)
     if turns > 0:
         base = crops_ptr + crop.to(tl.int64) * 3 * area
@@ -284,7 +283,7 @@ def _crops_blur_kernel(
 ):  # fmt: skip
     """Horizontally, and only the crops that are blurred."""
     plane, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    sigma = tl.load(row_of(table_ptr, plane // CHANNELS, CHANNELS) + SIGMA)
+    sigma = tl.load(table_ptr + plane // CHANNELS * (GAIN + 2 * CHANNELS) + SIGMA)
     if sigma > 0:
         offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
         mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
@@ -302,7 +301,7 @@ def _crops_finish_kernel(
 ):  # fmt: skip
     """The vertical blur, solarisation and normalisation."""
     plane, tile_y, tile_x = tile_of(tiles_y, tiles_x)
-    table_ptr = row_of(table_ptr, plane // CHANNELS, CHANNELS)
+    table_ptr += plane // CHANNELS * (GAIN + 2 * CHANNELS)
     offs_y, offs_x = tile_y * ROWS + tl.arange(0, ROWS), tile_x * BLOCK + tl.arange(0, BLOCK)
     mask = (offs_y < size)[:, None] & (offs_x < size)[None, :]
     base = plane.to(tl.int64) * size * size

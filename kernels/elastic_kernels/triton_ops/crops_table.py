@@ -15,17 +15,12 @@ CONTRAST, SATURATION, HUE = map(tl.constexpr, (1, 2, 3))  # and brightness 0, as
 SKIPPED = -1
 TURNS = 5  # colour operations of a crop at most: the jitter's four, then grayscale
 
-# Columns of the table, see `crop_table`.
+# Columns of the table, see `crop_table`. Kernels use them and helpers do not: where a helper of another
+# module uses a constant, Triton's key of a kernel depends on which kernels were asked for before.
 TOP, LEFT, HEIGHT, WIDTH, FLIP, FIRST_ROW, SIGMA, SOLARIZE, COUNT, CONTRAST_TURN = map(
     tl.constexpr, range(10)
 )
 OPERATION, AMOUNT, GAIN = map(tl.constexpr, (10, 15, 20))  # and the shifts after as many gains as channels
-
-
-@triton.jit
-def row_of(table_ptr, crop, CHANNELS: tl.constexpr):
-    """The columns of a crop."""
-    return table_ptr + crop * (GAIN + 2 * CHANNELS)
 
 
 @triton.jit
