@@ -127,7 +127,9 @@ def test_a_checkpoint_that_is_a_link_to_nothing(tmp_path: Path) -> None:
         RunFolder(tmp_path).newest()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)]
+)
 def test_a_signal_saves_and_asks_to_be_queued_again(
     number: signal.Signals,
     code: int,
