@@ -300,9 +300,9 @@ def update_weights(
     """
     average, averaged = (teacher.head, student.head) if frozen else (teacher, student)
     if isinstance(optimizer, FusedAdamW):
-        pairs: dict[Tensor, Tensor] = dict(zip(averaged.parameters(), average.parameters(), strict=True))
-        if len(pairs) != len(optimizer.averages):
-            optimizer.set_averages(pairs)
+        heads_alone = len(optimizer.averages) < sum(len(g["params"]) for g in optimizer.param_groups)
+        if frozen != heads_alone:
+            optimizer.set_averages(dict(zip(averaged.parameters(), average.parameters(), strict=True)))
         optimizer.step(max_norm=clip or None, momentum=momentum)
         return optimizer.norms, optimizer.finite
     norms = clip_gradients(student, clip)

@@ -82,10 +82,14 @@ def quality(views: Tensor) -> dict[str, float]:
     return {"rankme": rankme(views[:, 0]), "alpha_req": alpha_req(views[:, 0]), "lidar": lidar(views)}
 
 
+def _ranks(values: list[float]) -> Tensor:
+    x = torch.tensor(values, dtype=torch.float64)
+    return (x[:, None] > x).sum(1) + (x[:, None] == x).double().sum(1) / 2
+
+
 def spearman(a: list[float], b: list[float]) -> float:
-    """Rank correlation of two lists without ties; 0 where one is constant."""
-    x, y = (torch.tensor(v, dtype=torch.float64).argsort().argsort().double() for v in (a, b))
-    x, y = x - x.mean(), y - y.mean()
+    """Rank correlation of two lists; ties have the mean of their ranks; 0 where one is constant."""
+    x, y = (ranks - ranks.mean() for ranks in map(_ranks, (a, b)))
     return float((x * y).sum() / (x.norm() * y.norm()).clamp_min(1e-12))
 
 

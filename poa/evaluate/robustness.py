@@ -143,17 +143,27 @@ def conditions(patches: int, crops: CropsConfig) -> list[tuple[str, str, Functio
 
     def corrupted(images: Tensor, damage: Damage, level: int) -> Tensor:
         scale, shift = std.to(images), mean.to(images)
-        return (damage(images * scale + shift, level).clamp(0, 1) - shift) / scale
+        whole = (images * scale + shift).clamp(0, 1)  # rounding leaves it a little outside
+        return (damage(whole, level).clamp(0, 1) - shift) / scale
 
     grids = [grid for grid in GRIDS if patches % grid == 0]
-    rows: list[tuple[str, str, Function]] = [("clean", "0", lambda images: images)]
-    rows += [("drop", f"{share:g}", partial(drop_patches, share=share, patches=patches)) for share in DROPS]
-    rows += [("shuffle", str(grid), partial(shuffle_tiles, grid=grid)) for grid in grids]
-    for name, damage in CORRUPTIONS.items():
-        rows += [
-            (name, str(level + 1), partial(corrupted, damage=damage, level=level)) for level in range(LEVELS)
-        ]
-    return rows
+    functions: list[Function] = [lambda images: images]
+    functions += [partial(drop_patches, share=share, patches=patches) for share in DROPS]
+    functions += [partial(shuffle_tiles, grid=grid) for grid in grids]
+    for damage in CORRUPTIONS.values():
+        functions += [partial(corrupted, damage=damage, level=level) for level in range(LEVELS)]
+    named = zip(_names(len(grids)), functions, strict=True)
+    return [(kind, strength, function) for (kind, strength), function in named]
+
+
+def _names(grids: int) -> list[tuple[str, str]]:
+    """Kind and strength of the conditions, with the first so many grids: each divides the next."""
+    return [
+        ("clean", "0"),
+        *(("drop", f"{share:g}") for share in DROPS),
+        *(("shuffle", str(grid)) for grid in GRIDS[:grids]),
+        *((name, str(level + 1)) for name in CORRUPTIONS for level in range(LEVELS)),
+    ]
 
 
 def damaged_tokens(backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Function:
@@ -186,12 +196,7 @@ def robustness(
 def _score(
     train: Labelled, queries: Labelled, device: torch.device, seed: int
 ) -> dict[str, dict[str, float]]:
-    """As each grid divides the next, how many conditions there are tells the grids."""
-    names = [("clean", "0"), *(("drop", f"{share:g}") for share in DROPS)]
-    others = [(name, str(level + 1)) for name in CORRUPTIONS for level in range(LEVELS)]
-    grids = GRIDS[: queries.features.shape[1] - len(names) - len(others)]
-    names += [("shuffle", str(grid)) for grid in grids]
-    return robustness(train, queries, device, [*names, *others])
+    return robustness(train, queries, device, _names(queries.features.shape[1] - len(_names(0))))
 
 
 def summary(score: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

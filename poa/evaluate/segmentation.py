@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from poa.backbones import Backbone
 from poa.data.crops import CropsConfig
-from poa.data.decode import ImageError, decode
+from poa.data.decode import decode
 from poa.data.summary import LeftOut
 from poa.errors import InputError
 from poa.evaluate.knn import REPORTED_K, TEMPERATURE, nearest
@@ -45,7 +45,7 @@ class Scenes:
     """Images with their masks.
 
     Attributes:
-        images: normalised, float32 `[N, 3, S, S]`.
+        images: normalised, float32 `[N, C, S, S]`.
         masks: uint8 `[N, S, S]`, 255 where no class is known.
     """
 
@@ -70,10 +70,10 @@ def read_scenes(folder: Path, classes: int, crops: CropsConfig, left_out: LeftOu
     for path in sorted((folder / "images").glob("*")):
         try:
             with open_regular(path) as file:
-                pixels = decode(file, 4096)
+                pixels = decode(file, 4096, channels=len(crops.mean))
             with Image.open(folder / "masks" / f"{path.stem}.png") as file:
                 mask = np.asarray(file)
-        except (ImageError, OSError) as error:
+        except Exception as error:  # damaged files raise what they like, see `decode_sized`
             left_out.add("images or masks that cannot be read", f"{path}: {error}")
             continue
         if mask.shape != pixels.shape[:2]:

@@ -82,11 +82,13 @@ def test_wrong_scenes_are_counted(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / "0.png")
     Image.fromarray(np.full((24, 24), 2, np.uint8)).save(masks / "1.png")
     (masks / "2.png").unlink()
+    (tmp_path / "train" / "images" / "notes.txt").write_text("no picture")
     left_out = LeftOut()
     train, val, classes = open_scenes(tmp_path, CropsConfig(global_size=24), left_out)
     assert (len(train.images), len(val.images), classes) == (3, 6, 2)
     for counted in ("masks of another size than their image", "masks with classes above 1", "cannot be read"):
         assert counted in str(left_out)
+    assert "notes.txt" in str(left_out)
     assert float(val.masks.float().mean()) == pytest.approx(0.25, abs=0.01)
 
 
