@@ -33,7 +33,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
 
 test-newest:
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints/newest.txt EXTRAS=timm,export
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints/newest.txt EXTRAS=timm,export,detection,references
 
 test-gpu: $(VENV)/.poa-test
 	$(BIN)/python -m pytest -rs -m cuda

@@ -18,6 +18,8 @@ setup(
         "quickstart": ["scikit-learn", "matplotlib"],
         "plot": ["matplotlib"],
         "evaluate": ["scikit-learn"],
+        "detection": ["torchvision", "faster-coco-eval>=1.8"],
+        "references": ["pycocotools"],  # that tests compare with
         "timm": ["timm>=1.0.31"],
         "export": ["onnx>=1.23", "onnxruntime>=1.32", "onnxscript>=0.7"],
         "xformers": ["xformers>=0.0.35"],

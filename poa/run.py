@@ -198,7 +198,7 @@ class Run:
         device: str = "auto",
         out: str | Path | None = None,
         plot: str | Path | None = None,
-        segmentation: str | Path | None = None,
+        **folders: str | Path | Sequence[str | Path],
     ) -> Report:
         """Score subnets on held-out images, and write the scores into the folder.
 
@@ -211,7 +211,8 @@ class Run:
             device: auto, cpu, cuda or cuda:N.
             out: JSON file; default `evaluation.json` in the folder, of other data `evaluation-2.json`.
             plot: a picture, too, of accuracy against size.
-            segmentation: folder of images and masks, to score that, too.
+            folders: of protocols that have images of their own, such as `segmentation="scenes"`, or with
+                options `detection=["coco", "epochs=1"]`.
 
         Raises:
             InputError: wrong subnets, protocols, data or places; no held-out images with labels.
@@ -247,7 +248,7 @@ class Run:
                 origin,
                 initial=before,
                 protocols=asked,
-                masks=Path(segmentation) if segmentation else None,
+                folders=folders,
             )
             if world.is_main:
                 if images.left_out:

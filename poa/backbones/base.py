@@ -265,6 +265,12 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
+    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        """The map `[B, height, width, channels]` of images `[B, C, H, W]` at the end of each stage, the
+        finest first, the last one after the last norm; of a network without stages its only one.
+        """
+
+    @abstractmethod
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
     ) -> StochasticDepth | None:

@@ -211,6 +211,14 @@ class ElasticResNet(Pyramid):
             outputs = [x := block(x, subnet.width * 2**stage) for block in blocks]
         return [self._features_of(output) for output in outputs[-count:]]
 
+    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        x, ends = self._stem(images, None), []
+        for stage, blocks in enumerate(self.active_stages(self.space.require(subnet))):
+            for block in blocks:
+                x = block(x, subnet.width * 2**stage)
+            ends.append(x)
+        return ends
+
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
     ) -> StochasticDepth | None:

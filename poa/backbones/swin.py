@@ -308,6 +308,17 @@ class ElasticSwin(Pyramid):
                 x = stage.downsample(x)
         return [self._features_of(_unpack(output, maps)[0]) for output in outputs[-count:]]
 
+    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        (x, maps), ends = _pack([self._embed(images, self.space.require(subnet).width, None)]), []
+        for stage, blocks in self.active_stages(subnet):
+            for block in blocks:
+                x = block(x, maps)
+            ends += _unpack(x, maps)
+            if stage.downsample is not None:
+                x, maps = _pack([_neighbours(ends[-1])])
+                x = stage.downsample(x)
+        return [*ends[:-1], self.normalise(ends[-1])]
+
     def draw_stochastic_depth(
         self, crops: Sequence[Tensor], subnet: Subnet, generator: torch.Generator
     ) -> StochasticDepth | None:

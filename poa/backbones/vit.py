@@ -309,6 +309,10 @@ class ElasticViT(Backbone):
         outputs = [x := block(x, groups, None) for block in self.active_blocks(subnet)]
         return [self._features_of(output, groups)[0] for output in outputs[-count:]]
 
+    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        (features,) = self([images], subnet)
+        return [features.patches.unflatten(1, self._grid(images))]
+
     def _features_of(self, x: Tensor, groups: Groups) -> list[Features]:
         tokens, normed = unpack(x, groups), unpack(self.normalise(x), groups)
         prefix = self.config.prefix

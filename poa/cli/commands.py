@@ -124,10 +124,11 @@ def _require_together(options: argparse.Namespace, subnets: int) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    chosen = [p.name for p in PROTOCOLS if p.help and getattr(options, p.name)]
+    chosen = [p.name for p in PROTOCOLS if p.help and not p.folder and getattr(options, p.name)]
+    folders = {p.name: given for p in PROTOCOLS if p.folder and (given := getattr(options, p.name))}
     chosen += [options.suite] if options.suite else []
     if options.run.startswith(TIMM) or (Path(options.run) / WEIGHTS).exists():
-        _evaluate_model(options, require_protocols(chosen))
+        _evaluate_model(options, require_protocols(chosen), folders)
         return
     report = Run(options.run).evaluate(
         options.subnets,
@@ -139,25 +140,26 @@ def run_evaluate(options: argparse.Namespace) -> None:
         device=options.device,
         out=options.out,
         plot=options.plot,
-        segmentation=options.segmentation,
+        **folders,
     )
     if is_main_process():
         print(report.table(), *report.files, sep="\n")
 
 
-def _evaluate_model(options: argparse.Namespace, protocols: list[Protocol]) -> None:
+def _evaluate_model(
+    options: argparse.Namespace, protocols: list[Protocol], folders: dict[str, list[str]]
+) -> None:
     """Of a model, which has one size and no checkpoints."""
     if not options.data:
         raise InputError(f"evaluate: expected --data with the model {options.run}, got none")
-    others = options.initial or options.step or options.plot or options.segmentation
-    if others or options.subnets != ["all"]:
-        raise InputError(
-            "evaluate: expected no --initial, --step, --plot, --segmentation or --subnets with a model"
-        )
+    if options.initial or options.step or options.plot or options.subnets != ["all"]:
+        raise InputError("evaluate: expected no --initial, --step, --plot or --subnets with a model")
     if options.run.startswith(TIMM) and not options.out:
         raise InputError(f"evaluate: expected --out with {options.run}, got none")
     out = Path(options.out or Path(options.run) / "evaluation.json")
-    report = evaluate_model(options.run, options.data, protocols, device=options.device, out=out)
+    report = evaluate_model(
+        options.run, options.data, protocols, device=options.device, out=out, folders=folders
+    )
     if is_main_process():
         print(report.table(), *report.files, sep="\n")
 

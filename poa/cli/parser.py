@@ -249,11 +249,12 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
         "--initial", action="store_true", help="also evaluate the initial weights, before training"
     )
     for protocol in PROTOCOLS:
-        if protocol.help:
+        if protocol.folder:
+            command.add_argument(
+                f"--{protocol.name}", nargs="+", metavar=("FOLDER", "KEY=VALUE"), help=protocol.help
+            )
+        elif protocol.help:
             command.add_argument(f"--{protocol.name}", action="store_true", help=protocol.help)
-    command.add_argument(
-        "--segmentation", metavar="FOLDER", help="also segment the images of this folder, which has masks"
-    )
     command.add_argument(
         "--suite", choices=(STANDARD,), help="standard: all protocols whose packages are installed"
     )

@@ -19,7 +19,9 @@ from poa.data.preprocessing import Preprocessing
 from poa.distributed import init_distributed
 from poa.errors import InputError, as_input, optional_package
 from poa.evaluate.protocol import Protocol
-from poa.evaluate.sweep import Origin, Report, evaluate_subnets
+from poa.evaluate.scores import Report
+from poa.evaluate.suite import Folders
+from poa.evaluate.sweep import Origin, evaluate_subnets
 from poa.evaluate.top1 import TOP1
 from poa.export import ExportedModel, load
 from poa.files import require_json
@@ -146,7 +148,13 @@ def open_peer(name: str) -> Peer:
 
 
 def evaluate_model(
-    name: str, data: str, protocols: Sequence[Protocol], *, device: str = "auto", out: Path
+    name: str,
+    data: str,
+    protocols: Sequence[Protocol],
+    *,
+    device: str = "auto",
+    out: Path,
+    folders: Folders | None = None,
 ) -> Report:
     """Score a model as `Run.evaluate` scores subnets.
 
@@ -156,6 +164,7 @@ def evaluate_model(
         protocols: how.
         device: auto, cpu, cuda or cuda:N.
         out: JSON file.
+        folders: of protocols that have images of their own.
 
     Raises:
         InputError: wrong model, data or file.
@@ -185,7 +194,9 @@ def evaluate_model(
             protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
         origin = Origin(name, "model", 0, VERSION)
         subnets = list(fixed.space)
-        report = evaluate_subnets(fixed, subnets, images, config, world, origin, protocols=protocols)
+        report = evaluate_subnets(
+            fixed, subnets, images, config, world, origin, protocols=protocols, folders=folders
+        )
         if world.is_main:
             report.write(out)
         return replace(report, files=(out,))

@@ -1,6 +1,6 @@
 """What an evaluation protocol is: features of a subnet, and their score.
 
-A protocol is a file of its own and a name in `PROTOCOLS` of `sweep.py`. Table, JSON, settings, the options of
+A protocol is a file of its own and a name in `PROTOCOLS` of `suite.py`. Table, JSON, settings, the options of
 `poa evaluate` and the page of a run follow from it.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from poa.backbones import Backbone
 from poa.data.crops import CropsConfig
+from poa.data.summary import LeftOut
+from poa.errors import InputError
+from poa.options import Options
 from poa.subnets import Subnet
 
 Function = Callable[[Tensor], Tensor]
@@ -26,6 +30,22 @@ class Labelled(NamedTuple):
 
     features: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True)
+class OfFolder:
+    """How a protocol scores a subnet on a folder of its own, instead of by features of the images at hand.
+
+    Attributes:
+        options: with their defaults; they are a part of the settings.
+        open: from the folder, the crops of the run, options and a count of what is left out to what `score`
+            takes.
+        score: a subnet on that, on a device, by a seed; a JSON value.
+    """
+
+    options: Options
+    open: Callable[[Path, CropsConfig, Any, LeftOut], Any]
+    score: Callable[[Backbone, Subnet, Any, torch.device, int], Any]
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,7 @@ class Protocol:
         queries: what is scored of the queries, where that is other than of the training images.
         needs: name of an optional package.
         numbers: titles among `accuracies` of what is no share of 1.
+        folder: how it is scored where it has images of its own; its option takes their folder.
     """
 
     name: str
@@ -58,6 +79,7 @@ class Protocol:
     queries: Callable[[Backbone, Subnet, CropsConfig], Function] | None = None
     numbers: tuple[str, ...] = ()
     needs: str = ""
+    folder: OfFolder | None = None
 
     def task(self, backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Task:
         """What is to be scored of a subnet on images of these crops."""
@@ -73,10 +95,10 @@ class Protocol:
         """The accuracy that stands for a score."""
         return self.accuracies(score)[self.reported]
 
-    def described(self) -> str:
-        """Its settings in a line."""
-        shown = [f"{self.name}: {self.settings['protocol']}"]
-        for key, value in self.settings.items():
+    def described(self, settings: Mapping[str, Any]) -> str:
+        """Settings of a score in a line."""
+        shown = [f"{self.name}: {settings['protocol']}"]
+        for key, value in settings.items():
             numbers = ", ".join(f"{x:g}" for x in value) if isinstance(value, list) else value
             shown += [f"{key} {numbers}"] if key != "protocol" else []
         return "; ".join(shown)
@@ -92,3 +114,30 @@ class Task(NamedTuple):
     @property
     def queries(self) -> Function:
         return self.own or self.features
+
+
+def folder_protocol(
+    name: str,
+    help: str,
+    folder: OfFolder,
+    accuracies: Callable[[Any], Mapping[str, float]],
+    reported: str,
+    settings: Mapping[str, Any],
+    numbers: tuple[str, ...] = (),
+) -> Protocol:
+    """A protocol that has images of its own; the arguments are those of `Protocol`."""
+
+    def no_features(*_: object) -> Any:
+        raise InputError(f"{name}: expected a folder of its own: --{name} FOLDER")
+
+    return Protocol(
+        name,
+        help,
+        no_features,
+        no_features,
+        accuracies,
+        reported,
+        settings,
+        numbers=numbers,
+        folder=folder,
+    )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,18 +27,23 @@ from poa.data.decode import decode
 from poa.data.summary import LeftOut
 from poa.errors import InputError
 from poa.evaluate.knn import REPORTED_K, TEMPERATURE, nearest
-from poa.evaluate.protocol import Function, Protocol
+from poa.evaluate.protocol import OfFolder, folder_protocol
 from poa.files import open_regular
+from poa.options import Options, option
 from poa.random import torch_stream
 from poa.subnets import Subnet
 
 IGNORED = 255
-BATCH, STEPS, RATE, DECAY = 16, 1000, 1e-3, 1e-3  # images a step; of AdamW, cosine to 0
-SETTINGS = {
-    "protocol": "segmentation by patch tokens, mean IoU of pixels of stretched images",
-    "batch": BATCH, "steps": STEPS, "rate": RATE, "weight_decay": DECAY,
-    "neighbours": REPORTED_K, "temperature": TEMPERATURE,
-}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SegmentationConfig(Options, at="segmentation"):
+    """How the linear classifier is trained: AdamW with a cosine schedule."""
+
+    steps: int = option(1000, "steps", "[1, 1e7]")
+    batch_size: int = option(16, "images per step", "[1, 4096]")
+    lr: float = option(1e-3, "learning rate at the beginning", "(0, 10]")
+    weight_decay: float = option(1e-3, "weight decay", "[0, 1]")
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,15 @@ class Scenes:
 
     images: Tensor
     masks: Tensor
+
+
+class Opened(NamedTuple):
+    """Scenes of both parts, how many classes they have, and how they are learned."""
+
+    train: Scenes
+    val: Scenes
+    classes: int
+    options: SegmentationConfig
 
 
 def read_scenes(folder: Path, classes: int, crops: CropsConfig, left_out: LeftOut) -> Scenes:
@@ -114,13 +129,19 @@ def mean_iou(counts: Tensor) -> float:
 
 
 def linear_logits(
-    tokens: Tensor, targets: Tensor, queries: Tensor, seed: int, device: torch.device
+    tokens: Tensor,
+    targets: Tensor,
+    queries: Tensor,
+    options: SegmentationConfig,
+    seed: int,
+    device: torch.device,
 ) -> Tensor:
     """Logits `[M, P, classes]` of query patches by a linear classifier of training patches.
 
     Args:
         tokens, targets: `[N, P, C]` and their `shares`.
         queries: `[M, P, C]`.
+        options: of the training.
         seed: of weights and batches.
         device: to compute on.
     """
@@ -131,11 +152,11 @@ def linear_logits(
     nn.init.normal_(layer.weight, std=0.01, generator=draw)
     nn.init.zeros_(layer.bias)
     layer = layer.to(device)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
     with torch.enable_grad():
-        for _ in range(STEPS):
-            chosen = torch.randint(len(tokens), (BATCH,), generator=draw)
+        for _ in range(options.steps):
+            chosen = torch.randint(len(tokens), (options.batch_size,), generator=draw)
             x = (tokens[chosen].to(device).float() - mean) / deviation
             y = targets[chosen].to(device)
             loss = -(y * layer(x).log_softmax(2)).sum(2).mean()
@@ -147,7 +168,7 @@ def linear_logits(
 
 
 def knn_logits(tokens: Tensor, targets: Tensor, queries: Tensor, device: torch.device) -> Tensor:
-    """Votes `[M, P, classes]` of the nearest training patches; the arguments are those of `linear_logits`."""
+    """Votes `[M, P, classes]` of the nearest training patches; arguments are as of `linear_logits`."""
     bank, known = tokens.flatten(0, 1), targets.flatten(0, 1).to(device)
     votes = []
     for image in queries:
@@ -169,7 +190,7 @@ def scored(logits: Tensor, masks: Tensor) -> float:
     return mean_iou(counts)
 
 
-def open_scenes(folder: Path, crops: CropsConfig, left_out: LeftOut) -> tuple[Scenes, Scenes, int]:
+def open_scenes(folder: Path, crops: CropsConfig, options: SegmentationConfig, left_out: LeftOut) -> Opened:
     """Training and validation scenes of a folder, and the number of classes, which `classes.txt` names.
 
     Raises:
@@ -182,42 +203,39 @@ def open_scenes(folder: Path, crops: CropsConfig, left_out: LeftOut) -> tuple[Sc
     if not 2 <= classes < IGNORED:
         raise InputError(f"{names}: expected 2 to {IGNORED - 1} classes, got {classes}")
     train, val = (read_scenes(folder / part, classes, crops, left_out) for part in ("train", "val"))
-    return train, val, classes
+    return Opened(train, val, classes, options)
 
 
 @torch.no_grad()
 def segmentation(
-    backbone: Backbone,
-    subnet: Subnet,
-    scenes: tuple[Scenes, Scenes, int],
-    device: torch.device,
-    seed: int,
+    backbone: Backbone, subnet: Subnet, opened: Opened, device: torch.device, seed: int
 ) -> dict[str, float]:
     """Mean IoU `{"linear": 0..1, "knn": 0..1}` of a subnet on the scenes of `open_scenes`."""
-    train, val, classes = scenes
+    train, val, classes, options = opened
 
     def tokens(images: Tensor) -> Tensor:
-        parts = [backbone([x.to(device)], subnet)[0].patches.half().cpu() for x in images.split(BATCH)]
+        parts = [
+            backbone([x.to(device)], subnet)[0].patches.half().cpu() for x in images.split(options.batch_size)
+        ]
         return torch.cat(parts)
 
     known, asked = tokens(train.images), tokens(val.images)
     targets = shares(train.masks, round(known.shape[1] ** 0.5), classes)
     return {
-        "linear": scored(linear_logits(known, targets, asked, seed, device), val.masks),
+        "linear": scored(linear_logits(known, targets, asked, options, seed, device), val.masks),
         "knn": scored(knn_logits(known, targets, asked, device), val.masks),
     }
 
 
-def _of_scenes(backbone: Backbone, subnet: Subnet) -> Function:
-    raise InputError("segmentation: expected a folder of images and masks: --segmentation FOLDER")
-
-
-SEGMENTATION = Protocol(
+SEGMENTATION = folder_protocol(
     "segmentation",
-    None,
-    _of_scenes,
-    lambda train, queries, device, seed: None,
+    "also segment the images of this folder, which has masks, with options such as steps=40000: mean IoU",
+    OfFolder(SegmentationConfig(), open_scenes, segmentation),
     lambda score: {"mIoU": score["linear"], "mIoU k-NN": score["knn"]},
     "mIoU",
-    SETTINGS,
+    {
+        "protocol": "segmentation by patch tokens, mean IoU of pixels of stretched images",
+        "neighbours": REPORTED_K,
+        "temperature": TEMPERATURE,
+    },
 )

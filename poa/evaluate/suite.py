@@ -1,17 +1,43 @@
-"""Which protocols an evaluation runs: those that always do, those asked for, or a suite."""
+"""All protocols, and which of them an evaluation runs: those that always do, those asked for, or a suite."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
 
 from poa.checkpoint import log
+from poa.data.crops import CropsConfig
+from poa.data.summary import LeftOut
 from poa.errors import InputError
+from poa.evaluate.correspondence import CORRESPONDENCE
+from poa.evaluate.detection import DETECTION
+from poa.evaluate.kmeans import KMEANS
+from poa.evaluate.knn import KNN
+from poa.evaluate.linear import LINEAR
+from poa.evaluate.logistic import LOGISTIC
 from poa.evaluate.protocol import Protocol
-from poa.evaluate.sweep import PROTOCOLS, SEPARATE
+from poa.evaluate.quality import QUALITY
+from poa.evaluate.retrieval import RETRIEVAL
+from poa.evaluate.robustness import ROBUSTNESS
+from poa.evaluate.segmentation import SEGMENTATION
+from poa.evaluate.top1 import TOP1
+from poa.options import override, to_dict
 
+# All protocols, in the order of their columns.
+PROTOCOLS: tuple[Protocol, ...] = (
+    KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, SEGMENTATION, DETECTION,
+    ROBUSTNESS,
+)  # fmt: skip
+SEPARATE = (TOP1, *(p for p in PROTOCOLS if p.folder))  # of fine-tuned runs, and with images of their own
 STANDARD = "standard"
-"""All protocols but those that need a fine-tuned run or masks."""
+"""All protocols but those that need a fine-tuned run or images of their own."""
+
+Folders = Mapping[str, str | PathLike[str] | Sequence[str | PathLike[str]]]
+"""By the name of a protocol its folder, or its folder and options such as `epochs=1`."""
 
 
 def require_protocols(names: Sequence[str]) -> list[Protocol]:
@@ -28,3 +54,26 @@ def require_protocols(names: Sequence[str]) -> list[Protocol]:
     for protocol in missing:
         log.warning("evaluation: %s is left out, it needs %s", protocol.name, protocol.needs)
     return [p for p in known if p not in missing and (suite or p.help is None or p.name in names)]
+
+
+def open_folders(folders: Folders, crops: CropsConfig) -> list[tuple[Protocol, Any]]:
+    """Protocols of folders, with their options among the settings, and what they score subnets on.
+
+    What is left out is logged.
+
+    Raises:
+        InputError: no such protocol, or wrong options or folders.
+    """
+    opened = []
+    for name, given in folders.items():
+        place, *assignments = [given] if isinstance(given, str | PathLike) else given
+        protocol = next((p for p in PROTOCOLS if p.folder and p.name == name), None)
+        if protocol is None or protocol.folder is None:
+            known = ", ".join(p.name for p in PROTOCOLS if p.folder)
+            raise InputError(f"evaluate: expected folders of {known}, got one of {name}")
+        options, left_out = override(protocol.folder.options, [fspath(a) for a in assignments]), LeftOut()
+        images = protocol.folder.open(Path(place), crops, options, left_out)
+        if left_out:
+            log.warning("%s: left out: %s", name, left_out)
+        opened.append((replace(protocol, settings={**protocol.settings, **to_dict(options)}), images))
+    return opened

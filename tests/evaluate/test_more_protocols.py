@@ -34,7 +34,9 @@ from poa.evaluate.robustness import (
     drop_patches,
     shuffle_tiles,
 )
-from poa.evaluate.sweep import PROTOCOLS, SEPARATE, number_format, score
+from poa.evaluate.scores import number_format
+from poa.evaluate.suite import PROTOCOLS, SEPARATE
+from poa.evaluate.sweep import score
 from poa.evaluate.top1 import top_accuracy
 from poa.step import initial_network
 from poa.subnets import Subnet

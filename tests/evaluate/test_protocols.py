@@ -13,7 +13,7 @@ from poa import evaluate
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.errors import InputError
-from poa.evaluate import sweep
+from poa.evaluate import scores
 from poa.evaluate.knn import KNN
 from poa.evaluate.protocol import Protocol
 from poa.report import write_report
@@ -34,7 +34,7 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     registered = (KNN, NEAREST_MEAN)
-    for module in ("evaluate.sweep", "evaluate.suite", "cli.parser", "cli.commands"):
+    for module in ("evaluate.scores", "evaluate.suite", "cli.parser", "cli.commands"):
         monkeypatch.setattr(f"poa.{module}.PROTOCOLS", registered)
     run = tmp_path / "run"
     assert main(["pretrain", "--out", str(run), *OVERRIDES]) == 0
@@ -63,6 +63,6 @@ def test_scores_of_earlier_versions_are_read() -> None:
     linear = [{"accuracy": 0.75, "rate": 0.1, "blocks": 4, "mean_patch": True}, {"accuracy": 0.5}]
     row = {"subnet": "16x1", "knn": {"10": 0.5, "20": 0.25}, "knn_init": {"20": 0.1}, "linear": linear}
     assert evaluate.reported(row) == {"k=20": 0.25, "linear": 0.75}
-    assert sweep.SubnetScore.columns(sweep.SubnetScore(None, 0, 0, row)) == {  # type: ignore[arg-type]
+    assert scores.SubnetScore.columns(scores.SubnetScore(None, 0, 0, row)) == {  # type: ignore[arg-type]
         "k=10": 0.5, "k=20": 0.25, "k=20 init": 0.1, "linear": 0.75,
     }  # fmt: skip

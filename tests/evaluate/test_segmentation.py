@@ -13,9 +13,9 @@ from helpers.commands import fails
 from poa.__main__ import main
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
-from poa.evaluate import segmentation as module
 from poa.evaluate.segmentation import (
     IGNORED,
+    SegmentationConfig,
     confusion,
     knn_logits,
     linear_logits,
@@ -57,8 +57,8 @@ def test_mean_iou_is_that_of_scikit_learn() -> None:
     assert mean_iou(confusion(predicted, hidden.byte(), 5)) == pytest.approx(expected, abs=1e-6)
 
 
-def test_classifiers_find_what_tokens_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEPS", 100)
+def test_classifiers_find_what_tokens_tell() -> None:
+    options = SegmentationConfig(steps=100)
     draw = torch.Generator().manual_seed(0)
     masks = (
         torch.randint(3, (12, 4, 4), generator=draw).repeat_interleave(6, 1).repeat_interleave(6, 2).byte()
@@ -70,7 +70,7 @@ def test_classifiers_find_what_tokens_tell(monkeypatch: pytest.MonkeyPatch) -> N
     noise = torch.randn(12, 16, 8, generator=draw)
     for x, least, most in ((tokens, 0.6, 1.0), (noise, 0.0, 0.45)):
         for logits in (
-            linear_logits(x[:8], targets[:8], x[8:], 0, CPU),
+            linear_logits(x[:8], targets[:8], x[8:], options, 0, CPU),
             knn_logits(x[:8], targets[:8], x[8:], CPU),
         ):
             assert least <= scored(logits, masks[8:]) <= most
@@ -84,7 +84,9 @@ def test_wrong_scenes_are_counted(tmp_path: Path) -> None:
     (masks / "2.png").unlink()
     (tmp_path / "train" / "images" / "notes.txt").write_text("no picture")
     left_out = LeftOut()
-    train, val, classes = open_scenes(tmp_path, CropsConfig(global_size=24), left_out)
+    train, val, classes, _ = open_scenes(
+        tmp_path, CropsConfig(global_size=24), SegmentationConfig(), left_out
+    )
     assert (len(train.images), len(val.images), classes) == (3, 6, 2)
     for counted in ("masks of another size than their image", "masks with classes above 1", "cannot be read"):
         assert counted in str(left_out)
@@ -92,13 +94,10 @@ def test_wrong_scenes_are_counted(tmp_path: Path) -> None:
     assert float(val.masks.float().mean()) == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_run_segments(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(module, "STEPS", 50)
+def test_a_run_segments(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_scenes(tmp_path / "scenes", 8)
     asked = ["evaluate", str(trained), "--subnets", "16x1", "--out", str(tmp_path / "a.json")]
-    assert main([*asked, "--segmentation", str(tmp_path / "scenes")]) == 0
+    assert main([*asked, "--segmentation", str(tmp_path / "scenes"), "steps=50"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].split()[-1].endswith("%") and "mIoU" in lines[-3]
     assert "expected" in fails(capsys, *asked, "--segmentation", str(tmp_path))

@@ -1,0 +1,146 @@
+"""Detection: annotations in, detectors on pyramids of subnets, average precision out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.commands import fails
+from helpers.tiny import tiny_config, tiny_pyramid
+from poa.__main__ import main
+from poa.data.crops import CropsConfig
+from poa.data.summary import LeftOut
+from poa.errors import InputError
+from poa.evaluate.coco import CocoImages, average_precisions, read_coco
+from poa.evaluate.detection import DetectionConfig, Opened, Reader, build_detector, detect, train_detector
+from poa.step import initial_network
+
+pytest.importorskip("torchvision.models.detection", exc_type=ImportError)
+pytest.importorskip("faster_coco_eval", exc_type=ImportError)
+scenes = pytest.importorskip("helpers.digit_scenes", exc_type=ImportError)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written: Path = scenes.write_scenes(tmp_path_factory.mktemp("scenes"), 6, 6, side=64)
+    return written / "coco"
+
+
+def read(folder: Path, left_out: LeftOut | None = None) -> tuple[CocoImages, CocoImages]:
+    return read_coco(folder, 3, LeftOut() if left_out is None else left_out)
+
+
+def test_average_precision_is_that_of_pycocotools(folder: Path) -> None:
+    reference = pytest.importorskip("pycocotools.cocoeval", exc_type=ImportError)
+    coco = pytest.importorskip("pycocotools.coco")
+    _, val = read(folder)
+    draw = np.random.default_rng(0)
+    predictions = []
+    for truth in 8 * val.truth.dataset["annotations"]:
+        moved = np.roll(val.truth.annToMask(truth), draw.integers(-4, 5, 2), (0, 1))
+        box = np.array(truth["bbox"]) * draw.uniform(0.8, 1.2, 4)
+        label = truth["category_id"] if draw.random() < 0.7 else int(draw.integers(10))
+        about = {"image_id": truth["image_id"], "category_id": label, "score": float(draw.random())}
+        runs = coco.maskUtils.encode(np.asfortranarray(moved))
+        predictions.append({"bbox": {**about, "bbox": box.tolist()}, "segm": {**about, "segmentation": runs}})
+    truth = coco.COCO()
+    truth.dataset = val.truth.dataset
+    truth.createIndex()
+    for kind in ("bbox", "segm"):
+        rows = [p[kind] for p in predictions]
+        expected = reference.COCOeval(
+            truth, truth.loadRes(json.loads(json.dumps(rows, default=bytes.decode))), kind
+        )
+        expected.params.imgIds = val.ids[:5]
+        expected.evaluate()
+        expected.accumulate()
+        expected.summarize()
+        got = average_precisions(val.truth, rows, kind, val.ids[:5])
+        assert [*got.values()] == pytest.approx(expected.stats[:3], abs=1e-6)
+        assert 0.02 < got["AP"] < got["AP50"] < 1
+    assert average_precisions(val.truth, [], "bbox", val.ids) == {"AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+
+
+def test_annotations_that_cannot_be_used_are_counted(folder: Path, tmp_path: Path) -> None:
+    copied: Path = scenes.write_scenes(tmp_path, 5, 2, side=64) / "coco"
+    file = copied / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    (copied / "train/0000.png").unlink()
+    (copied / "train/0001.png").write_bytes(b"no picture")
+    good = next(a for a in content["annotations"] if a["image_id"] == 2)
+    before = len(content["annotations"])
+    wrong = (
+        {"bbox": [5, 5, 0, 9]}, {"bbox": [70, 5, 9, 9]}, {"bbox": [1, 2, 3]}, {"category_id": 77},
+        {"image_id": 99}, {"segmentation": []},
+    )  # fmt: skip
+    content["annotations"] += [good | change for change in wrong]
+    file.write_text(json.dumps(content))
+    left_out = LeftOut()
+    train, _ = read(copied, left_out)
+    for counted in (
+        "1 images that are missing", "2 boxes that are empty or outside", "1 annotations without a box",
+        "1 annotations of categories outside the list", "1 annotations of images outside the list",
+        "1 annotations without a mask",
+    ):  # fmt: skip
+        assert counted in str(left_out)
+    missing = sum(a["image_id"] == 0 for a in content["annotations"])
+    assert (len(train), len(train.truth.anns)) == (4, before - missing)
+    reader = Reader(train, DetectionConfig(batch_size=3))
+    assert [len(batch) for batch in reader.batches(range(4))] == [2, 1]
+    (unread,) = reader.unread
+    assert "0001.png: not an image" in unread
+    content["categories"].pop()
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="expected the categories of instances_train.json, got others"):
+        read(copied)
+    file.unlink()
+    with pytest.raises(InputError, match=r"expected one file .*instances_train\*.json, got 0"):
+        read(copied)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", ["vit", "swin", "resnet"])
+def test_a_detector_of_a_subnet(kind: str, frozen: bool, folder: Path) -> None:
+    """It learns, and a subnet only where it is fine-tuned; its boxes and masks fit its images."""
+    config = tiny_config() if kind == "vit" else tiny_pyramid(kind)
+    backbone = initial_network(config).backbone.eval()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    options = DetectionConfig(
+        epochs=1.0, batch_size=3, size=64, channels=8, regions=16, frozen=frozen, lr=1e-2
+    )
+    opened = Opened(*read(folder), options, CropsConfig())
+    model = build_detector(backbone, backbone.space.smallest, opened)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    train_detector(model, Reader(opened.train, options), options, 0)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+    assert {name.split(".")[0] for name in changed} == {"backbone", "rpn", "roi_heads"}
+    assert any("trained" in name for name in changed) != frozen
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    model.roi_heads.score_thresh = 0.0
+    ids, predictions = detect(model, Reader(opened.val, options))
+    assert ids == opened.val.ids and predictions
+    assert all(p["segmentation"]["size"] == [64, 64] and p["category_id"] in range(10) for p in predictions)
+    boxes = torch.tensor([p["bbox"] for p in predictions])
+    assert (boxes >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= 64.01).all()
+
+
+def test_a_run_is_scored_beside_its_beginning(
+    trained: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a.json"
+    asked = ["evaluate", str(trained), "--subnets", "16x1", "--initial", "--out", str(out), "--detection"]
+    small = ["epochs=0.5", "batch_size=3", "size=64", "channels=8", "regions=16"]
+    assert main([*asked, str(folder), *small]) == 0
+    assert "mask AP50" in (said := capsys.readouterr().out) and "detection: Mask R-CNN" in said
+    written = json.loads(out.read_text())
+    assert written["settings"]["detection"]["size"] == 64
+    (row,) = written["subnets"]
+    assert all(0 <= row[name]["segm"]["AP"] <= 1 for name in ("detection", "detection_init"))
+    assert "detection.size: expected a multiple of 16, got 65" in fails(
+        capsys, *asked, str(folder), "size=65"
+    )
+    assert "expected one file" in fails(capsys, *asked, str(tmp_path))
