@@ -61,7 +61,7 @@ def extract_features(
     """
     positions = torch.as_tensor(world.share(len(source)))
     mine = source.subset(positions.numpy())
-    banks, preprocessing = [_Bank(len(mine)) for _ in functions], Preprocessing.of(crops, canvas)
+    banks, preprocessing = [Bank(len(mine)) for _ in functions], Preprocessing.of(crops, canvas)
     kept, unreadable = [positions[:0]], list[str]()
     bar = tqdm(
         total=len(mine), desc="features", unit="image", leave=False, disable=None if world.is_main else True
@@ -86,7 +86,7 @@ def extract_features(
     return FeatureSet(whole[1:], whole[0], lost)
 
 
-class _Bank:
+class Bank:
     """Rows that come in batches, in memory or, where they are too many, in a temporary file."""
 
     def __init__(self, most: int):

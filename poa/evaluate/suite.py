@@ -14,6 +14,7 @@ from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
 from poa.errors import InputError
 from poa.evaluate.correspondence import CORRESPONDENCE
+from poa.evaluate.depth import DEPTH
 from poa.evaluate.detection import DETECTION
 from poa.evaluate.kmeans import KMEANS
 from poa.evaluate.knn import KNN
@@ -29,8 +30,8 @@ from poa.options import override, to_dict
 
 # All protocols, in the order of their columns.
 PROTOCOLS: tuple[Protocol, ...] = (
-    KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, SEGMENTATION, DETECTION,
-    ROBUSTNESS,
+    KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, SEGMENTATION, DEPTH,
+    DETECTION, ROBUSTNESS,
 )  # fmt: skip
 SEPARATE = (TOP1, *(p for p in PROTOCOLS if p.folder))  # of fine-tuned runs, and with images of their own
 STANDARD = "standard"

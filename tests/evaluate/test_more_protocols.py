@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers import collections_of_images as collections
+from helpers import digit_scenes
 from helpers.commands import fails
 from helpers.tiny import tiny_config
 from poa.__main__ import main
@@ -189,11 +190,14 @@ def test_a_peer_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
     data = ["--data", str(collections.write_folder(tmp_path / "images", 8))]
+    masks = digit_scenes.write_scenes(tmp_path, 2, 2) / "masks"
+    data += ["--correspondence", "--segmentation", str(masks), "steps=2"]
     for name in ("test_vit", "test_resnet"):
         out = tmp_path / f"{name}.json"
-        assert main(["evaluate", f"timm:{name}", "--correspondence", *data, "--out", str(out)]) == 0
+        assert main(["evaluate", f"timm:{name}", *data, "--out", str(out)]) == 0
         (row,) = json.loads(out.read_text())["subnets"]
         assert row["params"] > 1000 and row["flops"] > 1000 and 0 <= row["knn"]["20"] <= 1
+        assert 0 <= row["segmentation"]["linear"] <= 1
 
 
 def test_robustness_of_a_subnet() -> None:

@@ -1,0 +1,111 @@
+"""Folders of images with a class for each pixel, in the layouts they come in.
+
+own        `train/images`, `train/masks`, `val/...`; masks are PNG files with the names of their images,
+           whose pixels are numbers of classes, and 255 is ignored; `classes.txt` has a name on each line
+ADE20K     `images/training`, `annotations/training`, `.../validation`, of 150 classes; 0 is ignored
+COCO       panoptic: `annotations/panoptic_train2017.json` and a folder of the same name with PNG files,
+           `train2017` with images, so for `val2017`; things and stuff are classes, crowds are ignored
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from poa.errors import InputError, as_input
+from poa.evaluate.dense import Fault, Pair
+from poa.files import read_json
+
+IGNORED = 255
+ADE_CLASSES = 150
+
+
+def mask_pairs(folder: Path) -> tuple[list[list[Pair]], int]:
+    """Pairs of the training and of the validation part, and the number of classes.
+
+    Masks are uint8, 255 where no class is known.
+
+    Raises:
+        InputError: the folder has none of these layouts.
+    """
+    if (folder / "images" / "training").is_dir():
+        return [_ade(folder, part) for part in ("training", "validation")], ADE_CLASSES
+    panoptic = [sorted((folder / "annotations").glob(f"panoptic_{part}*.json")) for part in ("train", "val")]
+    if all(len(files) == 1 for files in panoptic):
+        return _coco(folder, [files[0] for files in panoptic])
+    names = folder / "classes.txt"
+    if not names.is_file():
+        expected = f"{names} with a class on each line, or the layout of ADE20K or of COCO's panoptic masks"
+        raise InputError(f"--segmentation: expected {expected}, got none of them")
+    classes = len(names.read_text(encoding="utf-8").splitlines())
+    if not 2 <= classes < IGNORED:
+        raise InputError(f"{names}: expected 2 to {IGNORED - 1} classes, got {classes}")
+    return [_own(folder / part, classes) for part in ("train", "val")], classes
+
+
+def _own(part: Path, classes: int) -> list[Pair]:
+    return [
+        Pair(image, partial(_numbers, part / "masks" / f"{image.stem}.png", classes))
+        for image in sorted((part / "images").glob("*"))
+    ]
+
+
+def _numbers(path: Path, classes: int) -> np.ndarray:
+    with Image.open(path) as file:
+        mask = np.asarray(file)
+    if ((mask >= classes) & (mask != IGNORED)).any():
+        raise Fault(f"masks with classes above {classes - 1}")
+    return mask.astype(np.uint8)
+
+
+def _ade(folder: Path, part: str) -> list[Pair]:
+    masks = folder / "annotations" / part
+    return [
+        Pair(image, partial(_from_one, masks / f"{image.stem}.png"))
+        for image in sorted((folder / "images" / part).glob("*"))
+    ]
+
+
+def _from_one(path: Path) -> np.ndarray:
+    """Classes are numbered from 1 in the file; 0 becomes 255."""
+    with Image.open(path) as file:
+        mask = np.asarray(file)
+    if (mask > ADE_CLASSES).any():
+        raise Fault(f"masks with classes above {ADE_CLASSES}")
+    return mask.astype(np.uint8) - np.uint8(1)
+
+
+def _coco(folder: Path, files: Sequence[Path]) -> tuple[list[list[Pair]], int]:
+    parts, index = list[list[Pair]](), dict[int, int]()
+    for file in files:
+        expected = f"{file}: expected COCO's panoptic annotations"
+        content = read_json(file, expected)
+        with as_input(expected):
+            index = index or {c["id"]: i for i, c in enumerate(content["categories"])}
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            images = folder / file.stem.removeprefix("panoptic_")
+            parts.append([
+                Pair(
+                    images / names[a["image_id"]],
+                    partial(_panoptic, file.with_suffix("") / a["file_name"], a["segments_info"], index),
+                )
+                for a in content["annotations"]
+            ])  # fmt: skip
+    return parts, len(index)
+
+
+def _panoptic(path: Path, segments: Sequence[Mapping[str, Any]], index: Mapping[int, int]) -> np.ndarray:
+    with Image.open(path) as file:
+        numbers = np.asarray(file.convert("RGB")).astype(np.int64) @ np.array([1, 256, 65536])
+    mask = np.full(numbers.shape, IGNORED, np.uint8)
+    for segment in segments:
+        if segment["category_id"] not in index:
+            raise Fault("masks with categories outside the list")
+        if not segment.get("iscrowd"):
+            mask[numbers == segment["id"]] = index[segment["category_id"]]
+    return mask
