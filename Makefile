@@ -3,7 +3,8 @@
 #                      BACKBONE=vit, swin or resnet
 #   make test          the test suite
 #   make test-oldest   the test suite with the oldest versions that setup.py claims, in .venv-oldest
-#   make test-newest   the same with the newest that were tried, timm and ONNX, in .venv-newest
+#   make test-newest   the same with the newest that were tried, timm, ONNX, an S3 server and datasets, in
+#                      .venv-newest
 #   make test-gpu      the tests that need a GPU
 #   make sanitize      those of the kernels without a GPU, every access and race checked; in .venv-sanitize
 #   make bench         tests, kernels and steps against their peers on a GPU, in 9 minutes; RESUME=1 resumes,
@@ -33,7 +34,7 @@ test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints/oldest.txt
 
 test-newest:
-	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints/newest.txt EXTRAS=timm,export,detection,references
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints/newest.txt EXTRAS=timm,export,detection,references,stores
 
 test-gpu: $(VENV)/.poa-test
 	$(BIN)/python -m pytest -rs -m cuda

@@ -38,6 +38,7 @@ setup(
             "pyarrow",
             "tensorboard",
         ],
+        "stores": ["moto[server]", "s3fs", "datasets"],
         "sanitize": ["pytest", "pytest-xdist"],
         "dev": ["ruff", "mypy"],
     },

@@ -87,6 +87,23 @@ def test_labels_are_those_of_targets_columns_subsets_or_samples() -> None:
     assert boxes.train.labels is None and "labels that are no numbers or names" in str(boxes.left_out)
 
 
+def test_datasets_of_hugging_face(tmp_path: Path) -> None:
+    """Alone, as splits, and of decoding processes; those that stream have no positions."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    columns = {"image": list(map(Image.fromarray, PIXELS)), "label": [n % 2 for n in range(24)]}
+    dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    splits = opened(datasets.DatasetDict(train=dataset, validation=dataset.select(range(4))))
+    assert splits.train.classes == ("cat", "dog") and splits.labels_from == "column 'label'"
+    assert splits.test is not None and splits.test.labels.tolist() == [0, 1, 0, 1]
+    assert all(np.array_equal(splits.train.read(n, 32), PIXELS[n]) for n in range(24))
+    with pytest.raises(InputError, match="with __len__ and __getitem__, got IterableDataset"):
+        opened(dataset.to_iterable_dataset())
+    run = poa.pretrain(dataset, out=tmp_path / "run", **TINY | {"epochs": 1.5, "workers": 1})
+    assert "knn" in run.metrics[-1] or run.evaluate("16x1").scores
+    assert run.embed("16x1", workers=0).names[1] == "Dataset[1]"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

@@ -9,7 +9,6 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from helpers import processes
 from helpers.collections_of_images import write_parquet, write_shards
 from helpers.commands import fails
 from helpers.run_folders import assert_same, newest
@@ -137,10 +136,3 @@ def test_a_store_that_is_gone_ends_the_run_and_no_image_is_replaced(
         data.train.read(0, 64)
     assert main(["pretrain", "--check", "--data", f"store://{root}"]) == 1
     assert f"store://{root}/part-0000.tar, got for a minute: {message}" in capsys.readouterr().err
-
-
-def test_a_run_goes_on_after_an_s3_server_was_away() -> None:
-    for name in ("moto", "s3fs"):
-        pytest.importorskip(name, reason=f"{name} is not installed")
-    ((code, printed, errors),) = processes.run(1, str(processes.HELPERS / "s3_interrupted.py"), "1")
-    assert code == 0 and "the run is bitwise that from the disk" in printed, errors

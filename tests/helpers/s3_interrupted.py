@@ -8,9 +8,11 @@ Needs `pip install 'moto[server]' s3fs`.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -22,24 +24,18 @@ from poa.data.storage import remote
 from poa.train import pretrain
 
 STOPPED_AT = 2  # steps
-PORT = 5055
 
 
-def main(away: float) -> None:
+def main(away: float, folder: Path) -> None:
     """Train both runs; raise AssertionError where they differ."""
     from moto.server import ThreadedMotoServer  # optional
 
-    folder = Path(tempfile.mkdtemp())
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{PORT}",
-        "AWS_ACCESS_KEY_ID": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "XDG_CACHE_HOME": str(folder / "cache"),
-        "POA_CACHE_GB": "0.00001",
-    }
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= settings(port) | {"XDG_CACHE_HOME": str(folder / "cache"), "POA_CACHE_GB": "0.00001"}
     remote.BLOCK, remote.SWEEP_EVERY = 1000, 1  # so that every epoch asks the server again
-    root, server = write_shards(folder / "data", 24), ThreadedMotoServer(port=PORT)
+    root, server = write_shards(folder / "data", 24), ThreadedMotoServer("127.0.0.1", port)
     server.start()
     upload(root)
     left: list[float] = []
@@ -48,7 +44,9 @@ def main(away: float) -> None:
         if row["step"] == STOPPED_AT and not left:
             server.stop()
             left.append(time.perf_counter())
-            Timer(away, ThreadedMotoServer(port=PORT).start).start()  # its objects live in this process
+            Timer(
+                away, ThreadedMotoServer("127.0.0.1", port).start
+            ).start()  # its objects live in this process
 
     for source, out, callbacks in ((str(root), "disk", []), ("s3://images", "there", [stop])):
         config = tiny_config(f"data.source={source}", "performance.workers=0")
@@ -63,6 +61,16 @@ def main(away: float) -> None:
     )
 
 
+def settings(port: int) -> dict[str, str]:
+    """The environment in which s3fs asks a server of this machine."""
+    return {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+
+
 def upload(root: Path) -> None:
     """All shards, into a new bucket."""
     import s3fs  # optional
@@ -74,5 +82,12 @@ def upload(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]) if len(sys.argv) > 1 else 20.0)
-    os._exit(0)  # the server's threads wait for ever
+    code = 1
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            main(float(sys.argv[1]) if len(sys.argv) > 1 else 20.0, Path(scratch))
+            code = 0
+        except Exception:
+            traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(code)  # the server's threads wait for ever

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import secrets
@@ -27,13 +28,19 @@ from poa.errors import DataError, InputError, one_line
 from poa.files import open_regular
 
 T = TypeVar("T")
+log = logging.getLogger("poa")
 
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 BLOCK = 1 << 18  # bytes
 AHEAD = 16  # blocks that are fetched with the one that a reader from front to back asks for
 PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)  # seconds before another attempt
+SAID_AFTER = 1.5  # seconds without an answer
 SWEEP_EVERY = 64  # blocks that are written between looks at the size of the cache
-VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "blob_id", "created")
+REFUSALS = {*range(400, 500)} - {408, 425, 429}  # HTTP statuses that stay the same when one asks again
+VERSIONS = (
+    *("ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "blob_id", "created"),
+    *("Last-Modified", "Content-MD5", "Digest"),  # of web servers
+)
 
 _written = 0
 
@@ -229,7 +236,14 @@ def _state(url: str) -> tuple[int, str]:
 
     def ask() -> dict[str, Any]:
         system, path = _system(url)
-        return system.info(path)
+        try:
+            info: dict[str, Any] = system.info(path)
+        except FileNotFoundError as error:
+            cause = error.__cause__  # fsspec calls whatever fails on a web server a missing file
+            if "http" in system.protocol and cause and getattr(cause, "status", None) != 404:
+                raise cause from None
+            raise
+        return info
 
     info = _persistently(ask, url)
     if info.get("size") is None:
@@ -240,7 +254,12 @@ def _state(url: str) -> tuple[int, str]:
 def _ranged(url: str, start: int, stop: int) -> bytes:
     system, path = _system(url)
     content: bytes = system.cat_file(path, start=start, end=stop)
-    if len(content) != stop - start:
+    if len(content) > stop - start:
+        raise InputError(
+            f"data: expected a server that sends ranges of bytes, got {len(content):,} bytes of {url} where "
+            f"{stop - start:,} were asked for"
+        )
+    if len(content) < stop - start:
         raise OSError(f"{len(content):,} bytes came of {stop - start:,}")
     return content
 
@@ -251,9 +270,10 @@ def _persistently(ask: Callable[[], T], url: str) -> T:
     Raises:
         FileNotFoundError: it says that there is no such file.
         PermissionError: it refuses.
-        InputError: a package is missing.
+        InputError: a package is missing, or it cannot send ranges of bytes.
         DataError: it does not answer for a minute.
     """
+    start, said = time.perf_counter(), False
     for pause in (*PAUSES, None):
         try:
             return ask()
@@ -262,8 +282,19 @@ def _persistently(ask: Callable[[], T], url: str) -> T:
         except InputError:
             raise
         except Exception as error:  # of whatever package reads such URLs
+            text = f"{type(error).__name__}: {one_line(error)}"
+            if _status(error) in REFUSALS:
+                raise PermissionError(f"{url}: {text}") from None
             if pause is None:
-                text = f"{type(error).__name__}: {one_line(error)}"
                 raise DataError(f"data: expected an answer about {url}, got for a minute: {text}") from None
+            if not said and time.perf_counter() - start > SAID_AFTER:
+                log.warning("no answer about %s, asking again for a minute: %s", url, text)
+                said = True
         time.sleep(pause)
     raise AssertionError
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error of aiohttp or huggingface_hub is about."""
+    response = getattr(error, "response", None)
+    return getattr(error, "status", None) or getattr(response, "status_code", None)
