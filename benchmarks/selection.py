@@ -35,9 +35,9 @@ def main(path: str, threads: int) -> int:
         rows = {row["subnet"]: row for row in chosen.rows()}
         within = [row for row in rows.values() if row[f"{name} ms"] <= budget]
         assert rows[chosen.best]["20-NN"] == max(row["20-NN"] for row in within)
-        again = run.latency(
-            chosen.best, device="cpu", threads=threads, out=Path(tempfile.mkdtemp()) / "latency.json"
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "latency.json"
+            again = run.latency(chosen.best, device="cpu", threads=threads, out=out)
         (latency,) = again.latencies.values()
         predicted = rows[chosen.best][f"{name} ms"]
         worst = max(worst, abs(latency.median / predicted - 1))
