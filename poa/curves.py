@@ -22,11 +22,14 @@ def figures_of(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     return figures
 
 
-def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[str, int]) -> Any:
+def draw_curves(
+    runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[str, int], sources: Sequence[float] = ()
+) -> Any:
     """A figure of a panel each for what the metrics tell; of several runs, a panel shows the first figure of
     each.
 
-    The usual range of figures is shaded; steps at which phases begin or end are dotted.
+    The usual range of figures is shaded; steps at which phases begin or end are dotted; 20-NN accuracies of
+    pretrained `sources` are dashed lines.
     """
     from matplotlib.figure import Figure  # optional, and slow to import
 
@@ -78,6 +81,10 @@ def draw_curves(runs: Mapping[str, Sequence[Row]], band: Band, phases: Mapping[s
         place.grid(alpha=0.3)
         if len(shown) > 1:
             place.legend(fontsize=6, ncols=1 + (len(shown) > 4))
+    for level in sources:
+        axes[4].axhline(level, color="black", linewidth=1, linestyle="--")
+    if sources:
+        axes[4].set_title(f"{axes[4].get_title()} (dashed: source)", fontsize=10)
     for place in (axes[8], axes[9]):
         place.set_yscale("log")
     _draw_subnets(axes[-1], [row for rows in runs.values() for row in rows])

@@ -63,7 +63,18 @@ def curves_of(folders: Sequence[RunFolder]) -> Any:
             raise InputError(f"report: expected metrics in {folder.metrics}, got none yet")
     alone = len(folders) == 1
     band = expected_band(folders[0].config()) if alone else {}
-    return draw_curves(rows, band, _beginning(folders[0]).get("phases", {}) if alone else {})
+    pairs = zip(folders, rows.values(), strict=True)
+    sources = dict.fromkeys(level for folder, logged in pairs for level in _source(folder, logged))
+    phases = _beginning(folders[0]).get("phases", {}) if alone else {}
+    return draw_curves(rows, band, phases, list(sources))
+
+
+def _source(folder: RunFolder, rows: Sequence[Row]) -> list[float]:
+    """The 20-NN accuracy of the pretrained weights that a run began with, if it was measured."""
+    method = folder.config().method
+    name = f"knn.teacher {method.backbone.space.intact}"
+    before = figures_of(rows).get(name, {})
+    return [before[0]] if method.init.weights and 0 in before else []
 
 
 def _rows(folders: Sequence[RunFolder]) -> dict[str, list[dict[str, Any]]]:
@@ -137,6 +148,9 @@ def _page(folders: Sequence[RunFolder], svg: str) -> str:
     rows, alone = _rows(folders), len(folders) == 1
     beginning = _beginning(folders[0]) if alone else {}
     figures = [summary(logged) for logged in rows.values()]
+    for folder, logged, run in zip(folders, rows.values(), figures, strict=True):
+        for level in _source(folder, logged):
+            run["20-NN accuracy of the source"] = f"{level:.1%}"
     shown = list(dict.fromkeys(name for run in figures for name in run))
     alarms = [
         f"<li>{'' if alone else _text(run) + ', '}step {row['step']}: <b>{_text(row['alarm'])}</b> "
