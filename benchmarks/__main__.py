@@ -4,7 +4,7 @@
     python -m benchmarks kernels              all kernel cases; --case NAME, --all-widths, --provider NAME
     python -m benchmarks step                 the training step; --images 8 64, --official PATH
     python -m benchmarks networks             subnets of a preset against static ones of their size
-    python -m benchmarks quality              k-NN against wall time on small images; --data PATH
+    python -m benchmarks quality              k-NN against wall time on small images; --data PATH, --init
     python -m benchmarks sampling             what policies of drawing subnets cost; --processes
     python -m benchmarks profile              the largest kernels of one step
     python -m benchmarks roofline             the cost model of a preset
@@ -152,9 +152,8 @@ def networks(options: argparse.Namespace) -> int:
 def quality(options: argparse.Namespace) -> int:
     from benchmarks import quality as benchmark
 
-    rows = benchmark.run(
-        options.preset, options.data, choose_device(options.device), options.minutes, options.official
-    )
+    where = options.data, choose_device(options.device), options.minutes
+    rows = benchmark.run(options.preset, *where, options.official, options.init, options.overrides)
     return keep(rows, options.out)
 
 
@@ -309,6 +308,12 @@ def _quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", default="digits", help="digits, or a folder of images (default: digits)")
     parser.add_argument(
         "--minutes", type=number(float, "(0, 100000]"), default=3.0, help="minutes of training each provider"
+    )
+    parser.add_argument(
+        "--init", metavar="WEIGHTS", help="pretrained weights of a ViT to start from, as in poa pretrain"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="any option of a run, such as epochs=5"
     )
 
 

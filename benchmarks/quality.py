@@ -1,29 +1,41 @@
 """Training quality against wall time: k-NN accuracy of teacher subnets, ours and the official code.
 
 Both start from the same weights and see the same batches of the same run; evaluation does not count as time.
+From pretrained weights, the peers are what else makes small networks of them: cutting alone, in this, in the
+given and in a random order, training from scratch, and distillation of the smallest subnet alone.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
-from poa.backbones import Backbone
+from poa.backbones import Backbone, ElasticViT
 from poa.checkpoint import RunFolder
-from poa.config import Config, with_data
+from poa.config import Config, InitConfig, with_data
 from poa.distributed import World
+from poa.errors import InputError
 from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.initialization import initial_config
+from poa.initialization.importance import Order, sort_by_importance
 from poa.micro_batch import MicroBatch
-from poa.network import Network
+from poa.network import Network, StudentPass
+from poa.optim import apply_schedules, update_weights
+from poa.options import override
 from poa.presets import preset
-from poa.step import train_step
+from poa.random import torch_stream
+from poa.step import Initial, autocast, initial_networks, train_step
+from poa.subnets import Subnet
 from poa.train import Trainer
+from poa.tribranch import intact_loss, teacher_targets
 
 POINTS = 4  # evaluations after the first
 
@@ -33,6 +45,10 @@ class Ours:
 
     def __init__(self, run: Trainer):
         self.run = run
+
+    def subnets(self) -> Sequence[Subnet]:
+        """What is evaluated."""
+        return [self.run.space.intact, self.run.space.smallest]
 
     def step(self, number: int, micro_batch: MicroBatch) -> None:
         run = self.run
@@ -45,11 +61,38 @@ class Ours:
         """Nothing to release."""
 
 
-class Official:
+class Alone(Ours):
+    """The smallest subnet learns from the frozen source alone; other weights than its stay as they are."""
+
+    def subnets(self) -> Sequence[Subnet]:
+        return [self.run.space.smallest]
+
+    def step(self, number: int, micro_batch: MicroBatch) -> None:
+        run, batch = self.run, micro_batch.batch
+        state, schedules, method = run.state, run.schedules, run.config.method
+        state.optimizer.zero_grad(set_to_none=True)
+        with state.rounded, autocast(run.world.device, method.precision):
+            temperature = schedules.teacher_temperature[number]
+            (targets,) = teacher_targets(state.teacher, [batch], temperature, method.loss, state.centers)
+            (student,) = run.model(batch, [StudentPass(run.space.smallest)])
+        loss, _ = intact_loss(student, targets, batch, replace(method.loss, intact=1.0))
+        state.scaler.scale(loss).backward()
+        state.scaler.unscale_(state.optimizer)
+        apply_schedules(state.optimizer, schedules, number)
+        weights = state.optimizer, state.student, state.teacher
+        update_weights(*weights, method.optim.clip, schedules.momentum[number], frozen=True)
+        state.scaler.update()
+
+    def teacher(self) -> Backbone:
+        return self.run.state.student.backbone
+
+
+class Official(Ours):
     """The official step on the same batches, schedules and subnets."""
 
     def __init__(self, run: Trainer, checkout: Path):
-        self.run, method = run, run.config.method
+        super().__init__(run)
+        method = run.config.method
         self.official = OfficialStep(checkout, method, run.world.device)
         self.official.load_from(run.state.student)
         self.official.start_optimizer(method.optim)
@@ -78,16 +121,27 @@ class Official:
         self.official.close()
 
 
-def run(name: str, data: str, device: torch.device, minutes: float, official: Path | None) -> list[Row]:
+def run(
+    name: str,
+    data: str,
+    device: torch.device,
+    minutes: float,
+    official: Path | None,
+    init: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Row]:
     """Train for so many minutes each and evaluate on the way, on data as of `poa pretrain --data`.
 
     Raises:
-        ValueError: the data has no classes to evaluate on, or `official` is no checkout of the official code.
+        ValueError: the data has no classes to evaluate on, `official` is no checkout of the official code, or
+            `init` no weights to start from.
     """
     if official is not None:
         require_checkout(official)
-    config = with_data(preset(name), data)
-    makers: dict[str, Callable[[Trainer], Ours | Official]] = {"ours": Ours}
+    if init is not None:
+        return _from_pretrained(with_data(initial_config(name, init, overrides), data), device, minutes * 60)
+    config = with_data(override(preset(name), overrides), data)
+    makers: dict[str, Callable[[Trainer], Ours]] = {"ours": Ours}
     if official is not None:
         makers["official"] = lambda run: Official(run, official)
     else:
@@ -98,18 +152,52 @@ def run(name: str, data: str, device: torch.device, minutes: float, official: Pa
     return rows
 
 
+def _from_pretrained(config: Config, device: torch.device, seconds: float) -> list[Row]:
+    """Our run and its peers. The first accuracies of ours are those of cutting by importance alone."""
+    method = config.method
+    if method.backbone.kind != "vit":
+        raise InputError(f"--init: expected weights of a vit, got a {method.backbone.kind}")
+    given = replace(config, method=replace(method, init=replace(method.init, importance="none")))
+    scratch = replace(config, method=replace(method, init=InitConfig()))
+    rows = _train("ours", Ours, config, device, seconds)
+    rows += _train("given order", Ours, given, device, 0.0)
+    rows += _train("random order", Ours, given, device, 0.0, shuffled=True)
+    rows += _train("scratch", Ours, scratch, device, seconds)
+    return rows + _train("alone", Alone, config, device, seconds)
+
+
+def _start(config: Config, folder: Path, device: torch.device, shuffled: bool) -> Trainer:
+    """A run before its first step, its pretrained weights in order."""
+    data, world, initial = config.open(), World(0, 1, device), initial_networks(config)
+    if data.test is None:
+        raise InputError(f"--data: expected class folders to evaluate on, got {config.data.source}")
+    if config.method.init.importance != "none":
+        config, _ = sort_by_importance(config, initial, data, world)
+    elif shuffled:
+        config = _shuffle(config, initial)
+    return Trainer(config, RunFolder(folder), data, world, initial=initial)
+
+
+def _shuffle(config: Config, initial: Initial) -> Config:
+    """Put networks into a random order."""
+    vit = cast(ElasticViT, initial.teacher.backbone)
+    order = Order.random(vit, torch_stream(config.method.seed, "random order"))
+    for network in (initial.student, initial.teacher):
+        order.sort(network)
+    backbone = cast(ElasticViT, initial.teacher.backbone).config
+    return replace(config, method=replace(config.method, backbone=backbone))
+
+
 def _train(
     which: str,
-    make: Callable[[Trainer], Ours | Official],
+    make: Callable[[Trainer], Ours],
     config: Config,
     device: torch.device,
     seconds: float,
+    shuffled: bool = False,
 ) -> list[Row]:
-    source = config.open()
-    if source.test is None:
-        raise ValueError(f"--data: expected class folders to evaluate on, got {config.data.source}")
     with tempfile.TemporaryDirectory() as folder:
-        whole = Trainer(config, RunFolder(Path(folder)), source, World(0, 1, device))
+        whole = _start(config, Path(folder), device, shuffled)
         trainer = make(whole)
         rows, spent, images, due = [], 0.0, 0, 0.0
         steps = range(whole.schedules.total_steps)
@@ -131,13 +219,13 @@ def _train(
     return rows
 
 
-def _evaluate(which: str, trainer: Ours | Official, whole: Trainer, seconds: float, images: int) -> list[Row]:
-    subnets = [whole.space.intact, whole.space.smallest]
+def _evaluate(which: str, trainer: Ours, whole: Trainer, seconds: float, images: int) -> list[Row]:
+    subnets = trainer.subnets()
     limit = whole.config.run.knn_images
     scores = knn_of_subnets(trainer.teacher(), subnets, whole.data, whole.config, whole.world, limit)
     assert scores is not None
     shown = ", ".join(f"{s} {score[REPORTED_K]:.1%}" for s, score in zip(subnets, scores, strict=True))
-    print(f"    {which:10}{seconds:8.1f} s {images:8} images  {shown}", flush=True)
+    print(f"    {which:14}{seconds:8.1f} s {images:8} images  {shown}", flush=True)
     return [
         {
             "op": "quality",

@@ -14,7 +14,8 @@ from benchmarks import profiling, quality, roofline, step
 from benchmarks.failures import Refused
 from benchmarks.peers.official import OfficialStep
 from benchmarks.results import Row
-from helpers.tiny import tiny_config
+from helpers.tiny import SHORT, tiny_config
+from poa.export import extract
 from poa.network import Network, StudentPass
 from poa.presets import preset
 from poa.subnets import Subnet
@@ -103,6 +104,18 @@ def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["images"] for row in rows] == sorted(row["images"] for row in rows)
     assert rows[0]["images"] == 0 < rows[-1]["images"]
     assert all(0 < row["accuracy"] < 1 for row in rows)
+
+
+def test_quality_from_pretrained_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = tiny_config().method.backbone.build(torch.Generator().manual_seed(0))
+    source = extract(backbone, backbone.space.intact, tmp_path, tiny_config().method.crops)
+    options = [*SHORT, "method.init.images=16", "run.knn_images=60"]
+    rows = quality.run("quickstart", "digits", CPU, 0.01, None, str(source), options)
+    trained = {row["provider"] for row in rows if row["images"]}
+    assert trained == {"ours", "scratch", "alone"}
+    begun = {row["provider"]: row["accuracy"] for row in rows if row["mode"] == "32x2" and not row["images"]}
+    assert begun.keys() == {"ours", "given order", "random order", "scratch"}
+    assert begun["ours"] == begun["given order"] == begun["random order"]  # the same network
 
 
 @needs_official
