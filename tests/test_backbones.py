@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import poa
 from helpers.golden_cases import assert_close
 from helpers.run_folders import assert_same, assert_same_run, newest, rows, run_of
-from helpers.tiny import ONE_STEP, tiny_config, tiny_pyramid
+from helpers.tiny import ONE_STEP, tiny_config, tiny_modern, tiny_pyramid
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.config import Config
@@ -32,8 +32,14 @@ from poa.step import TrainingState, train_step
 from poa.subnets import Subnet
 from poa.train import pretrain
 
-KINDS = ("swin", "resnet")
-CHANGES = {"swin": ["method.backbone.drop_path=0.3"], "resnet": []}
+KINDS = ("swin", "resnet", "modern")
+
+
+def config_of(kind: str, *overrides: str) -> Config:
+    """Of a tiny run; `modern` is a ViT with the parts of DINOv3."""
+    if kind == "modern":
+        return tiny_modern(*overrides)
+    return tiny_pyramid(kind, *(["method.backbone.drop_path=0.3"] if kind == "swin" else []), *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def run(kind: str) -> Path:
         folder = tmp_path_factory.mktemp(kind) / "run"
-        pretrain(tiny_pyramid(kind, *CHANGES[kind]), folder)
+        pretrain(config_of(kind), folder)
         return folder
 
     return run
@@ -66,7 +72,7 @@ def test_a_run_gives_models(
     kind: str, trained: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr("poa.evaluate.linear.FEWEST_STEPS", 10)
-    run, config = str(trained(kind)), tiny_pyramid(kind, *CHANGES[kind])
+    run, config = str(trained(kind)), config_of(kind)
     space = config.method.backbone.space
     assert main(["evaluate", run, "--subnets", str(space.smallest), "--linear", "--device", "cpu"]) == 0
     capsys.readouterr()
@@ -83,7 +89,7 @@ def test_a_run_gives_models(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputing_changes_nothing(kind: str, trained: Callable[[str], Path], tmp_path: Path) -> None:
-    pretrain(tiny_pyramid(kind, *CHANGES[kind], "performance.recompute=true"), tmp_path / "recomputed")
+    pretrain(config_of(kind, "performance.recompute=true"), tmp_path / "recomputed")
     assert_same(*(newest(run)["teacher"] for run in (trained(kind), tmp_path / "recomputed")))
     assert rows(trained(kind)) == rows(tmp_path / "recomputed")
 
@@ -92,7 +98,7 @@ def test_recomputing_changes_nothing(kind: str, trained: Callable[[str], Path], 
 def test_low_precision_agrees_on_the_first_loss(
     kind: str, trained: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    pretrain(tiny_pyramid(kind, *CHANGES[kind], *ONE_STEP, "method.precision=bf16"), tmp_path / "run")
+    pretrain(config_of(kind, *ONE_STEP, "method.precision=bf16"), tmp_path / "run")
     exact, rounded = (rows(run)[0]["loss"] for run in (trained(kind), tmp_path / "run"))
     assert exact != rounded == pytest.approx(exact, rel=5e-3)  # measured: 0.1 and 0.2 %
 
@@ -100,9 +106,7 @@ def test_low_precision_agrees_on_the_first_loss(
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient(kind: str, tmp_path: Path) -> None:
     """Plain DDP waits for one from each."""
-    config = tiny_pyramid(
-        kind, *CHANGES[kind], "method.optim.ibot_start_epoch=0", "performance.optimizer=torch"
-    )
+    config = config_of(kind, "method.optim.ibot_start_epoch=0", "performance.optimizer=torch")
     run, state = run_of(config, tmp_path), TrainingState.start(config, torch.device("cpu"))
     (canvases,) = next(run.batches(range(1)))
     micro_batch = run.prepare(0, 0, canvases)
@@ -113,11 +117,12 @@ def test_every_parameter_gets_a_gradient(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_match_the_network(kind: str) -> None:
-    config = preset(f"quickstart-{kind}").method.backbone
+    config = (tiny_modern() if kind == "modern" else preset(f"quickstart-{kind}")).method.backbone
     network = config.build()
     for subnet in config.space:
         assert config.parameters(subnet) == sum(p.numel() for p in network.to_static(subnet).parameters())
-        for size in (config.image_size, config.image_size // 2):
+        half = [] if kind == "modern" else [config.image_size // 2]  # positions of a ViT cost a product
+        for size in (config.image_size, *half):
             images = torch.zeros(1, 3, size, size)
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
                 network([images], subnet)
@@ -150,7 +155,7 @@ def tables_of(config: object, subnet: Subnet) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_predicted(kind: str) -> None:
-    config = preset({"swin": "swin-b", "resnet": "resnet-152"}[kind])
+    config = tiny_modern() if kind == "modern" else preset({"swin": "swin-b", "resnet": "resnet-152"}[kind])
     few, many = (predict_memory(config, images).peak for images in (4, 8))
     assert few < many < 2 * few
 

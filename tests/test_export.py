@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import poa
 from elastic_kernels import eval_crop
 from helpers import golden_cases as golden
-from helpers.tiny import OVERRIDES, tiny_config
+from helpers.tiny import OVERRIDES, tiny_config, tiny_modern
 from poa import export
 from poa.__main__ import main
 from poa.backbones import Backbone, ElasticViT, ResNetConfig
@@ -98,7 +98,7 @@ def resnet() -> Backbone:
     return ResNetConfig(image_size=64, max_width=96, **depths).build()
 
 
-@pytest.mark.parametrize("kind", ["vit", "registers", "resnet"])
+@pytest.mark.parametrize("kind", ["vit", "registers", "swiglu", "rotary", "resnet"])
 def test_timm_gives_the_same_bits(kind: str, backbone: ElasticViT, tmp_path: Path) -> None:
     """Of eight subnets at two sizes, under strict names; also as parts, with classes and of other sizes."""
     timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
@@ -107,6 +107,12 @@ def test_timm_gives_the_same_bits(kind: str, backbone: ElasticViT, tmp_path: Pat
     if kind == "registers":
         elastic = tiny_config("registers=4", *FIVE).method.backbone.build()
         subnets, crops = list(elastic.space), tiny_config(*FIVE).method.crops
+    if kind == "swiglu":  # 112 * (61 / 112) is less than 61
+        elastic = tiny_config("mlp=swiglu", "max_width=112", "mlp_ratio=0.5447").method.backbone.build()
+        subnets = list(elastic.space)
+    if kind == "rotary":
+        elastic = tiny_modern("registers=2").method.backbone.build()
+        subnets = list(elastic.space)
     if elastic is not backbone:
         with torch.no_grad():
             for parameter in elastic.parameters():

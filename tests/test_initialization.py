@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import golden_cases as golden
-from helpers.tiny import SHORT, tiny_config, tiny_pyramid
+from helpers.tiny import MODERN, SHORT, tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.backbones import Backbone
 from poa.backbones.positions import positions_of_grid
@@ -25,17 +25,22 @@ from poa.initialization import initial_config, read_source
 from poa.initialization.importance import Order, taylor_order
 from poa.official import load_backbone
 from poa.options import override
+from poa.report import curves_of
 from poa.step import initial_network
 from poa.subnets import Subnet
 from poa.train import pretrain
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
+DINOV3 = {"patch_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "global_pool": "token"}
 DINO = {"img_size": 42, "patch_size": 14, "embed_dim": 64, "depth": 2, "num_heads": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", SMALL),
     "without-biases": ("vit_tiny_patch16_224", SMALL | {"qkv_bias": False}),
     "layer-scale": ("vit_small_patch14_dinov2", DINO),
     "registers": ("vit_small_patch14_reg4_dinov2", DINO),
+    "gate": ("vit_giant_patch14_dinov2", DINO | {"embed_dim": 96, "reg_tokens": 4, "no_embed_class": True}),
+    "rotary": ("vit_small_patch16_dinov3", DINOV3),
+    "rotary-gate": ("vit_huge_plus_patch16_dinov3_qkvb", DINOV3),
     "resnet": ("resnet50_gn", {"layers": [1, 2, 1, 1]}),
 }
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -54,10 +59,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
         SMALL | {"act_layer": "silu"},
         "features that differ by .*activation",
     ),
-    "gate": (
+    "gate-of-another-activation": (
         "vit_giant_patch14_dinov2",
-        DINO | {"embed_dim": 96},
-        "expected an MLP without a gate, got 512 hidden units before 256",
+        DINO | {"embed_dim": 96, "act_layer": "gelu"},
+        "features that differ by .*activation",
     ),
     "batch-norm": (
         "resnet18",
@@ -117,6 +122,24 @@ def test_models_of_timm_compute_the_same(family: str, tmp_path: Path) -> None:
     assert config.method.crops.mean == model.pretrained_cfg["mean"]
     states = backbone.state_dict(), at_source.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if name != "pos_embed")
+    if family == "gate":
+        assert_same_under_official_names(at_source, model, tmp_path / "dinov2.pth")
+
+
+def assert_same_under_official_names(expected: Backbone, model: Any, file: Path) -> None:
+    """A file of DINOv2 calls gates and registers something else, and its class token has a position."""
+    names = {"reg_token": "register_tokens", ".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = tensor
+    position = torch.full((1, 1, 96), 0.5)
+    state["pos_embed"] = torch.cat([position, state["pos_embed"]], dim=1)
+    state["cls_token"] = state["cls_token"] - position
+    torch.save(state | {"mask_token": torch.zeros(1, 96)}, file)
+    config = initial_config("elastic", str(file), ["head_dim=48"])  # which 384 and 1024 are no multiples of
+    same_features(read_source(str(file), config.method.backbone).backbone, expected)
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -154,7 +177,7 @@ def test_extracted_models(kind: str, models: Path) -> None:
 def same_features(a: Backbone, b: Backbone) -> None:
     images = torch.randn(2, 3, a.config.image_size, a.config.image_size)
     with torch.no_grad():
-        assert torch.equal(a([images])[0].patches, b([images])[0].patches)
+        torch.testing.assert_close(a([images])[0].patches, b([images])[0].patches, rtol=0, atol=1e-5)
 
 
 def test_files(models: Path, tmp_path: Path) -> None:
@@ -216,9 +239,10 @@ def test_wrong_files(models: Path, tmp_path: Path) -> None:
         read_source(str(models / "vit-32x2" / "model.safetensors"))
 
 
-def test_sorting_changes_nothing_but_the_order() -> None:
+@pytest.mark.parametrize("design", [[], MODERN])
+def test_sorting_changes_nothing_but_the_order(design: list[str]) -> None:
     vit: Any = random_weights(
-        tiny_config("registers=2", "layer_scale=1", "max_depth=4").method.backbone.build()
+        tiny_config("registers=2", "layer_scale=1", "max_depth=4", *design).method.backbone.build()
     )
     order = Order.random(vit, torch.Generator().manual_seed(3))
     result = order.applied(vit)
@@ -273,6 +297,10 @@ def test_a_run_resumes_as_if_never_interrupted(
     shutil.rmtree(source)
     folder = RunFolder(out)
     assert sorted(folder.config().method.backbone.block_order) == [0, 1]  # type: ignore[union-attr]
+    place = curves_of([folder]).axes[4]
+    (level,) = [line for line in place.lines if line.get_linestyle() == "--"]
+    assert level.get_ydata()[0] == folder.rows()[0]["knn"]["teacher 32x2"]
+    assert place.get_title() == "20-NN accuracy (dashed: source)"
     checkpoints = folder.checkpoints()
     assert [checkpoint.step for checkpoint in checkpoints] == [3, 6]
     whole = read_checkpoint(checkpoints[-1].path)

@@ -80,6 +80,8 @@ class Padded:
         return self.linear(h, mlp.fc2.weight, mlp.fc2.bias).flatten(1)
 
     def block(self, block: ElasticBlock, x: Tensor) -> Tensor:
+        assert isinstance(block.mlp, ElasticMLP)
+
         def scaled(scale: LayerScale | None, h: Tensor) -> Tensor:
             return h if scale is None else h * scale.gamma
 

@@ -28,6 +28,8 @@ from elastic_kernels.modules import (
     static_linear,
     static_norm,
 )
+from elastic_kernels.rotary import Rotary
+from elastic_kernels.vit_layers import ElasticSwiGLU
 
 Maps = Sequence[tuple[int, int, int]]
 
@@ -43,6 +45,7 @@ class ElasticBlock(nn.Module):
         qkv_bias: whether the q, k and v projections have a bias.
         heads: of the largest network; default `width / head_dim`.
         scale: of all four layers, as in `elastic_linear`.
+        gate: the MLP is an `ElasticSwiGLU`.
 
     Example:
         >>> import torch
@@ -63,13 +66,14 @@ class ElasticBlock(nn.Module):
         qkv_bias: bool = True,
         heads: int | None = None,
         scale: Scale = "offset",
+        gate: bool = False,
     ):
         super().__init__()
         self.norm1 = ElasticLayerNorm(width, eps=eps)
         self.attn = ElasticAttention(width, head_dim, qkv_bias, heads=heads, scale=scale)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = ElasticLayerNorm(width, eps=eps)
-        self.mlp = ElasticMLP(width, hidden, scale=scale)
+        self.mlp = (ElasticSwiGLU if gate else ElasticMLP)(width, hidden, scale=scale)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
@@ -81,6 +85,7 @@ class ElasticBlock(nn.Module):
         inplace: bool = False,
         hidden: int | None = None,
         heads: int | None = None,
+        rotary: Rotary | None = None,
     ) -> Tensor:
         """One block.
 
@@ -93,6 +98,7 @@ class ElasticBlock(nn.Module):
                 MLP are computed for these alone.
             inplace: the result may overwrite `x`, which is not used elsewhere.
             hidden, heads: in use; default the share of each that `w` has of the largest width.
+            rotary: angles of all tokens, by which queries and keys are turned, as of `Sequences`.
 
         Returns:
             `[tokens, w]`, or with `only` `[live, w]`; the dtype of `x`.
@@ -100,7 +106,7 @@ class ElasticBlock(nn.Module):
         first, second = kept or (None, None)
         tokens, row_scale = x.shape[0], None
         x = elastic_attention_half(
-            x, _attention_weights(self.norm1, self.attn, self.ls1), Sequences(groups),
+            x, _attention_weights(self.norm1, self.attn, self.ls1), Sequences(groups, rotary),
             head_dim=self.attn.head_dim, eps=self.norm1.eps, kept=first, only=only, inplace=inplace,
             heads=heads, scale=self.attn.scale,
         )  # fmt: skip
@@ -109,7 +115,7 @@ class ElasticBlock(nn.Module):
         return elastic_mlp_half(
             x, _mlp_weights(self.norm2, self.mlp, self.ls2),
             eps=self.norm2.eps, kept=second, row_scale=row_scale, inplace=True,
-            hidden=hidden, scale=self.mlp.scale,
+            hidden=hidden, scale=self.mlp.scale, gate=isinstance(self.mlp, ElasticSwiGLU),
         )  # fmt: skip
 
     def scaled_layers(self) -> list[tuple[Tensor, Tensor | None, Tensor]]:
@@ -133,7 +139,7 @@ def _attention_weights(
     return AttentionWeights(norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
 
 
-def _mlp_weights(norm: nn.LayerNorm, mlp: ElasticMLP, scale: LayerScale | None) -> MlpWeights:
+def _mlp_weights(norm: nn.LayerNorm, mlp: ElasticMLP | ElasticSwiGLU, scale: LayerScale | None) -> MlpWeights:
     fc1, fc2, gamma = mlp.fc1, mlp.fc2, None if scale is None else scale.gamma
     return MlpWeights(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias, gamma)
 
@@ -143,12 +149,13 @@ def _static_layers(
 ) -> dict[str, Tensor]:
     """The corners of a block's linears and the entries of its norms."""
     attn, mlp, op = block.attn, block.mlp, "static_state"
-    hidden = active_hidden(op, hidden, mlp.fc1.weight, width)
+    halves = 2 if isinstance(mlp, ElasticSwiGLU) else 1
+    hidden = active_hidden(op, hidden, mlp.fc1.weight[: mlp.fc2.in_features], width)
     inner = validate.heads(op, heads, attn.qkv.weight, attn.head_dim, width) * attn.head_dim
     layers = {
         "attn.qkv": static_linear(attn.qkv, inner, width, groups=3, scale=attn.scale),
         "attn.proj": static_linear(attn.proj, width, inner, scale=attn.scale),
-        "mlp.fc1": static_linear(mlp.fc1, hidden, width, scale=mlp.scale),
+        "mlp.fc1": static_linear(mlp.fc1, hidden, width, groups=halves, scale=mlp.scale),
         "mlp.fc2": static_linear(mlp.fc2, width, hidden, scale=mlp.scale),
         "norm1": static_norm(block.norm1, width),
         "norm2": static_norm(block.norm2, width),

@@ -27,7 +27,7 @@ from elastic_kernels.linear import (
     layer_spec,
     linear_backend,
 )
-from elastic_kernels.mlp import active_hidden, mlp_specs
+from elastic_kernels.mlp import active_hidden, gated_units, mlp_specs, require_gated
 
 if TYPE_CHECKING:
     from elastic_kernels.triton_ops.layers import LayerSpec
@@ -65,7 +65,8 @@ class MlpWeights(NamedTuple):
 
     Attributes:
         norm_weight, norm_bias, gamma: as of `AttentionWeights`.
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[H, C]`, `[H]`, `[C, H]`, `[C]`, as of `elastic_mlp`.
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias: `[H, C]`, `[H]`, `[C, H]`, `[C]`, as of `elastic_mlp`;
+            with a gate `[2 * H, C]` and `[2 * H]` before, as of `elastic_swiglu`.
 
     Example:
         >>> from elastic_kernels import ElasticMLP, MlpWeights
@@ -136,7 +137,8 @@ def elastic_attention_half(
     sizes, tokens = layout.sizes(), x.shape[0] if rows is None else rows.shape[0]
     if sizes is not None and sum(sizes) != tokens:
         raise ValueError(f"{op}: expected {tokens} tokens, got {sum(sizes)} in {sizes} of {layout}")
-    if sizes is not None and layout.backend(x, head_dim).backend == "triton" and _fused(op, x):
+    fusable = sizes is not None and layout.is_fused
+    if fusable and layout.backend(x, head_dim).backend == "triton" and _fused(op, x):
         return _attention_function(x, weights, layout, head_dim, eps, kept, only, inplace, heads, scale)
     h = elastic_layer_norm(x, weights.norm_weight, weights.norm_bias, eps, rows=rows)
     qkv = elastic_qkv(
@@ -213,6 +215,7 @@ def elastic_mlp_half(
     inplace: bool = False,
     hidden: int | None = None,
     scale: Scale = "offset",
+    gate: bool = False,
 ) -> Tensor:
     """LayerNorm, MLP, LayerScale and the residual addition.
 
@@ -224,6 +227,7 @@ def elastic_mlp_half(
         row_scale: float32 `[tokens]`, without `kept`: a factor of each row's branch.
         inplace: as in `elastic_attention_half`.
         hidden, scale: as in `elastic_mlp`.
+        gate: the MLP is `elastic_swiglu`; each operator is a call for autograd, not the half as one.
 
     Returns:
         `[tokens, w]`, the dtype of `x`.
@@ -242,7 +246,7 @@ def elastic_mlp_half(
     if kept and row_scale is not None:
         raise ValueError(f"{op}: expected kept or row_scale, got both")
     rows, row_scale = (kept.rows, kept.scale) if kept else (None, row_scale)
-    if _fused(op, x):
+    if not gate and _fused(op, x):
         from elastic_kernels.triton_ops.halves import HalfSpec, MlpHalfFunction
 
         norm = (w.norm_weight, w.norm_bias)
@@ -254,8 +258,12 @@ def elastic_mlp_half(
         places = kept.places if kept else None
         return MlpHalfFunction.apply(x, *weights, rows, row_scale, places, spec)
     h = elastic_layer_norm(x, w.norm_weight, w.norm_bias, eps, rows=rows)
-    hidden = active_hidden(op, hidden, w.fc1_weight, x.shape[1])
-    h = elastic_linear(h, w.fc1_weight, w.fc1_bias, out_features=hidden, scale=scale, activation="gelu")
+    if gate:
+        require_gated(op, w.fc1_weight, w.fc2_weight)
+        h = gated_units(op, h, w.fc1_weight, w.fc1_bias, hidden, scale, "silu")
+    else:
+        hidden = active_hidden(op, hidden, w.fc1_weight, x.shape[1])
+        h = elastic_linear(h, w.fc1_weight, w.fc1_bias, out_features=hidden, scale=scale, activation="gelu")
     return elastic_linear_residual(
         h, w.fc2_weight, w.fc2_bias, x, w.gamma, rows=rows, row_scale=row_scale, scale=scale
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from elastic_kernels import dispatch
 from elastic_kernels.attention import Groups, attention_backend, packed_attention
+from elastic_kernels.qk_norm import qk_norm
+from elastic_kernels.rotary import Rotary
 from elastic_kernels.window_attention import (
     MASK_VALUE,
     validate_windows,
@@ -81,6 +83,10 @@ class Layout(Protocol):
     def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
         """`[tokens, 3, heads, head_dim]` -> `[tokens, heads * head_dim]`."""
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether an attention half with it can be one call for autograd."""
+
     def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
         """Flat sizes of the groups, and of windows what the kernel takes and their bias."""
 
@@ -91,6 +97,7 @@ class Sequences:
 
     Attributes:
         groups: `(count, length)` of each length class in packing order, or offsets, as of `packed_attention`.
+        rotary: angles of all tokens, by which queries and keys are turned; None: by none.
 
     Example:
         >>> from elastic_kernels import Sequences
@@ -99,9 +106,10 @@ class Sequences:
     """
 
     groups: Groups
+    rotary: Rotary | None = None
 
     def kept(self, kept: KeptRows) -> Sequences:
-        return Sequences(kept.groups)
+        return Sequences(kept.groups, None if self.rotary is None else self.rotary.rows(kept.rows))
 
     def sizes(self) -> list[int] | None:
         if isinstance(self.groups, Tensor):
@@ -112,7 +120,12 @@ class Sequences:
         return attention_backend(x, self.groups, head_dim, dispatch.product_dtype(x))
 
     def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
-        return packed_attention(qkv, self.groups)
+        turned = qkv if self.rotary is None else qk_norm(qkv, rotary=self.rotary)
+        return packed_attention(turned, self.groups)
+
+    @property
+    def is_fused(self) -> bool:
+        return self.rotary is None
 
     def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
         assert not isinstance(self.groups, Tensor)
@@ -154,6 +167,10 @@ class Windows:
     def attend(self, qkv: Tensor, qkv_bias: Tensor | None) -> Tensor:
         pad = None if qkv_bias is None else qkv_bias.view(3, -1, qkv.shape[-1])
         return window_attention(qkv, self.bias, pad, self.maps, window=self.size, shift=self.shift)
+
+    @property
+    def is_fused(self) -> bool:
+        return True
 
     def spec(self, heads: int) -> tuple[list[int], WindowSpec | None, Tensor | None]:
         from elastic_kernels.triton_ops.halves import WindowSpec

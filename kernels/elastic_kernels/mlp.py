@@ -183,16 +183,34 @@ def elastic_swiglu(
         torch.Size([5, 32])
     """
     op, width = "elastic_swiglu", x.shape[-1]
+    require_gated(op, fc1_weight, fc2_weight)
+    validate.prefix(op, "width", width, fc1_weight.shape[1])
+    validate.one_of(op, "activation", activation, ACTIVATIONS)
+    h = gated_units(op, x.reshape(-1, width), fc1_weight, fc1_bias, hidden, scale, activation)
+    y = elastic_linear(h, fc2_weight, fc2_bias, out_features=width, scale=scale)
+    return y.view(*x.shape[:-1], width)
+
+
+def require_gated(op: str, fc1_weight: Tensor, fc2_weight: Tensor) -> None:
+    """Raise ValueError unless the weights are those of a gated MLP."""
     rows, largest = fc1_weight.shape
     if tuple(fc2_weight.shape) != (largest, rows // 2) or rows % 2:
         shapes = f"{tuple(fc1_weight.shape)} and {tuple(fc2_weight.shape)}"
         raise ValueError(f"{op}: expected fc1_weight [2 * H, C] and fc2_weight [C, H], got {shapes}")
-    validate.prefix(op, "width", width, largest)
-    validate.one_of(op, "activation", activation, ACTIVATIONS)
-    hidden = active_hidden(op, hidden, fc1_weight[: rows // 2], width)
-    h = stacked_linear(op, x.reshape(-1, width), fc1_weight, fc1_bias, 2, hidden, scale)
-    y = elastic_linear(gated(op, h, activation), fc2_weight, fc2_bias, out_features=width, scale=scale)
-    return y.view(*x.shape[:-1], width)
+
+
+def gated_units(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    hidden: int | None,
+    scale: Scale,
+    activation: str,
+) -> Tensor:
+    """`[rows, w]` -> `[rows, hidden]`: the first layer of a gated MLP and its gate."""
+    hidden = active_hidden(op, hidden, weight[: weight.shape[0] // 2], x.shape[1])
+    return gated(op, stacked_linear(op, x, weight, bias, 2, hidden, scale), activation)
 
 
 def gated(op: str, h: Tensor, activation: str) -> Tensor:

@@ -308,3 +308,9 @@ def copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def count_of(state: Mapping[str, Tensor], prefix: str) -> int:
     """One more than the largest number that follows a prefix in the names of parameters."""
     return 1 + max(int(key.removeprefix(prefix).split(".")[0]) for key in state if key.startswith(prefix))
+
+
+def ratio(hidden: int, width: int) -> float:
+    """Of which `int(width * ratio)` is as many hidden units again."""
+    share = hidden / width
+    return share if int(width * share) == hidden else math.nextafter(share, math.inf)

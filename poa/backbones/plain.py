@@ -1,19 +1,23 @@
 """Subnets as ordinary networks: timm's parameter names, and timm's operations in timm's order, so that both
 compute the same bits.
 
-Source: timm (github.com/huggingface/pytorch-image-models), `VisionTransformer` and `ResNet`.
+Source: timm (github.com/huggingface/pytorch-image-models), `VisionTransformer`, `Eva` and `ResNet`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poa.backbones.base import Features
-from poa.backbones.positions import positions_of_grid
+from poa.backbones.positions import angles_of_grid, positions_of_grid
+
+if TYPE_CHECKING:
+    from poa.backbones.vit import ViTConfig
 
 
 class PlainNetwork(nn.Module):
@@ -28,83 +32,109 @@ class PlainNetwork(nn.Module):
 
 
 class PlainViT(PlainNetwork):
-    """A vision transformer.
+    """A vision transformer of one size; with a rotary embedding it has the names of timm's `Eva`."""
 
-    Images of the trained size have `grid` patches of `patch` pixels along a side; `registers` are tokens
-    between the class token and the patches, `hidden` units those of an MLP.
-    """
-
-    def __init__(
-        self,
-        grid: int,
-        channels: int,
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
-        hidden: int,
-        registers: int,
-        eps: float,
-    ):
+    def __init__(self, config: ViTConfig):
         super().__init__()
-        self.patch, self.prefix = patch, 1 + registers
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
+        width, patch, registers = config.max_width, config.patch_size, config.registers
+        self.patch, self.prefix, self.head_dim = patch, config.prefix, config.head_dim
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(config.channels, width, patch, stride=patch)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + grid**2, width))
-        self.blocks = nn.ModuleList(_Block(width, heads, hidden, eps) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=eps)
+        tokens = self.prefix + config.grid(config.image_size) ** 2
+        learned = config.positions == "learned"
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width)) if learned else None
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.max_depth))
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
     def features(self, images: Tensor) -> Features:
         x = self.patch_embed["proj"](images)
         height, breadth = x.shape[-2:]
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         rows = [token.expand(images.shape[0], -1, -1) for token in tokens]
-        x = torch.cat([*rows, x.flatten(2).transpose(1, 2)], dim=1)
-        x = x + positions_of_grid(self.pos_embed, self.prefix, height, breadth)
+        x, angles = torch.cat([*rows, x.flatten(2).transpose(1, 2)], dim=1), None
+        if self.pos_embed is None:
+            angles = angles_of_grid(x, height, breadth, self.head_dim)
+        else:
+            x = x + positions_of_grid(self.pos_embed, self.prefix, height, breadth)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, angles)
         normed = self.norm(x)
         return Features(normed[:, 0], normed[:, self.prefix :], x)
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, hidden: int, eps: float):
+    def __init__(self, config: ViTConfig):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attn = _Attention(width, heads)
-        self.ls1 = _LayerScale(width)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
-        self.ls2 = _LayerScale(width)
+        width, eps = config.max_width, config.norm_eps
+        mlp = _GatedMlp if config.mlp == "swiglu" else _Mlp
+        self.norm1, self.attn = nn.LayerNorm(width, eps=eps), _Attention(config)
+        self.norm2, self.mlp = nn.LayerNorm(width, eps=eps), mlp(width, config.hidden)
+        self.learned = config.positions == "learned"
+        if self.learned:
+            self.ls1, self.ls2 = _LayerScale(width), _LayerScale(width)
+        else:
+            self.gamma_1, self.gamma_2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
+
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        first, second = (self.ls1.gamma, self.ls2.gamma) if self.learned else (self.gamma_1, self.gamma_2)
+        x = x + self.attn(self.norm1(x), angles) * first
+        return x + self.mlp(self.norm2(x)) * second
+
+
+class _Mlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class _GatedMlp(nn.Module):
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, units = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * units)
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, config: ViTConfig):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        width = config.max_width
+        self.heads, self.prefix = width // config.head_dim, config.prefix
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def projected(self, x: Tensor, angles: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, heads, tokens, head_dim]`."""
         count, length, width = x.shape
         qkv = self.qkv(x).reshape(count, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(count, length, width))
+        if angles is not None:
+            q, k = (_turned(part, angles, self.prefix) for part in (q, k))
+        return q, k, v
+
+    def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.projected(x, angles))
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+
+def _turned(x: Tensor, angles: Tensor, prefix: int) -> Tensor:
+    """Queries or keys, those of patches turned."""
+    sin, cos = angles.unbind(0)
+    patches = x[:, :, prefix:]
+    first, second = patches.chunk(2, dim=-1)
+    return torch.cat([x[:, :, :prefix], patches * cos + torch.cat([-second, first], -1) * sin], dim=2)
 
 
 class _LayerScale(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
 
 
 class PlainResNet(PlainNetwork):

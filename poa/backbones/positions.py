@@ -1,15 +1,18 @@
-"""Position embeddings of a ViT for any grid of patches."""
+"""Position embeddings of a ViT for any grid of patches: learned ones, and rotary ones as of DINOv3."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import cached_constant, resized_positions
+from elastic_kernels import Rotary, cached_constant, resized_positions
+
+TEMPERATURE = 100.0  # of DINOv3's rotary embedding
 
 
 def positions_of_grid(positions: Tensor, prefix: int, height: int, breadth: int) -> Tensor:
@@ -44,3 +47,45 @@ def _interpolation(side: int, height: int, breadth: int, device: torch.device) -
     resized = F.interpolate(grid, scale_factor=factors, mode="bicubic")
     assert resized.shape[-2:] == (height, breadth)
     return resized.flatten(1).t().contiguous().to(device)
+
+
+def rotary_of_grids(x: Tensor, grids: Sequence[tuple[int, int, int]], prefix: int, head_dim: int) -> Rotary:
+    """Angles of packed tokens: of each group so many images, with height and breadth of their grids.
+
+    Those of `prefix` tokens before the patches are 0. Their device is that of `x`.
+    """
+    sin, cos = cached_constant(x, _packed_angles, tuple(grids), prefix, head_dim, x.device)
+    return Rotary(sin, cos, halves=True)
+
+
+def angles_of_grid(x: Tensor, height: int, breadth: int, head_dim: int) -> Tensor:
+    """Sines and cosines `[2, height * breadth, head_dim]` of a grid, on the device of `x`."""
+    return cached_constant(x, _grid_angles, height, breadth, head_dim, x.device)
+
+
+@lru_cache
+def _grid_angles(height: int, breadth: int, head_dim: int, device: torch.device) -> Tensor:
+    return _angles(height, breadth, head_dim).to(device)
+
+
+@lru_cache(maxsize=4)  # they are as many as tokens of a batch
+def _packed_angles(
+    grids: Sequence[tuple[int, int, int]], prefix: int, head_dim: int, device: torch.device
+) -> Tensor:
+    """`[2, tokens, head_dim]`."""
+    straight = torch.stack([torch.zeros(prefix, head_dim), torch.ones(prefix, head_dim)])
+    parts = [
+        torch.cat([straight, _angles(height, breadth, head_dim)], dim=1).repeat(1, count, 1)
+        for count, height, breadth in grids
+    ]
+    return torch.cat(parts, dim=1).to(device)
+
+
+def _angles(height: int, breadth: int, head_dim: int) -> Tensor:
+    """In the order and precision of timm: rows turn the first half of the pairs (i, i + d / 2), columns the
+    second. Positions are centres of patches in -1..1 along each side."""
+    sides = [torch.arange(0.5, side, dtype=torch.float32) / side for side in (height, breadth)]
+    centres = 2.0 * torch.stack(torch.meshgrid(sides, indexing="ij"), dim=-1).flatten(0, 1) - 1.0
+    exponents = 2.0 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2)
+    angles = (2 * math.pi * centres.unsqueeze(2) / TEMPERATURE**exponents).flatten(1)
+    return torch.stack([angles.sin(), angles.cos()]).repeat(1, 1, 2)

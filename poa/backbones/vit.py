@@ -19,10 +19,12 @@ from elastic_kernels import (
     ElasticLayerNorm,
     ElasticPatchEmbed,
     EmbeddingWeights,
+    Rotary,
     elastic_embedding,
     elastic_hidden_features,
     recomputed,
 )
+from poa.backbones import vit_formats
 from poa.backbones.base import (
     Backbone,
     BackboneConfig,
@@ -30,18 +32,16 @@ from poa.backbones.base import (
     Inputs,
     TimmModel,
     copied,
-    count_of,
     initialise_as_torch,
+    ratio,
 )
 from poa.backbones.plain import PlainViT
-from poa.backbones.positions import positions_of_grid, resizing_of_grid
+from poa.backbones.positions import positions_of_grid, resizing_of_grid, rotary_of_grids
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, unpack
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet, active_blocks
 from poa.weights import load_strictly
-
-LAYER_NORM_EPS = 1e-6  # official; elastic LayerNorm's own default differs
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,13 @@ class ViTConfig(BackboneConfig):
         "[0, 1024)",
     )
     head_dim: int = option(64, "channels of an attention head", "[1, 1024]")
+    positions: Literal["learned", "rotary"] = option(
+        "learned", "position embedding, or rotary embedding of queries and keys as of DINOv3"
+    )
+    qkv_bias: bool = option(True, "queries, keys and values have a bias")
+    norm_eps: float = option(1e-6, "added to the variance in norms", "(0, 1]")
     registers: int = option(0, "register tokens, which attend and are no output", "[0, 64]")
+    mlp: Literal["gelu", "swiglu"] = option("gelu", "MLP of a block: with a GELU, or gated by a SiLU")
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
     layer_scale: float = option(1e-5, "initial LayerScale", "[0, 100]")
     drop_path: float = option(0.2, "stochastic-depth rate of the students", "[0, 1)")
@@ -96,6 +102,8 @@ class ViTConfig(BackboneConfig):
             raise self.wrong(
                 "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
             )
+        if self.positions == "rotary" and self.head_dim % 4:
+            raise self.wrong("head_dim", "a multiple of 4 with positions=rotary")
         self.grid(self.image_size)
 
     @property
@@ -117,6 +125,11 @@ class ViTConfig(BackboneConfig):
     def hidden(self) -> int:
         """Hidden units of the intact MLP."""
         return int(self.max_width * self.mlp_ratio)
+
+    @property
+    def first_layers(self) -> int:
+        """Layers before the hidden units of an MLP: with a gate two."""
+        return 2 if self.mlp == "swiglu" else 1
 
     @property
     def drop_rates(self) -> list[float]:
@@ -147,8 +160,10 @@ class ViTConfig(BackboneConfig):
     def parameters(self, subnet: Subnet) -> int:
         (depth,), w = subnet.blocks, subnet.width
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
-        block = 4 * w * w + 4 * w + 2 * w * hidden + hidden + w + 6 * w
-        tokens = self.grid(self.image_size) ** 2 + self.prefix
+        attention = 4 * w * w + (4 if self.qkv_bias else 1) * w
+        mlp = self.first_layers * (w + 1) * hidden + (hidden + 1) * w
+        block = attention + mlp + 6 * w  # with norms and LayerScale
+        tokens = self.grid(self.image_size) ** 2 + self.prefix if self.positions == "learned" else 0
         patch = self.channels * self.patch_size**2
         return depth * block + w * (patch + 1) + w * (self.prefix + tokens) + 2 * w
 
@@ -160,7 +175,7 @@ class ViTConfig(BackboneConfig):
         (depth,), w = subnet.blocks, subnet.width
         tokens = self.grid(image_size or self.image_size) ** 2 + self.prefix
         hidden = elastic_hidden_features(w, self.max_width, self.hidden)
-        linears = 2 * tokens * (4 * w * w + 2 * w * hidden)
+        linears = 2 * tokens * (4 * w * w + (self.first_layers + 1) * w * hidden)
         attention = 4 * tokens * tokens * w
         return depth * (linears + attention) + self.embedding_flops(subnet, image_size)
 
@@ -179,52 +194,20 @@ class ViTConfig(BackboneConfig):
             min_depth=depth,
             max_depth=depth,
             block_order=(),
-            mlp_ratio=hidden / subnet.width,
+            mlp_ratio=ratio(hidden, subnet.width),
             drop_path=0.0,
             masked=False,
         )
 
-    def timm_model(self) -> TimmModel:
-        arguments = {
-            "img_size": self.image_size,
-            "in_chans": self.channels,
-            "patch_size": self.patch_size,
-            "embed_dim": self.max_width,
-            "depth": self.max_depth,
-            "num_heads": self.max_width // self.head_dim,
-            "mlp_ratio": self.mlp_ratio,
-            "init_values": self.layer_scale or 1.0,  # timm leaves a scale of 0 out
-            "reg_tokens": self.registers,
-        }
-        name = "vit_base_patch16_224"
-        return TimmModel(name, arguments, "patch_embed.proj", "head", fixed_input_size=True)
+    def timm_model(self) -> TimmModel | None:
+        return vit_formats.timm_model(self)
 
     def plain(self) -> PlainViT:
-        heads, grid = self.max_width // self.head_dim, self.grid(self.image_size)
-        sizes = (self.patch_size, self.max_width, self.max_depth, heads, self.hidden, self.registers)
-        return PlainViT(grid, self.channels, *sizes, eps=LAYER_NORM_EPS)
+        return PlainViT(self)
 
     @classmethod
     def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> ViTConfig:
-        width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-        registers = state["reg_token"].shape[1] if "reg_token" in state else 0
-        side = round((state["pos_embed"].shape[1] - 1 - registers) ** 0.5)
-        hidden, read = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
-        if hidden != read:
-            raise InputError(f"expected an MLP without a gate, got {hidden} hidden units before {read}")
-        return cls(
-            image_size=side * patch,
-            channels=state["patch_embed.proj.weight"].shape[1],
-            patch_size=patch,
-            min_width=head_dim,
-            max_width=width,
-            min_depth=1,
-            max_depth=count_of(state, "blocks."),
-            head_dim=head_dim,
-            registers=registers,
-            mlp_ratio=hidden / width,
-            masked="mask_token" in state,
-        )
+        return cls(min_width=head_dim, min_depth=1, head_dim=head_dim, **vit_formats.sizes_of(state))
 
 
 class ElasticViT(Backbone):
@@ -252,15 +235,25 @@ class ElasticViT(Backbone):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         registers = nn.Parameter(torch.zeros(1, config.registers, width))
         self.reg_token = registers if config.registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.prefix + patches, width))
+        positions = torch.zeros(1, config.prefix + patches, width)
+        if config.positions == "learned":
+            self.pos_embed: Tensor = nn.Parameter(positions)
+        else:
+            self.register_buffer("pos_embed", positions, persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, width)) if config.masked else None
         self.blocks = nn.ModuleList(
             ElasticBlock(
-                width, config.hidden, config.head_dim, eps=LAYER_NORM_EPS, layer_scale=config.layer_scale
-            )
+                width,
+                config.hidden,
+                config.head_dim,
+                eps=config.norm_eps,
+                layer_scale=config.layer_scale,
+                qkv_bias=config.qkv_bias,
+                gate=config.mlp == "swiglu",
+            )  # fmt: skip
             for _ in range(config.max_depth)
         )
-        self.norm = ElasticLayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm = ElasticLayerNorm(width, eps=config.norm_eps)
         self._initialise(generator)
 
     @torch.no_grad()
@@ -270,11 +263,13 @@ class ElasticViT(Backbone):
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6, generator=generator)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+        if self.config.positions == "learned":
+            nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def _features(self, inputs: Inputs) -> list[Features]:
         """All groups are one packed token tensor."""
@@ -295,18 +290,19 @@ class ElasticViT(Backbone):
         """Packed tokens before the last norm, all or `only` some of them."""
         subnet, drop = inputs.subnet, inputs.drop
         x, groups = self.embed(inputs.crops, subnet.width, inputs.masks)
-        blocks = self.active_blocks(subnet)
+        blocks, rotary = self.active_blocks(subnet), self._rotary(inputs.crops)
         for block, kept in zip(blocks, drop.blocks if drop else [None] * len(blocks), strict=True):
             wanted = only if block is blocks[-1] else None
             if inputs.recompute:
-                x = recomputed(block, x, groups, kept, only=wanted)
+                x = recomputed(block, x, groups, kept, only=wanted, **rotary)
             else:
-                x = block(x, groups, kept, only=wanted, inplace=True)
+                x = block(x, groups, kept, only=wanted, inplace=True, **rotary)
         return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
         x, groups = self.embed([images], self.space.require(subnet).width)
-        outputs = [x := block(x, groups, None) for block in self.active_blocks(subnet)]
+        rotary = self._rotary([images])
+        outputs = [x := block(x, groups, None, **rotary) for block in self.active_blocks(subnet)]
         return [self._features_of(output, groups)[0] for output in outputs[-count:]]
 
     def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
@@ -364,12 +360,13 @@ class ElasticViT(Backbone):
         side = config.grid(config.image_size)
         state = {
             "cls_token": self.cls_token[..., :width],
-            "pos_embed": self.position_embedding(side, side, width),
             "patch_embed.proj.weight": self.patch_embed.proj.weight[:width],
             "patch_embed.proj.bias": cast(Tensor, self.patch_embed.proj.bias)[:width],
             "norm.weight": self.norm.weight[:width],
             "norm.bias": self.norm.bias[:width],
         }
+        if config.positions == "learned":
+            state["pos_embed"] = self.position_embedding(side, side, width)
         if self.reg_token is not None:
             state["reg_token"] = self.reg_token[..., :width]
         for position, block in enumerate(self.active_blocks(subnet)):
@@ -379,9 +376,19 @@ class ElasticViT(Backbone):
         load_strictly(network, copied(state), "static")
         return network
 
+    def exported_state(self) -> dict[str, Tensor]:
+        return vit_formats.exported_state(self.config, self.state_dict())
+
     def groups(self, crops: Sequence[Tensor]) -> Groups:
         """How `forward` packs crops: the number of each group and the tokens of one."""
         return tuple((len(c), self.config.prefix + math.prod(self._grid(c))) for c in crops)
+
+    def _rotary(self, crops: Sequence[Tensor]) -> dict[str, Rotary]:
+        """What blocks take of a rotary embedding."""
+        if self.config.positions == "learned":
+            return {}
+        grids = [(len(c), *self._grid(c)) for c in crops]
+        return {"rotary": rotary_of_grids(self.cls_token, grids, self.config.prefix, self.config.head_dim)}
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,13 +38,14 @@ def class_attention(model: ExportedModel, images: Tensor) -> Tensor:
     network = model.backbone
     if not isinstance(network, PlainViT):
         raise InputError(f"attention: expected a vision transformer, got a {model.config.kind}")
-    attention, seen = network.blocks[-1].attn, list[Tensor]()
-    hook = attention.qkv.register_forward_hook(lambda _, __, output: seen.append(output))  # type: ignore
+    attention: Any = network.blocks[-1].attn
+    seen = list[tuple[Tensor, ...]]()
+    hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(module.projected(*inputs)))
     try:
         network([images])
     finally:
         hook.remove()
-    q, k, _ = seen[0].unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore
+    q, k, _ = seen[0]
     scores = (q[:, :, :1] @ k.transpose(2, 3)) / q.shape[3] ** 0.5
     return scores.softmax(3)[:, :, 0, network.prefix :]
 

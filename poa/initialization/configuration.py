@@ -16,6 +16,10 @@ from poa.options import override
 from poa.presets import preset as preset_of
 
 HINTS = ("kind", "head_dim", "norm_groups")  # options that a file of weights needs to be understood
+UNITS = {
+    "head_dim": ("min_width", "max_width"),
+    "norm_groups": ("min_width", "max_width", "base_width"),
+}
 KEPT = ("drop_path", "drop_path_uniform", "sampling_scale", "mask_scale")  # options that no weights decide
 
 
@@ -63,15 +67,15 @@ def in_order_of(config: Config, run: Config) -> Config:
     return dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=backbone))
 
 
-def _hints(overrides: Sequence[str] | Mapping[str, Any]) -> Sequence[str] | Mapping[str, Any]:
-    """Those of the overrides that a file of weights needs."""
-
-    def helps(key: str) -> bool:
-        return key.partition("=")[0].rpartition(".")[2] in HINTS
-
-    if isinstance(overrides, Mapping):
-        return {key: value for key, value in overrides.items() if helps(key)}
-    return [assignment for assignment in overrides if helps(assignment)]
+def _hints(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Those of the overrides that a file of weights needs, with widths that fit them."""
+    given = [f"{k}={v}" for k, v in overrides.items()] if isinstance(overrides, Mapping) else overrides
+    pairs = (assignment.partition("=") for assignment in given)
+    hints = {name: value for key, _, value in pairs if (name := key.rpartition(".")[2]) in HINTS}
+    for unit, widths in UNITS.items():
+        if unit in hints:
+            hints |= dict.fromkeys(widths, hints[unit])
+    return [f"method.backbone.{name}={value}" for name, value in hints.items()]
 
 
 def _following(source: Source, method: MethodConfig) -> tuple[BackboneOptions, CropsConfig]:

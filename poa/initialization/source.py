@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from poa.options import shown
 from poa.weights import load_strictly, read_weights
 
 TIMM = "timm:"
+OFFICIAL = {"register_tokens": "reg_token", ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}  # DINOv2's
 CLASSIFIER = re.compile(r"(head|fc)\.(weight|bias)")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -66,7 +68,7 @@ class Source:
             InputError: another shape.
         """
         source, state = self.backbone, self.backbone.state_dict()
-        if isinstance(source, ElasticViT):
+        if isinstance(source, ElasticViT) and "pos_embed" in state:
             side = backbone.config.grid(backbone.config.image_size)
             state["pos_embed"] = positions_of_grid(source.pos_embed, source.config.prefix, side, side)
         mine = backbone.state_dict()
@@ -118,14 +120,16 @@ def _of_timm(name: str, architecture: str) -> tuple[Source, Reference]:
             f"{name}: expected weights that timm loads, got {type(error).__name__}: {why}"
         ) from None
     state, groups = model.state_dict(), getattr(getattr(model, "bn1", None), "num_groups", None)
-    if isinstance(model, timm.models.VisionTransformer):
+    if isinstance(model, timm.models.VisionTransformer) or _is_dinov3(model):
         state = _under_our_names(state, model.no_embed_class)
-        backbone = backbone_from_state(state, name=name, head_dim=model.blocks[0].attn.head_dim)
+        vit = backbone_from_state(state, name=name, head_dim=model.blocks[0].attn.head_dim)
+        backbone: Backbone = replace(cast(ViTConfig, vit.config), norm_eps=model.norm.eps).build()
+        backbone.load_state_dict(vit.state_dict())
     elif isinstance(model, timm.models.ResNet) and groups:
         backbone = backbone_from_state(_under_our_names(state), name=name, norm_groups=groups)
     else:
         raise InputError(
-            f"{name}: expected a VisionTransformer, or a ResNet with group norm, of timm, got a "
+            f"{name}: expected a VisionTransformer, a DINOv3 or a ResNet with group norm of timm, got a "
             f"{type(model).__name__}"
         )
 
@@ -138,6 +142,11 @@ def _of_timm(name: str, architecture: str) -> tuple[Source, Reference]:
 
     pixels = model.pretrained_cfg
     return Source(name, backbone, normalisation=(tuple(pixels["mean"]), tuple(pixels["std"]))), reference
+
+
+def _is_dinov3(model: Any) -> bool:
+    """Whether timm's model has the rotary embedding of DINOv3; EVA's turns other pairs."""
+    return type(getattr(model, "rope", None)).__name__ == "RotaryEmbeddingDinoV3"
 
 
 def _of_extracted(name: str) -> tuple[Source, Reference]:
@@ -175,22 +184,52 @@ def _under_our_names(state: Mapping[str, Tensor], padded: bool | None = None) ->
 
     Args:
         state: of a network of timm.
-        padded: whether the position embedding of a ViT lacks rows for class token and registers; None: it
-            lacks them where it is a square without.
+        padded: whether the position embedding of a ViT lacks rows for class token and registers; None: as
+            the others are a square, perhaps for the registers alone.
     """
-    placed = {re.sub(r"(^|\.)bn(\d)", r"\1norm\2", name): tensor for name, tensor in state.items()}
-    if not {"cls_token", "pos_embed"} <= placed.keys():
+    placed = {_our_name(name): tensor for name, tensor in state.items()}
+    if "cls_token" not in placed:
+        return placed
+    width = placed["cls_token"].shape[-1]
+    _join(placed)
+    if not any(name.endswith((".ls1.gamma", ".ls2.gamma")) for name in placed):
+        blocks = {name.split(".")[1] for name in placed if name.startswith("blocks.")}
+        placed |= {f"blocks.{n}.ls{half}.gamma": torch.ones(width) for n in blocks for half in (1, 2)}
+    if "pos_embed" not in placed:
         return placed
     prefix = 1 + (placed["reg_token"].shape[1] if "reg_token" in placed else 0)
-    positions, width = placed["pos_embed"], placed["cls_token"].shape[-1]
-    if padded or (padded is None and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]):
-        placed["pos_embed"] = torch.cat([positions.new_zeros(1, prefix, width), positions], dim=1)
-    blocks = {name.split(".")[1] for name in placed if name.startswith("blocks.")}
-    neutral = {"ls1.gamma": torch.ones(width), "ls2.gamma": torch.ones(width)}
-    for part, value in {**neutral, "attn.qkv.bias": torch.zeros(3 * width)}.items():
-        if not any(name.endswith(f".{part}") for name in placed):
-            placed |= {f"blocks.{block}.{part}": value for block in blocks}
+    positions = placed["pos_embed"]
+    lacked = (0, prefix, prefix - 1) if padded is None else (prefix if padded else 0,)
+    patches = {rows: positions.shape[1] + rows - prefix for rows in lacked}
+    rows = next((rows for rows, count in patches.items() if math.isqrt(max(count, 0)) ** 2 == count), 0)
+    own = positions[:, : prefix - rows], positions[:, prefix - rows :]
+    placed["pos_embed"] = torch.cat([own[0], positions.new_zeros(1, rows, width), own[1]], dim=1)
     return placed
+
+
+def _join(placed: dict[str, Tensor]) -> None:
+    """Make one tensor of gates and units, and of biases of queries, keys and values, which timm keeps apart.
+
+    Biases that are zeros everywhere, as DINOv3's, are left out.
+    """
+    biases = [tensor for name, tensor in placed.items() if name.endswith((".attn.q_bias", ".attn.v_bias"))]
+    biased = any(bool(bias.any()) for bias in biases)
+    for name in list(placed):
+        if ".mlp.fc1_g." in name:
+            units = placed.pop(name.replace("fc1_g", "fc1_x"))
+            placed[name.replace("fc1_g", "fc1")] = torch.cat([placed.pop(name), units])
+        elif name.endswith(".attn.q_bias"):
+            q, v = placed.pop(name), placed.pop(name.replace("q_bias", "v_bias"))
+            if biased:
+                placed[name.replace("q_bias", "qkv.bias")] = torch.cat([q, torch.zeros_like(q), v])
+
+
+def _our_name(name: str) -> str:
+    """Of a tensor of timm or of DINOv2's own files."""
+    for theirs, ours in OFFICIAL.items():
+        name = name.replace(theirs, ours)
+    name = re.sub(r"\.gamma_(\d)$", r".ls\1.gamma", name)
+    return re.sub(r"(^|\.)bn(\d)", r"\1norm\2", name)
 
 
 def _require_floats(state: Mapping[str, Tensor], name: str) -> None:

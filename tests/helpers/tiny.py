@@ -13,6 +13,12 @@ VIT = [
     "method.backbone.max_depth=2",
     "method.backbone.drop_path=0.2",
 ]
+MODERN = [  # as of DINOv3
+    "method.backbone.mlp=swiglu",
+    "method.backbone.positions=rotary",
+    "method.backbone.qkv_bias=false",
+    "method.backbone.norm_eps=1e-5",
+]
 SHORT = [
     "method.batch_size=8",
     "method.head.prototypes=8,12",
@@ -40,6 +46,11 @@ ONE_STEP = [  # of which the prototypes are frozen in the first
 def tiny_config(*overrides: str) -> Config:
     """A ViT of four subnets for six steps; further overrides win."""
     return override(preset("quickstart"), [*OVERRIDES, *overrides])
+
+
+def tiny_modern(*overrides: str) -> Config:
+    """A ViT of another design; further overrides win."""
+    return tiny_config(*MODERN, *overrides)
 
 
 def tiny_pyramid(kind: str, *overrides: str) -> Config:

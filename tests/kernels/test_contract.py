@@ -27,7 +27,7 @@ def formula(block: ek.ElasticBlock, x: Tensor, hidden: int, heads: int, scale: S
     """What naive slicing computes."""
     width, inner = x.shape[1], heads * DIM
     stack = torch.arange(3 * HEADS * DIM).view(3, -1)[:, :inner].flatten()
-    all_of = {n: torch.arange(n) for n in (width, hidden)}
+    every = torch.arange(width)
     norms = [(x.shape[1:], norm.weight[:width], norm.bias[:width]) for norm in (block.norm1, block.norm2)]
     h = F.linear(F.layer_norm(x, *norms[0], 1e-6), **sliced(block.attn.qkv, stack, width, scale))
     parts = []
@@ -36,23 +36,25 @@ def formula(block: ek.ElasticBlock, x: Tensor, hidden: int, heads: int, scale: S
             done = sum(len(part) for part in parts)
             q, k, v = h[done : done + length].view(length, 3, heads, DIM).permute(1, 2, 0, 3)
             parts.append(((q @ k.mT * DIM**-0.5).softmax(-1) @ v).transpose(0, 1).flatten(1))
-    x = x + F.linear(torch.cat(parts), **sliced(block.attn.proj, all_of[width], inner, scale))
-    h = F.gelu(
-        F.linear(F.layer_norm(x, *norms[1], 1e-6), **sliced(block.mlp.fc1, all_of[hidden], width, scale))
-    )
-    return x + F.linear(h, **sliced(block.mlp.fc2, all_of[width], hidden, scale))
+    x = x + F.linear(torch.cat(parts), **sliced(block.attn.proj, every, inner, scale))
+    first = block.mlp.fc1
+    units = torch.arange(first.out_features).view(-1, HIDDEN)[:, :hidden].flatten()
+    h = F.linear(F.layer_norm(x, *norms[1], 1e-6), **sliced(first, units, width, scale)).split(hidden, 1)
+    h = F.gelu(h[0]) if len(h) == 1 else F.silu(h[0]) * h[1]
+    return x + F.linear(h, **sliced(block.mlp.fc2, every, hidden, scale))
 
 
+@pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize(
     ("scale", "width", "hidden", "heads"),
     [*product(("offset", None, 0.7), (5, WIDTH), (7, HIDDEN), (2, HEADS))],
 )
-def test_block(scale: Scale, width: int, hidden: int, heads: int) -> None:
+def test_block(scale: Scale, width: int, hidden: int, heads: int, gate: bool) -> None:
     torch.manual_seed(0)
-    block = ek.ElasticBlock(WIDTH, HIDDEN, DIM, heads=HEADS, scale=scale).double()
+    block = ek.ElasticBlock(WIDTH, HIDDEN, DIM, heads=HEADS, scale=scale, gate=gate).double()
     x, sizes = draw(8, width), {"hidden": hidden, "heads": heads}
     results = []
-    static = ek.ElasticBlock(width, hidden, DIM, heads=heads, scale=None).double()
+    static = ek.ElasticBlock(width, hidden, DIM, heads=heads, scale=None, gate=gate).double()
     static.load_state_dict(block.static_state(width, **sizes))
     for y in (block(x, GROUPS, **sizes), formula(block, x, hidden, heads, scale)):
         results.append(

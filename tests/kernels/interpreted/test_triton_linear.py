@@ -173,6 +173,25 @@ def test_two_widths_share_weights_when_recomputed() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
 
 
+def test_a_block_with_a_gate_and_a_rotary_embedding() -> None:
+    """Of two widths that share gradients, under stochastic depth, and of some tokens alone."""
+    rotary = ek.Rotary.of_grid(2, 2, head_dim=16, prefix=1, count=2)
+    torch.manual_seed(0)
+    block, only = ek.ElasticBlock(32, 40, 16, layer_scale=0.5, gate=True), torch.tensor([0, 7])
+    rows = [torch.arange(start, start + 5) for start in (0, 5)]
+    kept = [ek.KeptRows(((1, 5),), r, torch.full((5,), 1.5), ek.layouts.places_of(r, 10)) for r in rows]
+    found = []
+    for name in ("triton", "reference"):
+        block.zero_grad()
+        with backend(name), ek.shared_gradients(accumulate=True):
+            streams = [draw(10, width).float() for width in (32, 16)]
+            outputs = [block(x, [(2, 5)], (kept[0], kept[1]), only, rotary=rotary) for x in streams]
+        sum(y.sin().sum() for y in outputs).backward()
+        found.append([*outputs, *(p.grad for p in block.parameters())])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("half", HALVES)
 def test_a_stream_that_may_be_overwritten(half: str, affine: bool) -> None:
