@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ import torch
 
 from poa.classifier import Classifier
 from poa.config import Config
-from poa.errors import InputError, SaveError, one_line
+from poa.errors import DivergenceError, InputError, SaveError, one_line
 from poa.files import (
     append_rows,
     make_folder,
@@ -206,10 +207,28 @@ class RunFolder:
                 checksum = file.digest.hexdigest()[:DIGITS]
                 file.path = self._store / f"{step:08}-{checksum}.pt"
         except OSError as error:
-            before, reason = self.checkpoints(), one_line(error.__cause__ or error)
-            newest = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
-            raise SaveError(f"the checkpoint of step {step} was not written: {reason}; {newest}") from error
+            reason = f"{one_line(error.__cause__ or error)}; {self._newest_in_words()}"
+            raise SaveError(f"the checkpoint of step {step} was not written: {reason}") from error
         self._delete_old(Checkpoint(step, file.path, checksum), config, kept)
+
+    def require_finite(self, step: int, networks: Sequence[torch.nn.Module], rate: str) -> None:
+        """Raise DivergenceError where weights are NaN or inf, in all processes alike; waits for the device.
+
+        Args:
+            step: whose checkpoint is to be written.
+            networks: that it holds.
+            rate: name of the option to lower.
+        """
+        weights = [p.detach() for network in networks for p in network.parameters()]
+        if not torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all():
+            raise DivergenceError(
+                f"step {step}: weights are NaN or inf, though gradients were finite; no checkpoint was "
+                f"saved, {self._newest_in_words()}; lower {rate}"
+            )
+
+    def _newest_in_words(self) -> str:
+        before = self.checkpoints()
+        return f"that of step {before[-1].step} is the newest" if before else "there is none yet"
 
     def _require_lock(self) -> None:
         if self.lock:

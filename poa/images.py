@@ -33,7 +33,9 @@ def open_on_ranks(config: Config, world: World, openers: Openers | None = None) 
         InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
     """
     data = main_first(lambda: config.open(openers), config.data.source, world)
-    world.from_main(partial(require_readable, data.train, config.method.canvas))
+    for source in (data.train, data.test):
+        if source is not None:
+            world.from_main(partial(require_readable, source, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; continuing without it", line)
     if world.size > 1:

@@ -150,7 +150,7 @@ def first_lines(
     """What was found and what will be done, a line for each subject; then what is unusual."""
     method, space = config.method, config.method.backbone.space
     intact = method.backbone.parameters(space.intact)
-    yield f"device: {_device(world)}, {method.precision} products"
+    yield f"device: {described_device(world)}, {method.precision} products"
     yield f"data: {describe_data(config, data)}"
     if data.left_out:
         yield f"left out: {data.left_out}"
@@ -176,7 +176,8 @@ def first_lines(
         yield f"note: {line}"
 
 
-def _device(world: World) -> str:
+def described_device(world: World) -> str:
+    """`CPU, 2 threads`, or how many of which GPU."""
     if world.device.type != "cuda":
         processes = f" in each of {world.size} processes" if world.size > 1 else ""
         return f"CPU, {counted(torch.get_num_threads(), 'thread')}{processes}"
@@ -184,7 +185,8 @@ def _device(world: World) -> str:
     return f"{world.size} x {torch.cuda.get_device_name(world.device)}, {memory:.0f} GB"
 
 
-def describe_data(config: Config, data: DataSplit) -> str:
+def describe_data(config: Config, data: DataSplit, purpose: str = "k-NN") -> str:
+    """What is there to train on, and what is held out for a purpose."""
     train = data.train
     classes = " without labels"
     if train.classes:
@@ -194,7 +196,7 @@ def describe_data(config: Config, data: DataSplit) -> str:
         classes = f" in {len(train.classes):,} classes ({names}), labels from {data.labels_from}"
         if nameless := len(train) - len(train.labelled()):
             classes += f", {nameless:,} images without one"
-    held = f"{len(data.test):,} held out for k-NN" if data.test else f"none held out ({data.untested})"
+    held = f"{len(data.test):,} held out for {purpose}" if data.test else f"none held out ({data.untested})"
     return f"{counted(len(train), 'image')} of {printable(config.data.source)} to train on{classes}; {held}"
 
 

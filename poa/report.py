@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from poa.checkpoint import RunFolder
+from poa.checkpoint import RunFolder, log
 from poa.config import Config
 from poa.contact_sheet import contact_sheet
 from poa.curves import Band, Row, draw_curves, figures_of
@@ -195,12 +195,15 @@ def evaluations(
     """
     columns: dict[str, dict[str, float]] = {}
     for file in sorted(folder.path.glob("evaluation*.json")):
-        with suppress(InputError, LookupError, AttributeError, TypeError):  # or damaged
+        try:
             evaluation = read_json(file, "evaluation")
             about = "{branch} of step {step}, {data}".format(**evaluation["settings"])
             for row in evaluation["subnets"]:
+                name = str(Subnet.parse(row["subnet"]))
                 for kind, accuracy in scores(row).items():
-                    columns.setdefault(f"{about}: {kind}", {})[row["subnet"]] = accuracy
+                    columns.setdefault(f"{about}: {kind}", {})[name] = float(accuracy)
+        except (LookupError, AttributeError, TypeError, ValueError):
+            log.warning("%s: expected an evaluation, got a damaged or foreign file; left out", file)
     return columns
 
 

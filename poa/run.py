@@ -23,7 +23,7 @@ from poa.errors import InputError
 from poa.evaluate import Origin, Report, evaluate_subnets, evaluation_file, number_format
 from poa.evaluate.suite import require_protocols
 from poa.evaluate.sweep import data_place
-from poa.evaluate.top1 import top1_of
+from poa.evaluate.top1 import require_classes, top1_of
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
@@ -229,6 +229,7 @@ class Run:
             origin, before = Origin.of(folder, checkpoint, branch), None
             backbone = network.to(world.device).backbone
             if isinstance(network, Classifier):
+                require_classes(network.classes, images, config.data.source)
                 asked = [top1_of(network), *asked]
                 if initial:
                     raise InputError(

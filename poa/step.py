@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elastic_kernels import ElasticBlock, FusedAdamW, linear_backend, planning, working_weights
 from poa.checkpoint import Branch, RunFolder
+from poa.classifier import Classifier
 from poa.config import Config, Precision
 from poa.errors import InputError
 from poa.health import observe
@@ -65,11 +65,6 @@ class TrainingState:
         if isinstance(self.optimizer, FusedAdamW):
             return self.optimizer.writing(self.rounded)
         return nullcontext()
-
-    def is_finite(self) -> bool:
-        """Whether no weight of student and teacher is NaN or inf; waits for the device."""
-        weights = [p.detach() for network in (self.student, self.teacher) for p in network.parameters()]
-        return bool(torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all())
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -120,6 +115,8 @@ def initial_networks(config: Config) -> Initial:
         branches: dict[Branch, Network] = {"student": student, "teacher": teacher}
         for branch, network in branches.items():
             trained, checkpoint = RunFolder(Path(weights)).network(branch)
+            if isinstance(trained, Classifier):
+                raise InputError(f"--init: expected a run of pre-training, got {weights}, of fine-tuning")
             load_strictly(network, trained.state_dict(), f"method.init.weights: {checkpoint.path}")
             origin = f"those of step {checkpoint.step:,} of {weights}"
     return Initial(student, teacher, origin)

@@ -22,7 +22,7 @@ from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
 from poa.device import deterministic_algorithms, prepared_ahead
 from poa.distributed import Poll, World, init_distributed, mean_in_bf16
-from poa.errors import DivergenceError, as_input
+from poa.errors import as_input
 from poa.images import open_on_ranks
 from poa.initialization.importance import sort_by_importance
 from poa.lock import RunLock
@@ -308,13 +308,7 @@ class Trainer:
         Raises:
             DivergenceError: weights are NaN or inf, in all processes alike; the checkpoints before are kept.
         """
-        if not self.state.is_finite():
-            before = self.folder.checkpoints()
-            newest = f"that of step {before[-1].step} is the newest" if before else "there is none yet"
-            raise DivergenceError(
-                f"step {done}: weights are NaN or inf, though gradients were finite; no checkpoint was "
-                f"saved, {newest}; lower method.optim.base_lr"
-            )
+        self.folder.require_finite(done, (self.state.student, self.state.teacher), "method.optim.base_lr")
 
         def write() -> None:
             state = {

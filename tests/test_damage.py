@@ -22,6 +22,7 @@ KINDS = {
     "config": {"refused", "the same", "as if edited"},
     "metrics": {"lines named", "cut between lines", "lines twice", "the same"},
     "evaluation": {"the same place", "kept, another beside it"},
+    "latency": {"refused", "the same", "as if edited"},
     "cache": {"the same"},
 }
 

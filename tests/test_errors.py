@@ -116,6 +116,12 @@ OUTPUTS = [
     (["pretrain", *OVERRIDES, "--out", "x" * 300], "File name too long"),
     (["pretrain", *OVERRIDES, "--check", "--out", "file/x"], "out: expected a folder, got file/x: "),
     (["pretrain", *OVERRIDES, "--check", "--out", "RUN"], "out: expected a new folder, got "),
+    (["pictures", "RUN", "--images", "file", "--out", "RUN/config.json"], "ends in .html, got "),
+    (
+        ["embed", "RUN", "digits", "--out", "x.npz", "--query", "file", "--page", "RUN/config.json"],
+        "--page: expected a name that ends in .html, got ",
+    ),
+    (["embed", "file", "digits", "--out", "x.npz", "--step", "1"], "file: expected a run with a step or"),
     (["report", "no"], "run: expected a run folder, got no: no config.json"),
     (["report", "RUN", "--record", "RUN/config.json"], "--record: expected a new file, or an older one of"),
     (["report", "RUN", "--record", "x", "--out", "y.html"], "expected one of --out and --record, got both"),

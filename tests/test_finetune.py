@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +12,23 @@ import torch
 from torch.nn import functional as F
 
 import poa
+from helpers.collections_of_images import write_folder
 from helpers.commands import fails
 from helpers.run_folders import assert_same, newest
+from helpers.tiny import OVERRIDES
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.data.sources import open_data
+from poa.distributed import World
+from poa.errors import InputError
 from poa.finetune import FinetuneConfig
 from poa.finetune.images import mixed, stratified
-from poa.finetune.train import resume, sandwich_losses
+from poa.finetune.train import Trainer, resume, sandwich_losses
+from poa.options import from_dict
 from poa.signals import StopSignals
 from poa.subnets import Subnet
 
+CPU = torch.device("cpu")
 SHORT = ["epochs=1.5", "warmup_epochs=0.5", "evaluate_every=0.5", "flip=0", "--share", "0.1", "mixup=0.8"]
 
 
@@ -86,6 +93,37 @@ def test_a_run_that_was_stopped_resumes_exactly(
     assert_same(a["teacher"], b["teacher"])
     assert_same(a["optimizer"], b["optimizer"])
     assert a["best"] == b["best"]
+
+
+def test_what_does_not_fit_a_run_is_refused(
+    tuned: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for given in (["--data", "digits"], ["--subnets", "16x1"], ["--step", "1"], ["--share", "1"], ["lr=1"]):
+        assert "--resume: expected nothing else" in fails(capsys, "finetune", "--resume", str(tuned), *given)
+    write_folder(tmp_path / "images", 12)
+    line = fails(capsys, "evaluate", str(tuned), "--data", str(tmp_path / "images"))
+    assert "expected the 10 classes of the model (0, 1, 2, ...), got 3 others (cat, dog, owl, ...)" in line
+    with pytest.raises(InputError, match="expected 1 ranks as before, got 2"):
+        folder = RunFolder(tuned)
+        content = folder.load(folder.newest(), folder.config(), format=None)
+        options = from_dict(FinetuneConfig, content["finetune"])
+        Trainer(folder.config(), options, folder, folder.config().open(), World(0, 2, CPU), content)
+    step = Trainer.step
+
+    def broken(self: Trainer, number: int, *rest: Any) -> Any:
+        report = step(self, number, *rest)
+        next(self.teacher.parameters())[0] = torch.nan
+        return report
+
+    monkeypatch.setattr(Trainer, "step", broken)
+    assert main(["finetune", str(trained), "--out", str(tmp_path / "nan"), *SHORT]) == 1
+    assert "no checkpoint was saved, there is none yet; lower lr" in capsys.readouterr().err
+    said = "--init: expected a run of pre-training, got"
+    assert said in fails(capsys, "pretrain", "--init", str(tuned), "--check", *OVERRIDES)
 
 
 def test_one_subnet_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

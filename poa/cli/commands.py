@@ -152,8 +152,11 @@ def _evaluate_model(
     """Of a model, which has one size and no checkpoints."""
     if not options.data:
         raise InputError(f"evaluate: expected --data with the model {options.run}, got none")
-    if options.initial or options.step or options.plot or options.subnets != ["all"]:
-        raise InputError("evaluate: expected no --initial, --step, --plot or --subnets with a model")
+    others = options.initial or options.step or options.plot or options.branch != "teacher"
+    if others or options.subnets != ["all"]:
+        raise InputError(
+            "evaluate: expected no --initial, --step, --branch, --plot or --subnets with a model"
+        )
     if options.run.startswith(TIMM) and not options.out:
         raise InputError(f"evaluate: expected --out with {options.run}, got none")
     out = Path(options.out or Path(options.run) / "evaluation.json")

@@ -21,6 +21,7 @@ from poa.data.statistics import pixel_statistics
 from poa.data.summary import EXAMPLES, printable
 from poa.device import choose_device, use_threads
 from poa.distributed import World
+from poa.errors import InputError
 from poa.evaluate.features import extract_features
 from poa.evaluate.knn import class_token, nearest
 from poa.files import require_json, write_json
@@ -73,6 +74,10 @@ def _opened(options: argparse.Namespace) -> tuple[Config, DataSplit]:
     config = RunFolder(Path(options.run)).config() if options.run else preset("quickstart")
     config = override(with_data(config, options.path), options.overrides)
     channels = options.channels or config.method.backbone.channels
+    if options.run and channels != config.method.backbone.channels:
+        raise InputError(
+            f"--channels: expected the {config.method.backbone.channels} of {options.run}, got {channels}"
+        )
     data = config.data.open(config.method.seed, channels=channels)
     print(f"data: {describe_data(config, data)}", flush=True)
     for line in _of_files(data):
@@ -110,7 +115,8 @@ def check_data(options: argparse.Namespace) -> None:
             print(*_of_pairs(close, len(looks[1].hashes), above), sep="\n")
             pairs += close
     else:
-        print(f"near-duplicates: not looked for, there are no held-out images ({data.untested})")
+        why = data.untested or "none that can be read"
+        print(f"near-duplicates: not looked for, there are no held-out images ({why})")
     if options.out:
         write_json(Path(options.out), {"near_duplicates": pairs, "unreadable": unreadable})
         print(options.out)

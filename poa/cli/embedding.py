@@ -10,10 +10,9 @@ from poa.data.layout import SOURCES
 from poa.data.loader import EVALUATION_BATCH
 from poa.distributed import is_main_process
 from poa.embedding import TOKENS, embed
-from poa.embedding.nearest import Nearest
+from poa.embedding.nearest import Nearest, require_page
 from poa.errors import InputError
 from poa.export import load
-from poa.files import require_writable
 
 
 def add_embed(group: argparse._SubParsersAction[Command]) -> None:
@@ -70,7 +69,7 @@ def run_embed(options: argparse.Namespace) -> None:
         raise InputError("embed: expected --query IMAGE and --page FILE.html together, got one of them")
     page = Path(options.page) if options.page else None
     if page:
-        require_writable(page, "--page")
+        require_page(page, "--page")
     nearest = Nearest(options.query, options.neighbours) if options.query else None
     model = load(options.model, options.subnet, branch=options.branch, step=options.step)
     report = embed(

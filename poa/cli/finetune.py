@@ -36,14 +36,15 @@ def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
     command.add_argument(
         "--subnets",
         nargs="+",
+        default=[],
         metavar="WxD",
         help="fine-tune each of these subnets alone, in a run folder of its own (default: all in one)",
     )
-    command.add_argument("--recipe", default="short", help="options to use, see below (default: short)")
+    command.add_argument("--recipe", help="options to use, see below (default: short)")
     command.add_argument(
         "--share", type=float, help="share of the training images of each class, such as 0.01 or 0.1"
     )
-    command.add_argument("--device", default="auto", help="device to train on: auto, cpu, cuda or cuda:N")
+    command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N (default: auto)")
     add_step(command)
     command.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="any option listed below, such as epochs=10"
@@ -52,22 +53,23 @@ def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
 
 
 def run_finetune(options: argparse.Namespace) -> None:
-    words = [*([options.run] if options.run else []), *(options.subnets or [])]  # which take options, too
+    words = [*([options.run] if options.run else []), *options.subnets]  # which take options, too
     options.overrides = [*(word for word in words if "=" in word), *options.overrides]
     options.run = None if options.run and "=" in options.run else options.run
-    options.subnets = [word for word in options.subnets or [] if "=" not in word]
+    options.subnets = [word for word in options.subnets if "=" not in word]
     if options.resume:
-        if options.run or options.out or options.overrides:
-            raise InputError("--resume: expected no RUN, --out or KEY=VALUE with it")
+        fixed = ("run", "out", "data", "subnets", "recipe", "share", "device", "step", "overrides")
+        if any(getattr(options, name) for name in fixed):
+            raise InputError("--resume: expected nothing else, as it goes on with the options of its run")
         resume(Path(options.resume))
         return
     if not (options.run and options.out):
         raise InputError("finetune: expected RUN and --out, or --resume OUT")
-    chosen = override(recipe(options.recipe), options.overrides)
+    chosen = override(recipe(options.recipe or "short"), options.overrides)
     if options.share is not None:
         chosen = override(chosen, {"share": options.share})
     source, out = RunFolder(Path(options.run)), Path(options.out)
-    config = with_run(source.config(), device=options.device)
+    config = with_run(source.config(), device=options.device or "auto")
     config = with_data(config, options.data) if options.data else config
     subnets = config.method.backbone.space.named(options.subnets) if options.subnets else [None]
     for subnet in subnets:

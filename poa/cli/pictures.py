@@ -7,9 +7,9 @@ from pathlib import Path
 
 from poa.checkpoint import RunFolder
 from poa.cli.arguments import Command, add_subnets, add_weights
+from poa.embedding.nearest import require_page
 from poa.embedding.pictures import write_pictures
 from poa.export import load
-from poa.files import require_writable
 
 
 def add_pictures(group: argparse._SubParsersAction[Command]) -> None:
@@ -27,7 +27,7 @@ def run_pictures(options: argparse.Namespace) -> None:
     folder = RunFolder(Path(options.run))
     subnets = folder.config().method.backbone.space.named(options.subnets)
     out = Path(options.out or folder.path / "pictures.html")
-    require_writable(out, "--out")
+    require_page(out, "--out")
     models = [load(folder.path, subnet, branch=options.branch, step=options.step) for subnet in subnets]
     write_pictures(models, options.images, out)
     print(out)

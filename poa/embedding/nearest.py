@@ -22,7 +22,7 @@ from poa.data.sources import ImageSource
 from poa.data.summary import printable
 from poa.errors import InputError
 from poa.export import ExportedModel
-from poa.files import open_regular, write_text
+from poa.files import open_regular, require_writable, write_text
 from poa.table import Table
 
 SIDE = 128  # pixels of a picture on the page
@@ -117,6 +117,13 @@ class Nearest:
     def _names(self) -> list[str]:
         pictures = (isinstance(query, Image.Image) for query in self.queries)
         return [f"query {i}" if p else str(self.queries[i]) for i, p in enumerate(pictures)]
+
+
+def require_page(path: Path, option: str) -> None:
+    """Raise InputError where no page can be written, or something else may be there."""
+    if path.suffix != ".html":
+        raise InputError(f"{option}: expected a name that ends in .html, got {path}")
+    require_writable(path, option)
 
 
 def picture_of(query: Picture, channels: int) -> np.ndarray:

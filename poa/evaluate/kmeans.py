@@ -6,6 +6,8 @@ accuracy        of the best assignment of clusters to classes (Hungarian algorit
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch.nn.functional as F
 
@@ -41,7 +43,9 @@ def kmeans_scores(queries: Labelled, seed: int) -> dict[str, float]:
     classes = len(queries.labels.unique())
     means = cluster.KMeans(classes, n_init=STARTS, random_state=seed % 2**32)
     x = F.normalize(queries.features.float(), dim=1).numpy()
-    return cluster_scores(means.fit_predict(x), queries.labels.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of features that are the same
+        return cluster_scores(means.fit_predict(x), queries.labels.numpy())
 
 
 KMEANS = Protocol(

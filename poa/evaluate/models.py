@@ -17,12 +17,12 @@ from poa.config import Config, with_data
 from poa.data.crops import CropsConfig
 from poa.data.preprocessing import Preprocessing
 from poa.distributed import init_distributed
-from poa.errors import InputError, as_input, optional_package
+from poa.errors import as_input, optional_package
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.scores import Report
 from poa.evaluate.suite import Folders
 from poa.evaluate.sweep import Origin, evaluate_subnets
-from poa.evaluate.top1 import TOP1
+from poa.evaluate.top1 import TOP1, require_classes
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
@@ -187,10 +187,7 @@ def evaluate_model(
         images = open_on_ranks(config, world)
         if peer.classifier is not None:
             model = peer.classifier.to(world.device)
-            if tuple(model.classes) != images.train.classes:
-                raise InputError(
-                    f"{data}: expected the classes of the model, got {len(images.train.classes)} others"
-                )
+            require_classes(model.classes, images, data)
             protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
         origin = Origin(name, "model", 0, VERSION)
         subnets = list(fixed.space)

@@ -183,6 +183,8 @@ def _scores(
         log.warning(
             "evaluation: %d images could not be read, the first is %s", len(unreadable), unreadable[0]
         )
+    if not len(queries.labels) or (train and not len(train.labels)):
+        raise InputError(f"evaluation: expected images that can be read, got none: {unreadable[0]}")
     learned = iter(train.features if train else ())
     empty, scores = Labelled(torch.zeros(0), queries.labels[:0]), []
     for protocol, features in zip(protocols, queries.features, strict=True):

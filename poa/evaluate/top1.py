@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from poa.backbones import Backbone
 from poa.classifier import Classifier
+from poa.data.sources import DataSplit
+from poa.data.summary import EXAMPLES, printable
 from poa.errors import InputError
 from poa.evaluate.protocol import Function, Labelled, Protocol
 from poa.subnets import Subnet
@@ -44,6 +47,16 @@ TOP1 = Protocol(
     {"protocol": "accuracy of the fine-tuned classifier of each subnet"},
     learns=False,
 )
+
+
+def require_classes(model: Sequence[str], data: DataSplit, name: str) -> None:
+    """Raise InputError where the classes of the data are not those of a model, whose labels are numbers."""
+    if list(model) != list(data.train.classes):
+        ours, theirs = (", ".join(map(printable, names[:EXAMPLES])) for names in (model, data.train.classes))
+        raise InputError(
+            f"{name}: expected the {len(model)} classes of the model ({ours}, ...), got "
+            f"{len(data.train.classes)} others ({theirs}, ...)"
+        )
 
 
 def top1_of(network: Classifier) -> Protocol:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from poa.checkpoint import RunFolder
 from poa.errors import InputError, one_line, optional_package
-from poa.evaluate import accuracies
+from poa.evaluate import accuracies, number_format
 from poa.export.model import ExportedModel
 from poa.files import write_text
 from poa.report import evaluations
@@ -71,7 +71,11 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
     yield from _table(("", ""), facts.items())
     yield "\n## Accuracy\n"
     scores = evaluations(run, accuracies).items()
-    rows = [(_without_place(about), f"{row[str(subnet)]:.1%}") for about, row in scores if str(subnet) in row]
+    rows = [
+        (_without_place(about), format(row[str(subnet)], number_format(about.rpartition(": ")[2])))
+        for about, row in scores
+        if str(subnet) in row
+    ]
     yield from _table(("of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
     yield "\n## How to use it"
     yield (TIMM if model.config.timm_model() else "") + USE

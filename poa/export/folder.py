@@ -83,6 +83,8 @@ def load(
             source=f"{checkpoint.path} ({branch})",
             classifier=network if isinstance(network, Classifier) else None,
         )
+    if step is not None or branch != "teacher":
+        raise InputError(f"{path}: expected a run with a step or branch, got an extracted model or none")
     files = _weights(path)
     subnets = {file: _subnet(file) for file in files}
     chosen = [file for file in files if wanted in (None, subnets[file])]

@@ -46,7 +46,8 @@ from poa.optim import (
     update_weights,
 )
 from poa.options import from_dict, to_dict
-from poa.progress import Progress, clock, say
+from poa.plan import describe_data, described_device, last_lines
+from poa.progress import Progress, say
 from poa.random import python_stream, torch_stream
 from poa.signals import StopSignals, preempted
 from poa.step import StepReport, autocast
@@ -84,7 +85,7 @@ def finetune(
     shape = replace(shape, **{name: value for name, value in changes.items() if hasattr(shape, name)})
     config = replace(config, method=replace(config.method, backbone=shape))
     weights = {name: value for name, value in backbone.state_dict().items() if "mask_token" not in name}
-    _run(config, options, out, None, weights)
+    _run(config, options, out, weights)
 
 
 def resume(out: Path) -> None:
@@ -93,32 +94,30 @@ def resume(out: Path) -> None:
     Raises:
         InputError: there is none.
     """
-    folder = RunFolder(out)
-    config = folder.config()
-    content = folder.load(folder.newest(), config, format=FINE_TUNED)
-    _run(config, from_dict(FinetuneConfig, content["finetune"], "finetune"), out, content, None)
+    _run(RunFolder(out).config(), None, out, None)
 
 
 def _run(
-    config: Config,
-    options: FinetuneConfig,
-    out: Path,
-    content: dict[str, Any] | None,
-    weights: dict[str, Tensor] | None,
+    config: Config, options: FinetuneConfig | None, out: Path, weights: dict[str, Tensor] | None
 ) -> None:
-    """A run to its end, in all processes."""
+    """A run to its end, in all processes; without options and weights the one that is there."""
     run = config.run
     with init_distributed(run.device, run.timeout, config.performance.threads) as world:
-        lock = RunLock(out)
+        lock, content = RunLock(out), None
+        folder = RunFolder(out, lock)
         try:
+            if options is None:
+                world.from_main(lock.acquire)
+                content = folder.load(world.from_main(folder.newest), config, format=FINE_TUNED)
+                options = from_dict(FinetuneConfig, content["finetune"], "finetune")
             data = open_on_ranks(config, world)
-            trainer = Trainer(config, options, RunFolder(out, lock), data, world, content)
+            trainer = Trainer(config, options, folder, data, world, content)
             if weights is not None:
                 load_strictly(trainer.student.backbone, weights, "finetune")
                 trainer.teacher.load_state_dict(trainer.student.state_dict())
             if content is None:
-                world.from_main(trainer.folder.require_new)
-            world.from_main(lock.acquire)
+                world.from_main(folder.require_new)
+                world.from_main(lock.acquire)
             trainer.begin()
             trainer.train()
         finally:
@@ -182,6 +181,10 @@ class Trainer:
         name = f"checkpoint of step {content['step']}"
         if content["classes"] != list(self.student.classes) or content["images"] != self.data.digest():
             raise InputError(f"{name}: expected the images and classes of this run, got others")
+        if content["processes"] != self.world.size:
+            raise InputError(
+                f"{name}: expected {content['processes']} ranks as before, got {self.world.size}"
+            )
         load_strictly(self.student, content["student"], name)
         load_strictly(self.teacher, content["teacher"], name)
         restore_optimizer(self.optimizer, content["optimizer"], name)
@@ -193,8 +196,9 @@ class Trainer:
     def begin(self) -> None:
         """Write the folder of a new run, or take up that of an old one, and say what will be done."""
         lines = [
-            f"data: {len(self.images):,} images of {self.config.data.source} in "
-            f"{len(self.student.classes)} classes; {len(self.data.test or ()):,} held out",
+            f"device: {described_device(self.world)}, {self.config.method.precision} products",
+            f"data: {len(self.images):,} of {describe_data(self.config, self.data, 'top-1')}",
+            *([f"left out: {self.data.left_out}"] if self.data.left_out else []),
             f"fine-tuning: {len(self.space)} subnets, {self.total:,} steps of {self.step_images} images; "
             + self.options.described(),
             *([f"resume: {self.first:,} of {self.total:,} steps are done"] if self.first else []),
@@ -241,8 +245,9 @@ class Trainer:
                 if stops:
                     raise preempted(self.folder.path, done, signals.received, "finetune")
         if self.world.is_main:
-            say(f"done in {clock(time.monotonic() - started)}: {self.folder.path}")
             say(f"best: step {self.best['step']} of {self.total}, mean top-1 {self.best['top1']:.1%}")
+            for line in last_lines(self.folder.path, time.monotonic() - started, self.data):
+                say(line)
 
     def batches(self, steps: range) -> Iterator[Canvases]:
         """Decoded images of this process, step by step."""
@@ -320,7 +325,12 @@ class Trainer:
         progress.say(f"step {done}: top-1 accuracy: {shown}")
 
     def save(self, done: int) -> None:
-        """Write a checkpoint; the best is kept."""
+        """Write a checkpoint; the best is kept.
+
+        Raises:
+            DivergenceError: weights are NaN or inf; the checkpoints before are kept.
+        """
+        self.folder.require_finite(done, (self.student, self.teacher), "lr")
         state = {
             "format": FINE_TUNED,
             "step": done,

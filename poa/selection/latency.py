@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import itertools
+import math
 import os
 import platform
 import re
@@ -171,7 +172,13 @@ class LatencyTable:
                 )
                 for row in content["subnets"]
             }
-            return cls(Setting(**content["latency"]), latencies, content["disturbed"], content["error"], path)
+            if not all(-math.inf < x.fastest <= x.median <= x.p95 < math.inf for x in latencies.values()):
+                raise ValueError("fastest, median and 95th percentile are not in order")
+            table = cls(
+                Setting(**content["latency"]), latencies, content["disturbed"], content["error"], path
+            )
+            repr(table)  # which wrong types keep from being shown
+            return table
 
 
 def measure(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from poa.checkpoint import Branch, RunFolder
+from poa.checkpoint import Branch, RunFolder, log
 from poa.config import Config
 from poa.data.layout import Openers
 from poa.distributed import World
@@ -76,12 +76,18 @@ def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
     run, step = weights.folder.path, weights.wanted_step
     known = []
     for path in sorted(run.glob("evaluation*.json")):
-        with suppress(InputError, LookupError, TypeError, AttributeError, ValueError):  # or damaged
+        try:
             content = read_json(path, "evaluation")
-            values = {Subnet.parse(row["subnet"]): KNN.headline(row[KNN.name]) for row in content["subnets"]}
+            values = {
+                Subnet.parse(row["subnet"]): float(KNN.headline(row[KNN.name])) for row in content["subnets"]
+            }
             settings = content["settings"]
+            if not (settings["step"] and all(0 <= value <= 1 for value in values.values())):
+                raise ValueError(path)
             if settings["branch"] == weights.branch and data in (None, settings["data"]):
                 known.append((settings["data"] != data_place(source), path, settings, values))
+        except (LookupError, TypeError, AttributeError, ValueError):
+            log.warning("%s: expected an evaluation, got a damaged or foreign file; left out", path)
     fresh = [evaluation for evaluation in known if step in (None, evaluation[2]["step"])]
     if not fresh:
         got = f"step {', '.join(str(evaluation[2]['step']) for evaluation in known)}" if known else "none"

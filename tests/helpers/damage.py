@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -31,8 +31,19 @@ from poa.checkpoint import RunFolder
 from poa.data.sources import open_data
 from poa.errors import InputError
 from poa.evaluate import evaluation_file
-from poa.report import summary
+from poa.report import evaluations, summary
+from poa.selection import LatencyTable, Setting
+from poa.selection.latency import Latency
+from poa.selection.quality import Weights, knn_quality
+from poa.subnets import Subnet
 
+LATENCIES = LatencyTable(
+    Setting("cpu", "a CPU", 4, 1, 24, "torch", "PyTorch 2"),
+    {Subnet(width, depth): Latency(1.0 * depth, 1.5 * depth, 0.5) for width in (16, 32) for depth in (1, 2)},
+    0.1,
+    {"subnets": 3, "median": 0.01, "largest": 0.02},
+)
+TABLE = repr(LATENCIES)
 WORDS = (b"0", b"-1", b"1e999", b"null", b"[]", b"{}", b'"x"', b"NaN", b"\xff\xfe", b"\n", b'"', b"[" * 5000)
 
 
@@ -80,6 +91,7 @@ def example(folder: Path) -> Path:
         assert main(["pretrain", "--out", run, "--data", data, *OVERRIDES]) == 0
         assert main(["extract", run, "--subnets", "16x1"]) == 0
         assert main(["evaluate", run, "--subnets", "16x1", "--device", "cpu"]) == 0
+    LATENCIES.write(folder / "run" / "latency-cpu.json")
     return folder / "run"
 
 
@@ -99,6 +111,7 @@ class Readers:
             "config": (run / "config.json", self.read_config),
             "metrics": (self.run.metrics, self.read_metrics),
             "evaluation": (run / "evaluation.json", self.read_evaluation),
+            "latency": (run / "latency-cpu.json", self.read_latency),
             "cache": (next(cache.rglob("*.npz")), self.read_cache),
         }
 
@@ -134,8 +147,15 @@ class Readers:
         return "lines named"
 
     def read_evaluation(self) -> str:
+        evaluations(self.run)
+        with suppress(InputError):
+            knn_quality(Weights(self.run, "teacher", None), None, self.config.data.source)
         path = evaluation_file(self.run, self.config.data.source, "teacher")
         return "the same place" if path.name == "evaluation.json" else "kept, another beside it"
+
+    def read_latency(self) -> str:
+        table = LatencyTable.read(self.run.path / "latency-cpu.json", self.config.method.backbone.space)
+        return "the same" if repr(table) == TABLE else "as if edited"
 
     def _names(self) -> list[str]:
         data = open_data(self.config.data.source, 0.25, 0).train
