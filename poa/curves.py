@@ -10,6 +10,8 @@ from poa.subnets import Subnet
 from poa.writers import flat
 
 Row = Mapping[str, Any]
+GRADIENTS, RATE = "gradient norms before clipping", "learning rate"
+LOGARITHMIC = (GRADIENTS, RATE)
 Band = dict[str, list[tuple[int, float, float]]]  # (step, lowest, highest) of figures by name
 
 
@@ -35,8 +37,8 @@ def draw_curves(
 
     of_run = {run: figures_of(rows) for run, rows in runs.items()}
     known = list(dict.fromkeys(name for figures in of_run.values() for name in figures))
-    figure = Figure(figsize=(13.5, 12.0), layout="constrained")
-    axes = figure.subplots(4, 3).ravel()
+    figure = Figure(figsize=(13.5, 15.0), layout="constrained")
+    axes = figure.subplots(5, 3).ravel()
 
     def named(*prefixes: str) -> list[str]:
         return [name for name in known if name.startswith(prefixes)]
@@ -47,11 +49,12 @@ def draw_curves(
         ("iBOT loss by student and head", named("intact.ibot", "elastic.ibot"), str),
         ("distillation by head, KoLeo", named("elastic.distill", "koleo"), str),
         ("20-NN accuracy", named("knn.teacher", "knn.student"), lambda n: n.removeprefix("knn.")),
+        ("RankMe of class tokens", named("rankme."), lambda n: n.removeprefix("rankme.")),
         ("target entropy / ln K by head", named("target_entropy."), lambda n: "head " + n[-1]),
         ("prototypes used by head", named("prototypes_used."), lambda n: "head " + n[-1]),
         ("standard deviation of features", named("feature_std."), lambda n: n.partition(".")[2]),
-        ("gradient norms before clipping", named("grad_norm."), lambda n: n.partition(".")[2]),
-        ("learning rate", ["lr"], str),
+        (GRADIENTS, named("grad_norm."), lambda n: n.partition(".")[2]),
+        (RATE, ["lr"], str),
         ("images per second", ["images_per_s"], str),
         ("top-1 accuracy of classifiers", named("top1."), lambda n: n.removeprefix("top1.")),
     ]
@@ -81,14 +84,15 @@ def draw_curves(
         place.grid(alpha=0.3)
         if len(shown) > 1:
             place.legend(fontsize=6, ncols=1 + (len(shown) > 4))
+        if title in LOGARITHMIC:
+            place.set_yscale("log")
     for level in sources:
         axes[4].axhline(level, color="black", linewidth=1, linestyle="--")
     if sources:
         axes[4].set_title(f"{axes[4].get_title()} (dashed: source)", fontsize=10)
-    for place in (axes[8], axes[9]):
-        place.set_yscale("log")
+    axes[-2].set_axis_off()
     _draw_subnets(axes[-1], [row for rows in runs.values() for row in rows])
-    for place in axes[-3:-1]:
+    for place in axes[-5:-2]:
         place.set_xlabel("step")
     return figure
 

@@ -139,6 +139,8 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     if scores:
         best = {k: v for k, v in scores[-1].items() if k != "k"}
         shown["20-NN accuracy"] = ", ".join(f"{name} {score:.1%}" for name, score in best.items())
+    if ranks := [row["rankme"] for row in rows if "rankme" in row]:
+        shown["RankMe"] = ", ".join(f"{name} {rank:.1f}" for name, rank in ranks[-1].items())
     if tops := [row["top1"] for row in rows if "top1" in row]:
         shown["top-1 accuracy"] = ", ".join(f"{name} {score:.1%}" for name, score in tops[-1].items())
     return shown

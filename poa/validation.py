@@ -1,18 +1,31 @@
-"""Evaluations during training: k-NN accuracies of held-out images."""
+"""Evaluations during training: k-NN accuracies and RankMe of held-out images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from poa.config import Config
 from poa.data.sources import DataSplit
 from poa.distributed import World
 from poa.errors import DivergenceError
-from poa.evaluate import REPORTED_K, knn_of_subnets
+from poa.evaluate import REPORTED_K, knn_accuracy
+from poa.evaluate.knn import KNN
+from poa.evaluate.quality import rankme
+from poa.evaluate.sweep import score
 from poa.metrics import Journal
 from poa.plan import evaluated_subnets
 from poa.progress import Progress
 from poa.step import TrainingState
+
+WATCHED = replace(
+    KNN,
+    score=lambda bank, queries, device, _: (
+        knn_accuracy(*bank, *queries, (REPORTED_K,), device=device)[REPORTED_K],
+        rankme(queries.features),
+    ),
+)
+"""20-NN accuracy and RankMe of the same class tokens."""
 
 
 class Validation:
@@ -34,13 +47,14 @@ class Validation:
         """Score the networks after `done` steps, where there are held-out images."""
         if self.data.test is None:
             return
-        scores, limit = {}, self.config.run.knn_images
+        scores, ranks = dict[str, float](), dict[str, float]()
         for branch, network in (("teacher", state.teacher), ("student", state.student)):
             subnets = self.subnets[branch]
-            accuracies = knn_of_subnets(network.backbone, subnets, self.data, self.config, self.world, limit)
-            for subnet, score in zip(subnets, accuracies, strict=True):
-                scores[f"{branch} {subnet}"] = score[REPORTED_K]
-        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}})
+            tasks = [WATCHED.task(network.backbone, s, self.config.method.crops) for s in subnets]
+            figures = score(tasks, self.data, self.config, self.world, self.config.run.knn_images)
+            for subnet, (accuracy, rank) in zip(subnets, figures, strict=True):
+                scores[f"{branch} {subnet}"], ranks[f"{branch} {subnet}"] = accuracy, rank
+        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}, "rankme": ranks})
         shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
         self._require_intact(done, scores)

@@ -34,7 +34,7 @@ MEAN_SHARE = 0.15  # of the squared mean error in the loss, beside the variance
 
 
 @dataclass(frozen=True)
-class DepthConfig(DenseConfig, at="depth"):
+class DepthConfig(DenseConfig, at="monodepth"):
     """How images are seen, and how the depth of their pixels is found."""
 
     bins: int = option(256, "bins of depth", "[2, 4096]")
@@ -118,7 +118,7 @@ def open_depth(folder: Path, crops: CropsConfig, options: DepthConfig, left_out:
     train, val = (
         read_windows(
             depth_pairs(folder / part), crops, options, left_out,
-            f"--depth: expected images in {folder / part / 'images'} with depth maps beside",
+            f"--monodepth: expected images in {folder / part / 'images'} with depth maps beside",
         )
         for part in ("train", "val")
     )  # fmt: skip
@@ -143,7 +143,7 @@ def depth(
 
 
 DEPTH = folder_protocol(
-    "depth",
+    "monodepth",
     "also find the depth of pixels of the images of this folder, with options such as bins=256: RMSE",
     OfFolder(DepthConfig(), open_depth, depth),
     lambda score: {

@@ -31,8 +31,8 @@ def effective_rank(values: Tensor) -> float:
 
 
 def rankme(features: Tensor) -> float:
-    """Effective rank of features `[images, channels]`, float64 inside."""
-    return effective_rank(torch.linalg.svdvals(features.double()))
+    """Effective rank of features `[images, channels]`, float64 inside; 0 where they are not finite."""
+    return effective_rank(torch.linalg.svdvals(features.double())) if features.isfinite().all() else 0.0
 
 
 def alpha_req(features: Tensor) -> float:

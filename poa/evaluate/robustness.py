@@ -1,6 +1,8 @@
 """Robustness: k-NN of damaged held-out images among whole training images, over the strength of the damage.
 
     drop       a share of the patches is black (the mean of the pixels); Naseer et al., NeurIPS 2021
+    salient    so the patches that are most like the class token by cosine, as the subnet sees the whole image
+    background so those that are least like it
     shuffle    the tiles of a grid change places; as there
     others     common corruptions at five levels, on tensors, in the spirit of Hendrycks and Dietterich, ICLR
                2019, whose strengths are for 224 pixels: widths of blurs scale with the size of images
@@ -47,6 +49,14 @@ def drop_patches(images: Tensor, share: float, patches: int) -> Tensor:
     count, draw = patches**2, torch_stream(0, "dropped patches", round(100 * share))
     order = torch.rand(PATTERNS, count, generator=draw).argsort(1)
     kept = _chosen(images, order >= round(share * count)).view(-1, 1, patches, patches).to(images)
+    return images * F.interpolate(kept, images.shape[-2:], mode="nearest")
+
+
+def drop_ranked(images: Tensor, share: float, ranks: Tensor) -> Tensor:
+    """Set the patches of the lowest ranks `[B, patches]`, this share of them, to 0."""
+    count = ranks.shape[1]
+    side = math.isqrt(count)
+    kept = (ranks >= round(share * count)).view(-1, 1, side, side).to(images)
     return images * F.interpolate(kept, images.shape[-2:], mode="nearest")
 
 
@@ -122,6 +132,8 @@ def pixelate(x: Tensor, level: int) -> Tensor:
     return F.interpolate(F.interpolate(x, (side, side), mode="area"), x.shape[-2:], mode="nearest")
 
 
+RANKED = [(kind, f"{share:g}") for kind in ("salient", "background") for share in DROPS]
+
 CORRUPTIONS: Mapping[str, Damage] = {
     f.__name__: f
     for f in (
@@ -169,9 +181,17 @@ def _names(grids: int) -> list[tuple[str, str]]:
 def damaged_tokens(backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Function:
     """Class tokens `[B, conditions, width]`."""
     every = conditions(backbone.config.grid(crops.global_size), crops)
-    return lambda images: torch.stack(
-        [backbone([damage(images)], subnet)[0].cls.float() for _, _, damage in every], 1
-    )
+
+    def function(images: Tensor) -> Tensor:
+        (features,) = backbone([images], subnet)
+        likeness = F.cosine_similarity(features.patches.float(), features.cls.float()[:, None], dim=2)
+        places = likeness.argsort(1).argsort(1)  # 0: the least like the class token
+        ranks = {"salient": places.shape[1] - 1 - places, "background": places}
+        damaged = [damage(images) for _, _, damage in every]
+        damaged += [drop_ranked(images, share, ranks[kind]) for kind in ranks for share in DROPS]
+        return torch.stack([backbone([x], subnet)[0].cls.float() for x in damaged], 1)
+
+    return function
 
 
 def robustness(
@@ -196,15 +216,18 @@ def robustness(
 def _score(
     train: Labelled, queries: Labelled, device: torch.device, seed: int
 ) -> dict[str, dict[str, float]]:
-    return robustness(train, queries, device, _names(queries.features.shape[1] - len(_names(0))))
+    grids = queries.features.shape[1] - len(_names(0)) - len(RANKED)
+    return robustness(train, queries, device, [*_names(grids), *RANKED])
 
 
 def summary(score: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Accuracies by title: whole images, half of the patches, the coarsest shuffle, mean of corruptions."""
     corrupted = [value for kind in CORRUPTIONS for value in score[kind].values()]
     shuffled = {"shuffle 2x2": score["shuffle"]["2"]} if "shuffle" in score else {}
+    ranked = {f"{kind} 50%": score[kind]["0.5"] for kind in ("salient", "background") if kind in score}
     return {
         "drop 50%": score["drop"]["0.5"],
+        **ranked,
         **shuffled,
         "corrupted": sum(corrupted) / len(corrupted),
     }
@@ -219,8 +242,8 @@ def curves(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
     from matplotlib.figure import Figure  # optional, and slow to import
 
     kinds = [kind for kind in next(iter(scores.values())) if kind != "clean"]
-    figure = Figure(figsize=(16.0, 8.0), layout="constrained")
-    for axes, kind in zip(figure.subplots(3, 4).ravel(), kinds, strict=False):
+    figure = Figure(figsize=(16.0, 11.0), layout="constrained")
+    for axes, kind in zip(figure.subplots(4, 4).ravel(), kinds, strict=False):
         for name, score in scores.items():
             points = {"0": score["clean"]["0"], **score[kind]}
             axes.plot([*points], [100 * value for value in points.values()], "o-", label=name)

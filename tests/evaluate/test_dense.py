@@ -197,7 +197,7 @@ def test_a_run_and_its_model_are_scored(
         "--segmentation",
         str(scenes),
         "steps=50",
-        "--depth",
+        "--monodepth",
         str(scenes),
         "steps=300",
         "lr=1e-2",
@@ -206,7 +206,7 @@ def test_a_run_and_its_model_are_scored(
     asked = ["evaluate", str(trained), "--subnets", "16x1", "--data", images]
     assert main([*asked, *small, "--out", str(tmp_path / "a.json")]) == 0
     said = capsys.readouterr().out
-    assert all(title in said for title in ("mIoU k-NN", "RMSE mean", "depth: depth by a linear layer"))
+    assert all(title in said for title in ("mIoU k-NN", "RMSE mean", "monodepth: depth by a linear layer"))
     assert main(["extract", str(trained), "--subnets", "16x1", "--out", str(tmp_path)]) == 0
     model = str(tmp_path / "vit-16x1")
     assert main(["evaluate", model, "--data", images, *small]) == 0
@@ -214,9 +214,9 @@ def test_a_run_and_its_model_are_scored(
         json.loads(file.read_text())["subnets"][0]
         for file in (tmp_path / "a.json", tmp_path / "vit-16x1/evaluation.json")
     ]
-    for name in ("segmentation", "depth"):
+    for name in ("segmentation", "monodepth"):
         assert rows[0][name] == pytest.approx(rows[1][name], abs=1e-3)
-    assert rows[0]["depth"]["rmse"] < rows[0]["depth"]["constant"]
+    assert rows[0]["monodepth"]["rmse"] < rows[0]["monodepth"]["constant"] and rows[0]["depth"] == 1
     assert "expected" in fails(capsys, *asked, "--segmentation", str(tmp_path))
     wrong = fails(capsys, *asked, "--segmentation", str(scenes), "step=1")
     assert "unknown option 'step'; did you mean 'steps'?" in wrong

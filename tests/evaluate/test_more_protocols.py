@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import collections_of_images as collections
@@ -15,6 +16,7 @@ from helpers import digit_scenes
 from helpers.commands import fails
 from helpers.tiny import tiny_config
 from poa.__main__ import main
+from poa.backbones.base import Features
 from poa.data.crops import CropsConfig
 from poa.data.sources import open_data
 from poa.distributed import World
@@ -29,9 +31,11 @@ from poa.evaluate.quality import alpha_req, lidar, quality, rankme, spearman
 from poa.evaluate.retrieval import RETRIEVAL, average_precisions, retrieval_scores
 from poa.evaluate.robustness import (
     CORRUPTIONS,
+    DROPS,
     LEVELS,
     ROBUSTNESS,
     conditions,
+    damaged_tokens,
     drop_patches,
     shuffle_tiles,
 )
@@ -110,6 +114,7 @@ def test_spectra_of_known_features() -> None:
     basis = torch.linalg.qr(torch.randn(300, 40, generator=DRAW).double())[0]
     basis = basis - basis.mean(0)
     assert rankme(torch.linalg.qr(basis)[0][:, :16]) == pytest.approx(16, abs=0.1)
+    assert rankme(torch.full((3, 2), float("nan"))) == 0
     decayed = torch.linalg.qr(basis)[0] / torch.arange(1, 41)
     assert alpha_req(decayed) == pytest.approx(2, abs=0.05)
 
@@ -208,4 +213,25 @@ def test_robustness_of_a_subnet() -> None:
     assert damaged["clean"]["0"] == clean[20]
     assert [*damaged["drop"]] == ["0.1", "0.3", "0.5", "0.7", "0.9"] and damaged["drop"]["0.9"] < clean[20]
     assert all(len(damaged[kind]) == LEVELS for kind in CORRUPTIONS)
-    assert set(ROBUSTNESS.accuracies(damaged)) >= {"drop 50%", "corrupted"}
+    assert set(ROBUSTNESS.accuracies(damaged)) >= {"drop 50%", "salient 50%", "background 50%", "corrupted"}
+
+
+def test_salient_patches_are_those_like_the_class_token() -> None:
+    """Of a network whose class token is the mean brightness, and like the bright patches."""
+
+    class Bright:
+        config = tiny_config().method.backbone
+
+        def __call__(self, crops: list[Tensor], subnet: Subnet) -> list[Features]:
+            light = crops[0].mean(1).unfold(1, 8, 8).unfold(2, 8, 8).mean((3, 4)).flatten(1)
+            patches = torch.stack([light, 1 - light], 2)
+            return [Features(F.pad(light.mean(1, keepdim=True), (0, 1)), patches, patches)]
+
+    images = torch.rand(2, 3, 3, 3, generator=DRAW).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    tokens = damaged_tokens(Bright(), Subnet(16, 1), tiny_config().method.crops)(images)  # type: ignore[arg-type]
+    salient, background = tokens[:, -2 * len(DROPS) :, 0].split(len(DROPS), 1)
+    light = images.mean(1)[:, ::8, ::8].flatten(1).sort(1).values
+    for kept, share in enumerate(DROPS):
+        gone = round(share * 9)
+        torch.testing.assert_close(salient[:, kept], light[:, : 9 - gone].sum(1) / 9)
+        torch.testing.assert_close(background[:, kept], light[:, gone:].sum(1) / 9)

@@ -13,7 +13,7 @@ from poa import evaluate
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.errors import InputError
-from poa.evaluate import scores
+from poa.evaluate import PROTOCOLS, scores
 from poa.evaluate.knn import KNN
 from poa.evaluate.protocol import Protocol
 from poa.report import write_report
@@ -56,6 +56,11 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
         Run(run).evaluate(protocols="mean")
     write_report([RunFolder(run)], tmp_path / "page.html")
     assert ": centroid</th>" in (tmp_path / "page.html").read_text()
+
+
+def test_no_protocol_has_the_name_of_another_value_of_a_subnet() -> None:
+    names = [name for p in PROTOCOLS for name in (p.name, p.before)]
+    assert len({*names, "subnet", "width", "depth", "params", "flops"}) == len(names) + 5
 
 
 def test_scores_of_earlier_versions_are_read() -> None:
