@@ -11,12 +11,15 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import elastic_kernels
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 BUILD = "import setuptools.build_meta as build, sys; print(build.build_wheel(sys.argv[1]))"
-# Appended folders are searched, but their .pth files, which editable installations need, are not read.
+# Appended folders are searched, but their .pth files, which editable installations need, are not read; what
+# an environment of the wheel and PyTorch would not have is made to fail where it is imported.
 ALONE = """
 import sys
 wheel, packages, absent, *programs = sys.argv[1:]
@@ -36,6 +39,27 @@ def run(program: str, *arguments: str, cwd: Path, options: tuple[str, ...] = ())
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def needed_by(*names: str) -> set[str]:
+    """These distributions and all that they ask for here, by normalised names."""
+    reached, left = set(), list(names)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name in reached:
+            continue
+        reached.add(name)
+        lines = map(Requirement, importlib.metadata.requires(name) or [])
+        left += [line.name for line in lines if line.marker is None or line.marker.evaluate({"extra": ""})]
+    return reached
+
+
+def strangers(*names: str) -> str:
+    """Modules of all other distributions, which an environment of only these would lack."""
+    there = needed_by(*names)
+    owners = (importlib.metadata.packages_distributions() | {"poa": []}).items()
+    others = [name for name, owned in owners if not there & set(map(canonicalize_name, owned))]
+    return " ".join(name for name in others if name != "elastic_kernels")
 
 
 def test_the_wheel_alone_runs_the_programs_of_its_readme(tmp_path: Path) -> None:
@@ -58,9 +82,11 @@ def test_the_wheel_alone_runs_the_programs_of_its_readme(tmp_path: Path) -> None
     packages = Path(torch.__file__).parent.parent
     of_timm = [text for text in programs if "import timm" in text]
     assert len(programs) >= 7 and len(of_timm) == 1
-    runs = [("poa numpy timm", [text for text in programs if text not in of_timm])]
+    absent = strangers("torch")
+    assert {"numpy", "poa", "triton"} - needed_by("torch") <= set(absent.split())
+    runs = [(absent, [text for text in programs if text not in of_timm])]
     if (packages / "timm").exists():
-        runs.append(("poa", of_timm))
+        runs.append((strangers("torch", "timm"), of_timm))
     for absent, texts in runs:
         arguments = (str(tmp_path / "wheel"), str(packages), absent, *texts)
         said = run(ALONE, *arguments, cwd=tmp_path, options=("-I", "-S")).splitlines()

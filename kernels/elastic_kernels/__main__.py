@@ -26,7 +26,21 @@ from elastic_kernels.rms_norm import rms_norm_backend
 from elastic_kernels.tune import Call, compile_all, record, tune
 from elastic_kernels.window_attention import window_attention_backend
 
-LINEARS = ("elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv")
+LINEARS = (
+    "elastic_linear",
+    "elastic_linear_residual",
+    "elastic_qkv",
+    "elastic_mlp",
+    "elastic_mlp_half",
+    "elastic_swiglu",
+    "elastic_head_mlps",
+    "elastic_embedding",
+    "mixed_width_linear",
+    "mixed_width_mlp",
+)
+NORMS = ("elastic_rms_norm", "mixed_width_layer_norm", "mixed_width_rms_norm")
+ATTENTION = ("packed_attention", "elastic_attention_half", "mixed_width_attention", "mixed_width_block")
+OTHERS = ("unit_rows", "koleo", "prototype_cross_entropy", "sinkhorn_scaling")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +98,8 @@ def _compile(options: argparse.Namespace) -> Iterator[str]:
 
 def _tune(options: argparse.Namespace) -> Iterator[str]:
     if not torch.cuda.is_available() or not dispatch.HAS_TRITON:
-        raise ValueError("tune: expected a GPU and Triton, got neither")
+        lacks = "no GPU" if dispatch.HAS_TRITON else "no Triton"
+        raise ValueError(f"tune: expected a GPU and Triton, got {lacks}")
     device = torch.device("cuda", torch.cuda.current_device())
     path, started = options.out or tuning.cache_file(tuning.gpu_name(device)), time.monotonic()
     calls = _calls(options)
@@ -122,13 +137,12 @@ def report() -> None:
     x = torch.empty(197, 384, dtype=dtype, device=device)
     choices = {op: linear_backend(op, x) for op in LINEARS}
     choices["elastic_layer_norm"] = layer_norm_backend(x)
-    choices |= {
-        op: attention_backend(x, [(1, 197)], 64) for op in ("packed_attention", "elastic_attention_half")
-    }
-    choices |= {"elastic_rms_norm": rms_norm_backend(x), "qk_norm": qk_norm_backend(x.view(197, 3, 2, 64))}
+    choices |= {op: rms_norm_backend(x, op) for op in NORMS}
+    choices |= {op: attention_backend(x, [(1, 197)], 64) for op in ATTENTION}
+    choices["qk_norm"] = qk_norm_backend(x.view(197, 3, 2, 64))
     choices["window_attention"] = window_attention_backend(x, 7, 16)
     choices["elastic_group_norm"] = group_norm_backend(x, 32)
-    choices |= {op: dispatch.choose(op, x) for op in ("prototype_cross_entropy", "sinkhorn_scaling")}
+    choices |= {op: dispatch.choose(op, x) for op in OTHERS}
     choices["FusedAdamW"] = fused_adamw_backend(x.float())
     choices["render_crops"] = crops_backend(x)
     for op, choice in choices.items():

@@ -72,7 +72,7 @@ def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -
         qkv, heads = qkv.where(present[:, None, :, None], 0), None
     if isinstance(groups, Tensor):
         return _by_offsets(qkv, groups, heads)
-    covered = sum(count * length for count, length in groups)
+    covered = sum(class_sizes(groups))
     if covered != qkv.shape[0]:
         raise ValueError(
             f"packed_attention: groups {list(groups)} cover {covered} tokens, qkv has {qkv.shape[0]}"
@@ -86,6 +86,13 @@ def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -
     if choice == "xformers":
         return _attention_xformers(qkv, groups)
     return _by_length(qkv, groups, _attend_sdpa if choice == "sdpa" else _attend_reference)
+
+
+def class_sizes(groups: Sequence[tuple[int, int]]) -> list[int]:
+    """Tokens of each length class. Raises ValueError unless these are pairs."""
+    if any(not isinstance(group, (tuple, list)) or len(group) != 2 for group in groups):
+        raise ValueError(f"groups: expected [(count, length), ...] or a tensor of offsets, got {groups}")
+    return [count * length for count, length in groups]
 
 
 def attention_backend(

@@ -168,7 +168,7 @@ class ElasticSwinBlock(nn.Module):
 
     Args:
         width, hidden: of the largest network.
-        head_dim, window, shift: as of `ElasticWindowAttention`.
+        head_dim, window, shift, heads: as of `ElasticWindowAttention`.
         eps: of both norms.
         scale: of all four layers, as in `elastic_linear`.
 
@@ -188,17 +188,24 @@ class ElasticSwinBlock(nn.Module):
         window: int,
         shift: int,
         *,
+        heads: int | None = None,
         eps: float = 1e-5,
         scale: Scale = "offset",
     ):
         super().__init__()
         self.norm1 = ElasticLayerNorm(width, eps=eps)
-        self.attn = ElasticWindowAttention(width, head_dim, window, shift, scale=scale)
+        self.attn = ElasticWindowAttention(width, head_dim, window, shift, heads=heads, scale=scale)
         self.norm2 = ElasticLayerNorm(width, eps=eps)
         self.mlp = ElasticMLP(width, hidden, scale=scale)
 
     def forward(
-        self, x: Tensor, maps: Maps, kept: tuple[KeptRows, KeptRows] | None = None, inplace: bool = False
+        self,
+        x: Tensor,
+        maps: Maps,
+        kept: tuple[KeptRows, KeptRows] | None = None,
+        inplace: bool = False,
+        hidden: int | None = None,
+        heads: int | None = None,
     ) -> Tensor:
         """One block.
 
@@ -206,7 +213,7 @@ class ElasticSwinBlock(nn.Module):
             x: `[tokens, w]`, the positions of all maps row by row.
             maps: `(count, height, width)` of each group of maps in packing order.
             kept: the maps that take part in the attention half and in the MLP half.
-            inplace: as of `ElasticBlock`.
+            inplace, hidden, heads: as of `ElasticBlock`.
 
         Returns:
             `[tokens, w]`, the dtype of `x`.
@@ -216,17 +223,23 @@ class ElasticSwinBlock(nn.Module):
         x = elastic_attention_half(
             x, _attention_weights(self.norm1, attn, None),
             Windows(maps, attn.window, attn.shift, attn.bias()),
-            head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace, scale=attn.scale,
+            head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace, heads=heads,
+            scale=attn.scale,
         )  # fmt: skip
-        weights = _mlp_weights(self.norm2, self.mlp, None)
-        return elastic_mlp_half(
-            x, weights, eps=self.norm2.eps, kept=second, inplace=True, scale=self.mlp.scale
+        weights, options = (
+            _mlp_weights(self.norm2, self.mlp, None),
+            {"hidden": hidden, "scale": self.mlp.scale},
         )
+        return elastic_mlp_half(x, weights, eps=self.norm2.eps, kept=second, inplace=True, **options)
 
-    def static_state(self, width: int) -> dict[str, Tensor]:
+    def static_state(
+        self, width: int, *, hidden: int | None = None, heads: int | None = None
+    ) -> dict[str, Tensor]:
         """As `ElasticBlock.static_state`."""
-        table = self.attn.relative_position_bias_table[:, : width // self.attn.head_dim]
-        return {"attn.relative_position_bias_table": table} | _static_layers(self, width)
+        attn = self.attn
+        heads = validate.heads("static_state", heads, attn.qkv.weight, attn.head_dim, width)
+        table = attn.relative_position_bias_table[:, :heads]
+        return {"attn.relative_position_bias_table": table} | _static_layers(self, width, hidden, heads)
 
 
 class ElasticBottleneck(nn.Module):
@@ -323,7 +336,7 @@ def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlo
     """Make an elastic block that shares the parameters of a timm-style ViT block.
 
     Args:
-        block: a module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
+        block: a pre-norm module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
             `mlp.fc2`, and perhaps `ls1.gamma` and `ls2.gamma`, such as
             `timm.models.vision_transformer.Block`.
         scale: as of `ElasticBlock`.
@@ -342,6 +355,8 @@ def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlo
         >>> block(torch.randn(10, 32), [(2, 5)]).shape
         torch.Size([10, 32])
     """
+    if "Post" in type(block).__name__:
+        raise ValueError(f"elastic_block_from_vit: expected a pre-norm block, got {type(block).__name__}")
     attn, mlp = block.attn, block.mlp
     for owner, name in ((attn, "q_norm"), (attn, "k_norm"), (attn, "norm"), (mlp, "norm")):
         part = getattr(owner, name, None)

@@ -44,6 +44,8 @@ def elastic_block_from_timm(block: Any, *, scale: Scale = "offset") -> ElasticPr
         >>> elastic_block_from_timm(block)(torch.randn(10, 32), [(2, 5)]).shape
         torch.Size([10, 32])
     """
+    if not {"Block", "EvaBlock"} & {kind.__name__ for kind in type(block).__mro__}:
+        raise ValueError(f"{OP}: expected a pre-norm Block or EvaBlock, got {type(block).__name__}")
     gammas = [_gamma(block, name) for name in ("1", "2")]
     with torch.device("meta"):
         scales = [None if gamma is None else LayerScale(len(gamma), 1.0) for gamma in gammas]
@@ -51,7 +53,11 @@ def elastic_block_from_timm(block: Any, *, scale: Scale = "offset") -> ElasticPr
         if holder is not None and gamma is not None:
             holder.gamma = gamma
     attn, mlp = _attention(block.attn, scale), _mlp(block.mlp, scale)
-    return ElasticPreNormBlock(_norm(block.norm1), attn, _norm(block.norm2), mlp, *scales)
+    elastic = ElasticPreNormBlock(_norm(block.norm1), attn, _norm(block.norm2), mlp, *scales)
+    ours, theirs = (sum(p.numel() for p in module.parameters()) for module in (elastic, block))
+    if ours not in (theirs, theirs + attn.qkv.out_features // 3):  # timm has no bias of keys
+        raise ValueError(f"{OP}: expected a block whose parameters are all known, got {block}")
+    return elastic
 
 
 def _gamma(block: Any, number: str) -> nn.Parameter | None:
@@ -94,7 +100,7 @@ def _linear(layer: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None) -
 
 def _attention(attn: Any, scale: Scale) -> ElasticRotaryAttention:
     _without(attn, "norm", "gate")
-    fused = attn.qkv is not None if hasattr(attn, "qkv") else False
+    fused = getattr(attn, "qkv", None) is not None
     parts = [attn.qkv] if fused else [attn.q_proj, attn.k_proj, attn.v_proj]
     weight, biases = _one(*(part.weight for part in parts)), [part.bias for part in parts]
     if fused and getattr(attn, "q_bias", None) is not None:

@@ -131,6 +131,7 @@ def elastic_attention_half(
         torch.Size([10, 16])
     """
     op, width = "elastic_attention_half", x.shape[-1]
+    validate.matrix(op, x)
     heads = validate.heads(op, heads, weights.qkv_weight, head_dim, width)
     rows, row_scale = (kept.rows, kept.scale) if kept else (None, None)
     layout = layout.kept(kept) if kept else layout
@@ -243,6 +244,7 @@ def elastic_mlp_half(
         torch.Size([10, 16])
     """
     op, w = "elastic_mlp_half", weights
+    validate.matrix(op, x)
     if kept and row_scale is not None:
         raise ValueError(f"{op}: expected kept or row_scale, got both")
     rows, row_scale = (kept.rows, kept.scale) if kept else (None, row_scale)
@@ -291,8 +293,6 @@ def _validate(
     layers: dict[str, Tensor],
     kept: KeptRows | None,
 ) -> None:
-    if x.dim() != 2:
-        raise ValueError(f"{op}: expected x [tokens, width], got {tuple(x.shape)}")
     longest = next(iter(layers.values())).shape[1]
     validate.prefix(op, "width", x.shape[1], longest)
     validate.operands(op, x=x, norm_weight=norm[0], **layers)

@@ -48,6 +48,7 @@ def elastic_layer_norm(
         torch.Size([5, 32])
     """
     _validate(x, weight, bias)
+    validate.chosen_rows("elastic_layer_norm", x, rows)
     width = x.shape[-1]
     if layer_norm_backend(x).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import dispatch
-from elastic_kernels.attention import Groups, attention_backend, packed_attention
+from elastic_kernels.attention import Groups, attention_backend, class_sizes, packed_attention
 from elastic_kernels.qk_norm import qk_norm
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.window_attention import (
@@ -114,7 +114,7 @@ class Sequences:
     def sizes(self) -> list[int] | None:
         if isinstance(self.groups, Tensor):
             return None
-        return [count * length for count, length in self.groups]
+        return class_sizes(self.groups)
 
     def backend(self, x: Tensor, head_dim: int) -> dispatch.Choice:
         return attention_backend(x, self.groups, head_dim, dispatch.product_dtype(x))

@@ -200,6 +200,7 @@ def stacked_linear(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, rows: int, scale: Scale
 ) -> Tensor:
     """`[tokens, w]` -> `[tokens, groups, rows]`: the first rows of each matrix stacked in a weight."""
+    validate.matrix(op, x)
     validate.operands(op, x=x, weight=weight, bias=bias)
     validate.vectors(op, x, bias=(bias, weight.shape[0]))
     if linear_backend(op, x).backend == "triton":

@@ -168,7 +168,7 @@ def _row_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: floa
 def row_factors(scale: Scale, largest: int, widths: Tensor, dtype: torch.dtype) -> Tensor | None:
     """`[rows]` in a dtype: the value of a scale in each row; None means 1 in all."""
     if scale == "offset":
-        return (largest / widths.double()).to(dtype)
+        return (largest / widths.clamp(max=largest).double()).to(dtype)
     number = factor(scale, largest, largest)
     return None if number == 1 else widths.new_full(widths.shape, number, dtype=dtype)
 

@@ -95,12 +95,13 @@ Layers = Sequence[tuple[Tensor, Tensor | None]]
 """Weight and bias of each layer."""
 
 
-def elastic_head_mlps(x: Tensor, mlps: Sequence[Layers]) -> list[Tensor]:
+def elastic_head_mlps(x: Tensor, mlps: Sequence[Layers], *, scale: Scale = "offset") -> list[Tensor]:
     """Apply several MLPs to the same rows, with a GELU between layers; each layer an `elastic_linear`.
 
     Args:
         x: `[rows, w]`.
         mlps: layers `[n, k]` of each, as many as it has; the first may be wider than `x`.
+        scale: of every layer, as in `elastic_linear`; the offset scale of all but the first is 1.
 
     Returns:
         `[rows, n]` of each MLP's last layer, the dtype of the matrix product.
@@ -130,7 +131,7 @@ def elastic_head_mlps(x: Tensor, mlps: Sequence[Layers]) -> list[Tensor]:
 
         specs = [
             [
-                layer_spec(x, w, w.shape[0], width=None if place == 0 else w.shape[1])
+                layer_spec(x, w, w.shape[0], width=None if place == 0 else w.shape[1], scale=scale)
                 for place, (w, _) in enumerate(layers)
             ]
             for layers in mlps
@@ -141,8 +142,8 @@ def elastic_head_mlps(x: Tensor, mlps: Sequence[Layers]) -> list[Tensor]:
     for layers in mlps:
         h = x
         for weight, bias in layers[:-1]:
-            h = elastic_linear(h, weight, bias, activation="gelu")
-        outputs.append(elastic_linear(h, *layers[-1]))
+            h = elastic_linear(h, weight, bias, scale=scale, activation="gelu")
+        outputs.append(elastic_linear(h, *layers[-1], scale=scale))
     return outputs
 
 

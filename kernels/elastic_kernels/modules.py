@@ -79,6 +79,7 @@ class ElasticAttention(nn.Module):
         qkv_bias: whether the q, k and v projections have a bias.
         heads: of the largest network; default `width / head_dim`.
         scale: of both projections, as in `elastic_linear`.
+        proj_bias: whether the output projection has a bias.
 
     Example:
         >>> import torch
@@ -95,14 +96,13 @@ class ElasticAttention(nn.Module):
         *,
         heads: int | None = None,
         scale: Scale = "offset",
+        proj_bias: bool = True,
     ):
         super().__init__()
-        if heads is None and width % head_dim:
-            raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
-        inner = width if heads is None else heads * head_dim
+        inner = _channels_of_heads(width, head_dim, heads)
         self.head_dim, self.scale = head_dim, scale
         self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
-        self.proj = ElasticLinear(inner, width, scale=scale)
+        self.proj = ElasticLinear(inner, width, proj_bias, scale=scale)
 
     def forward(self, x: Tensor, groups: Groups, heads: int | None = None) -> Tensor:
         """`[tokens, w]` -> `[tokens, w]` within each sequence.
@@ -118,11 +118,19 @@ class ElasticAttention(nn.Module):
         return self.proj(packed_attention(h.unflatten(-1, (heads, dim)), groups), out_features=x.shape[-1])
 
 
+def _channels_of_heads(width: int, head_dim: int, heads: int | None) -> int:
+    """Of all together; without a number of heads, those of the width, of which it must be a multiple."""
+    if heads is None and width % head_dim:
+        raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
+    return width if heads is None else heads * head_dim
+
+
 class ElasticMLP(nn.Module):
     """Two linears around an activation; see `elastic_mlp`.
 
     Args:
         width, hidden: of the largest network.
+        bias: whether both layers have one.
         scale, activation: of both layers, and between them, as in `elastic_linear`.
 
     Example:
@@ -132,11 +140,13 @@ class ElasticMLP(nn.Module):
         torch.Size([10, 32])
     """
 
-    def __init__(self, width: int, hidden: int, *, scale: Scale = "offset", activation: str = "gelu"):
+    def __init__(
+        self, width: int, hidden: int, *, bias: bool = True, scale: Scale = "offset", activation: str = "gelu"
+    ):
         super().__init__()
         self.scale, self.activation = scale, activation
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = nn.Linear(width, hidden, bias=bias)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor, hidden: int | None = None) -> Tensor:
         """`[..., w]` -> `[..., w]` with `hidden` units, by default the share that `w` has."""
@@ -189,11 +199,11 @@ class ElasticWindowAttention(nn.Module):
     """Self-attention within the windows of maps, with the first heads of shared projections.
 
     Args:
-        width: of the largest network, a multiple of `head_dim`.
+        width: of the largest network.
         head_dim: channels of a head.
         window: side of a window, in tokens.
         shift: of the windows, in tokens, towards the bottom right.
-        scale: of both projections, as in `elastic_linear`.
+        heads, scale: as of `ElasticAttention`.
 
     Example:
         >>> import torch
@@ -203,20 +213,36 @@ class ElasticWindowAttention(nn.Module):
         torch.Size([50, 32])
     """
 
-    def __init__(self, width: int, head_dim: int, window: int, shift: int, *, scale: Scale = "offset"):
+    def __init__(
+        self,
+        width: int,
+        head_dim: int,
+        window: int,
+        shift: int,
+        *,
+        heads: int | None = None,
+        scale: Scale = "offset",
+    ):
         super().__init__()
-        if width % head_dim:
-            raise ValueError(f"width: expected a multiple of head_dim {head_dim}, got {width}")
+        inner = _channels_of_heads(width, head_dim, heads)
         self.head_dim, self.window, self.shift, self.scale = head_dim, window, shift, scale
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = ElasticLinear(width, width, scale=scale)
-        table = torch.zeros((2 * window - 1) ** 2, width // head_dim)
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.proj = ElasticLinear(inner, width, scale=scale)
+        table = torch.zeros((2 * window - 1) ** 2, inner // head_dim)
         self.relative_position_bias_table = nn.Parameter(table)
 
-    def forward(self, x: Tensor, maps: Maps) -> Tensor:
-        """`[tokens, w]` -> `[tokens, w]` within each window; `maps` are `(count, height, width)`."""
-        qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias, scale=self.scale)
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, maps: Maps, heads: int | None = None) -> Tensor:
+        """`[tokens, w]` -> `[tokens, w]` within each window.
+
+        Args:
+            x: `[tokens, w]`.
+            maps: `(count, height, width)` of each group of maps in packing order.
+            heads: in use; default the share that `w` has of the largest width.
+        """
+        heads = validate.heads("ElasticWindowAttention", heads, self.qkv.weight, self.head_dim, x.shape[-1])
+        inner = heads * self.head_dim
+        qkv = elastic_qkv(x, self.qkv.weight, self.qkv.bias, out_features=inner, scale=self.scale)
+        qkv = qkv.unflatten(-1, (heads, self.head_dim))
         # Maps are padded with zeros, whose q, k and v are the biases.
         pad = self.qkv.bias.view(3, -1, self.head_dim)
         h = window_attention(qkv, self.bias(), pad, maps, window=self.window, shift=self.shift)

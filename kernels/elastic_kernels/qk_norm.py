@@ -57,6 +57,8 @@ def qk_norm(
     for name, affine in (("weight", weight), ("bias", bias)):
         if affine is not None and tuple(affine.shape) != (2, qkv.shape[3]):
             raise ValueError(f"qk_norm: expected {name} [2, {qkv.shape[3]}], got {list(affine.shape)}")
+        if affine is not None and affine.device != qkv.device:
+            raise ValueError(f"qk_norm: expected {name} on {qkv.device}, got {affine.device}")
     if rotary is not None:
         rotary.check(qkv)
     if qk_norm_backend(qkv, rotary).backend == "triton":

@@ -44,6 +44,7 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
     validate.prefix(op, "width", width, weight.shape[0])
     validate.operands(op, x=x, weight=weight)
     validate.vectors(op, x, weight=(weight, weight.shape[0]))
+    validate.chosen_rows(op, x, rows)
     if rms_norm_backend(x).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 

@@ -81,6 +81,8 @@ class Rotary:
                 f"Rotary: expected sin and cos {[qkv.shape[0], qkv.shape[3]]}, got {list(self.sin.shape)} "
                 f"and {list(self.cos.shape)}"
             )
+        if self.sin.device != qkv.device or self.cos.device != qkv.device:
+            raise ValueError(f"Rotary: expected sin and cos on {qkv.device}, got {self.sin.device}")
 
     def turn(self, qkv: Tensor) -> Tensor:
         """Turn queries and keys of `[tokens, 3, heads, head_dim]`; in fp32 if the angles are.

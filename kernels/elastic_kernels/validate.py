@@ -16,6 +16,12 @@ def prefix(op: str, name: str, value: int, largest: int) -> None:
         raise ValueError(f"{op}: expected {name} in 1..{largest}, got {value}")
 
 
+def matrix(op: str, x: Tensor) -> None:
+    """Raise ValueError unless `x` is a matrix of packed tokens."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: expected x [tokens, width], packed as x.flatten(0, 1), got {list(x.shape)}")
+
+
 def one_of(op: str, name: str, value: str, names: Iterable[str]) -> None:
     """Raise ValueError unless a value is one of the names."""
     if value not in names:
@@ -72,7 +78,7 @@ def operands(op: str, **tensors: Tensor | None) -> None:
 def vectors(op: str, x: Tensor, **expected: tuple[Tensor | None, int]) -> None:
     """Raise ValueError unless given tensors are vectors of the expected lengths, on the device of `x`.
 
-    A kernel would read beyond a shorter one.
+    A kernel would read beyond a shorter one, and other entries of one with another stride than 1.
     """
     for name, (tensor, length) in expected.items():
         if tensor is None:
@@ -81,6 +87,20 @@ def vectors(op: str, x: Tensor, **expected: tuple[Tensor | None, int]) -> None:
             raise ValueError(f"{op}: expected {name} [{length}], got {list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"{op}: expected {name} on {x.device}, got {tensor.device}")
+        if tensor.stride(0) != 1 and length > 1:
+            raise ValueError(
+                f"{op}: expected {name} of stride 1, as contiguous() gives, got {tensor.stride(0)}"
+            )
+
+
+def chosen_rows(op: str, x: Tensor, rows: Tensor | None) -> None:
+    """Raise ValueError unless `rows` are indices of rows of a matrix `x`, or None."""
+    if rows is None:
+        return
+    if x.dim() != 2 or rows.dtype != torch.int64 or rows.dim() != 1:
+        got = f"{rows.dtype} {list(rows.shape)} and {list(x.shape)}"
+        raise ValueError(f"{op}: expected rows int64 [kept] of x [tokens, width], got {got}")
+    vectors(op, x, rows=(rows, rows.shape[0]))
 
 
 def branch_rows(op: str, x: Tensor, residual: Tensor, rows: Tensor | None, row_scale: Tensor | None) -> None:

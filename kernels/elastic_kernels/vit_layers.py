@@ -78,7 +78,7 @@ class ElasticRotaryAttention(ElasticAttention):
     """Self-attention with the first heads, perhaps with norms of queries and keys and a rotary embedding.
 
     Args:
-        width, head_dim, qkv_bias, heads, scale: as of `ElasticAttention`.
+        width, head_dim, qkv_bias, heads, scale, proj_bias: as of `ElasticAttention`.
         qk_norm: "layer" or "rms", over the channels of each head, or None.
         eps: of these norms.
 
@@ -98,10 +98,11 @@ class ElasticRotaryAttention(ElasticAttention):
         *,
         heads: int | None = None,
         scale: Scale = "offset",
+        proj_bias: bool = True,
         qk_norm: str | None = None,
         eps: float = 1e-6,
     ):
-        super().__init__(width, head_dim, qkv_bias, heads=heads, scale=scale)
+        super().__init__(width, head_dim, qkv_bias, heads=heads, scale=scale, proj_bias=proj_bias)
         if qk_norm not in (None, "layer", "rms"):
             raise ValueError(f"qk_norm: expected 'layer', 'rms' or None, got {qk_norm!r}")
         kind = ElasticRMSNorm if qk_norm == "rms" else ElasticLayerNorm

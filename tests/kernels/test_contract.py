@@ -76,10 +76,16 @@ def test_scale_of_the_other_modules(scale: Scale) -> None:
     linear = ek.ElasticLinear(12, 3, scale=scale).double()
     x = draw(2, 4)
     torch.testing.assert_close(linear(x), s * x @ linear.weight[:, :4].T + linear.bias)
-    swin = ek.ElasticSwinBlock(12, 24, 4, 2, 1, scale=scale).double()
-    small = ek.ElasticSwinBlock(4, 8, 4, 2, 1, scale=None).double()
-    small.load_state_dict(swin.static_state(4))
-    torch.testing.assert_close(small(draw(9, 4), [(1, 3, 3)]), swin(draw(9, 4), [(1, 3, 3)]))
+    (first,) = ek.elastic_head_mlps(x, [[(linear.weight, linear.bias), (draw(2, 3), None)]], scale=scale)
+    torch.testing.assert_close(
+        first, (1.0 if scale is None or scale == "offset" else scale) * F.gelu(linear(x)) @ draw(2, 3).T
+    )
+    swin = ek.ElasticSwinBlock(12, 24, 4, 2, 1, heads=5, scale=scale).double()
+    torch.nn.init.normal_(swin.attn.relative_position_bias_table)
+    sizes = {"hidden": 7, "heads": 2}
+    small = ek.ElasticSwinBlock(5, 7, 4, 2, 1, heads=2, scale=None).double()
+    small.load_state_dict(swin.static_state(5, **sizes))
+    torch.testing.assert_close(small(draw(9, 5), [(1, 3, 3)]), swin(draw(9, 5), [(1, 3, 3)], **sizes))
     resnet = ek.ElasticBottleneck(6, 12, 6, 2, scale=scale).double()
     small = ek.ElasticBottleneck(6, 4, 6, 2, scale=None).double()
     small.load_state_dict(resnet.static_state(4))

@@ -83,32 +83,55 @@ def test_block(kind: str, timm: Any) -> None:
         torch.testing.assert_close(elastic(x.flatten(0, 1), [(2, TOKENS)], **options).view_as(x), expected)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_dinov2_with_registers(gated: bool, timm: Any) -> None:
-    options = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU} if gated else {}
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": C, "depth": 2, "num_heads": 4, "reg_tokens": 4}
-    vit = timm.models.VisionTransformer(**sizes, init_values=0.5, no_embed_class=True, **options).eval()
-    images = torch.randn(2, 3, 32, 32)
-    x = vit._pos_embed(vit.patch_embed(images))
-    shape, x = x.shape, x.flatten(0, 1)
-    assert shape[1] == 16 + 5
-    for block in vit.blocks:
-        x = ek.elastic_block_from_timm(block, scale=None)(x, [shape[:2]])
-    torch.testing.assert_close(vit.norm(x.view(shape)), vit.forward_features(images))
+def sliced_into(narrow: nn.Module, full: nn.Module, gated: bool) -> None:
+    """A whole network's first channels: those of blocks as `corner`, of all else the last axis or the first."""
+    with torch.no_grad():
+        for name, parameter in narrow.named_parameters():
+            whole = full.get_parameter(name)
+            if not name.startswith("blocks."):
+                axis = 0 if name.startswith("patch_embed") else -1
+                parameter.copy_(whole.narrow(axis, 0, parameter.shape[axis]))
+            else:
+                parameter.copy_(corner(name.split(".", 2)[2], whole, parameter, gated))
 
 
-def test_a_vit_with_rotary_embedding(timm: Any) -> None:
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": C, "depth": 2, "num_heads": 2}
-    kinds = {"use_rot_pos_emb": True, "rope_type": "dinov3", "use_abs_pos_emb": False, "qkv_bias": False}
-    kinds |= {"num_reg_tokens": 4, "init_values": 0.5, "rope_rotate_half": True, "qkv_fused": True}
-    vit = timm.models.eva.Eva(**sizes, **kinds, use_post_transformer_norm=True).eval()
-    images = torch.randn(2, 3, 32, 32)
-    x, rope = vit._pos_embed(vit.patch_embed(images))
-    shape, x = x.shape, x.flatten(0, 1)
-    rotary = ek.Rotary.of_sequences(*rope.chunk(2, -1), prefix=5, count=2, halves=True)
-    for block in vit.blocks:
-        x = ek.elastic_block_from_timm(block, scale=None)(x, [shape[:2]], rotary=rotary)
-    torch.testing.assert_close(vit.norm(x.view(shape)), vit.forward_features(images))
+@pytest.mark.parametrize("kind", ["plain", "gated", "rotary"])
+def test_a_network_of_timm_and_its_prefixes(kind: str, timm: Any) -> None:
+    """Four registers: a DINOv2, one with a gate, and one with a rotary embedding, against sliced ones."""
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "init_values": 0.5}
+    gate = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU} if kind == "gated" else {}
+    plain = {"reg_tokens": 4, "no_embed_class": True, **gate}
+    turned = {"use_rot_pos_emb": True, "rope_type": "dinov3", "use_abs_pos_emb": False, "qkv_bias": False}
+    turned |= {"num_reg_tokens": 4, "rope_rotate_half": True, "use_post_transformer_norm": True}
+
+    def network(width: int) -> nn.Module:
+        sized = sizes | {"embed_dim": width, "num_heads": width // DIM}
+        if kind == "rotary":
+            return timm.models.eva.Eva(**sized, **turned).double().eval()
+        return timm.models.VisionTransformer(**sized, **plain).double().eval()
+
+    torch.manual_seed(0)
+    full, images = network(C), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.uniform_(-0.5, 0.5)
+    blocks = [ek.elastic_block_from_timm(block, scale=None) for block in full.blocks]
+    for width in (C, 16):
+        narrow = network(width)
+        sliced_into(narrow, full, kind == "gated")
+        x, rope = narrow.patch_embed(images), None
+        x = narrow._pos_embed(x)
+        if kind == "rotary":
+            x, rope = x
+        shape, options = x.shape, {}
+        assert shape == (2, 16 + 5, width)
+        if rope is not None:
+            angles = rope.double().chunk(2, -1)
+            options = {"rotary": ek.Rotary.of_sequences(*angles, prefix=5, count=2, halves=True)}
+        y = x.flatten(0, 1)
+        for block in blocks:
+            y = block(y, [shape[:2]], **options)
+        torch.testing.assert_close(narrow.norm(y.view(shape)), narrow.forward_features(images))
 
 
 def test_parameters_are_shared(timm: Any) -> None:
@@ -125,3 +148,10 @@ def test_parts_that_an_elastic_block_lacks(timm: Any) -> None:
         ek.elastic_block_from_timm(block)
     with pytest.raises(ValueError, match="expected no norm, got LayerNorm"):
         ek.elastic_block_from_timm(eva(timm, C, scale_attn_inner=True))
+    block = made(timm, "dinov2", C)
+    block.attn.register_parameter("sink", nn.Parameter(torch.zeros(4)))
+    with pytest.raises(ValueError, match="a block whose parameters are all known, got Block"):
+        ek.elastic_block_from_timm(block)
+    for make in (ek.elastic_block_from_timm, ek.elastic_block_from_vit):
+        with pytest.raises(ValueError, match="expected a pre-norm .*, got ResPostBlock"):
+            make(timm.models.vision_transformer.ResPostBlock(C, 4))

@@ -13,6 +13,7 @@ import torch
 from elastic_kernels import backend, dispatch, packed_attention
 from elastic_kernels.attention import attention_backend
 from elastic_kernels.triton_ops.device import precision
+from helpers.kernels.fullgraph_cases import CASES
 
 KERNELS = Path(__file__).parent.parent.parent / "kernels"
 QKV = torch.zeros(4, 3, 2, 16)
@@ -134,5 +135,6 @@ def test_tf32_is_used_where_pytorch_uses_it(setting: str, value: object, expecte
 def test_report() -> None:
     done = python("import runpy; runpy.run_module('elastic_kernels', run_name='__main__')")
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "triton", "xformers", "device", "packed_attention", "elastic_linear"):
-        assert word in done.stdout
+    operators = {case.partition(" ")[0] for case in CASES if case[0].islower()} - {"relative_position_bias"}
+    for word in ("torch", "triton", "xformers", "device", "FusedAdamW", "render_crops", *operators):
+        assert f"{word} " in done.stdout, word

@@ -65,3 +65,10 @@ def test_wrong_widths(widths: Tensor, message: str) -> None:
         ek.mixed_width_linear(torch.zeros(3, 4), torch.zeros(4, 4), None, widths, widths)
     with pytest.raises(ValueError, match=r"x \[rows, 4\], got \[3, 5\]"):
         ek.mixed_width_linear(torch.zeros(3, 5), torch.zeros(4, 4), None, widths, widths)
+
+
+@pytest.mark.parametrize("scale", ["offset", 0.5])
+def test_widths_beyond_the_largest_count_as_the_largest(scale: Scale) -> None:
+    block, x = modern(scale).double(), draw(3, 24)
+    most, more = (torch.full((3,), width) for width in (24, 30))
+    assert torch.equal(*(ek.mixed_width_block(block, x, [(1, 3)], widths) for widths in (most, more)))

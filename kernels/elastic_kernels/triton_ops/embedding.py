@@ -228,7 +228,9 @@ class EmbeddingFunction(torch.autograd.Function):
         masks: list[Tensor | None],
         resizings: list[Tensor | None],
     ) -> Tensor:
-        first = cls_token if registers is None else torch.cat([cls_token, registers], 1)
+        first = cls_token.contiguous() if registers is None else torch.cat([cls_token, registers], 1)
+        positions = positions.contiguous()
+        mask_token = None if mask_token is None else mask_token.contiguous()
         masks = [None if mask is None else mask.contiguous().view(torch.uint8) for mask in masks]
         token = None if mask_token is None else mask_token[0]
         ctx.save_for_backward(positions, mask_token)

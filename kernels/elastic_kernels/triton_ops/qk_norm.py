@@ -244,6 +244,7 @@ class QkNormFunction(torch.autograd.Function):
         halves: bool,
     ) -> Tensor:
         qkv = unit_stride(qkv)
+        weight, bias = (None if affine is None else affine.contiguous() for affine in (weight, bias))
         ctx.save_for_backward(qkv, weight, sin, cos)
         ctx.options = (eps, halves, bias is not None)
         return ops.qk_norm_fwd(qkv, weight, bias, sin, cos, eps, halves)

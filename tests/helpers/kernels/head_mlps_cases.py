@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import backend, elastic_head_mlps
+from elastic_kernels.linear import Scale
 from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 WIDTH = 24
 DEPTHS = {3: [(40, 32), (48, 40), (16, 48)], 1: [(33, 32)]}  # layers of an MLP: its shapes
 
 
-def assert_accurate(rows: int, dtype: torch.dtype, device: str = "cpu") -> None:
+def assert_accurate(rows: int, dtype: torch.dtype, device: str = "cpu", scale: Scale = "offset") -> None:
     """Outputs and gradients of an MLP with biases, of one without, and of single layers."""
     chains = [(DEPTHS[3], True), (DEPTHS[1], True), (DEPTHS[3], False)]
     shapes = [shape for chain, _ in chains for shape in chain]
@@ -30,7 +31,7 @@ def assert_accurate(rows: int, dtype: torch.dtype, device: str = "cpu") -> None:
             [(next(weights), next(biases) if biased else None) for _ in chain] for chain, biased in chains
         ]
         with backend(name):
-            ys = elastic_head_mlps(leaves[0], mlps)
+            ys = elastic_head_mlps(leaves[0], mlps, scale=scale)
         dys = [draw(*y.shape[::-1], seed=5).t().to(y) for y in ys]
         return [y.detach() for y in ys] + list(torch.autograd.grad(ys, leaves, dys))
 

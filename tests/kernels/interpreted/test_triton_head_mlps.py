@@ -13,7 +13,7 @@ from helpers.kernels.numerics import DTYPES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [7, 0])
 def test_outputs_and_gradients(rows: int, dtype: torch.dtype) -> None:
-    assert_accurate(rows, dtype)
+    assert_accurate(rows, dtype, scale=0.5 if dtype == torch.float16 else "offset")
 
 
 def test_layers_that_do_not_fit_are_refused() -> None:
