@@ -67,16 +67,16 @@ def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -
     if heads is not None and heads.dtype != torch.int64:
         raise ValueError(f"packed_attention: expected heads int64 [{qkv.shape[0]}], got {heads.dtype}")
     validate.vectors("packed_attention", qkv, heads=(heads, qkv.shape[0]))
+    covered = qkv.shape[0] if isinstance(groups, Tensor) else sum(class_sizes(groups))
+    if covered != qkv.shape[0]:
+        raise ValueError(
+            f"packed_attention: groups {list(groups)} cover {covered} tokens, qkv has {qkv.shape[0]}"
+        )
     if heads is not None and attention_backend(qkv, groups, qkv.shape[-1]).backend != "triton":
         present = torch.arange(qkv.shape[2], device=qkv.device) < heads.unsqueeze(1)
         qkv, heads = qkv.where(present[:, None, :, None], 0), None
     if isinstance(groups, Tensor):
         return _by_offsets(qkv, groups, heads)
-    covered = sum(class_sizes(groups))
-    if covered != qkv.shape[0]:
-        raise ValueError(
-            f"packed_attention: groups {list(groups)} cover {covered} tokens, qkv has {qkv.shape[0]}"
-        )
     choice = attention_backend(qkv, groups, qkv.shape[-1]).backend
     if choice == "triton":
         from elastic_kernels.triton_ops.attention import AttentionFunction
@@ -90,7 +90,8 @@ def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -
 
 def class_sizes(groups: Sequence[tuple[int, int]]) -> list[int]:
     """Tokens of each length class. Raises ValueError unless these are pairs."""
-    if any(not isinstance(group, (tuple, list)) or len(group) != 2 for group in groups):
+    pairs = isinstance(groups, (tuple, list)) and all(isinstance(g, (tuple, list)) for g in groups)
+    if not pairs or any(len(group) != 2 for group in groups):
         raise ValueError(f"groups: expected [(count, length), ...] or a tensor of offsets, got {groups}")
     return [count * length for count, length in groups]
 

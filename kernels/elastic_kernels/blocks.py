@@ -226,11 +226,10 @@ class ElasticSwinBlock(nn.Module):
             head_dim=attn.head_dim, eps=self.norm1.eps, kept=first, inplace=inplace, heads=heads,
             scale=attn.scale,
         )  # fmt: skip
-        weights, options = (
-            _mlp_weights(self.norm2, self.mlp, None),
-            {"hidden": hidden, "scale": self.mlp.scale},
-        )
-        return elastic_mlp_half(x, weights, eps=self.norm2.eps, kept=second, inplace=True, **options)
+        return elastic_mlp_half(
+            x, _mlp_weights(self.norm2, self.mlp, None),
+            eps=self.norm2.eps, kept=second, inplace=True, hidden=hidden, scale=self.mlp.scale,
+        )  # fmt: skip
 
     def static_state(
         self, width: int, *, hidden: int | None = None, heads: int | None = None
@@ -355,8 +354,10 @@ def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlo
         >>> block(torch.randn(10, 32), [(2, 5)]).shape
         torch.Size([10, 32])
     """
-    if "Post" in type(block).__name__:
-        raise ValueError(f"elastic_block_from_vit: expected a pre-norm block, got {type(block).__name__}")
+    if any(word in type(block).__name__ for word in ("Post", "RelPos")):
+        raise ValueError(
+            f"elastic_block_from_vit: expected a plain pre-norm block, got {type(block).__name__}"
+        )
     attn, mlp = block.attn, block.mlp
     for owner, name in ((attn, "q_norm"), (attn, "k_norm"), (attn, "norm"), (mlp, "norm")):
         part = getattr(owner, name, None)

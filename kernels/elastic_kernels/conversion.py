@@ -56,7 +56,10 @@ def elastic_block_from_timm(block: Any, *, scale: Scale = "offset") -> ElasticPr
     elastic = ElasticPreNormBlock(_norm(block.norm1), attn, _norm(block.norm2), mlp, *scales)
     ours, theirs = (sum(p.numel() for p in module.parameters()) for module in (elastic, block))
     if ours not in (theirs, theirs + attn.qkv.out_features // 3):  # timm has no bias of keys
-        raise ValueError(f"{OP}: expected a block whose parameters are all known, got {block}")
+        names = {name for name, _ in block.named_parameters()} - {
+            name for name, _ in elastic.named_parameters()
+        }
+        raise ValueError(f"{OP}: expected no other parameters, got {', '.join(sorted(names))}")
     return elastic
 
 
@@ -116,7 +119,7 @@ def _attention(attn: Any, scale: Scale) -> ElasticRotaryAttention:
         )
     _linear(elastic.qkv, weight, bias)
     _linear(elastic.proj, attn.proj.weight, attn.proj.bias)
-    if not isinstance(attn.q_norm, nn.Identity):
+    if not isinstance(getattr(attn, "q_norm", None), nn.Identity | None):
         elastic.q_norm, elastic.k_norm = _norm(attn.q_norm), _norm(attn.k_norm)
     return elastic
 

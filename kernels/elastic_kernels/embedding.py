@@ -92,6 +92,8 @@ def elastic_embedding(
     masks, resizings = masks or [None] * groups, resizings or [None] * groups
     validate.prefix(op, "width", width, weights.weight.shape[0])
     validate.operands(op, **{f"crops {i}": c for i, c in enumerate(crops)}, weight=weights.weight)
+    for crop in crops:
+        _check_images(op, crop, weights.weight)
     if weights.mask_token is None and any(mask is not None for mask in masks):
         raise ValueError("mask: expected None for a ViT without a mask token, got a mask")
     if linear_backend(op, crops[0]).backend == "triton":
@@ -103,6 +105,13 @@ def elastic_embedding(
         return EmbeddingFunction.apply(y, *weights[2:], weights.prefix, sizes, list(masks), list(resizings))
     parts = zip(crops, masks, resizings, strict=True)
     return torch.cat([_reference(*part, weights, width).flatten(0, 1) for part in parts])
+
+
+def _check_images(op: str, images: Tensor, weight: Tensor) -> None:
+    channels, side = weight.shape[1], weight.shape[-1]
+    if images.dim() != 4 or images.shape[1] != channels or images.shape[2] % side or images.shape[3] % side:
+        got = list(images.shape)
+        raise ValueError(f"{op}: expected images [B, {channels}, H, W], sides multiples of {side}, got {got}")
 
 
 def _patches(crops: Sequence[Tensor], side: int) -> Tensor:
@@ -133,6 +142,7 @@ def _reference(
 
 def patch_embedding(op: str, images: Tensor, weight: Tensor, bias: Tensor, width: int) -> Tensor:
     """`[B, channels, H, W]` -> `[B, patches, width]`, with a prefix of the weight and bias."""
+    _check_images(op, images, weight)
     if linear_backend(op, images).backend == "triton":
         patches = _patches([images], weight.shape[-1])
         y = elastic_linear(patches, weight.flatten(1), bias, out_features=width, scale=None)

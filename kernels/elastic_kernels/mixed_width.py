@@ -87,7 +87,7 @@ def mixed_width_stacked(
         raise ValueError(f"{op}: expected x [rows, {weight.shape[1]}], got {list(x.shape)}")
     validate.operands(op, x=x, weight=weight, bias=bias)
     validate.vectors(op, x, bias=(bias, weight.shape[0]))
-    _check_widths(op, x, widths=widths, out_widths=out_widths)
+    check_widths(op, x, widths=widths, out_widths=out_widths)
     factors = row_factors(scale, weight.shape[1], widths, torch.promote_types(x.dtype, torch.float32))
     if linear_backend(op, x).backend == "triton":
         from elastic_kernels.triton_ops.mixed_width import MixedWidthFunction
@@ -147,9 +147,11 @@ def mixed_width_rms_norm(x: Tensor, weight: Tensor, eps: float, widths: Tensor) 
 
 
 def _row_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, widths: Tensor) -> Tensor:
+    check_widths(op, x, widths=widths)
+    if x.shape[1] != weight.shape[0]:
+        raise ValueError(f"{op}: expected x [rows, {weight.shape[0]}], got {list(x.shape)}")
     validate.operands(op, x=x, weight=weight, bias=bias)
     validate.vectors(op, x, weight=(weight, x.shape[1]), bias=(bias, x.shape[1]))
-    _check_widths(op, x, widths=widths)
     if rms_norm_backend(x, op).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
@@ -178,8 +180,11 @@ def beyond(widths: Tensor, largest: int) -> Tensor:
     return torch.arange(largest, device=widths.device) >= widths.unsqueeze(1)
 
 
-def _check_widths(op: str, x: Tensor, **widths: Tensor) -> None:
+def check_widths(op: str, x: Tensor, **widths: Tensor) -> None:
+    """Raise ValueError unless there are integers for each row of a matrix `x`."""
+    validate.matrix(op, x)
     for name, tensor in widths.items():
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"{op}: expected {name} int64 [{x.shape[0]}], got {tensor.dtype}")
-    validate.vectors(op, x, **{name: (tensor, x.shape[0]) for name, tensor in widths.items()})
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        if kind != torch.int64:
+            raise ValueError(f"{op}: expected {name} int64 [{x.shape[0]}], got {kind}")
+    validate.vectors(op, x, **{name: (tensor.contiguous(), x.shape[0]) for name, tensor in widths.items()})

@@ -13,6 +13,7 @@ from elastic_kernels.attention import Groups, packed_attention
 from elastic_kernels.blocks import ElasticBlock
 from elastic_kernels.mixed_width import (
     beyond,
+    check_widths,
     mixed_width_layer_norm,
     mixed_width_linear,
     mixed_width_rms_norm,
@@ -136,6 +137,10 @@ def mixed_width_block(
         >>> mixed_width_block(ElasticBlock(32, 64, 16), torch.randn(10, 32), [(2, 5)], widths).shape
         torch.Size([10, 32])
     """
+    op = "mixed_width_block"
+    if not isinstance(block, ElasticBlock | ElasticPreNormBlock):
+        raise TypeError(f"{op}: expected an ElasticBlock or ElasticPreNormBlock, got {type(block).__name__}")
+    check_widths(op, x, widths=widths)
     x = x.masked_fill(beyond(widths, x.shape[1]), 0)
     h = mixed_width_attention(block.attn, _norm(block.norm1, x, widths), groups, widths, heads, rotary)
     x = x + _scaled(block.ls1, h).to(x.dtype)

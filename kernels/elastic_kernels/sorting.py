@@ -150,8 +150,10 @@ def sort_hidden(mlp: ElasticMLP | ElasticSwiGLU, order: Tensor) -> None:
 
 
 def _check(order: Tensor, count: int) -> None:
-    if order.shape != (count,) or not order.sort().values.equal(torch.arange(count, device=order.device)):
-        raise ValueError(f"order: expected a permutation of 0..{count - 1}, got {order.tolist()}")
+    whole = torch.arange(count, device=order.device)
+    if order.shape != whole.shape or order.dtype != torch.int64 or not order.sort().values.equal(whole):
+        got = f"{order.flatten()[:8].tolist()}{'...' if order.numel() > 8 else ''}, {order.dtype}"
+        raise ValueError(f"order: expected a permutation of 0..{count - 1} in int64, got {got}")
 
 
 def _permute(parameter: Tensor | None, order: Tensor, axis: int = 0) -> None:

@@ -12,7 +12,7 @@ from elastic_kernels import dispatch
 
 def prefix(op: str, name: str, value: int, largest: int) -> None:
     """Raise ValueError unless `1 <= value <= largest`."""
-    if not 1 <= value <= largest:
+    if isinstance(value, (float, str)) or not 1 <= value <= largest:
         raise ValueError(f"{op}: expected {name} in 1..{largest}, got {value}")
 
 
@@ -35,8 +35,8 @@ def share(op: str, name: str, value: int | None, weight: Tensor, groups: int, wi
     """
     most, largest = weight.shape[0] // groups, weight.shape[1]
     if value is None:
-        value, rest = divmod(most * width, largest)
-        if rest:
+        value = most * width // largest  # not `divmod`, which torch.compile lacks for symbolic widths
+        if value * largest != most * width:
             raise ValueError(f"{op}: expected {name}, or a width that is a share of {largest}, got {width}")
     prefix(op, name, value, most)
     return value
@@ -49,8 +49,8 @@ def heads(op: str, value: int | None, weight: Tensor, head_dim: int, width: int)
         shape = tuple(weight.shape)
         raise ValueError(f"{op}: expected qkv_weight [3 * heads * {head_dim}, C], got {shape}")
     if value is None:
-        value, rest = divmod(most * width, largest * head_dim)
-        if rest:
+        value = most * width // (largest * head_dim)
+        if value * largest * head_dim != most * width:
             raise ValueError(
                 f"{op}: expected heads, or a width whose part of {most} channels is a multiple of head_dim "
                 f"{head_dim}, got {width}"
@@ -98,7 +98,7 @@ def chosen_rows(op: str, x: Tensor, rows: Tensor | None) -> None:
     if rows is None:
         return
     if x.dim() != 2 or rows.dtype != torch.int64 or rows.dim() != 1:
-        got = f"{rows.dtype} {list(rows.shape)} and {list(x.shape)}"
+        got = f"{rows.dtype} {list(rows.shape)} and x {list(x.shape)}"
         raise ValueError(f"{op}: expected rows int64 [kept] of x [tokens, width], got {got}")
     vectors(op, x, rows=(rows, rows.shape[0]))
 

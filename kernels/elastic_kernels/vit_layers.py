@@ -245,6 +245,8 @@ class ElasticConv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor, out_channels: int | None = None) -> Tensor:
         """`[N, in, H, W]` -> `[N, out_channels, H, W]`, by default all."""
+        if x.dim() != 4:
+            raise ValueError(f"ElasticConv1x1: expected x [N, in, H, W], got {list(x.shape)}")
         weight = self.weight.flatten(1)
         y = elastic_linear(
             x.permute(0, 2, 3, 1), weight, self.bias, out_features=out_channels, scale=self.scale

@@ -206,6 +206,51 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "window bias": (lambda: window_half(size=3), ValueError, r"bias \[1 or more, 9, 9\], got \(1, 4, 4\)"),
     "shift": (lambda: window_half(shift=2), ValueError, "a shift in 0..1, got 2"),
     "module": (lambda: ek.ElasticAttention(40, 16), ValueError, "multiple of head_dim 16, got 40"),
+    "batches": (
+        lambda: ek.ElasticBlock(32, 64, 16)(X[None], [(1, 4)]),
+        ValueError,
+        r"x \[tokens, width\], packed as x.flatten\(0, 1\), got \[1, 4, 16\]",
+    ),
+    "lengths": (
+        lambda: ek.packed_attention(X.view(4, 1, 1, 16).expand(4, 3, 1, 16), [2, 2]),  # type: ignore[list-item]
+        ValueError,
+        r"groups: expected \[\(count, length\), ...\] or a tensor of offsets, got \[2, 2\]",
+    ),
+    "float": (
+        lambda: ek.elastic_linear(X, W, out_features=16.0),  # type: ignore[arg-type]
+        ValueError,
+        r"out_features in 1\.\.32, got 16.0",
+    ),
+    "gather": (
+        lambda: ek.elastic_layer_norm(X[None], *NORM, 1e-6, rows=INDEX[:, 0]),
+        ValueError,
+        r"rows int64 \[kept\] of x \[tokens, width\], got torch.int64 \[4\] and x \[1, 4, 16\]",
+    ),
+    "stride": (
+        lambda: ek.elastic_rms_norm(X, NORM[0], 1e-6, rows=INDEX[:, 0]),
+        ValueError,
+        "stride 1, .* got 2",
+    ),
+    "images": (
+        lambda: ek.ElasticPatchEmbed(4, 8)(torch.zeros(2, 3, 10, 8), 8),
+        ValueError,
+        r"images \[B, 3, H, W\], sides multiples of 4, got \[2, 3, 10, 8\]",
+    ),
+    "maps of channels": (
+        lambda: ek.ElasticConv1x1(8, 8)(torch.zeros(3, 2, 2)),
+        ValueError,
+        r"\[N, in, H, W\]",
+    ),
+    "widths": (
+        lambda: ek.mixed_width_block(ek.ElasticBlock(16, 32, 16), X, [(1, 4)], [16] * 4),  # type: ignore[arg-type]
+        ValueError,
+        r"mixed_width_block: expected widths int64 \[4\], got list",
+    ),
+    "kind": (
+        lambda: ek.mixed_width_block(nn.Linear(1, 1), X, [(1, 4)], INDEX[:, 0]),  # type: ignore[arg-type]
+        TypeError,
+        "an ElasticBlock or ElasticPreNormBlock, got Linear",
+    ),
     "students": (lambda: prototypes([]), ValueError, "one or two students, got 0"),
     "student": (lambda: prototypes([X, X[:3]]), ValueError, r"student 1 \(4, 16\), got \(3, 16\)"),
     "student dtype": (
