@@ -21,6 +21,7 @@ from elastic_kernels.mixed_width import (
 )
 from elastic_kernels.mlp import gated
 from elastic_kernels.modules import ElasticAttention, ElasticLayerNorm, ElasticMLP, LayerScale
+from elastic_kernels.qk_norm import qk_norm
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.vit_layers import (
     ElasticPreNormBlock,
@@ -71,6 +72,8 @@ def mixed_width_attention(
     h = h.unflatten(-1, (-1, attn.head_dim))
     if isinstance(attn, ElasticRotaryAttention):
         h = attn.before_attention(h, rotary)
+    elif rotary is not None:
+        h = qk_norm(h, rotary=rotary)
     h = packed_attention(h, groups, heads)
     return mixed_width_linear(h, attn.proj.weight, attn.proj.bias, channels, widths, scale=attn.scale)
 

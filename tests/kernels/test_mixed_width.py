@@ -41,7 +41,7 @@ def test_block(scale: Scale, kind: str, free: bool) -> None:
         if free
     }
     angles = {key: ek.Rotary.of_grid(1, 2, 4, prefix=1, count=n) for key, n in (("one", 1), ("all", 3))}
-    rotary = [{"rotary": angles[n]} if kind == "modern" else {} for n in ("one", "all")]
+    rotary = [{"rotary": angles[n]} for n in ("one", "all")]
     together = ek.mixed_width_block(block, torch.cat(parts), [(3, 3)], widths, **tensors, **rotary[1])
     alone = [
         block(part[:, :width], [(1, 3)], **size, **rotary[0])
