@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,4 +50,11 @@ def test_page_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     heads = sum(s.width // 16 for s in poa.Run(trained).config.method.backbone.space)
     text = (tmp_path / "a.html").read_text()
     assert text.count("<figure") == 1 + 4 + heads and "attention, head 0" in text
+    assert main([*page[:-1], "--prototypes", "3"]) == 0
+    text = (tmp_path / "a.html").read_text()
+    used = [
+        int(count) for count in re.findall(r"prototype \d+: nearest of (\d+) images", text.replace(",", ""))
+    ]
+    assert text.count("<figure") == 3 * 8 and used == sorted(used, reverse=True) and 3 <= sum(used) <= 1797
+    assert "expected one of --images FILE and --prototypes N" in fails(capsys, *page[:-1])
     assert "pictures: expected images, got" in fails(capsys, *page, str(tmp_path / "none.png"))

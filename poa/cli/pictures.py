@@ -6,10 +6,13 @@ import argparse
 from pathlib import Path
 
 from poa.checkpoint import RunFolder
-from poa.cli.arguments import Command, add_subnets, add_weights
+from poa.cli.arguments import Command, add_subnets, add_weights, number
 from poa.embedding.nearest import require_page
 from poa.embedding.pictures import write_pictures
+from poa.embedding.prototypes import prototypes_page
+from poa.errors import InputError
 from poa.export import load
+from poa.files import write_text
 
 
 def add_pictures(group: argparse._SubParsersAction[Command]) -> None:
@@ -18,16 +21,28 @@ def add_pictures(group: argparse._SubParsersAction[Command]) -> None:
     )
     add_subnets(command, default=["all"])
     add_weights(command)
-    command.add_argument("--images", nargs="+", required=True, metavar="FILE", help="images to look at")
-    command.add_argument("--out", help="page to write (default: RUN/pictures.html)")
+    command.add_argument("--images", nargs="+", metavar="FILE", help="images to look at")
+    command.add_argument(
+        "--prototypes",
+        type=number(int, "[1, 1e6]"),
+        metavar="N",
+        help="instead show the images of the run that are nearest to the N prototypes used most",
+    )
+    command.add_argument("--out", help="page to write (default: RUN/pictures.html, or RUN/prototypes.html)")
     command.set_defaults(command=run_pictures)
 
 
 def run_pictures(options: argparse.Namespace) -> None:
     folder = RunFolder(Path(options.run))
     subnets = folder.config().method.backbone.space.named(options.subnets)
-    out = Path(options.out or folder.path / "pictures.html")
+    if bool(options.images) == bool(options.prototypes):
+        raise InputError("pictures: expected one of --images FILE and --prototypes N")
+    out = Path(options.out or folder.path / ("pictures.html" if options.images else "prototypes.html"))
     require_page(out, "--out")
+    if options.prototypes:
+        write_text(out, prototypes_page(folder, options.prototypes, options.step))
+        print(out)
+        return
     models = [load(folder.path, subnet, branch=options.branch, step=options.step) for subnet in subnets]
     write_pictures(models, options.images, out)
     print(out)

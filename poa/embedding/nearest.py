@@ -83,18 +83,22 @@ class Nearest:
 
     def add(self, source: ImageSource, positions: Sequence[int], cls: Tensor) -> None:
         """Look at more images: positions in a source, and their class tokens, `[images, C]` on the CPU."""
-        similarities, order = (self._features @ F.normalize(cls, dim=1).T).topk(min(self.count, len(cls)))
+        similarities, order = self.similarities(cls).topk(min(self.count, len(cls)))
         for neighbours, values, columns in zip(
             self.neighbours, similarities.tolist(), order.tolist(), strict=True
         ):
             new = [Neighbour(value, source, positions[i]) for value, i in zip(values, columns, strict=True)]
             neighbours[:] = heapq.nlargest(self.count, [*neighbours, *new], key=lambda n: n.similarity)
 
+    def similarities(self, cls: Tensor) -> Tensor:
+        """Of the queries and class tokens `[images, C]`: `[queries, images]`."""
+        return self._features @ F.normalize(cls, dim=1).T
+
     def page(self) -> str:
         """HTML: a row for each query, nearest first."""
         shown = (picture_of(query, self._channels) for query in self.queries)
         rows = "".join(
-            f"<div>{figure_of(pixels, name, 'query')}{''.join(map(_neighbour, neighbours))}</div>"
+            f"<div>{figure_of(pixels, name, 'query')}{figure_row(neighbours)}</div>"
             for pixels, name, neighbours in zip(shown, self._names(), self.neighbours, strict=True)
         )
         return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{rows}</html>\n"
@@ -132,6 +136,11 @@ def picture_of(query: Picture, channels: int) -> np.ndarray:
         return to_pixels(query, SIDE, channels=channels)
     with open_regular(query) as file:
         return decode(file, SIDE, channels=channels)
+
+
+def figure_row(neighbours: Sequence[Neighbour]) -> str:
+    """HTML of neighbours side by side."""
+    return "".join(map(_neighbour, neighbours))
 
 
 def _neighbour(neighbour: Neighbour) -> str:

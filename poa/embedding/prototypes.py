@@ -1,0 +1,70 @@
+"""The images nearest to prototypes: what the heads of a run tell apart without labels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from poa.checkpoint import RunFolder
+from poa.embedding.embed import embed
+from poa.embedding.nearest import STYLE, Nearest, figure_row
+from poa.errors import InputError
+from poa.export import ExportedModel
+from poa.export.folder import load
+from poa.heads import ProjectionHeads
+from poa.network import Network
+
+
+class PrototypeImages(Nearest):
+    """For each prototype of the last head the images with the largest logits, as they pass by.
+
+    Args:
+        heads: of a run, on the CPU.
+        count: images of each.
+
+    Attributes:
+        used: int64 `[prototypes]`, of how many images each has the largest logit.
+    """
+
+    def __init__(self, heads: ProjectionHeads, count: int = 8):
+        self.heads, self.count = heads, count
+        self.used = torch.zeros(heads.config.prototypes[-1], dtype=torch.int64)
+        self.neighbours = []
+
+    def begin(self, model: ExportedModel) -> None:
+        self.neighbours = [[] for _ in self.used]
+
+    def similarities(self, cls: Tensor) -> Tensor:
+        logits = self.heads(cls)[-1].float()
+        self.used += torch.bincount(logits.argmax(1), minlength=len(self.used))
+        return logits.T
+
+    def rows(self, most: int) -> str:
+        """HTML: a row for each of so many prototypes, those of most images first."""
+        order = self.used.argsort(descending=True, stable=True)[:most].tolist()
+        titles = [f"prototype {i}: nearest of {self.used[i]:,} images" for i in order]
+        return "".join(
+            f"<h4>{title}</h4>{figure_row(self.neighbours[i])}"
+            for title, i in zip(titles, order, strict=True)
+        )
+
+
+def prototypes_page(folder: RunFolder, most: int, step: int | None = None, data: str | None = None) -> str:
+    """HTML of the images of a run nearest to its prototypes, as the intact teacher sees them.
+
+    Args:
+        folder: of the run.
+        most: prototypes to show.
+        step: of the checkpoint; default the newest.
+        data: images; default those of the run.
+
+    Raises:
+        InputError: a fine-tuned run, which has no prototypes; or as `embed`.
+    """
+    network, _ = folder.network("teacher", step)
+    if not isinstance(network, Network):
+        raise InputError("--prototypes: expected a run of pre-training, got a fine-tuned one")
+    nearest = PrototypeImages(network.head)
+    embed(load(folder.path, step=step), data or folder.config().data.source, nearest=nearest)
+    head = f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>"
+    return f"{head}{nearest.rows(most)}</html>\n"
