@@ -77,6 +77,20 @@ def test_programs_take_any_number_of_images(name: str, tmp_path: Path) -> None:
         assert float((program.module()(images) - model(images)).abs().max()) < 1e-5
 
 
+def test_files_of_other_weights_do_not_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backbone = tiny_config().method.backbone.build()
+    folder = extract(backbone, backbone.space.smallest, tmp_path, CropsConfig())
+    for name in ("model.onnx", "model.int8.onnx", "model.fp16.pt2", "mine.onnx"):
+        (folder / name).write_bytes(b"")
+    poa.load(folder).save(folder)
+    assert len(list(folder.iterdir())) == 6 and not caplog.records
+    extract(trained(backbone), backbone.space.smallest, tmp_path, CropsConfig())
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "mine.onnx", "model.safetensors"]
+    assert [record.getMessage() for record in caplog.records][2:] == [
+        f"{folder / 'model.fp16.pt2'}: removed, it was made of other weights"
+    ]
+
+
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])
 def test_a_wrong_export_is_refused(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "onnx":

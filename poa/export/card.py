@@ -9,13 +9,13 @@ from pathlib import Path
 from poa.checkpoint import RunFolder
 from poa.errors import InputError, one_line, optional_package
 from poa.evaluate import accuracies, number_format
-from poa.export.model import ExportedModel
+from poa.export.model import CONFIG, MADE_OF_WEIGHTS, WEIGHTS, ExportedModel
 from poa.files import write_text
 from poa.report import evaluations
 from poa.version import VERSION
 
 CARD = "README.md"
-PUSHED = (CARD, "config.json", "model*.safetensors", "model*.onnx", "model*.pt2")
+PUSHED = (CARD, CONFIG, WEIGHTS, *MADE_OF_WEIGHTS)
 
 TIMM = """
 In [timm](https://github.com/huggingface/pytorch-image-models), where `FOLDER` is this folder:

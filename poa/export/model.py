@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,15 @@ from poa.classifier import Classifier
 from poa.data.crops import CropsConfig
 from poa.data.preprocessing import Picture, Preprocessing
 from poa.errors import ExportError, InputError, optional_package
-from poa.files import make_folder, sealed, write_bytes, write_json
+from poa.files import make_folder, read_json, sealed, write_bytes, write_json
 from poa.options import to_dict
 from poa.subnets import Subnet
 from poa.weights import load_strictly
 
+log = logging.getLogger("poa")
 FORMAT = "poa-model-2"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MADE_OF_WEIGHTS = ("model*.onnx", "model*.pt2")  # files of other runtimes in a model's folder
 HEAD = "head"  # name of classifiers of networks that timm has not
 TOLERANCE = 1e-5  # largest difference of a model's forward from the elastic subnet's, fp32, relative to 1
 
@@ -131,6 +135,8 @@ class ExportedModel(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write the model as it is now, so that `load` and timm give it again.
 
+        Files of other runtimes there that were made of other weights are removed, with a warning.
+
         Args:
             folder: made as needed.
 
@@ -147,9 +153,20 @@ class ExportedModel(nn.Module):
         make_folder(folder, "save")
         content = tensor_bytes(self.exported_state(), metadata={"format": "pt"})
         info = self.info | {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
+        _remove_outdated(folder, info["sha256"])
         write_json(folder / CONFIG, sealed(_for_timm(self) | {"poa": info}))
         write_bytes(folder / WEIGHTS, content)
         return folder
+
+
+def _remove_outdated(folder: Path, sha256: str) -> None:
+    """Remove what was made of a model of other weights in its folder."""
+    before = sha256
+    with suppress(InputError, LookupError, TypeError):  # none, or damaged
+        before = read_json(folder / CONFIG, "model")["poa"]["sha256"]
+    for file in (file for pattern in MADE_OF_WEIGHTS if before != sha256 for file in folder.glob(pattern)):
+        file.unlink()
+        log.warning("%s: removed, it was made of other weights", file)
 
 
 def _for_timm(model: ExportedModel) -> dict[str, Any]:
