@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from poa.backbones import Backbone
@@ -157,6 +159,20 @@ def read_windows(
         shape = (len(targets), len(crops.mean), size, size)
         images = np.memmap(file, np.uint8, "r", shape=shape)
     return Windows(images, torch.stack(targets), placed, crops)
+
+
+@contextmanager
+def open_png(path: Path) -> Iterator[Image.Image]:
+    """A PNG; for other files Pillow may start programs, and pipes are waited for.
+
+    Raises:
+        Fault: it is none.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
+            yield picture
+    except UnidentifiedImageError:
+        raise Fault("targets that are no PNG") from None
 
 
 def _read(pair: Pair, channels: int, left_out: LeftOut) -> tuple[Tensor, Tensor] | None:

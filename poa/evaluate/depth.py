@@ -18,14 +18,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from poa.backbones import Backbone
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
-from poa.evaluate.dense import DenseConfig, Pair, Windows, fit_layer, read_windows, to_maps
+from poa.evaluate.dense import DenseConfig, Fault, Pair, Windows, fit_layer, open_png, read_windows, to_maps
 from poa.evaluate.protocol import OfFolder, folder_protocol
+from poa.files import open_regular
 from poa.options import option
 from poa.subnets import Subnet
 
@@ -58,11 +58,15 @@ def depth_pairs(part: Path) -> list[Pair]:
 
 def _read_depth(stem: Path) -> np.ndarray:
     if (file := stem.parent / f"{stem.name}.npy").exists():
-        depth = np.load(file, allow_pickle=False).astype(np.float32)
+        with open_regular(file) as opened:
+            depth = np.load(opened, allow_pickle=False).astype(np.float32)
     else:
-        with Image.open(stem.parent / f"{stem.name}.png") as picture:
+        with open_png(stem.parent / f"{stem.name}.png") as picture:
             depth = np.asarray(picture).astype(np.float32) / 1000
-    return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
+    known = np.isfinite(depth) & (depth > 0)
+    if not known.any():
+        raise Fault("targets without a depth")
+    return np.where(known, depth, np.float32(0))
 
 
 def patch_means(depths: Tensor, side: int) -> Tensor:

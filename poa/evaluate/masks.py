@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from poa.errors import InputError, as_input
-from poa.evaluate.dense import Fault, Pair
+from poa.evaluate.dense import Fault, Pair, open_png
 from poa.files import read_json
 
 IGNORED = 255
@@ -42,7 +41,8 @@ def mask_pairs(folder: Path) -> tuple[list[list[Pair]], int]:
     if not names.is_file():
         expected = f"{names} with a class on each line, or the layout of ADE20K or of COCO's panoptic masks"
         raise InputError(f"--segmentation: expected {expected}, got none of them")
-    classes = len(names.read_text(encoding="utf-8").splitlines())
+    with as_input(f"{names}: expected a class on each line"):
+        classes = len(names.read_text(encoding="utf-8").splitlines())
     if not 2 <= classes < IGNORED:
         raise InputError(f"{names}: expected 2 to {IGNORED - 1} classes, got {classes}")
     return [_own(folder / part, classes) for part in ("train", "val")], classes
@@ -56,11 +56,11 @@ def _own(part: Path, classes: int) -> list[Pair]:
 
 
 def _numbers(path: Path, classes: int) -> np.ndarray:
-    with Image.open(path) as file:
+    with open_png(path) as file:
         mask = np.asarray(file)
     if ((mask >= classes) & (mask != IGNORED)).any():
         raise Fault(f"masks with classes above {classes - 1}")
-    return mask.astype(np.uint8)
+    return _known(mask.astype(np.uint8))
 
 
 def _ade(folder: Path, part: str) -> list[Pair]:
@@ -73,11 +73,11 @@ def _ade(folder: Path, part: str) -> list[Pair]:
 
 def _from_one(path: Path) -> np.ndarray:
     """Classes are numbered from 1 in the file; 0 becomes 255."""
-    with Image.open(path) as file:
+    with open_png(path) as file:
         mask = np.asarray(file)
     if (mask > ADE_CLASSES).any():
         raise Fault(f"masks with classes above {ADE_CLASSES}")
-    return mask.astype(np.uint8) - np.uint8(1)
+    return _known(mask.astype(np.uint8) - np.uint8(1))
 
 
 def _coco(folder: Path, files: Sequence[Path]) -> tuple[list[list[Pair]], int]:
@@ -100,7 +100,7 @@ def _coco(folder: Path, files: Sequence[Path]) -> tuple[list[list[Pair]], int]:
 
 
 def _panoptic(path: Path, segments: Sequence[Mapping[str, Any]], index: Mapping[int, int]) -> np.ndarray:
-    with Image.open(path) as file:
+    with open_png(path) as file:
         numbers = np.asarray(file.convert("RGB")).astype(np.int64) @ np.array([1, 256, 65536])
     mask = np.full(numbers.shape, IGNORED, np.uint8)
     for segment in segments:
@@ -108,4 +108,11 @@ def _panoptic(path: Path, segments: Sequence[Mapping[str, Any]], index: Mapping[
             raise Fault("masks with categories outside the list")
         if not segment.get("iscrowd"):
             mask[numbers == segment["id"]] = index[segment["category_id"]]
+    return _known(mask)
+
+
+def _known(mask: np.ndarray) -> np.ndarray:
+    """The mask, which has a class somewhere."""
+    if (mask == IGNORED).all():
+        raise Fault("masks without a class")
     return mask

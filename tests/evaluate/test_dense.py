@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -161,19 +162,25 @@ def test_layouts_are_read_as_they_come(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
-    write_scenes(tmp_path, 6)
+    write_scenes(tmp_path, 9)
     masks = tmp_path / "train" / "masks"
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(masks / "0.png")
     Image.fromarray(np.full((24, 24), 2, np.uint8)).save(masks / "1.png")
     (masks / "2.png").unlink()
+    Image.fromarray(np.full((24, 24), IGNORED, np.uint8)).save(masks / "3.png")
+    (masks / "4.png").unlink()
+    os.mkfifo(masks / "4.png")  # of which a reader would wait for ever
+    (masks / "5.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")  # for which Pillow would start a program
     (tmp_path / "train" / "images" / "notes.txt").write_text("no picture")
     left_out = LeftOut()
     train, val, classes, _ = open_scenes(tmp_path, CROPS, SegmentationConfig(), left_out)
-    assert (len(train.images), len(val.images), classes) == (3, 6, 2)
+    assert (len(train.images), len(val.images), classes) == (3, 9, 2)
     for counted in (
         "1 targets of another size",
         "1 masks with classes above 1",
-        "2 images or targets that cannot",
+        "3 images or targets that cannot",
+        "1 masks without a class",
+        "1 targets that are no PNG",
     ):
         assert counted in str(left_out)
     assert "notes.txt" in str(left_out)
