@@ -8,6 +8,7 @@ were used least recently are deleted. What fails is tried again for a minute.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import json
 import logging
@@ -34,6 +35,8 @@ URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 BLOCK = 1 << 18  # bytes
 AHEAD = 16  # blocks that are fetched with the one that a reader from front to back asks for
 PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0)  # seconds before another attempt
+PATIENCE = 60.0  # seconds after which there is none
+SILENCE = 30.0  # seconds in which a web server sends nothing
 SAID_AFTER = 1.5  # seconds without an answer
 SWEEP_EVERY = 64  # blocks that are written between looks at the size of the cache
 REFUSALS = {*range(400, 500)} - {408, 425, 429}  # HTTP statuses that stay the same when one asks again
@@ -224,10 +227,17 @@ def _system(url: str) -> tuple[Any, str]:
     try:
         import fsspec  # type: ignore[import-untyped]
 
-        system, path = fsspec.core.url_to_fs(url)
+        options = {"client_kwargs": {"timeout": _timeout()}} if url.startswith("http") else {}
+        system, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise InputError(f"data: expected what reads {url} to be installed, got: {one_line(error)}") from None
     return system, path
+
+
+def _timeout() -> Any:
+    """Of aiohttp, whose own is five minutes for a whole answer."""
+    aiohttp = importlib.import_module("aiohttp")
+    return aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -285,7 +295,7 @@ def _persistently(ask: Callable[[], T], url: str) -> T:
             text = f"{type(error).__name__}: {one_line(error)}"
             if _status(error) in REFUSALS:
                 raise PermissionError(f"{url}: {text}") from None
-            if pause is None:
+            if pause is None or time.perf_counter() - start > PATIENCE:
                 raise DataError(f"data: expected an answer about {url}, got for a minute: {text}") from None
             if not said and time.perf_counter() - start > SAID_AFTER:
                 log.warning("no answer about %s, asking again for a minute: %s", url, text)
