@@ -11,6 +11,7 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import pytest
 
 from helpers import processes
@@ -163,6 +164,13 @@ def test_images_of_an_s3_server(
         ):
             with pytest.raises(InputError, match=re.escape(message)):
                 open_data(f"s3://{name}", 0.25, 0)
+        for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(variable)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+        with pytest.raises(InputError, match="got s3://images: NoCredentialsError"):
+            open_data("s3://images", 0.25, 0)
     finally:
         server.stop()
     assert not slept

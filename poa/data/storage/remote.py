@@ -40,6 +40,7 @@ SILENCE = 30.0  # seconds in which a web server sends nothing
 SAID_AFTER = 1.5  # seconds without an answer
 SWEEP_EVERY = 64  # blocks that are written between looks at the size of the cache
 REFUSALS = {*range(400, 500)} - {408, 425, 429}  # HTTP statuses that stay the same when one asks again
+UNSIGNED = ("NoCredentialsError", "PartialCredentialsError")  # of botocore: nobody is logged in
 VERSIONS = (
     *("ETag", "etag", "LastModified", "last_modified", "mtime", "generation", "blob_id", "created"),
     *("Last-Modified", "Content-MD5", "Digest"),  # of web servers
@@ -293,7 +294,7 @@ def _persistently(ask: Callable[[], T], url: str) -> T:
             raise
         except Exception as error:  # of whatever package reads such URLs
             text = f"{type(error).__name__}: {one_line(error)}"
-            if _status(error) in REFUSALS:
+            if _status(error) in REFUSALS or type(error).__name__ in UNSIGNED:
                 raise PermissionError(f"{url}: {text}") from None
             if pause is None or time.perf_counter() - start > PATIENCE:
                 raise DataError(f"data: expected an answer about {url}, got for a minute: {text}") from None
