@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import elastic_kernels
 from elastic_kernels import backend
@@ -18,3 +19,19 @@ def test_every_public_name_is_tried_or_is_no_operator() -> None:
 def test_compiled_equals_eager(case: str) -> None:
     with backend("reference"):
         assert_compiles(case)
+
+
+@torch.no_grad()
+def test_one_graph_serves_every_width() -> None:
+    torch._dynamo.reset()
+    block, graphs = elastic_kernels.ElasticBlock(64, 96, 16, gate=True), []
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counted)
+    for width in (32, 48, 64):
+        x = torch.randn(10, width)
+        torch.testing.assert_close(compiled(x, [(2, 5)]), block(x, [(2, 5)]))
+    assert len(graphs) <= 2  # another of the largest, whose scale is 1

@@ -211,7 +211,8 @@ def _add_branch(
     if not inplace or x.stride(-1) != 1:
         return layer.forward_residual(branch, unit_stride(x), index, row_scale)
     layer.add_to(x, branch, index, row_scale)
-    ctx.mark_dirty(x)
+    if layer.spec.trains or not torch.compiler.is_compiling():  # whose graphs of inference have no context
+        ctx.mark_dirty(x)
     return x
 
 
