@@ -121,6 +121,7 @@ OUTPUTS = [
         ["embed", "RUN", "digits", "--out", "x.npz", "--query", "file", "--page", "RUN/config.json"],
         "--page: expected a name that ends in .html, got ",
     ),
+    (["data", "check", "digits", "--run", "RUN", "--channels", "1"], "--channels: expected the 3 of "),
     (["embed", "file", "digits", "--out", "x.npz", "--step", "1"], "file: expected a run with a step or"),
     (["report", "no"], "run: expected a run folder, got no: no config.json"),
     (["report", "RUN", "--record", "RUN/config.json"], "--record: expected a new file, or an older one of"),

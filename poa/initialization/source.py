@@ -238,6 +238,8 @@ def _require_floats(state: Mapping[str, Tensor], name: str) -> None:
             raise InputError(
                 f"{name}: {key}: expected one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}"
             )
+        if not tensor.isfinite().all():
+            raise InputError(f"{name}: {key}: expected finite weights, got NaN or inf")
 
 
 @torch.no_grad()
