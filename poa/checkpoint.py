@@ -125,6 +125,11 @@ class RunFolder:
         return self.path / "unreadable.jsonl"
 
     @property
+    def finetuning(self) -> Path:
+        """The options of fine-tuning."""
+        return self.path / "finetune.json"
+
+    @property
     def _store(self) -> Path:
         return self.path / "checkpoints"
 

@@ -56,6 +56,9 @@ def test_all_subnets_have_classifiers_that_are_scored_and_extracted(
     assert model.classes == [str(i) for i in range(10)]
     about = json.loads((tmp_path / "vit-16x1/config.json").read_text())
     assert about["num_classes"] == 10 and about["label_names"] == model.classes
+    card = (tmp_path / "vit-16x1/README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "digits: top-1 |" in card
+    assert "| fine-tuning | 1.5 epochs of 64 images a step and rank, 10% of the labels |" in card
     assert "--initial: expected a run of pre-training" in fails(
         capsys, "evaluate", str(tuned), "--initial", "--out", str(tmp_path / "e.json")
     )

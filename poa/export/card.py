@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from poa.checkpoint import RunFolder
-from poa.errors import InputError, one_line, optional_package
+from poa.errors import InputError, as_input, one_line, optional_package
 from poa.evaluate import accuracies, number_format
 from poa.export.model import CONFIG, MADE_OF_WEIGHTS, WEIGHTS, ExportedModel
-from poa.files import write_text
+from poa.files import read_json, write_text
 from poa.report import evaluations
 from poa.version import VERSION
 
@@ -36,6 +36,11 @@ model = poa.load("FOLDER")
 feature = model("photo.jpg")
 ```
 """
+CLASSIFY = """
+```python
+logits = model.classify("photo.jpg")  # of model.classes
+```
+"""
 
 
 def write_card(model: ExportedModel, folder: Path, run: RunFolder, licence: str) -> Path:
@@ -51,11 +56,14 @@ def write_card(model: ExportedModel, folder: Path, run: RunFolder, licence: str)
 def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iterator[str]:
     config, pixels, subnet = run.config(), model.preprocess, model.subnet
     method = config.method
-    yield f"---\nlibrary_name: timm\nlicense: {json.dumps(licence)}\npipeline_tag: image-feature-extraction"
-    yield "tags:\n- image-feature-extraction\n- self-supervised\n- timm\n- poa\n---\n"
+    task = "image-classification" if model.classes else "image-feature-extraction"
+    yield f"---\nlibrary_name: timm\nlicense: {json.dumps(licence)}\npipeline_tag: {task}"
+    yield f"tags:\n- {task}\n- self-supervised\n- timm\n- poa\n---\n"
     yield f"# {name}\n"
-    yield f"A {model.config.kind} for image features, one of {len(method.backbone.space)} networks of one"
-    yield "self-supervised pre-training run ([POA](https://arxiv.org/abs/2408.01031)).\n"
+    use = f"to tell {len(model.classes)} classes of images apart" if model.classes else "for image features"
+    yield f"A {model.config.kind} {use}, one of {len(method.backbone.space)} networks of one"
+    tuned = ", fine-tuned" if model.classes else ""
+    yield f"self-supervised pre-training run ([POA](https://arxiv.org/abs/2408.01031)){tuned}.\n"
     facts = {
         "network": f"{subnet}, {model.info['params']:,} parameters",
         "GFLOPs": f"{model.config.flops(subnet) / 1e9:.3g} an image",
@@ -65,6 +73,7 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
         "trained on": Path(config.data.source).name,
         "training": f"{method.optim.epochs:g} epochs of {method.batch_size} images a step and rank, "
         f"seed {method.seed}",
+        **({"fine-tuning": _fine_tuning(run), "classes": ", ".join(model.classes)} if model.classes else {}),
         "weights": Path(model.info["source"]).name,
         "written by": f"poa {VERSION}",
     }
@@ -78,9 +87,20 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
     ]
     yield from _table(("of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
     yield "\n## How to use it"
-    yield (TIMM if model.config.timm_model() else "") + USE
+    yield (TIMM if model.config.timm_model() else "") + USE + (CLASSIFY if model.classes else "")
     yield "## Licence\n"
     yield f"{licence}\n" if licence != "other" else "Not stated.\n"
+
+
+def _fine_tuning(run: RunFolder) -> str:
+    """The settings of fine-tuning in words."""
+    wanted = f"{run.finetuning}: expected the options of fine-tuning"
+    with as_input(wanted):
+        options = read_json(run.finetuning, wanted)
+        return (
+            f"{options['epochs']:g} epochs of {options['batch_size']} images a step and rank, "
+            f"{options['share']:.0%} of the labels"
+        )
 
 
 def _without_place(about: str) -> str:

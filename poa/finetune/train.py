@@ -217,7 +217,7 @@ class Trainer:
             self.folder.forget_metrics_after(self.first)
             return
         self.folder.create(self.config)
-        write_json(self.folder.path / "finetune.json", asdict(self.options))
+        write_json(self.folder.finetuning, asdict(self.options))
         self.folder.keep_beginning(lines, {})
 
     def train(self) -> None:
