@@ -239,8 +239,13 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
 
 def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     names = ", ".join(protocol.name for protocol in PROTOCOLS)
+    owned = [(p.name, p.folder.options) for p in PROTOCOLS if p.folder]
+    parts = ["\n".join([f"options of --{name}:", *_described(options)]) for name, options in owned]
     command = group.add_parser(
-        "evaluate", help=f"measure the accuracy of subnets on held-out images: {names}"
+        "evaluate",
+        help=f"measure the accuracy of subnets on held-out images: {names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n\n".join(parts),
     )
     add_subnets(command, "run, extracted model, or timm:NAME of timm's models", default=["all"])
     add_weights(command)

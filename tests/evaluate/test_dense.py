@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -227,3 +228,5 @@ def test_a_run_and_its_model_are_scored(
     assert "expected" in fails(capsys, *asked, "--segmentation", str(tmp_path))
     wrong = fails(capsys, *asked, "--segmentation", str(scenes), "step=1")
     assert "unknown option 'step'; did you mean 'steps'?" in wrong
+    if find_spec("torchvision") is None:
+        assert "pip install 'poa-pretrain[detection]'" in fails(capsys, *asked, "--detection", str(scenes))
