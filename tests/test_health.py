@@ -26,6 +26,18 @@ HEALTHY = {
     "feature_std.elastic": 0.6,
 }
 
+HUNDRED_STEPS = [
+    "method.batch_size=32",
+    "method.crops.local_count=2",
+    "method.loss.ibot=0",
+    "method.optim.epoch_steps=20",
+    "method.optim.epochs=5",
+    "method.optim.warmup_epochs=1",
+    "run.evaluate_every=0",
+    "run.device=cpu",
+]
+"""Of the demonstration, with fewer images."""
+
 
 def alarms(folder: Path) -> list[tuple[int, str]]:
     return [(row["step"], row["alarm"]) for row in RunFolder(folder).rows() if "alarm" in row]
@@ -98,9 +110,7 @@ def test_a_wrong_temperature_raises_its_alarm(
     """The demonstration's run with another temperature, within 100 steps."""
     names = ("teacher_temperature", "teacher_temperature_start")
     changes = [f"method.optim.{name}={temperature}" for name in names]
-    options = ["method.optim.epochs=4.8", "method.optim.warmup_epochs=1", "method.loss.ibot=0"]
-    options += ["run.evaluate_every=0"]
-    pretrain(override(preset("quickstart"), [*changes, *options, "run.device=cpu"]), tmp_path / "run")
+    pretrain(override(preset("quickstart"), [*changes, *HUNDRED_STEPS]), tmp_path / "run")
     raised = alarms(tmp_path / "run")
     assert expected in [name for _, name in raised]
     assert min(step for step, name in raised if name == expected) <= 100
@@ -111,14 +121,7 @@ def test_a_wrong_temperature_raises_its_alarm(
 @pytest.mark.parametrize("targets", ["sinkhorn", "centering"])
 def test_a_healthy_run_raises_none(targets: str, tmp_path: Path) -> None:
     """The beginning of the demonstration's run, as long as wrong temperatures need to raise theirs."""
-    changes = [
-        "method.optim.epochs=4.8",
-        "method.loss.ibot=0",
-        "method.optim.warmup_epochs=1",
-        f"method.loss.targets={targets}",
-        "run.evaluate_every=0",
-        "run.device=cpu",
-    ]
+    changes = [*HUNDRED_STEPS, f"method.loss.targets={targets}"]
     pretrain(override(preset("quickstart"), changes), tmp_path / "run")
     assert alarms(tmp_path / "run") == []
 

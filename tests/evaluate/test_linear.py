@@ -131,14 +131,14 @@ def test_several_processes_find_the_same(
 ) -> None:
     out = tmp_path / "run"
     assert main(["pretrain", "--out", str(out), *OVERRIDES, "run.save_every=6"]) == 0
-    evaluate = ["evaluate", str(out), "--linear", "--subnets", "16x1", "32x2"]
+    evaluate = ["evaluate", str(out), "--linear", "--subnets", "32x2"]
     capsys.readouterr()
-    monkeypatch.setattr(linear_module, "FEWEST_STEPS", 500)
+    monkeypatch.setattr(linear_module, "FEWEST_STEPS", 200)
     assert main(evaluate) == 0
     printed = capsys.readouterr().out
     assert "linear" in printed.split("subnet", 1)[1].splitlines()[0]
     alone = json.loads((out / "evaluation.json").read_text())
-    program = "from poa.evaluate import linear; linear.FEWEST_STEPS = 500\n"
+    program = "from poa.evaluate import linear; linear.FEWEST_STEPS = 200\n"
     done = processes.run(3, "-c", f"{program}from poa.__main__ import main; main({evaluate})")
     together = json.loads((out / "evaluation.json").read_text())
     assert [d[1] for d in done[1:]] == ["", ""]
@@ -149,4 +149,4 @@ def test_several_processes_find_the_same(
         assert ours["knn"] == theirs["knn"]
         assert len(ours["linear"]) == 52 if ours["depth"] > 1 else 26
         assert ours["linear"][0]["accuracy"] == pytest.approx(theirs["linear"][0]["accuracy"], abs=0.005)
-        assert ours["linear"][0]["accuracy"] > 0.6
+        assert ours["linear"][0]["accuracy"] > 0.5

@@ -81,10 +81,10 @@ def test_half_teacher_logits_beside_fp32_students() -> None:
     assert_accurate(CASES["prime"], torch.float32, torch.float16)
 
 
-@pytest.mark.parametrize("students", [1, 2])
-def test_gradients_of_fp32_inputs_are_not_rounded_to_half_operands(students: int) -> None:
-    """At the size of the paper's largest head, where they are near 1e-9."""
-    assert_gradients_are_not_rounded(Case(12, 65_536, 32, students=students), torch.float16)
+@pytest.mark.parametrize(("students", "prototypes"), [(1, 4_096), (2, 65_536)])
+def test_gradients_of_fp32_inputs_are_not_rounded_to_half_operands(students: int, prototypes: int) -> None:
+    """At the size of the paper's largest head they are near 1e-9."""
+    assert_gradients_are_not_rounded(Case(12, prototypes, 32, students=students), torch.float16)
 
 
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
