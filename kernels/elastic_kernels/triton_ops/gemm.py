@@ -52,7 +52,11 @@ def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.con
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Launch settings of a product: a tile of `block_m` x `block_n`, reduced in steps of `block_k`."""
+    """Launch settings of a product: a tile of `block_m` x `block_n`, reduced in steps of `block_k`.
+
+    A forward's tile may have columns `beside` it, in an accumulator of their own, as sizes are powers of two;
+    then two blocks share a processor.
+    """
 
     block_m: int
     block_n: int
@@ -60,18 +64,25 @@ class GemmConfig:
     warps: int
     stages: int
     group_m: int = 8
+    beside: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of a tile."""
+        return self.block_n + self.beside
 
 
 Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu"]
 
 # Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
-# 256 columns (one block a processor), elsewhere 128. Products with a GELU keep 128 there: of two blocks a
-# processor, one hides its epilogue behind the other's loop.
+# 256 columns (one block a processor), elsewhere 128. Products with a GELU have two blocks there, of which one
+# hides its epilogue behind the other's loop: forward tiles of 192 columns, as with 128 L2 would be the limit.
 _FP32 = GemmConfig(64, 32, 32, warps=4, stages=1)  # exact products run on the plain units, from registers
 _HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least an architecture has
 _HALF_WIDE = GemmConfig(128, 256, 64, warps=8, stages=4)
-_NOT_WIDE = ("gelu", "dgrad_gelu")
+_HALF_GELU = GemmConfig(128, 128, 32, warps=8, stages=4, beside=64)
 WIDE_WASTE = 1.15  # a wide tile is taken while at most this much is computed in vain
+TWO_BLOCKS = 128  # registers of a thread, of blocks of 8 warps of which two share a processor
 
 
 @lru_cache
@@ -79,10 +90,9 @@ def gemm_config(form: Form, columns: int, itemsize: int, capability: tuple[int, 
     """Settings for a result of so many columns, on a GPU of a compute capability."""
     if itemsize == 4:
         return _FP32
-    wide = cdiv(columns, _HALF_WIDE.block_n) * _HALF_WIDE.block_n <= WIDE_WASTE * columns
-    if capability == (9, 0) and wide and form not in _NOT_WIDE:
-        return _HALF_WIDE
-    return _HALF
+    wide = {"gelu": _HALF_GELU, "dgrad_gelu": _HALF}.get(form, _HALF_WIDE)
+    fits = cdiv(columns, wide.columns) * wide.columns <= WIDE_WASTE * columns
+    return wide if capability == (9, 0) and fits else _HALF
 
 
 # What runs a product of one matrix without a fusion, and why. Not timed on a GPU yet: the cost model puts
@@ -109,9 +119,10 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: 
 
 
 def launch_options(config: GemmConfig) -> dict[str, int]:
+    beside = {"BESIDE": config.beside, "maxnreg": TWO_BLOCKS} if config.beside else {}
     return {
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
-        "GROUP_M": config.group_m, "num_warps": config.warps, "num_stages": config.stages,
+        "GROUP_M": config.group_m, "num_warps": config.warps, "num_stages": config.stages, **beside,
     }  # fmt: skip
 
 
@@ -125,7 +136,11 @@ _CANDIDATES = (
     GemmConfig(64, 128, 64, warps=4, stages=4),
     GemmConfig(64, 256, 64, warps=4, stages=4),
 )
-_TUNABLES = {form: Tunable(form, lambda *shape: _CANDIDATES) for form in get_args(Form)}
+_FORWARD_CANDIDATES = (*_CANDIDATES, _HALF_GELU)
+_TUNABLES = {
+    form: Tunable(form, lambda *shape, c=_CANDIDATES if "dgrad" in form else _FORWARD_CANDIDATES: c)
+    for form in get_args(Form)
+}
 
 
 def config_for(form: Form, x: Tensor, columns: int, inner: int) -> GemmConfig:

@@ -5,13 +5,12 @@
                out[rows] = residual[rows] + row_scale * gamma * y
     dgrad      dx = s sum_g (dy[g] * gamma) W[g]                     optionally * act'(u), and act(u) again
 
-Weights are read in place: a pointer, strides, and run-time sizes. The row choice of stochastic depth is an
-index in the forward's epilogue, and one gathering pass (`branch_grad`) in the backward. Sums over
-rows for bias gradients come out of the kernels that make the gradients.
+Weights are read in place: a pointer, strides, and run-time sizes. A tile may have columns `BESIDE` it. The
+row choice of stochastic depth is an index in the forward's epilogue, and a gathering pass (`branch_grad`) in
+the backward. Sums over rows for bias gradients come out of the kernels that make the gradients.
 
 Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
-y where an activation follows (`activations.py`).
-The weight's gradient is in `linear_wgrad.py`.
+y where an activation follows (`activations.py`). The weight's gradient is in `linear_wgrad.py`.
 """
 
 from __future__ import annotations
@@ -84,21 +83,32 @@ def _linear_fwd_kernel(
     HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BESIDE: tl.constexpr = None,
 ):  # fmt: skip
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    TILE: tl.constexpr = BLOCK_N if BESIDE is None else BLOCK_N + BESIDE
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, TILE), GROUP_M)
     group = tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = pid_n * TILE + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_m, mask_n = offs_m < rows, offs_n < out_features
     x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
-    w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    w_rows = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wk
+    w_ptrs = w_rows + offs_n[None, :] * stride_wn
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BESIDE is not None:
+        offs_b = pid_n * TILE + BLOCK_N + tl.arange(0, BESIDE)
+        beside_ptrs = w_rows + offs_b[None, :] * stride_wn
+        acc_beside = tl.zeros([BLOCK_M, BESIDE], tl.float32)
     for start in range(0, in_features, BLOCK_K):
         mask_k = offs_k < in_features - start
         x = tl.load(x_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = dot(x, w, acc, PRECISION)
+        if BESIDE is not None:
+            w = tl.load(beside_ptrs, mask=mask_k[:, None] & (offs_b < out_features)[None, :], other=0.0)
+            acc_beside = dot(x, w, acc_beside, PRECISION)
+            beside_ptrs += BLOCK_K * stride_wk
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
     places = offs_m.to(tl.int64)
@@ -107,11 +117,15 @@ def _linear_fwd_kernel(
     row_scale = 1.0
     if HAS_ROW_SCALE:
         row_scale = tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE == "residual" else 64)
+    slices = slices_of(
+        acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE == "residual" or BESIDE is not None else 64
+    )
+    if BESIDE is not None:
+        slices += slices_of(acc_beside * scale, BLOCK_M, BESIDE, 32)
     SLICES: tl.constexpr = len(slices)
-    COLUMNS: tl.constexpr = BLOCK_N // SLICES
+    COLUMNS: tl.constexpr = TILE // SLICES
     AHEAD: tl.constexpr = EPILOGUE == "residual" and BLOCK_N > 128  # else other blocks hide the latency
-    first = pid_n * BLOCK_N + tl.arange(0, COLUMNS)
+    first = pid_n * TILE + tl.arange(0, COLUMNS)
     if HAS_BIAS:
         bias_ptr += group * stride_bg
     for part in tl.static_range(SLICES):
@@ -194,15 +208,14 @@ def _fwd(
     index: Tensor | None = None,
     row_scale: Tensor | None = None,
 ) -> None:
-    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`.
-
-    With a `kind` of activation, `u` gets the sums before it."""
+    """Launch the forward of `x` `[rows, k]` with `weight` `[groups, n, k]` into `y`; with a `kind` of
+    activation, `u` gets the sums before it."""
     rows, (groups, out, width) = x.shape[0], weight.shape
     if not rows:
         return
     form: Form = "residual" if residual is not None else "gelu" if kind else "linear"
     config = config_for(form, x, out, width)
-    tiles = cdiv(rows, config.block_m) * cdiv(out, config.block_n)
+    tiles = cdiv(rows, config.block_m) * cdiv(out, config.columns)
     _linear_fwd_kernel[(tiles, groups)](
         x, weight, bias, y, u, residual, gamma, index, row_scale,
         rows, out, width,
@@ -279,12 +292,10 @@ def linear_residual_fwd(
     scale: float,
 ) -> Tensor:
     """`residual` with the branch added to the rows in `index` (or all), as a new tensor."""
-    out = (
-        torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-        if index is None
-        else residual.clone(memory_format=torch.contiguous_format)
-    )
-    source = residual if index is None else out
+    if index is None:
+        source, out = residual, torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    else:
+        source = out = residual.clone(memory_format=torch.contiguous_format)
     _fwd(x, weight, bias, out, scale, residual=source, gamma=gamma, index=index, row_scale=row_scale)
     return out
 

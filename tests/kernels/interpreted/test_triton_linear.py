@@ -96,10 +96,12 @@ def test_both_providers(form: str) -> None:
     compare(CASES["edge-fp32"], form, torch.float32)
 
 
+@pytest.mark.parametrize("tile", [{"block_n": 256}, {"block_n": 64, "beside": 64}], ids=str)
 @pytest.mark.parametrize("form", ["linear-act", "residual-gamma", "mlp-half"])
-def test_wide_tiles(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whose epilogues have four slices, of which 150 columns end in the third."""
-    monkeypatch.setattr(gemm, "_FP32", gemm.GemmConfig(16, 256, 16, warps=4, stages=1))
+def test_wide_tiles(form: str, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose epilogues have several slices, of which 150 columns end in the middle of one."""
+    config = gemm.GemmConfig(block_m=16, block_k=16, warps=4, stages=1, **tile)
+    monkeypatch.setattr(gemm, "_FP32", config)
     compare(Case(17, 150, 150), form, torch.float32)
 
 
