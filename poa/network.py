@@ -94,6 +94,24 @@ class _ReachAll(torch.autograd.Function):
         return dx, *(None,) * ctx.count
 
 
+class _Gathered(torch.autograd.Function):
+    """The identity, whose backward adds the gradient that a leaf has gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor) -> Tensor:
+        ctx.leaf = leaf
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx + ctx.leaf.grad, None
+
+
+def gathered(prototypes: Sequence[Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """The prototypes, whose backward adds the gradients that an earlier one left in leaves."""
+    return [_Gathered.apply(x, leaf) for x, leaf in zip(prototypes, leaves, strict=True)]
+
+
 class Network(nn.Module):
     """A backbone with its projection heads: the teacher is one, the students share another."""
 
@@ -108,6 +126,7 @@ class Network(nn.Module):
         passes: Sequence[StudentPass],
         recompute: bool = False,
         reach_all: bool = False,
+        prototypes: list[Tensor] | None = None,
     ) -> list[StudentOutput]:
         """Run the students, one pass each, of whose losses `backward` is called.
 
@@ -116,8 +135,9 @@ class Network(nn.Module):
             passes: of the students.
             recompute: blocks in the backward.
             reach_all: the backward reaches all parameters, as DDP expects.
+            prototypes: of each head, if they are made already.
         """
-        prototypes = self.head.matrices()
+        prototypes = self.head.matrices() if prototypes is None else prototypes
         if reach_all:
             prototypes[0] = _ReachAll.apply(prototypes[0], *self.parameters())
         with shared_gradients(accumulate=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from poa.errors import InputError
 from poa.health import observe
 from poa.initialization import is_run, read_source
 from poa.micro_batch import AUTOCAST, MicroBatch
-from poa.network import Network, StudentOutput, StudentPass
+from poa.network import Network, StudentOutput, StudentPass, gathered
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
 from poa.random import torch_stream
 from poa.tribranch import Centers, Targets, elastic_loss, intact_loss, teacher_targets, tribranch_loss
@@ -236,9 +236,9 @@ def accumulate_gradients(
     """
     batch, losses, several = micro_batch.batch, config.method.loss, isinstance(model, DistributedDataParallel)
 
-    def run(*passes: StudentPass, reach_all: bool = False) -> list[StudentOutput]:
+    def run(*passes: StudentPass, **options: Any) -> list[StudentOutput]:
         with timed(), autocast(batch.global_crops.device, config.method.precision):
-            return model(batch, passes, config.performance.recompute, reach_all)
+            return model(batch, passes, config.performance.recompute, **options)
 
     def backward(loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         state.scaler.scale(weight * loss).backward()
@@ -249,9 +249,10 @@ def accumulate_gradients(
         return backward(*tribranch_loss(intact, elastic, targets, batch, losses)), [intact, elastic]
     with _reduced_later(model, later=True):
         (intact,) = run(micro_batch.passes[0])
-        values = backward(*intact_loss(intact, targets, batch, losses))
-    intact = intact.detached()
-    (elastic,) = run(micro_batch.passes[1], reach_all=several)
+        prototypes, leaves = intact.prototypes, [p.detach().requires_grad_() for p in intact.prototypes]
+        values = backward(*intact_loss(replace(intact, prototypes=leaves), targets, batch, losses))
+    intact, prototypes = intact.detached(), gathered(prototypes, leaves)
+    (elastic,) = run(micro_batch.passes[1], reach_all=several, prototypes=prototypes)
     others = backward(*elastic_loss(intact, elastic, targets, batch, losses))
     sums = {name: values[name] + others[name] for name in values.keys() & others.keys()}
     return values | others | sums, [intact, elastic]

@@ -317,44 +317,48 @@ def prototype_losses_bwd(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    t: Tensor,
-    log_u: Tensor,
-    index: Tensor,
-    lse: Tensor,
+    t: list[Tensor],
+    log_u: list[Tensor],
+    index: list[Tensor],
+    lse: list[Tensor],
     largest: Tensor,
     tau_s: float,
     tau_t: float,
     dx: Tensor,
     dweight: Tensor,
-    add: bool,
 ) -> None:
-    """Gradients of x and weight for `grad` of the losses, divided by `largest`: fp32.
+    """Write gradients of x and weight for `grad` of the losses, divided by `largest`: fp32.
 
-    That of x is written, as rows `[students * rows, dim]`, that of the weight perhaps added. Of two students
-    `grad` is `[3, rows]`, or `[2, rows]` if the first one's loss has none; so has its x then.
+    Rows of `x` `[students, rows, dim]` are those of the parts, one after the other. Of two students `grad` is
+    `[3, rows]`, or `[2, rows]` if the first one's loss has none; then `dx` is of the second alone.
     """
-    (students, rows, _), (prototypes, dim) = x.shape, weight.shape
-    two, first = students == 2, len(grad) != 2
-    learners = x if first else x[1:]
-    students = len(learners)
-    config = _config(_BWD_TUNABLE, bwd_config(x.dtype.itemsize, capability(x.device)), x[0], weight)
-    width = min(dz_prototypes(rows, students, x.dtype.itemsize), prototypes)
-    dz = torch.empty(students * rows * width, dtype=x.dtype, device=x.device)
+    (_, rows, _), (prototypes, dim) = x.shape, weight.shape
+    learners = x[-len(dx) :].flatten(0, 1)
+    width = min(dz_prototypes(rows, len(dx), x.dtype.itemsize), prototypes)
+    dz = torch.empty(len(learners) * width, dtype=x.dtype, device=x.device)
     for start in range(0, prototypes, width):
         count = min(width, prototypes - start)
         unit = 16 if count % 16 == 0 else 1  # tells the compiler that rows of dz are aligned
-        part = dz[: students * rows * count].view(students, rows, count)
-        _losses_bwd_kernel[(triton.cdiv(rows, config.block_m), triton.cdiv(count, config.block_n))](
-            x[0], x[-1], weight, t, log_u, index, lse, grad, largest, part[0], part[-1],
-            rows, prototypes, start // 128, count // unit, dim,
-            t.stride(0), grad.stride(0),
-            LOG2_E.value / tau_s, LOG2_E.value / tau_t, DZ_SCALE,
-            TWO=two, FIRST=first, TARGETS=index.shape[1], COLUMNS=unit, PRECISION=precision(x),
-            **_launch_options(config),
-        )  # fmt: skip
-        rows_of, columns = part.flatten(0, 1), slice(start, start + count)
-        product_into(dx, rows_of, weight[columns], scale=1 / DZ_SCALE, add=start > 0)
-        product_into(dweight[columns], rows_of.t(), learners.flatten(0, 1), scale=1 / DZ_SCALE, add=add)
+        of_rows = dz[: len(learners) * count].view(len(dx), rows, count)
+        counts = [len(targets) for targets in index]
+        split = (tensor.split(counts, 1) for tensor in (x, of_rows, grad))
+        for x_of, dz_of, g, logits, scaling, targets, sums in zip(*split, t, log_u, index, lse, strict=True):
+            if not len(targets):
+                continue
+            fallback = bwd_config(x.dtype.itemsize, capability(x.device))
+            config = _config(_BWD_TUNABLE, fallback, x_of[0], weight)
+            grid = triton.cdiv(len(targets), config.block_m), triton.cdiv(count, config.block_n)
+            _losses_bwd_kernel[grid](
+                x_of[0], x_of[-1], weight, logits, scaling, targets, sums, g, largest, dz_of[0], dz_of[-1],
+                len(targets), prototypes, start // 128, count // unit, dim,
+                logits.stride(0), grad.stride(0),
+                LOG2_E.value / tau_s, LOG2_E.value / tau_t, DZ_SCALE,
+                TWO=len(x) == 2, FIRST=len(grad) != 2, TARGETS=targets.shape[1], COLUMNS=unit,
+                PRECISION=precision(x), **_launch_options(config),
+            )  # fmt: skip
+        columns, of_rows = slice(start, start + count), of_rows.flatten(0, 1)
+        product_into(dx.flatten(0, 1), of_rows, weight[columns], scale=1 / DZ_SCALE, add=start > 0)
+        product_into(dweight[columns], of_rows.t(), learners, scale=1 / DZ_SCALE)
 
 
 def dz_prototypes(rows: int, students: int, itemsize: int) -> int:
@@ -371,9 +375,8 @@ register(
     ),
 )
 register(
-    "prototype_losses_bwd(Tensor grad, Tensor x, Tensor weight, Tensor t, Tensor log_u, Tensor index,"
-    " Tensor lse, Tensor largest, float tau_s, float tau_t, Tensor(a!) dx, Tensor(b!) dweight, bool add)"
-    " -> ()",
+    "prototype_losses_bwd(Tensor grad, Tensor x, Tensor weight, Tensor[] t, Tensor[] log_u, Tensor[] index,"
+    " Tensor[] lse, Tensor largest, float tau_s, float tau_t, Tensor(a!) dx, Tensor(b!) dweight) -> ()",
     prototype_losses_bwd,
     lambda *arguments: None,
 )

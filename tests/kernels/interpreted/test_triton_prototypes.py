@@ -213,9 +213,9 @@ def test_registered_operators() -> None:
         for keep in (True, False):
             torch.library.opcheck(ops.prototype_losses_fwd, (*arguments, keep), test_utils=checks)
         lse = ops.prototype_losses_fwd(*arguments)
-        results = x.new_zeros(x.shape).flatten(0, 1), torch.zeros_like(shared[0])
-        saved = (x, *shared, lse.nan_to_num(), torch.ones(()))
-        arguments = (torch.ones_like(losses), *saved, TAU_S, TAU_T, *results, False)
+        results, parts = (x.new_zeros(x.shape), torch.zeros_like(shared[0])), (*shared[1:], lse.nan_to_num())
+        saved = (x, shared[0], *([tensor] for tensor in parts), torch.ones(()))
+        arguments = (torch.ones_like(losses), *saved, TAU_S, TAU_T, *results)
         torch.library.opcheck(ops.prototype_losses_bwd, arguments, test_utils=checks)
     t, log_u = inputs["teacher"], inputs["log_scale"]
     table = ops.sinkhorn_table([t])
