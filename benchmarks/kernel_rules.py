@@ -149,12 +149,6 @@ EXCUSES = (
         forms="HEAD_DIM=(80|128)",
     ),
     Excuse(
-        "duplicated warps",
-        "window_attention_bwd",
-        "eight warps share a window's 64 rows; four, which do not spill, were not timed",
-        architectures="sm_80|sm_90|sm_120",
-    ),
-    Excuse(
         "scalar accesses",
         "group_norm_fwd|group_norm_bwd",
         "channels of a group are found by division, and groups of 2 to 8 lie apart",

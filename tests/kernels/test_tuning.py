@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from argparse import Namespace
 from collections import Counter
@@ -258,8 +259,8 @@ def test_every_fallback_can_stand_in_a_table() -> None:
         for part in ((8, 0), (9, 0)):
             config = prototypes.bwd_config(2, part) if way == "bwd" else prototypes.fwd_config(2, 256, part)
             assert config in candidates(f"losses_{way}", 64, 4096, 256)
-        for side in (4, 7):
-            warps = window_attention.window_warps(side, 2, way == "bwd")
+        for side, part in itertools.product((4, 7), ((8, 0), (9, 0), (10, 0))):
+            warps = window_attention.window_warps(side, 2, way == "bwd", part)
             shape = (window_attention.window_block(side), 32)
             assert window_attention.WindowConfig(warps) in candidates(f"window_attention_{way}", *shape)
 
