@@ -4,40 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from poa import train
 from poa.backbones.base import BackboneConfig
-from poa.checkpoint import Branch, Checkpoint, RunFolder
-from poa.classifier import Classifier
-from poa.config import Config, with_data
+from poa.checkpoint import Branch, RunFolder
+from poa.config import Config, with_data, with_run
 from poa.data.layout import Images, Openers, named
 from poa.device import choose_device, use_threads
-from poa.distributed import World, init_distributed
-from poa.drawing import require_drawable
 from poa.embedding import Embeddings, embed
 from poa.errors import InputError
-from poa.evaluate import Origin, Report, evaluate_subnets, evaluation_file, number_format
-from poa.evaluate.suite import require_protocols
+from poa.evaluate import Report, number_format
+from poa.evaluate.runs import evaluate_run
 from poa.evaluate.sweep import data_place
-from poa.evaluate.top1 import require_classes, top1_of
 from poa.export import ExportedModel, load
-from poa.files import require_json
-from poa.images import open_on_ranks
+from poa.finetune import FinetuneConfig, finetune
+from poa.finetune import recipe as recipe_of
 from poa.initialization import in_order_of, initial_config
-from poa.initialization.importance import Order
 from poa.metrics import Callback
-from poa.network import Network
 from poa.options import differences, override
-from poa.progress import say
 from poa.report import curves_of, evaluations, summary
 from poa.selection import Budgets, LatencyTable, Selection
 from poa.selection.quality import Weights, agreement_quality, knn_quality
 from poa.selection.select import known_costs, measure_run, select
-from poa.step import initial_network
 from poa.subnets import Subnet
 from poa.table import Table
 
@@ -217,47 +207,56 @@ class Run:
         Raises:
             InputError: wrong subnets, protocols, data or places; no held-out images with labels.
         """
-        folder = self.folder
         config, openers = _with_images(self.config, self.data if data is None else data)
-        chosen = config.method.backbone.space.named([subnets] if isinstance(subnets, str) else subnets)
-        asked = require_protocols([protocols] if isinstance(protocols, str) else protocols)
-        out = Path(out or evaluation_file(folder, config.data.source, branch))
-        with init_distributed(device, config.run.timeout, config.performance.threads) as world:
-            world.from_main(partial(_require_outputs, out, plot))
-            images = open_on_ranks(config, world, openers)
-            network, checkpoint = _same_network(folder, branch, step, world)
-            origin, before = Origin.of(folder, checkpoint, branch), None
-            backbone = network.to(world.device).backbone
-            if isinstance(network, Classifier):
-                require_classes(network.classes, images, config.data.source)
-                asked = [top1_of(network), *asked]
-                if initial:
-                    raise InputError(
-                        "--initial: expected a run of pre-training with it, got a fine-tuned one"
-                    )
-            if initial:
-                untrained = initial_network(config, branch)
-                if order := folder.order():
-                    Order(**order).sort(untrained)
-                before = untrained.backbone.to(world.device)
-            report = evaluate_subnets(
-                backbone,
-                chosen,
-                images,
-                config,
-                world,
-                origin,
-                initial=before,
-                protocols=asked,
-                folders=folders,
-            )
-            if world.is_main:
-                if images.left_out:
-                    say(f"left out: {images.left_out}")
-                report.write(out)
-                if plot:
-                    report.plot(Path(plot))
-        return replace(report, files=tuple(Path(file) for file in (out, plot) if file))
+        return evaluate_run(
+            Weights(self.folder, branch, step),
+            config,
+            openers,
+            [subnets] if isinstance(subnets, str) else subnets,
+            [protocols] if isinstance(protocols, str) else protocols,
+            folders,
+            initial=initial,
+            device=device,
+            out=Path(out) if out else None,
+            plot=Path(plot) if plot else None,
+        )
+
+    def finetune(
+        self,
+        out: str | Path,
+        data: Images | None = None,
+        *,
+        subnet: str | Subnet | None = None,
+        recipe: str | FinetuneConfig = "short",
+        device: str = "auto",
+        step: int | None = None,
+        **options: Any,
+    ) -> Run:
+        """Train classifiers on labelled images: all subnets in one elastic run, or one of them alone.
+
+        Args:
+            out: folder of the new run.
+            data: images with labels; default those of the run.
+            subnet: name such as `384x12`, fine-tuned alone; default all.
+            recipe: whose options are used, or all options; `poa finetune --help` lists them.
+            device: auto, cpu, cuda or cuda:N.
+            step: of the checkpoint whose teacher is fine-tuned; default the newest.
+            options: changes to the recipe, such as `epochs=10` or `share=0.1`.
+
+        Returns:
+            The new run; its models have classifiers.
+
+        Raises:
+            InputError: wrong options, no labels or no held-out images; nothing is written then.
+            Preempted: it was asked to stop, and was saved; `poa finetune --resume OUT` goes on.
+        """
+        config, openers = _with_images(self.config, self.data if data is None else data)
+        chosen = override(recipe_of(recipe) if isinstance(recipe, str) else recipe, options)
+        alone = None if subnet is None else config.method.backbone.space.named([str(subnet)])[0]
+        RunFolder(Path(out)).require_new()
+        config = with_run(config, device=device)
+        finetune(self.folder, config, chosen, Path(out), subnet=alone, step=step, openers=openers)
+        return Run(out, self.data if data is None else data)
 
     def latency(
         self,
@@ -382,19 +381,3 @@ def _with_images(config: Config, data: Images | None) -> tuple[Config, Openers |
         return config, None
     name, openers = named(data)
     return with_data(config, name), openers
-
-
-def _same_network(
-    folder: RunFolder, branch: Branch, step: int | None, world: World
-) -> tuple[Network | Classifier, Checkpoint]:
-    """The same network in all processes, also where a run is saving newer ones meanwhile."""
-    while True:
-        network, checkpoint = folder.network(branch, step)
-        if len(set(world.gather(checkpoint.step))) == 1:
-            return network, checkpoint
-
-
-def _require_outputs(out: Path, plot: str | Path | None) -> None:
-    require_json(out, "--out", "settings")
-    if plot:
-        require_drawable(Path(plot), "--plot")

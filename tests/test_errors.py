@@ -149,7 +149,7 @@ def test_where_nothing_can_be_written(
 ) -> None:
     """Said before an image is scored."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("poa.run.evaluate_subnets", None)
+    monkeypatch.setattr("poa.evaluate.runs.evaluate_subnets", None)
     Path("file").write_text("x")
     assert main([word.replace("RUN", str(trained)) for word in arguments]) == 2
     assert message in (line := capsys.readouterr().err) and line.count("\n") == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import poa
 from helpers.collections_of_images import write_folder
@@ -127,6 +128,15 @@ def test_what_does_not_fit_a_run_is_refused(
     assert "no checkpoint was saved, there is none yet; lower lr" in capsys.readouterr().err
     said = "--init: expected a run of pre-training, got"
     assert said in fails(capsys, "pretrain", "--init", str(tuned), "--check", *OVERRIDES)
+
+
+def test_a_dataset_from_python(trained: Path, tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
+    dataset = TensorDataset(images, torch.arange(40) % 4)
+    run = poa.Run(trained).finetune(tmp_path / "run", dataset, subnet="16x1", epochs=1, warmup_epochs=0.5)
+    assert run.models()[0]["subnet"] == "16x1"
+    assert run.subnet().classes == ["0", "1", "2", "3"]
+    assert "top1" in repr(run.evaluate(device="cpu"))
 
 
 def test_one_subnet_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

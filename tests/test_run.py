@@ -152,7 +152,7 @@ def test_a_run_on_a_dataset_resumes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "<td>32x2</td>" in report._repr_html_() and "k=20" in repr(report) and report.plot().axes
     table = again.models()
     assert "teacher of step 6, dataset:TensorDataset: k=20" in repr(table) and len(table) == 4
-    assert "loss" in repr(again) and "<table>" in again._repr_html_() and len(again.plot().axes) == 12
+    assert "loss" in repr(again) and "<table>" in again._repr_html_() and len(again.plot().axes) == 15
     assert again.subnet("16x1")(Image.fromarray(PIXELS[0])).shape == (1, 16)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from poa.checkpoint import RunFolder
 from poa.cli.arguments import Command, add_step
-from poa.config import with_data, with_run
 from poa.data.layout import SOURCES
 from poa.errors import InputError
-from poa.finetune import RECIPES, finetune, recipe
+from poa.finetune import RECIPES, recipe
 from poa.finetune.train import resume
 from poa.options import describe, override
+from poa.run import Run
 
 
 def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
@@ -68,13 +68,17 @@ def run_finetune(options: argparse.Namespace) -> None:
     chosen = override(recipe(options.recipe or "short"), options.overrides)
     if options.share is not None:
         chosen = override(chosen, {"share": options.share})
-    source, out = RunFolder(Path(options.run)), Path(options.out)
-    config = with_run(source.config(), device=options.device or "auto")
-    config = with_data(config, options.data) if options.data else config
-    subnets = config.method.backbone.space.named(options.subnets) if options.subnets else [None]
-    for subnet in subnets:
-        place = out / str(subnet) if subnet else out
+    run, out = Run(options.run), Path(options.out)
+    space = run.config.method.backbone.space
+    places = {subnet: out / str(subnet) for subnet in space.named(options.subnets)} if options.subnets else {}
+    for place in places.values():
         RunFolder(place).require_new()
-    for subnet in subnets:
-        place = out / str(subnet) if subnet else out
-        finetune(source, config, chosen, place, subnet=subnet, step=options.step)
+    for subnet, place in places.items() or [(None, out)]:
+        run.finetune(
+            place,
+            options.data,
+            subnet=subnet,
+            recipe=chosen,
+            device=options.device or "auto",
+            step=options.step,
+        )

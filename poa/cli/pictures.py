@@ -26,7 +26,7 @@ def add_pictures(group: argparse._SubParsersAction[Command]) -> None:
         "--prototypes",
         type=number(int, "[1, 1e6]"),
         metavar="N",
-        help="instead show the images of the run that are nearest to the N prototypes used most",
+        help="images of the run nearest to the N prototypes used most, shown instead",
     )
     command.add_argument("--out", help="page to write (default: RUN/pictures.html, or RUN/prototypes.html)")
     command.set_defaults(command=run_pictures)

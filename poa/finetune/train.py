@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from poa.checkpoint import FINE_TUNED, RunFolder
 from poa.classifier import Classifier
 from poa.config import Config
+from poa.data.layout import Openers
 from poa.data.loader import Canvases, SampleStream, training_batches
 from poa.data.sources import DataSplit
 from poa.data.unreadable import Unreadable
@@ -63,6 +64,7 @@ def finetune(
     *,
     subnet: Subnet | None = None,
     step: int | None = None,
+    openers: Openers | None = None,
 ) -> None:
     """Fine-tune all subnets of a run in one elastic run, or one of them alone.
 
@@ -73,6 +75,7 @@ def finetune(
         out: folder of the new run.
         subnet: fine-tune this one alone.
         step: of the checkpoint of the source; default the newest.
+        openers: how to open the images, where the configuration does not name a place.
 
     Raises:
         InputError: data without labels or held-out images, or a folder that holds a run.
@@ -85,7 +88,7 @@ def finetune(
     shape = replace(shape, **{name: value for name, value in changes.items() if hasattr(shape, name)})
     config = replace(config, method=replace(config.method, backbone=shape))
     weights = {name: value for name, value in backbone.state_dict().items() if "mask_token" not in name}
-    _run(config, options, out, weights)
+    _run(config, options, out, weights, openers)
 
 
 def resume(out: Path) -> None:
@@ -98,7 +101,11 @@ def resume(out: Path) -> None:
 
 
 def _run(
-    config: Config, options: FinetuneConfig | None, out: Path, weights: dict[str, Tensor] | None
+    config: Config,
+    options: FinetuneConfig | None,
+    out: Path,
+    weights: dict[str, Tensor] | None,
+    openers: Openers | None = None,
 ) -> None:
     """A run to its end, in all processes; without options and weights the one that is there."""
     run = config.run
@@ -110,7 +117,7 @@ def _run(
                 world.from_main(lock.acquire)
                 content = folder.load(world.from_main(folder.newest), config, format=FINE_TUNED)
                 options = from_dict(FinetuneConfig, content["finetune"], "finetune")
-            data = open_on_ranks(config, world)
+            data = open_on_ranks(config, world, openers)
             trainer = Trainer(config, options, folder, data, world, content)
             if weights is not None:
                 load_strictly(trainer.student.backbone, weights, "finetune")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import helpers.late_imports  # noqa: F401  (forks share them)
 from helpers.tiny import tiny_config
 from poa import files
 from poa.checkpoint import RunFolder

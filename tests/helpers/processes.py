@@ -20,6 +20,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         "helpers.processes",
+        "helpers.late_imports",
         "helpers.record_step",
         "helpers.fake_parts",
         "benchmarks.gpu",

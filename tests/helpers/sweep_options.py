@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import helpers.late_imports  # noqa: F401  (forks share them)
 from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.options import describe

@@ -26,8 +26,8 @@ def test_the_table_keeps_the_rules() -> None:
 
 @OF_THIS_TRITON
 def test_the_table_has_what_the_presets_launch(cases: list[kernel_report.Case]) -> None:
-    """For every architecture. After a change that is meant: `python -m benchmarks.kernel_report --write`."""
-    assert [case.key for case in cases] == [row.key for row in COMMITTED]
+    """On Hopper. After a change that is meant: `python -m benchmarks.kernel_report --write`."""
+    assert [case.key for case in cases] == [row.key for row in COMMITTED if row.architecture == "sm_90"]
 
 
 @OF_THIS_TRITON
