@@ -21,6 +21,7 @@ WATCHED = 6  # beats after which a process of another machine that shows none is
 SETTLE_SECONDS = 0.5  # in which others that take over the same lock have written theirs
 
 log = logging.getLogger("poa")
+_HELD: set[str] = set()  # contents of the locks of this process
 
 
 class RunLock:
@@ -45,6 +46,7 @@ class RunLock:
         begun, machine = time.time(), _machine()
         me = {"host": socket.gethostname(), "pid": os.getpid(), "begun": begun}
         self.text = json.dumps(me | {"machine": machine, "started": _started(os.getpid())})
+        _HELD.add(self.text)
         while not self._create():
             state = self._state()
             if state is None:
@@ -52,7 +54,7 @@ class RunLock:
             holder = _parsed(state[1])
             if self._lives(holder, state):
                 raise self._refusal(holder)
-            log.warning("%s: taken over from %s, which is dead", self.path, _named(holder))
+            log.warning("%s: taken over from %s, whose run has ended", self.path, _named(holder))
             write_text(self.path, self.text)
             time.sleep(SETTLE_SECONDS)
             state = self._state()
@@ -85,7 +87,7 @@ class RunLock:
 
     def _lives(self, holder: dict[str, Any], state: tuple[int, str]) -> bool:
         if holder.get("machine") == _machine():
-            return _lives(holder)
+            return state[1] in _HELD if holder.get("pid") == os.getpid() else _lives(holder)
         seconds = WATCHED * BEAT_SECONDS
         log.warning("%s: held by %s; waiting %g s for its heartbeat", self.path, _named(holder), seconds)
         for _ in range(WATCHED):
@@ -122,6 +124,7 @@ class RunLock:
     def release(self) -> None:
         """Give it back, if it is held."""
         self._released.set()
+        _HELD.discard(self.text)
         with suppress(OSError):
             state = self._state()
             if state and state[1] == self.text:

@@ -24,6 +24,8 @@ KINDS = {
     "evaluation": {"the same place", "kept, another beside it"},
     "latency": {"refused", "the same", "as if edited"},
     "cache": {"the same"},
+    "shard": {"refused", "fewer, said", "unreadable, named", "as if edited", "the same"},
+    "Parquet": {"refused", "unreadable, named", "as if edited", "the same"},
 }
 
 

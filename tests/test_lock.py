@@ -108,7 +108,13 @@ def damaged(folder: Path) -> None:
     (folder / "lock").write_bytes(b"\xff[")
 
 
+def not_given_back(folder: Path) -> None:
+    """Of this process, which lives; the disk failed as the run ended."""
+    left(folder, pid=os.getpid(), started=lock._started(os.getpid()))
+
+
 GONE = {
+    "of a former run of this process": not_given_back,
     "ended": left,
     "its number is another's": reused,
     "no number": lambda folder: left(folder, pid=None),

@@ -25,9 +25,11 @@ import torch
 from PIL import Image
 
 import poa
+from helpers.collections_of_images import write_parquet, write_shards
 from helpers.tiny import OVERRIDES
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
+from poa.data.inspect import inspect
 from poa.data.sources import open_data
 from poa.errors import InputError
 from poa.evaluate import evaluation_file
@@ -104,6 +106,8 @@ class Readers:
         self.rows, self.config = self.run.rows(), self.run.config()
         self.info = poa.load(self.model).info
         self.names = self._names()
+        shard = next(write_shards(run.parent / "shards", 8).iterdir())
+        table = next(write_parquet(run.parent / "tables", 8).iterdir())
         self.files: dict[str, tuple[Path, Callable[[], str]]] = {
             "checkpoint": (self.run.checkpoints()[-1].path, self.read_checkpoint),
             "export, weights": (self.model / "model.safetensors", self.read_export),
@@ -113,6 +117,8 @@ class Readers:
             "evaluation": (run / "evaluation.json", self.read_evaluation),
             "latency": (run / "latency-cpu.json", self.read_latency),
             "cache": (next(cache.rglob("*.npz")), self.read_cache),
+            "shard": (shard, lambda: self.read_images(shard)),
+            "Parquet": (table, lambda: self.read_images(table)),
         }
 
     def read_checkpoint(self) -> str:
@@ -160,6 +166,19 @@ class Readers:
     def _names(self) -> list[str]:
         data = open_data(self.config.data.source, 0.25, 0).train
         return [f"{data.storage.name(int(p))} {data.labels}" for p in data.positions]
+
+    def read_images(self, path: Path) -> str:
+        """Of three classes with two images each; an image that is lost must be spoken of."""
+        data = open_data(str(path), 0, 0)
+        looks = inspect(data.train, 0)
+        if len(looks.sizes) + len(looks.unreadable) < 6:
+            assert str(data.left_out) or data.lost or self.notes.lines, data
+            return "fewer, said"
+        if looks.unreadable:
+            return "unreadable, named"
+        labels = data.train.labels
+        same = labels is not None and labels.tolist() == [0, 0, 1, 1, 2, 2]
+        return "the same" if same else "as if edited"
 
     def read_cache(self) -> str:
         assert self._names() == self.names
