@@ -90,7 +90,7 @@ def print_stats(options: argparse.Namespace) -> None:
     stats = pixel_statistics(data.train, config.method.canvas, options.workers)
     values = {name: [round(value, 4) for value in getattr(stats, name)] for name in ("mean", "std")}
     shown = [f"channels={len(stats.mean)}", *(f"{k}={','.join(map(str, v))}" for k, v in values.items())]
-    print(f"of {counted(stats.images, 'training image')}, {len(stats.unreadable):,} more could not be read")
+    print(f"{counted(stats.images, 'training image')} used; {len(stats.unreadable):,} more could not be read")
     print(*shown)
     print(json.dumps({"images": stats.images, "channels": len(stats.mean), **values}))
 

@@ -105,7 +105,7 @@ def test_from_statistics_to_features(tmp_path: Path, capsys: pytest.CaptureFixtu
     *_, unreadable, options, last = capsys.readouterr().out.splitlines()
     known = json.loads(last)
     scaled = pixels / 255
-    assert unreadable.endswith("24 training images, 1 more could not be read") and known["images"] == 24
+    assert unreadable.endswith("24 training images used; 1 more could not be read") and known["images"] == 24
     assert known["mean"] == pytest.approx(scaled.mean((0, 1, 2)), abs=1e-4)
     assert known["std"] == pytest.approx(scaled.std((0, 1, 2)), abs=1e-4)
     assert "expected readable images, got none of 25: " in fails(capsys, *command, "4")
