@@ -56,10 +56,11 @@ def needed_by(*names: str) -> set[str]:
 
 def strangers(*names: str) -> str:
     """Modules of all other distributions, which an environment of only these would lack."""
-    there = needed_by(*names)
-    owners = (importlib.metadata.packages_distributions() | {"poa": []}).items()
-    others = [name for name, owned in owners if not there & set(map(canonicalize_name, owned))]
-    return " ".join(name for name in others if name != "elastic_kernels")
+    there, ours, others = needed_by(*names), {"elastic_kernels"}, {"poa"}
+    for package in importlib.metadata.distributions():
+        files = {file.parts[0].removesuffix(".py") for file in package.files or () if file.suffix == ".py"}
+        (ours if canonicalize_name(package.metadata["Name"]) in there else others).update(files)
+    return " ".join(name for name in others - ours if name.isidentifier())
 
 
 def test_the_wheel_alone_runs_the_programs_of_its_readme(tmp_path: Path) -> None:
