@@ -55,21 +55,25 @@ class Call(NamedTuple):
         names = [argument.name for argument in self.operator._schema.arguments]
         given = dict(zip(names, self.arguments, strict=False))
 
-        def indices(name: str, size: int) -> Tensor:
+        def indices(name: str, number: int, size: int) -> Tensor:
             values = torch.arange(size, device=device)
             if name == "places":  # of tokens among the rows of dy
                 return torch.where(values < given["dy"].shape[0], values, -1)
-            return values % given["t"].shape[0] if "t" in given else values
+            if "t" not in given:
+                return values
+            targets = given["t"] if isinstance(given["t"], TensorLike) else given["t"][number]
+            return values % targets.shape[0]
 
-        def made(name: str, x: Any) -> Any:
+        def made(name: str, x: Any, number: int = 0) -> Any:
+            """Of an argument; `number` is its place in a list."""
             if isinstance(x, TensorLike):
                 size = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride, strict=True))
                 if x.dtype.is_floating_point:
                     values = torch.randn(size, device=device).mul_(DEVIATION)
                 else:
-                    values = indices(name, size)
+                    values = indices(name, number, size)
                 return values.to(x.dtype).as_strided(x.shape, x.stride)
-            return [made(name, y) for y in x] if isinstance(x, tuple) else x
+            return [made(name, y, number) for number, y in enumerate(x)] if isinstance(x, tuple) else x
 
         return [made(name, x) for name, x in given.items()]
 
