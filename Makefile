@@ -68,5 +68,5 @@ $(SANITIZE_VENV)/.poa-sanitizer: setup.py $(CONSTRAINTS) Makefile
 $(VENV)/.poa-%: setup.py $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS:%=-c %) -e '.[$*$(EXTRAS:%=,%)]'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; some files are templates
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib || true  # on all cores; some files are templates
 	touch $@

@@ -21,12 +21,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     quick_interpreter.install()
 
+LONGEST = ("test_lanes.py", "test_readme.py")
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Lanes take longest, so each process of pytest-xdist begins with its share of them."""
+    """Lanes and READMEs take longest, so each process of pytest-xdist begins with its share of them."""
     count = getattr(config, "workerinput", {}).get("workercount", 1)
-    lanes = [item for item in items if item.path.name == "test_lanes.py"]
-    rest = [item for item in items if item.path.name != "test_lanes.py"]
+    lanes = [item for item in items if item.path.name in LONGEST]
+    rest = [item for item in items if item.path.name not in LONGEST]
     size, items[:] = -(-len(items) // count), []  # of the part that a process is given first
     for process in range(count):
         own = lanes[process::count]

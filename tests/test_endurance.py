@@ -14,7 +14,7 @@ from helpers.tiny import tiny_config
 from poa.checkpoint import RunFolder
 from poa.train import Trainer, pretrain
 
-STEPS = 500
+STEPS = 400
 
 
 def resident_mib() -> float:

@@ -18,10 +18,11 @@ INTERPRETED = {"TRITON_INTERPRET": "1"}
 GOLDEN = INTERPRETED | {"ELASTIC_KERNELS_BACKEND": "triton"}
 LANES = {
     "interpreted": ("tests/kernels/interpreted", INTERPRETED),
-    # Backwards begin with the forward; a step without iBOT launches what one with it does.
+    # Backwards begin with the forward; a step without iBOT launches what one with it does; of three widths of
+    # a Swin the smallest and the largest reach all tiles.
     "golden-vit": ("tests/test_golden_vit.py -k not(forward)", GOLDEN),
     "golden-method": ("tests/test_golden_method.py -k not(noibot)", GOLDEN),
-    "golden-pyramids": ("tests/test_golden_pyramids.py::test_golden_forward", GOLDEN),
+    "golden-pyramids": ("tests/test_golden_pyramids.py -k golden_forward and not(swin-8x)", GOLDEN),
     "fast-path": ("tests/test_fast_path.py", INTERPRETED),
     "compiled": ("tests/kernels/compiled", {"ELASTIC_KERNELS_LANE": "compiled"}),
 }
@@ -31,7 +32,7 @@ LANES = {
 def test_lane(lane: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     path, variables = LANES[lane]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *path.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", *path.split(" ", 2)]
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 1800}
     done = subprocess.run(command, env=os.environ | variables, **options)
     print(done.stdout[-6000:], done.stderr[-6000:])
