@@ -59,21 +59,7 @@ def draw_curves(
         ("top-1 accuracy of classifiers", named("top1."), lambda n: n.removeprefix("top1.")),
     ]
     for place, (title, names, label) in zip(axes, panels, strict=False):
-        shown = [(run, name) for run in runs for name in (names if len(runs) == 1 else names[:1])]
-        for run, name in shown:
-            if name not in of_run[run]:
-                continue
-            steps, values = zip(*sorted(of_run[run][name].items()), strict=True)
-            (line,) = place.plot(
-                steps,
-                values,
-                label=label(name) if len(runs) == 1 else run,
-                linewidth=1,
-                marker="." * (len(steps) < 20),
-            )
-            if band.get(name):
-                at, low, high = zip(*band[name], strict=True)
-                place.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        _draw_lines(place, of_run, names, label, band)
         for step in (row["step"] for rows in runs.values() for row in rows if "alarm" in row):
             place.axvline(step, color="red", linewidth=1)
         for step in phases.values():
@@ -82,8 +68,6 @@ def draw_curves(
         usual = " (shaded: usual)" if any(name in band for name in names) else ""
         place.set_title(title + which + usual, fontsize=10)
         place.grid(alpha=0.3)
-        if len(shown) > 1:
-            place.legend(fontsize=6, ncols=1 + (len(shown) > 4))
         if title in LOGARITHMIC:
             place.set_yscale("log")
     for level in sources:
@@ -95,6 +79,29 @@ def draw_curves(
     for place in axes[-5:-2]:
         place.set_xlabel("step")
     return figure
+
+
+def _draw_lines(
+    place: Any,
+    of_run: Mapping[str, Mapping[str, Mapping[int, float]]],
+    names: Sequence[str],
+    label: Callable[[str], str],
+    band: Band,
+) -> None:
+    """Figures of one run, or the first figure of each of several, with their usual range and a legend."""
+    alone = len(of_run) == 1
+    shown = [(run, name) for run in of_run for name in (names if alone else names[:1])]
+    for run, name in shown:
+        if name not in of_run[run]:
+            continue
+        steps, values = zip(*sorted(of_run[run][name].items()), strict=True)
+        marker = "." * (len(steps) < 20)
+        (line,) = place.plot(steps, values, label=label(name) if alone else run, linewidth=1, marker=marker)
+        if band.get(name):
+            at, low, high = zip(*band[name], strict=True)
+            place.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    if len(shown) > 1:
+        place.legend(fontsize=6, ncols=1 + (len(shown) > 4))
 
 
 def _draw_subnets(place: Any, rows: Sequence[Row]) -> None:
