@@ -132,8 +132,6 @@ def _loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The formula above, or the summands of it that are there; and all terms by name.
 
-    Each term is a weighted sum over rows, and so is the loss.
-
     Args:
         entropies: `[rows]` of each head, by which of `ENTROPIES` they are.
         students: with terms of their own, by name.
@@ -141,12 +139,36 @@ def _loss(
         batch: of the rows.
         config: of the loss.
     """
+    loss, terms = _weighted(entropies, batch.loss_rows.weights, config)
+    if targets.tokens is not None:
+        distilled = [
+            _share(name, config)
+            * losses.feature_distillation(student.tokens, targets.tokens, config.student_temperature)
+            for name, student in students.items()
+        ]
+        terms["features"] = sum(distilled[1:], distilled[0])
+        loss = loss + config.features * terms["features"]
+    if config.koleo:
+        terms["koleo"] = losses.koleo(*(student.tokens for student in students.values()), groups=VIEWS) / 2
+        loss = torch.add(loss, terms["koleo"], alpha=config.koleo)
+    return loss, {name: term.detach() for name, term in terms.items()}
+
+
+def _weighted(
+    entropies: dict[str, list[Tensor]], weights: Tensor, config: LossConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The cross-entropies' share of the loss, a weighted sum over all rows at once; and their terms by name.
+
+    Args:
+        entropies: `[rows]` of each head, by which of `ENTROPIES` they are.
+        weights: `[rows, TERMS]`, of each row in each term.
+        config: of the loss.
+    """
     heads, used = len(next(iter(entropies.values()))), [_terms(name, config) for name in entropies]
     rows = torch.stack([row for of_heads in entropies.values() for row in of_heads]).unflatten(0, (-1, heads))
-    weights = batch.loss_rows.weights.to(rows.dtype)
+    weights = weights.to(rows.dtype)
     factors = torch.tensor([[terms.get(term, 0.0) / heads for term in TERMS] for terms in used])
     of_rows = (upload(factors.to(rows.dtype), rows.device).unsqueeze(1) * weights).sum(-1)
-    loss = (rows * of_rows.unsqueeze(1)).sum()
     shown = (rows.detach().unsqueeze(-1) * weights).sum(-2)  # [entropies, heads, terms]
     named = {
         f"{_student(name)}.{term}.{head}": shown[number, head, TERMS.index(term)]
@@ -154,19 +176,7 @@ def _loss(
         for number, (name, terms) in enumerate(zip(entropies, used, strict=True))
         for term in terms
     }
-    if targets.tokens is not None:
-        features = [
-            _share(name, config)
-            * losses.feature_distillation(student.tokens, targets.tokens, config.student_temperature)
-            for name, student in students.items()
-        ]
-        named["features"] = torch.stack(features).sum().detach()
-        loss = loss + config.features * sum(features[1:], features[0])
-    if config.koleo:
-        koleo = losses.koleo(*(student.tokens for student in students.values()), groups=VIEWS) / 2
-        named["koleo"] = koleo.detach()
-        loss = torch.add(loss, koleo, alpha=config.koleo)
-    return loss, named
+    return (rows * of_rows.unsqueeze(1)).sum(), named
 
 
 def _terms(name: str, config: LossConfig) -> dict[str, float]:
