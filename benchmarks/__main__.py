@@ -310,7 +310,7 @@ def _quality(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=number(float, "(0, 100000]"), default=3.0, help="minutes of training each provider"
     )
     parser.add_argument(
-        "--init", metavar="WEIGHTS", help="pretrained weights of a ViT to start from, as in poa pretrain"
+        "--init", metavar="WEIGHTS", help="pretrained weights to start from, as in poa pretrain"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="any option of a run, such as epochs=5"

@@ -12,20 +12,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
-from poa.backbones import Backbone, ElasticViT
+from poa.backbones import Backbone
 from poa.checkpoint import RunFolder
 from poa.config import Config, InitConfig, with_data
 from poa.distributed import World
 from poa.errors import InputError
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.initialization import initial_config
-from poa.initialization.importance import Order, sort_by_importance
+from poa.initialization.importance import sort_by_importance
+from poa.initialization.orders import random_order
 from poa.micro_batch import MicroBatch
 from poa.network import Network, StudentPass
 from poa.optim import apply_schedules, update_weights
@@ -155,8 +155,10 @@ def run(
 def _from_pretrained(config: Config, device: torch.device, seconds: float) -> list[Row]:
     """Our run and its peers. The first accuracies of ours are those of cutting by importance alone."""
     method = config.method
-    if method.backbone.kind != "vit":
-        raise InputError(f"--init: expected weights of a vit, got a {method.backbone.kind}")
+    if not method.backbone.sortable:
+        raise InputError(
+            f"--init: expected weights of a ViT or ResNet, got those of a {method.backbone.kind}"
+        )
     given = replace(config, method=replace(method, init=replace(method.init, importance="none")))
     scratch = replace(config, method=replace(method, init=InitConfig()))
     rows = _train("ours", Ours, config, device, seconds)
@@ -180,11 +182,10 @@ def _start(config: Config, folder: Path, device: torch.device, shuffled: bool) -
 
 def _shuffle(config: Config, initial: Initial) -> Config:
     """Put networks into a random order."""
-    vit = cast(ElasticViT, initial.teacher.backbone)
-    order = Order.random(vit, torch_stream(config.method.seed, "random order"))
+    order = random_order(initial.teacher.backbone, torch_stream(config.method.seed, "random order"))
     for network in (initial.student, initial.teacher):
         order.sort(network)
-    backbone = cast(ElasticViT, initial.teacher.backbone).config
+    backbone = config.method.backbone.changed(block_order=tuple(order.blocks))
     return replace(config, method=replace(config.method, backbone=backbone))
 
 

@@ -38,8 +38,8 @@ class InitConfig(Options, at="method.init"):
     )
     importance: Literal["none", "taylor"] = option(
         "none",
-        "order of channels, heads, hidden units and blocks of a ViT: as it is, or by Taylor scores; --init "
-        "sets taylor for weights that are not elastic yet",
+        "order of channels, heads, hidden units and blocks of a ViT or ResNet: as it is, or by Taylor "
+        "scores; --init sets taylor for weights that are not elastic yet",
     )
     images: int = option(512, "training images of which importance is scored", "[1, 1e6]")
 
@@ -80,7 +80,7 @@ class MethodConfig(Options, at="method"):
     optim: OptimConfig = section(OptimConfig(), "optimiser, schedules and teacher")
 
     def check(self) -> None:
-        if self.init.importance != "none" and self.backbone.kind != "vit":
+        if self.init.importance != "none" and not self.backbone.sortable:
             raise self.init.wrong("importance", f"none for a {self.backbone.kind}")
         if self.crops.global_size != self.backbone.image_size:
             raise self.crops.wrong("global_size", f"method.backbone.image_size {self.backbone.image_size}")

@@ -22,7 +22,7 @@ from poa.checkpoint import RunFolder, read_checkpoint
 from poa.errors import DivergenceError, InputError
 from poa.export import extract
 from poa.initialization import initial_config, read_source
-from poa.initialization.importance import Order, taylor_order
+from poa.initialization.orders import ResNetOrder, ViTOrder, random_order
 from poa.official import load_backbone
 from poa.options import override
 from poa.report import curves_of
@@ -246,8 +246,8 @@ def test_sorting_changes_nothing_but_the_order(design: list[str]) -> None:
     vit: Any = random_weights(
         tiny_config("registers=2", "layer_scale=1", "max_depth=4", *design).method.backbone.build()
     )
-    order = Order.random(vit, torch.Generator().manual_seed(3))
-    result = order.applied(vit)
+    order: Any = random_order(vit, torch.Generator().manual_seed(3))
+    result: Any = order.applied(vit)
     images = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         (before,), (after,) = vit([images]), result([images])
@@ -256,6 +256,30 @@ def test_sorting_changes_nothing_but_the_order(design: list[str]) -> None:
     assert result.config.active(Subnet(16, 2)) == sorted(order.blocks[:2])
     with pytest.raises(InputError, match="block_order: expected each of 0..3 once, got "):
         replace(vit.config, block_order=(0, 1, 2))
+
+
+def test_a_sorted_resnet_computes_the_same_and_keeps_what_matters() -> None:
+    """Groups of its norms and blocks that have no effect come last, the first block of a stage never."""
+    resnet: Any = random_weights(tiny_pyramid("resnet", "max_depths=1,2,3").method.backbone.build())
+    groups, block = resnet.config.norm_groups, resnet.layer2[1]
+    with torch.no_grad():
+        block.conv2.weight[:, :4] = 0  # of 64 channels in 8 groups: half of the first
+        block.conv3.weight[:, 8:16] = 0
+        for parameter in resnet.layer3[1].norm3.parameters():
+            parameter.zero_()
+    images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    order: Any = ResNetOrder.taylor(resnet, images, torch.Generator().manual_seed(0))
+    size = block.conv2.in_channels // groups
+    assert order.blocks == [0, 0, 1, 0, 2, 1] and sorted(order.second[2][-size:]) == list(range(8, 16))
+    place = order.first[2].index(4)
+    assert set(order.first[2][place : place + size]) & {0, 1, 2, 3} and place % size < size // 2
+    for chosen in (order, random_order(resnet, torch.Generator().manual_seed(3))):
+        same_features(resnet, chosen.applied(resnet))
+    config, shallow = order.applied(resnet).config, Subnet(32, (1, 1, 2))
+    assert [config.active(shallow, stage) for stage in range(3)] == [[0], [0], [0, 2]]
+    assert config.of_one_size(shallow).block_order == ()
+    with pytest.raises(InputError, match="block_order: expected all blocks of stages .* 0 as the first, got"):
+        replace(resnet.config, block_order=(0, 1, 0, 0, 1, 2))
 
 
 def test_what_is_unused_comes_last() -> None:
@@ -275,7 +299,7 @@ def test_what_is_unused_comes_last() -> None:
         ):
             weight[:4] = 0
     images = [torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    order = taylor_order(vit, images, torch.Generator().manual_seed(0))
+    order: Any = ViTOrder.taylor(vit, images, torch.Generator().manual_seed(0))
     assert order.blocks[-1] == 2 and order.heads[0] == [1, 0] and order.hidden[1][-1] == 5
     assert set(order.channels[-4:]) == {0, 1, 2, 3}
 
@@ -294,8 +318,8 @@ def test_a_run_resumes_as_if_never_interrupted(
     assert re.findall(r"importance: 20-NN accuracy of (\S+): \S+%, \S+% in a random order", said) == SUBNETS
     assert main(["pretrain", "--resume", str(out), "--importance", "none"]) == 2
     assert main([*start, *evaluated, "--auto-resume"]) == 0  # whose options have no order
-    with pytest.raises(InputError, match="method.init.importance: expected none for a resnet, got 'taylor'"):
-        initial_config("quickstart", str(models / "resnet-32x1-2-2"), ["importance=taylor"])
+    with pytest.raises(InputError, match="method.init.importance: expected none for a swin, got 'taylor'"):
+        override(tiny_pyramid("swin"), ["importance=taylor"])
     shutil.rmtree(source)
     folder = RunFolder(out)
     assert sorted(folder.config().method.backbone.block_order) == [0, 1]  # type: ignore[union-attr]

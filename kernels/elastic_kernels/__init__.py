@@ -45,7 +45,7 @@ from elastic_kernels.resample import check_canvases, eval_crop
 from elastic_kernels.rms_norm import elastic_rms_norm
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.shared_gradients import shared_gradients
-from elastic_kernels.sorting import sort_channels, sort_heads, sort_hidden, sort_linear
+from elastic_kernels.sorting import sort_channels, sort_heads, sort_hidden, sort_linear, sort_middle
 from elastic_kernels.transfer import upload
 from elastic_kernels.unit_rows import unit_rows
 from elastic_kernels.vit_layers import (
@@ -133,6 +133,7 @@ __all__ = [
     "sort_heads",
     "sort_hidden",
     "sort_linear",
+    "sort_middle",
     "unit_rows",
     "upload",
     "window_attention",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from elastic_kernels.blocks import ElasticBlock, ElasticSwinBlock
+from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinBlock
 from elastic_kernels.modules import ElasticAttention, ElasticMLP, ElasticWindowAttention, LayerScale
 from elastic_kernels.vit_layers import ElasticPatchEmbed, ElasticPreNormBlock, ElasticRMSNorm, ElasticSwiGLU
 
@@ -147,6 +147,45 @@ def sort_hidden(mlp: ElasticMLP | ElasticSwiGLU, order: Tensor) -> None:
     rows = order if isinstance(mlp, ElasticMLP) else torch.cat([order, order + hidden])
     sort_linear(mlp.fc1, outputs=rows)
     sort_linear(mlp.fc2, inputs=order)
+
+
+@torch.no_grad()
+def sort_middle(block: ElasticBottleneck, first: Tensor, second: Tensor) -> None:
+    """Sort the middle channels of a bottleneck in place; it computes the same.
+
+    A group of a norm stays a group, as its channels share their mean and variance: groups change places, and
+    channels within them.
+
+    Args:
+        block: of a ResNet.
+        first, second: int64 permutations of the channels before and after the 3x3 convolution, the most
+            important first.
+
+    Raises:
+        ValueError: no permutation of so many, or one that takes groups apart.
+
+    Example:
+        >>> import torch
+        >>> from elastic_kernels import ElasticBottleneck, sort_middle
+        >>> block, x = ElasticBottleneck(16, 8, 16, groups=4), torch.randn(1, 3, 3, 16)
+        >>> before = block(x, middle=8)
+        >>> sort_middle(block, torch.tensor([5, 4, 0, 1, 6, 7, 2, 3]), torch.arange(8))
+        >>> torch.allclose(block(x, middle=8), before, atol=1e-5)
+        True
+    """
+    orders, norms = (first, second), (block.norm1, block.norm2)
+    for norm, order in zip(norms, orders, strict=True):
+        _check(order, norm.num_channels)
+        size = norm.num_channels // norm.num_groups
+        groups = order.view(-1, size) // size
+        if (groups != groups[:, :1]).any():
+            raise ValueError(f"sort_middle: expected groups of {size} channels to stay together")
+    sort_linear(block.conv1, outputs=first)
+    sort_linear(block.conv2, inputs=first, outputs=second)
+    sort_linear(block.conv3, inputs=second)
+    for norm, order in zip(norms, orders, strict=True):
+        for parameter in norm.parameters():
+            _permute(parameter, order)
 
 
 def _check(order: Tensor, count: int) -> None:

@@ -6,11 +6,12 @@ its input. No module remembers a subnet, so several subnets can share one graph.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from poa.options import Options
 from poa.subnets import SearchSpace, Subnet
 
 MOST_SUBNETS = 100_000
+
+C = TypeVar("C", bound="BackboneConfig")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
         marker: name of a parameter that weights of this kind alone have.
         channels: of the images.
         unit_option: name of the option of which every width is a multiple.
+        sortable: whether trained weights can be sorted by importance; then `block_order` is an option.
     """
 
     kind: str
@@ -67,6 +71,7 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
     width_step: int | None
     marker: ClassVar[str]
     unit_option: ClassVar[str]
+    sortable: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -116,6 +121,24 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
     @abstractmethod
     def space(self) -> SearchSpace:
         """All subnets."""
+
+    def halved(self: C) -> C:
+        """The same network with subnets down to half of its width and depth."""
+        narrowest = -(-self.max_width // self.unit // 2) * self.unit
+        return self.changed(min_width=narrowest, **self._half_depth())
+
+    def changed(self: C, **options: Any) -> C:
+        """The same with other values of some options."""
+        return cast(C, dataclasses.replace(cast(Any, self), **options))
+
+    @abstractmethod
+    def _half_depth(self) -> dict[str, Any]:
+        """Options of subnets down to half of the depth."""
+
+    @property
+    @abstractmethod
+    def stride(self) -> int:
+        """Pixels of which the sides of images are multiples."""
 
     @abstractmethod
     def feature_width(self, subnet: Subnet) -> int:

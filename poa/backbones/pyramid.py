@@ -6,7 +6,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class PyramidConfig(BackboneConfig):
 
     @property
     def stride(self) -> int:
-        """Pixels from one position of the last map to the next."""
+        """As `BackboneConfig.stride`: pixels from one position of the last map to the next."""
         return self.first_stride * 2 ** (len(self.max_depths) - 1)
 
     @property
@@ -75,6 +75,9 @@ class PyramidConfig(BackboneConfig):
     def active(self, subnet: Subnet, stage: int) -> list[int]:
         """Indices of the active blocks of a stage."""
         return active_blocks(self.max_depths[stage], subnet.blocks[stage])
+
+    def _half_depth(self) -> dict[str, Any]:
+        return {"min_depths": tuple(-(-depth // 2) for depth in self.max_depths)}
 
     def of_one_size(self: C, subnet: Subnet, image_size: int | None = None) -> C:
         """The configuration of a subnet as a network of its own."""

@@ -45,6 +45,7 @@ class ResNetConfig(PyramidConfig):
 
     marker: ClassVar[str] = "layer1.0.conv2.weight"
     unit_option: ClassVar[str] = "norm_groups"
+    sortable: ClassVar[bool] = True
     kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
     min_depths: tuple[int, ...] = option(
         (3, 4, 6, 3), "blocks of each stage of the shallowest subnet", "[1, 1024]"
@@ -56,9 +57,25 @@ class ResNetConfig(PyramidConfig):
     min_width: int = option(64, "middle channels of the first stage of the narrowest subnet", "[1, 4096]")
     max_width: int = option(128, "middle channels of the first stage of the intact network", "[1, 4096]")
     norm_groups: int = option(32, "groups of every group norm, whatever the width", "[1, 4096]")
+    block_order: tuple[int, ...] = option(
+        (),
+        "blocks of each stage by importance, stage after stage: a subnet keeps the first of each, block 0 "
+        "among them; empty: evenly spaced ones",
+        "[0, 1024)",
+    )
 
     def check(self) -> None:
         super().check()
+        if self.block_order:
+            orders = [self._order_of(stage) for stage in range(len(self.max_depths))]
+            whole = all(
+                order[:1] == (0,) and sorted(order) == list(range(depth))
+                for order, depth in zip(orders, self.max_depths, strict=True)
+            )
+            if not whole or len(self.block_order) != sum(self.max_depths):
+                raise self.wrong(
+                    "block_order", f"all blocks of stages of {self.max_depths}, of each 0 as the first"
+                )
         if self.base_width % self.norm_groups:
             raise self.wrong("base_width", f"a multiple of norm_groups {self.norm_groups}")
 
@@ -70,6 +87,18 @@ class ResNetConfig(PyramidConfig):
     def space(self) -> SearchSpace:
         """All subnets; every width is drawn as often (official)."""
         return dataclasses.replace(super().space, width_scale=1.0)
+
+    def _order_of(self, stage: int) -> tuple[int, ...]:
+        """The part of `block_order` that tells of a stage."""
+        start = sum(self.max_depths[:stage])
+        return self.block_order[start : start + self.max_depths[stage]]
+
+    def active(self, subnet: Subnet, stage: int) -> list[int]:
+        return sorted(self._order_of(stage)[: subnet.blocks[stage]]) or super().active(subnet, stage)
+
+    def of_one_size(self, subnet: Subnet, image_size: int | None = None) -> ResNetConfig:
+        unordered = dataclasses.replace(self, block_order=())
+        return PyramidConfig.of_one_size(unordered, subnet, image_size)
 
     def feature_width(self, subnet: Subnet) -> int:
         return self.outputs(len(self.max_depths) - 1)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,7 @@ class ViTConfig(BackboneConfig):
 
     marker: ClassVar[str] = "cls_token"
     unit_option: ClassVar[str] = "head_dim"
+    sortable: ClassVar[bool] = True
     kind: Literal["vit"] = option("vit", "vision transformer")
     image_size: int = option(224, "pixels of a side of the global crops; sets the position grid", "[1, 4096]")
     channels: int = option(3, "channels of the images", "[1, 16]")
@@ -115,6 +116,13 @@ class ViTConfig(BackboneConfig):
             width_scale=self.sampling_scale,
             depth_scale=self.sampling_scale,
         )
+
+    @property
+    def stride(self) -> int:
+        return self.patch_size
+
+    def _half_depth(self) -> dict[str, Any]:
+        return {"min_depth": -(-self.max_depth // 2)}
 
     @property
     def prefix(self) -> int:

@@ -53,6 +53,13 @@ class PeerConfig(BackboneConfig):
     def space(self) -> SearchSpace:
         return SearchSpace((self.width,), (self.depth,))
 
+    def _half_depth(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @property
+    def stride(self) -> int:
+        return self.image_size // self.patches
+
     def feature_width(self, subnet: Subnet) -> int:
         return self.width
 

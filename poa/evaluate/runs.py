@@ -22,7 +22,7 @@ from poa.evaluate.sweep import Origin, evaluate_subnets, evaluation_file
 from poa.evaluate.top1 import require_classes, top1_of
 from poa.files import require_json
 from poa.images import open_on_ranks
-from poa.initialization.importance import Order
+from poa.initialization.orders import ORDERS
 from poa.network import Network
 from poa.progress import say
 from poa.selection.quality import Weights
@@ -85,7 +85,7 @@ def _untrained(weights: Weights, config: Config, world: World) -> Backbone:
     """The backbone before training, in the order of the run's channels."""
     network = initial_network(config, weights.branch)
     if order := weights.folder.order():
-        Order(**order).sort(network)
+        ORDERS[config.method.backbone.kind](**order).sort(network)
     return network.backbone.to(world.device)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from poa.backbones import BackboneOptions, ViTConfig
+from poa.backbones import BackboneOptions
 from poa.checkpoint import RunFolder
 from poa.config import Config, InitConfig, MethodConfig
 from poa.data.crops import CropsConfig
@@ -52,7 +52,7 @@ def initial_config(
     else:
         source = read_source(weights, override(config, _hints(overrides)).method.backbone)
         backbone, crops = _following(source, config.method)
-        if backbone.kind == "vit" and not source.elastic:
+        if backbone.sortable and not source.elastic:
             init = InitConfig(weights, "taylor")
     method = dataclasses.replace(config.method, init=init, backbone=backbone, crops=crops)
     return override(dataclasses.replace(config, method=method), overrides)
@@ -61,9 +61,9 @@ def initial_config(
 def in_order_of(config: Config, run: Config) -> Config:
     """The configuration with the blocks in the order that a run found when it began."""
     backbone, theirs = config.method.backbone, run.method.backbone
-    if config.method.init.importance == "none" or not isinstance(backbone, ViTConfig):
+    if config.method.init.importance == "none" or backbone.kind != theirs.kind:
         return config
-    backbone = dataclasses.replace(backbone, block_order=getattr(theirs, "block_order", ()))
+    backbone = backbone.changed(block_order=getattr(theirs, "block_order", ()))
     return dataclasses.replace(config, method=dataclasses.replace(config.method, backbone=backbone))
 
 
@@ -81,22 +81,17 @@ def _hints(overrides: Sequence[str] | Mapping[str, Any]) -> list[str]:
 def _following(source: Source, method: MethodConfig) -> tuple[BackboneOptions, CropsConfig]:
     """The backbone of the source, with subnets down to half of it, on crops of the sizes that it can take."""
     shape, crops = cast(BackboneOptions, source.backbone.config), method.crops
-    patch = shape.patch_size if isinstance(shape, ViTConfig) else shape.stride
     sizes = {
-        name: max(1, round(getattr(crops, name) / patch)) * patch for name in ("global_size", "local_size")
+        name: max(1, round(getattr(crops, name) / shape.stride)) * shape.stride
+        for name in ("global_size", "local_size")
     }
     if source.normalisation:
         sizes |= dict(zip(("mean", "std"), source.normalisation, strict=True))
-    unit = shape.unit
-    smallest: dict[str, Any] = {"min_width": -(-shape.max_width // unit // 2) * unit}
-    if isinstance(shape, ViTConfig):
-        smallest["min_depth"] = -(-shape.max_depth // 2)
-    else:
-        smallest["min_depths"] = tuple(-(-depth // 2) for depth in shape.max_depths)
     kept = {
         key: getattr(method.backbone, key)
         for key in KEPT
         if hasattr(method.backbone, key) and hasattr(shape, key)
     }
     crops = dataclasses.replace(crops, **sizes)
-    return dataclasses.replace(shape, image_size=crops.global_size, masked=True, **smallest, **kept), crops
+    shape = shape.halved().changed(image_size=crops.global_size, masked=True, **kept)
+    return shape, crops

@@ -50,6 +50,23 @@ def test_blocks(kind: str) -> None:
     torch.testing.assert_close(block(x[:, order], groups), before[:, order])
 
 
+def test_middles_of_a_resnet() -> None:
+    """Three groups of four channels; the norms between are neither of one mean nor of one variance."""
+    torch.manual_seed(0)
+    block, x = ek.ElasticBottleneck(6, 12, 6, groups=3, stride=2, shortcut=True).double(), draw(2, 5, 5, 6)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    before = block(x, 12)
+    orders = [
+        torch.cat([4 * group + torch.randperm(4) for group in groups]) for groups in ((2, 0, 1), (1, 2, 0))
+    ]
+    ek.sort_middle(block, *orders)
+    torch.testing.assert_close(block(x, 12), before)
+    with pytest.raises(ValueError, match="expected groups of 4 channels to stay together"):
+        ek.sort_middle(block, orders[0], torch.randperm(12))
+
+
 def test_chosen_units_become_a_prefix() -> None:
     mlp, x = ek.ElasticMLP(C, 20, scale=None).double(), draw(5, C)
     chosen = torch.tensor([17, 3, 8])
