@@ -24,7 +24,7 @@ from elastic_kernels import (
     elastic_hidden_features,
     recomputed,
 )
-from poa.backbones import vit_formats
+from poa.backbones import vit_costs, vit_formats
 from poa.backbones.base import (
     Backbone,
     BackboneConfig,
@@ -166,26 +166,13 @@ class ViTConfig(BackboneConfig):
         return image_size // self.patch_size
 
     def parameters(self, subnet: Subnet) -> int:
-        (depth,), w = subnet.blocks, subnet.width
-        hidden = elastic_hidden_features(w, self.max_width, self.hidden)
-        attention = 4 * w * w + (4 if self.qkv_bias else 1) * w
-        mlp = self.first_layers * (w + 1) * hidden + (hidden + 1) * w
-        block = attention + mlp + 6 * w  # with norms and LayerScale
-        tokens = self.grid(self.image_size) ** 2 + self.prefix if self.positions == "learned" else 0
-        patch = self.channels * self.patch_size**2
-        return depth * block + w * (patch + 1) + w * (self.prefix + tokens) + 2 * w
+        return vit_costs.parameters(self, subnet)
 
     def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
-        patches = self.grid(image_size or self.image_size) ** 2
-        return 2 * patches * self.channels * self.patch_size**2 * subnet.width
+        return vit_costs.embedding_flops(self, subnet, image_size)
 
     def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
-        (depth,), w = subnet.blocks, subnet.width
-        tokens = self.grid(image_size or self.image_size) ** 2 + self.prefix
-        hidden = elastic_hidden_features(w, self.max_width, self.hidden)
-        linears = 2 * tokens * (4 * w * w + (self.first_layers + 1) * w * hidden)
-        attention = 4 * tokens * tokens * w
-        return depth * (linears + attention) + self.embedding_flops(subnet, image_size)
+        return vit_costs.flops(self, subnet, image_size)
 
     def build(self, generator: torch.Generator | None = None) -> ElasticViT:
         return ElasticViT(self, generator)
