@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from poa.checkpoint import RunFolder
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError
+from poa.export.formats import onnx_runner
 from poa.finetune import FinetuneConfig
 from poa.finetune.images import mixed, stratified
 from poa.finetune.train import Trainer, resume, sandwich_losses
@@ -30,6 +32,7 @@ from poa.signals import StopSignals
 from poa.subnets import Subnet
 
 CPU = torch.device("cpu")
+INT8 = ["--format", "onnx", "--dtype", "int8"]
 SHORT = ["epochs=1.5", "warmup_epochs=0.5", "evaluate_every=0.5", "flip=0", "--share", "0.1", "mixup=0.8"]
 
 
@@ -63,6 +66,34 @@ def test_all_subnets_have_classifiers_that_are_scored_and_extracted(
     assert "--initial: expected a run of pre-training" in fails(
         capsys, "evaluate", str(tuned), "--initial", "--out", str(tmp_path / "e.json")
     )
+
+
+def test_programs_classify(tuned: Path, tmp_path: Path) -> None:
+    command = ["extract", str(tuned), "--subnets", "16x1", "--out", str(tmp_path), "--format", "pt2"]
+    assert main(command) == 0
+    model, images = poa.load(tmp_path / "vit-16x1"), torch.randn(3, 3, 24, 24)
+    program = torch.export.load(tmp_path / "vit-16x1/model.pt2", extra_files=(extra := {"classes": ""}))
+    assert json.loads(extra["classes"]) == model.classes
+    with torch.no_grad():
+        features, logits = program.module()(images)
+        torch.testing.assert_close(features, model(images))
+        torch.testing.assert_close(logits, model.classify(images))
+
+
+def test_int8_files_classify(tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    command = ["extract", str(tuned), "--subnets", "32x2", "--out", str(tmp_path), *INT8]
+    assert main(command) == 0
+    path = tmp_path / "vit-32x2/model.int8.onnx"
+    metadata = {entry.key: entry.value for entry in importlib.import_module("onnx").load(path).metadata_props}
+    model, images = poa.load(path.parent), torch.randn(3, 3, 24, 24)
+    scores = json.loads(metadata["top1"])
+    accuracies = f"{scores['int8']:.1%} in int8, {scores['fp32']:.1%} in fp32"
+    assert f"{path}: top-1 accuracy {accuracies}\n" in capsys.readouterr().out
+    assert json.loads(metadata["classes"]) == model.classes
+    with torch.no_grad():
+        torch.testing.assert_close(onnx_runner(path)(images)[1], model.classify(images), atol=0.1, rtol=0.1)
 
 
 def test_timm_reads_the_head(tuned: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from poa.config import Config, with_data, with_run
 from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
-from poa.evaluate import PROTOCOLS, REPORTED_K
+from poa.evaluate import PROTOCOLS
 from poa.evaluate.models import evaluate_model
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.suite import require_protocols
@@ -102,7 +102,7 @@ def run_extract(options: argparse.Namespace) -> None:
         write_card(model, path, folder, options.license)
         if data:
             done = export_int8(model, path, data, config)
-            print(f"{done.path}: {REPORTED_K}-NN accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32")
+            print(f"{done.path}: {done.measure} accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32")
         elif options.format != "timm":
             print(export_file(model, path, options.format, options.dtype or "fp32"))
         if options.push:

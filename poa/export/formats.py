@@ -1,7 +1,8 @@
 """Models as files for other runtimes: ONNX, and `torch.export` programs.
 
-A file takes any number of float32 images `[B, C, S, S]`, as `Preprocessing` makes them, and gives float32
-features `[B, channels]`. It is read back and run before it gets its name: its features must be the model's.
+A file takes any number of float32 images `[B, C, S, S]`, as `Preprocessing` makes them. It gives features
+`[B, channels]` and, of a fine-tuned model, logits `[B, classes]`, both float32. It is read back and run before
+it gets its name: what it computes must be the model's.
 """
 
 from __future__ import annotations
@@ -25,25 +26,28 @@ from poa.files import writing
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3}
-"""Largest difference of a file's features from the model's, relative to the largest feature or 1."""
+"""Largest difference of a file's outputs from the model's, relative to the largest of these or 1."""
 
 BATCHES = (1, 2, 5)  # images that a file is tried with
 METADATA = "preprocessing"
-"""The entry of an ONNX file's metadata, and the extra file of a program, for `Preprocessing.from_dict`."""
+"""The entry of an ONNX file's metadata, and the extra file of a program, for `Preprocessing.from_dict`. Of a
+fine-tuned model there is also "classes", a JSON list of their names."""
 
-Runner = Callable[[Tensor], Tensor]
+Runner = Callable[[Tensor], tuple[Tensor, ...]]
+"""From images to features, and to logits where there is a classifier."""
 
 
 class _Served(nn.Module):
-    """Features of a network that computes in one dtype, float32 in and out."""
+    """A network that computes in one dtype, and its classifier; float32 in and out."""
 
     def __init__(self, model: ExportedModel, dtype: torch.dtype):
         super().__init__()
-        self.network, self.dtype = copy.deepcopy(model.backbone).to(dtype), dtype
+        self.network, self.head = copy.deepcopy(model.backbone).to(dtype), copy.deepcopy(model.head)
+        self.dtype = dtype
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features: Tensor = self.network([images.to(self.dtype)])[0].cls.float()
-        return features
+        return (features,) if self.head is None else (features, self.head(features))
 
 
 def require_packages(kind: str) -> None:
@@ -66,7 +70,7 @@ def export_file(model: ExportedModel, folder: Path, kind: str, dtype: str = "fp3
 
     Raises:
         InputError: a package that the format needs is not installed.
-        ExportError: the file does not compute the model's features.
+        ExportError: the file does not compute what the model does.
         SaveError: the file system refused it.
     """
     make, run = {"onnx": (_onnx, onnx_runner), "pt2": (_program, _program_runner)}[kind]
@@ -82,27 +86,29 @@ def export_file(model: ExportedModel, folder: Path, kind: str, dtype: str = "fp3
 def write_checked(
     path: Path, content: bytes, run: Callable[[Path], Runner], model: ExportedModel, tolerance: float
 ) -> None:
-    """Write a file that gets its name where its features are the model's; see `export_file`."""
+    """Write a file that gets its name where it computes what the model does; see `export_file`."""
     with writing(path) as file:
         file.write(content)
         file.flush()
         worst = largest_difference(model, run(Path(file.file.name)))
         if not worst < tolerance:  # also where it is NaN
             raise ExportError(
-                f"{path}: expected features within {tolerance:g} of the model's, got a largest difference of "
+                f"{path}: expected outputs within {tolerance:g} of the model's, got a largest difference of "
                 f"{worst:.2e}; the file was not written"
             )
 
 
 @torch.no_grad()
 def largest_difference(model: ExportedModel, run: Runner) -> float:
-    """Of features from the model's, on random images, relative to the largest of those or 1."""
+    """Of a file's outputs from the model's, on random images, relative to the largest of these or 1."""
     size, generator, worst = model.preprocess.size, torch.Generator().manual_seed(0), 0.0
     for count in BATCHES:
         images = torch.randn(count, model.preprocess.channels, size, size, generator=generator)
-        wanted, got = model(images), run(images)
-        difference = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1)
-        worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
+        features = model(images)
+        outputs = (features,) if model.head is None else (features, model.head(features))
+        for wanted, got in zip(outputs, run(images), strict=True):
+            difference = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1)
+            worst = max(worst, float(difference.nan_to_num(nan=torch.inf)))
     return worst
 
 
@@ -110,6 +116,12 @@ def _example(model: ExportedModel) -> tuple[tuple[Tensor], tuple[dict[int, Any]]
     """Images, and the dimension of them that is free."""
     size = model.preprocess.size
     return (torch.zeros(2, model.preprocess.channels, size, size),), ({0: torch.export.Dim("batch", min=1)},)
+
+
+def _metadata(model: ExportedModel) -> dict[str, str]:
+    """What a file says of itself."""
+    classes = {"classes": json.dumps(model.classes)} if model.classes else {}
+    return {METADATA: json.dumps(model.preprocess.to_dict())} | classes
 
 
 def _onnx(served: _Served, model: ExportedModel) -> bytes:
@@ -120,30 +132,29 @@ def _onnx(served: _Served, model: ExportedModel) -> bytes:
         dynamo=True,
         dynamic_shapes=sizes,
         input_names=["images"],
-        output_names=["features"],
+        output_names=["features", "logits"][: 1 if model.head is None else 2],
         verbose=False,
     )
     assert program is not None
-    program.model.metadata_props[METADATA] = json.dumps(model.preprocess.to_dict())
+    program.model.metadata_props.update(_metadata(model))
     content: bytes = program.model_proto.SerializeToString()
     return content
 
 
 def onnx_runner(path: Path) -> Runner:
-    """Features by onnxruntime on the CPU."""
+    """A file by onnxruntime on the CPU."""
     runtime = optional_package("onnxruntime", "export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # errors; fp16 warns of every product that it cannot fold
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return lambda images: tuple(map(torch.from_numpy, session.run(None, {"images": images.numpy()})))
 
 
 def _program(served: _Served, model: ExportedModel) -> bytes:
     images, sizes = _example(model)
     program = torch.export.export(served, images, dynamic_shapes=sizes)
-    extra = {METADATA: json.dumps(model.preprocess.to_dict())}
-    torch.export.save(program, content := io.BytesIO(), extra_files=extra)
+    torch.export.save(program, content := io.BytesIO(), extra_files=_metadata(model))
     return content.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Models in 8 bits: ONNX files that onnxruntime quantises, with their k-NN accuracy beside that of fp32."""
+"""Models in 8 bits: ONNX files that onnxruntime quantises, with their accuracy beside that of fp32."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from poa.distributed import World
 from poa.errors import InputError, optional_package
 from poa.evaluate import REPORTED_K
 from poa.evaluate.knn import KNN
-from poa.evaluate.protocol import Task
+from poa.evaluate.protocol import Function, Task
 from poa.evaluate.sweep import score
-from poa.export.formats import export_file, onnx_runner, quiet
+from poa.evaluate.top1 import TOP1
+from poa.export.formats import Runner, export_file, onnx_runner, quiet
 from poa.export.model import ExportedModel
 from poa.files import write_bytes
 
@@ -34,11 +35,13 @@ class Quantised:
     """An int8 file.
 
     Attributes:
-        path: of the file; its metadata holds both accuracies under "knn".
-        fp32, int8: k-NN accuracy of the held-out images, 0..1, both by onnxruntime.
+        path: of the file; its metadata holds both accuracies under "knn" or "top1".
+        measure: what they are: 20-NN, or top-1 of a classifier.
+        fp32, int8: accuracies of the held-out images, 0..1, both by onnxruntime.
     """
 
     path: Path
+    measure: str
     fp32: float
     int8: float
 
@@ -67,7 +70,8 @@ def open_to_quantise(config: Config, image_size: int | None) -> DataSplit:
 def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Config) -> Quantised:
     """Write a model whose weights and their inputs are 8-bit integers; norms, softmax and sums are fp32.
 
-    Training images calibrate it and are the bank of k-NN. The file is `model.int8.onnx`.
+    Training images calibrate it and are the bank of k-NN, which scores models without a classifier. The file
+    is `model.int8.onnx`.
 
     Raises:
         InputError: no labelled images are held out, another image size than in training, or a package is
@@ -79,15 +83,22 @@ def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Con
         small = Path(scratch) / "model.int8.onnx"
         with quiet():
             _quantise(whole, small, _calibration(model, data, config))
-        tasks = [Task(KNN, onnx_runner(file)) for file in (whole, small)]
-        alone = World(0, 1, torch.device("cpu"))
-        fp32, int8 = (accuracies[REPORTED_K] for accuracies in score(tasks, data, config, alone))
+        protocol = KNN if model.head is None else TOP1
+        tasks = [Task(protocol, _last_output(onnx_runner(file))) for file in (whole, small)]
+        scores = score(tasks, data, config, World(0, 1, torch.device("cpu")))
+        fp32, int8 = (protocol.headline(value) for value in scores)
         proto = onnx.load(small)
         entry = proto.metadata_props.add()
-        entry.key, entry.value = "knn", json.dumps({"k": REPORTED_K, "fp32": fp32, "int8": int8})
+        known = {"k": REPORTED_K} if protocol is KNN else {}
+        entry.key, entry.value = protocol.name, json.dumps(known | {"fp32": fp32, "int8": int8})
         path = folder / small.name
         write_bytes(path, proto.SerializeToString())
-    return Quantised(path, fp32, int8)
+    return Quantised(path, f"{REPORTED_K}-NN" if protocol is KNN else protocol.reported, fp32, int8)
+
+
+def _last_output(run: Runner) -> Function:
+    """Features, or logits of a classifier."""
+    return lambda images: run(images)[-1]
 
 
 def _calibration(model: ExportedModel, data: DataSplit, config: Config) -> Iterator[dict[str, Any]]:
