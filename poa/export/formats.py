@@ -1,8 +1,8 @@
 """Models as files for other runtimes: ONNX, and `torch.export` programs.
 
-A file takes any number of float32 images `[B, C, S, S]`, as `Preprocessing` makes them. It gives features
-`[B, channels]` and, of a fine-tuned model, logits `[B, classes]`, both float32. It is read back and run before
-it gets its name: what it computes must be the model's.
+A file takes any number of float32 images `[B, C, S, S]`, as `Preprocessing` makes them. It gives float32
+features `[B, channels]` and, of a fine-tuned model, logits `[B, classes]`. It is read back and run before it
+gets its name: what it computes must be the model's.
 """
 
 from __future__ import annotations
