@@ -33,6 +33,7 @@ from poa.train import pretrain
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
 DINOV3 = {"patch_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2, "global_pool": "token"}
 DINO = {"img_size": 42, "patch_size": 14, "embed_dim": 64, "depth": 2, "num_heads": 2}
+ROPE = {"img_size": 48, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", SMALL),
     "without-biases": ("vit_tiny_patch16_224", SMALL | {"qkv_bias": False}),
@@ -41,6 +42,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gate": ("vit_giant_patch14_dinov2", DINO | {"embed_dim": 96, "reg_tokens": 4, "no_embed_class": True}),
     "rotary": ("vit_small_patch16_dinov3", DINOV3),
     "rotary-gate": ("vit_huge_plus_patch16_dinov3_qkvb", DINOV3),
+    "eva02": ("eva02_tiny_patch14_224", DINO | {"ref_feat_shape": 5}),
+    "rope": ("vit_small_patch16_rope_224", ROPE),
+    "rope-and-positions": ("vit_small_patch16_rope_ape_224", ROPE),
+    "patch-of-8-without-class-position": ("deit3_small_patch16_224", SMALL),
     "resnet": ("resnet50_gn", {"layers": [1, 2, 1, 1]}),
 }
 OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -48,11 +53,6 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
         "vit_tiny_patch16_224",
         SMALL | {"qk_norm": True},
         "0 expected weights missing .* 12 unknown",
-    ),
-    "mean": (
-        "vit_tiny_patch16_224",
-        SMALL | {"global_pool": "avg"},
-        r"2 expected weights missing \(first: norm",
     ),
     "activation": (
         "vit_tiny_patch16_224",
@@ -69,7 +69,12 @@ OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layers": [1, 1, 1, 1]},
         "bn1.num_batches_tracked: expected one of torch.float32",
     ),
-    "eva": ("eva02_tiny_patch14_224", DINO, "expected a VisionTransformer, .* got a Eva"),
+    "mixed-rotary": (
+        "vit_small_patch16_rope_mixed_224",
+        ROPE,
+        "expected a rotary embedding of .* got .*Mixed",
+    ),
+    "norm-in-mlp": ("eva02_base_patch14_224", DINO, "unknown"),
 }
 
 
@@ -112,11 +117,17 @@ def test_models_of_timm_compute_the_same(family: str, tmp_path: Path) -> None:
     source.place_into(at_source)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        expected, (got,) = (
-            model.forward_head(model.forward_features(images), pre_logits=True),
-            at_source([images]),
-        )
-    assert float((got.cls - expected).abs().max()) < 1e-5
+        features, (got,) = model.forward_features(images), at_source([images])
+        expected, seen = model.forward_head(features, pre_logits=True), got.cls
+        if family == "eva02":
+            assert str(source).endswith("so its class token may know little")
+            seen = at_source.mean_pool(got)
+            folder = extract(at_source, at_source.space.intact, tmp_path / "models", config.method.crops)
+            same_features(read_source(str(folder)).backbone, source.backbone)
+            save_file(model.state_dict(), tmp_path / "eva.safetensors")
+            with pytest.raises(InputError, match="expected weights whose names tell the position embedding"):
+                read_source(str(tmp_path / "eva.safetensors"), config.method.backbone)
+    assert float((seen - expected).abs().max()) < 1e-5
     backbone = initial_network(config).backbone
     assert backbone.config.image_size == config.method.crops.global_size == 224
     assert config.method.crops.mean == model.pretrained_cfg["mean"]
@@ -241,7 +252,7 @@ def test_wrong_files(models: Path, tmp_path: Path) -> None:
         read_source(str(models / "vit-32x2" / "model.safetensors"))
 
 
-@pytest.mark.parametrize("design", [[], MODERN])
+@pytest.mark.parametrize("design", [[], MODERN, ["positions=learned-axial", "axial_grid=5"]])
 def test_sorting_changes_nothing_but_the_order(design: list[str]) -> None:
     vit: Any = random_weights(
         tiny_config("registers=2", "layer_scale=1", "max_depth=4", *design).method.backbone.build()

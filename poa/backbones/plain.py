@@ -42,8 +42,8 @@ class PlainViT(PlainNetwork):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         tokens = self.prefix + config.grid(config.image_size) ** 2
-        learned = config.positions == "learned"
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width)) if learned else None
+        self.rotary = config.rotary
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width)) if config.learned else None
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.max_depth))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
 
@@ -53,9 +53,9 @@ class PlainViT(PlainNetwork):
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         rows = [token.expand(images.shape[0], -1, -1) for token in tokens]
         x, angles = torch.cat([*rows, x.flatten(2).transpose(1, 2)], dim=1), None
-        if self.pos_embed is None:
-            angles = angles_of_grid(x, height, breadth, self.head_dim)
-        else:
+        if self.rotary:
+            angles = angles_of_grid(x, height, breadth, self.head_dim, self.rotary)
+        if self.pos_embed is not None:
             x = x + positions_of_grid(self.pos_embed, self.prefix, height, breadth)
         for block in self.blocks:
             x = block(x, angles)
@@ -70,14 +70,14 @@ class _Block(nn.Module):
         mlp = _GatedMlp if config.mlp == "swiglu" else _Mlp
         self.norm1, self.attn = nn.LayerNorm(width, eps=eps), _Attention(config)
         self.norm2, self.mlp = nn.LayerNorm(width, eps=eps), mlp(width, config.hidden)
-        self.learned = config.positions == "learned"
-        if self.learned:
+        self.layers = config.positions != "rotary"
+        if self.layers:
             self.ls1, self.ls2 = _LayerScale(width), _LayerScale(width)
         else:
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.ones(width)) for _ in range(2))
 
     def forward(self, x: Tensor, angles: Tensor | None) -> Tensor:
-        first, second = (self.ls1.gamma, self.ls2.gamma) if self.learned else (self.gamma_1, self.gamma_2)
+        first, second = (self.ls1.gamma, self.ls2.gamma) if self.layers else (self.gamma_1, self.gamma_2)
         x = x + self.attn(self.norm1(x), angles) * first
         return x + self.mlp(self.norm2(x)) * second
 

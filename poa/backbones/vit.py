@@ -36,7 +36,7 @@ from poa.backbones.base import (
     ratio,
 )
 from poa.backbones.plain import PlainViT
-from poa.backbones.positions import positions_of_grid, resizing_of_grid, rotary_of_grids
+from poa.backbones.positions import RotaryKind, positions_of_grid, resizing_of_grid, rotary_of_grids
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, unpack
 from poa.options import option
@@ -74,8 +74,14 @@ class ViTConfig(BackboneConfig):
         "[0, 1024)",
     )
     head_dim: int = option(64, "channels of an attention head", "[1, 1024]")
-    positions: Literal["learned", "rotary"] = option(
-        "learned", "position embedding, or rotary embedding of queries and keys as of DINOv3"
+    positions: Literal["learned", "rotary", "axial", "learned-axial"] = option(
+        "learned",
+        "position embedding, rotary embedding of queries and keys as of DINOv3, axial one as of EVA, or the "
+        "first and the last",
+    )
+    axial_temperature: float = option(10000.0, "temperature of the axial embedding", "(0, 1e9]")
+    axial_grid: int = option(
+        0, "patches along a side that the axial embedding scales others to; 0: not scaled", "[0, 1024]"
     )
     qkv_bias: bool = option(True, "queries, keys and values have a bias")
     norm_eps: float = option(1e-6, "added to the variance in norms", "(0, 1]")
@@ -103,8 +109,8 @@ class ViTConfig(BackboneConfig):
             raise self.wrong(
                 "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
             )
-        if self.positions == "rotary" and self.head_dim % 4:
-            raise self.wrong("head_dim", "a multiple of 4 with positions=rotary")
+        if self.rotary and self.head_dim % 4:
+            raise self.wrong("head_dim", f"a multiple of 4 with positions={self.positions}")
         self.grid(self.image_size)
 
     @property
@@ -128,6 +134,18 @@ class ViTConfig(BackboneConfig):
     def prefix(self) -> int:
         """Tokens before the patches: the class token and the registers."""
         return 1 + self.registers
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a position embedding."""
+        return self.positions.startswith("learned")
+
+    @property
+    def rotary(self) -> RotaryKind | None:
+        """Which angles turn queries and keys."""
+        if self.positions.endswith("axial"):
+            return RotaryKind(self.axial_temperature, centred=False, grid=self.axial_grid)
+        return RotaryKind() if self.positions == "rotary" else None
 
     @property
     def hidden(self) -> int:
@@ -231,7 +249,7 @@ class ElasticViT(Backbone):
         registers = nn.Parameter(torch.zeros(1, config.registers, width))
         self.reg_token = registers if config.registers else None
         positions = torch.zeros(1, config.prefix + patches, width)
-        if config.positions == "learned":
+        if config.learned:
             self.pos_embed: Tensor = nn.Parameter(positions)
         else:
             self.register_buffer("pos_embed", positions, persistent=False)
@@ -258,7 +276,7 @@ class ElasticViT(Backbone):
         nn.init.normal_(self.cls_token, std=1e-6, generator=generator)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6, generator=generator)
-        if self.config.positions == "learned":
+        if self.config.learned:
             nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -351,22 +369,8 @@ class ElasticViT(Backbone):
     @torch.no_grad()
     def to_static(self, subnet: Subnet, image_size: int | None = None) -> ElasticViT:
         """As `Backbone.to_static`; the position embedding is interpolated to the image size."""
-        config, width = self.config.of_one_size(self.space.require(subnet), image_size), subnet.width
-        side = config.grid(config.image_size)
-        state = {
-            "cls_token": self.cls_token[..., :width],
-            "patch_embed.proj.weight": self.patch_embed.proj.weight[:width],
-            "patch_embed.proj.bias": cast(Tensor, self.patch_embed.proj.bias)[:width],
-            "norm.weight": self.norm.weight[:width],
-            "norm.bias": self.norm.bias[:width],
-        }
-        if config.positions == "learned":
-            state["pos_embed"] = self.position_embedding(side, side, width)
-        if self.reg_token is not None:
-            state["reg_token"] = self.reg_token[..., :width]
-        for position, block in enumerate(self.active_blocks(subnet)):
-            corner = block.static_state(width)
-            state |= {f"blocks.{position}.{name}": tensor for name, tensor in corner.items()}
+        config = self.config.of_one_size(self.space.require(subnet), image_size)
+        state = vit_formats.static_state(self, subnet, config.grid(config.image_size))
         network = ElasticViT(config).eval()
         load_strictly(network, copied(state), "static")
         return network
@@ -380,10 +384,11 @@ class ElasticViT(Backbone):
 
     def _rotary(self, crops: Sequence[Tensor]) -> dict[str, Rotary]:
         """What blocks take of a rotary embedding."""
-        if self.config.positions == "learned":
+        config, grids = self.config, [(len(c), *self._grid(c)) for c in crops]
+        if config.rotary is None:
             return {}
-        grids = [(len(c), *self._grid(c)) for c in crops]
-        return {"rotary": rotary_of_grids(self.cls_token, grids, self.config.prefix, self.config.head_dim)}
+        table = rotary_of_grids(self.cls_token, grids, config.prefix, config.head_dim, config.rotary)
+        return {"rotary": table}
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

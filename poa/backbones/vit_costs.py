@@ -18,7 +18,7 @@ def parameters(config: ViTConfig, subnet: Subnet) -> int:
     attention = 4 * w * w + (4 if config.qkv_bias else 1) * w
     mlp = config.first_layers * (w + 1) * hidden + (hidden + 1) * w
     block = attention + mlp + 6 * w  # with norms and LayerScale
-    tokens = config.grid(config.image_size) ** 2 + config.prefix if config.positions == "learned" else 0
+    tokens = config.grid(config.image_size) ** 2 + config.prefix if config.learned else 0
     patch = config.channels * config.patch_size**2
     return depth * block + w * (patch + 1) + w * (config.prefix + tokens) + 2 * w
 

@@ -10,16 +10,20 @@ from torch import Tensor
 
 from poa.backbones.base import TimmModel, count_of, ratio
 from poa.errors import InputError
+from poa.subnets import Subnet
 
 if TYPE_CHECKING:
-    from poa.backbones.vit import ViTConfig
+    from poa.backbones.vit import ElasticViT, ViTConfig
 
 EPS, ROTARY_EPS = 1e-6, 1e-5  # of norms of timm's ViTs, and of those with a rotary embedding
 ROTARY_GRID = 14  # patches along a side, where no learned positions tell it
 
 
 def timm_model(config: ViTConfig) -> TimmModel | None:
-    """As `BackboneConfig.timm_model`; timm's ViTs with a rotary embedding have no bias of keys."""
+    """As `BackboneConfig.timm_model`; timm's ViTs with a rotary embedding have no bias of keys, and EVA's
+    turn other pairs of channels."""
+    if config.positions not in ("learned", "rotary"):
+        return None
     learned, gated = config.positions == "learned", config.mlp == "swiglu"
     if config.norm_eps != (EPS if learned else ROTARY_EPS) or (config.qkv_bias and not learned):
         return None
@@ -47,9 +51,30 @@ def timm_model(config: ViTConfig) -> TimmModel | None:
 
 def exported_state(config: ViTConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of an `ElasticViT` under timm's names."""
-    if config.positions == "learned":
+    if config.positions != "rotary":
         return state
     return {re.sub(r"ls(\d)\.gamma$", r"gamma_\1", name): tensor for name, tensor in state.items()}
+
+
+def static_state(vit: ElasticViT, subnet: Subnet, side: int) -> dict[str, Tensor]:
+    """The weights of a subnet as those of a network of its own, for a grid of `side` x `side` patches."""
+    width, bias = subnet.width, vit.patch_embed.proj.bias
+    assert bias is not None
+    state = {
+        "cls_token": vit.cls_token[..., :width],
+        "patch_embed.proj.weight": vit.patch_embed.proj.weight[:width],
+        "patch_embed.proj.bias": bias[:width],
+        "norm.weight": vit.norm.weight[:width],
+        "norm.bias": vit.norm.bias[:width],
+    }
+    if vit.config.learned:
+        state["pos_embed"] = vit.position_embedding(side, side, width)
+    if vit.reg_token is not None:
+        state["reg_token"] = vit.reg_token[..., :width]
+    for position, block in enumerate(vit.active_blocks(subnet)):
+        corner = block.static_state(width)
+        state |= {f"blocks.{position}.{name}": tensor for name, tensor in corner.items()}
+    return state
 
 
 def sizes_of(state: Mapping[str, Tensor]) -> dict[str, Any]:

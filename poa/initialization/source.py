@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,9 @@ from poa.weights import load_strictly, read_weights
 TIMM = "timm:"
 OFFICIAL = {"register_tokens": "reg_token", ".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}  # DINOv2's
 CLASSIFIER = re.compile(r"(head|fc)\.(weight|bias)")
+AXIAL = "RotaryEmbeddingCat"  # EVA's, of which each pair of channels follows rows or columns
+OF_MEAN = "it was pooled by the mean of patch tokens, so its class token may know little"
+ROTARY = ("RotaryEmbeddingDinoV3", AXIAL)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 Reference = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -45,6 +48,7 @@ class Source:
         elastic: whether prefixes of them were trained, so that their order must stay.
         normalisation: mean and standard deviation of the pixels by channel, where the source says them.
         left_out: names of tensors that no backbone has: those of a classifier.
+        note: what else should be known of it.
     """
 
     name: str
@@ -52,11 +56,14 @@ class Source:
     elastic: bool = False
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     left_out: tuple[str, ...] = ()
+    note: str = ""
 
     def __str__(self) -> str:
         config = self.backbone.config
         left_out = f"; left out: {', '.join(self.left_out)}" if self.left_out else ""
-        return f"{self.name}, a {config.kind} {config.space.intact} of {config.image_size} pixels{left_out}"
+        note = f"; {self.note}" if self.note else ""
+        shape = f"a {config.kind} {config.space.intact} of {config.image_size} pixels"
+        return f"{self.name}, {shape}{left_out}{note}"
 
     @torch.no_grad()
     def place_into(self, backbone: Backbone) -> None:
@@ -120,33 +127,76 @@ def _of_timm(name: str, architecture: str) -> tuple[Source, Reference]:
             f"{name}: expected weights that timm loads, got {type(error).__name__}: {why}"
         ) from None
     state, groups = model.state_dict(), getattr(getattr(model, "bn1", None), "num_groups", None)
-    if isinstance(model, timm.models.VisionTransformer) or _is_dinov3(model):
-        state = _under_our_names(state, model.no_embed_class)
-        vit = backbone_from_state(state, name=name, head_dim=model.blocks[0].attn.head_dim)
-        backbone: Backbone = replace(cast(ViTConfig, vit.config), norm_eps=model.norm.eps).build()
-        backbone.load_state_dict(vit.state_dict())
+    if isinstance(model, timm.models.VisionTransformer | timm.models.Eva):
+        backbone: Backbone = _vit_of_timm(name, model, state)
     elif isinstance(model, timm.models.ResNet) and groups:
         backbone = backbone_from_state(_under_our_names(state), name=name, norm_groups=groups)
     else:
         raise InputError(
-            f"{name}: expected a VisionTransformer, a DINOv3 or a ResNet with group norm of timm, got a "
+            f"{name}: expected a VisionTransformer, an Eva or a ResNet with group norm of timm, got a "
             f"{type(model).__name__}"
         )
 
     def reference(images: Tensor) -> tuple[Tensor, Tensor]:
         features = model.forward_features(images)
         if features.dim() == 3:
+            features = model.fc_norm(features) if _is_of_mean(model) else features
             return features[:, 0], features[:, model.num_prefix_tokens :]
         maps = F.interpolate(features, scale_factor=ResNetConfig.mask_scale)
         return features.mean((2, 3)), maps.flatten(2).transpose(1, 2)
 
-    pixels = model.pretrained_cfg
-    return Source(name, backbone, normalisation=(tuple(pixels["mean"]), tuple(pixels["std"]))), reference
+    pixels, note = model.pretrained_cfg, OF_MEAN if _is_of_mean(model) else ""
+    normalisation = tuple(pixels["mean"]), tuple(pixels["std"])
+    return Source(name, backbone, normalisation=normalisation, note=note), reference
 
 
-def _is_dinov3(model: Any) -> bool:
-    """Whether timm's model has the rotary embedding of DINOv3; EVA's turns other pairs."""
-    return type(getattr(model, "rope", None)).__name__ == "RotaryEmbeddingDinoV3"
+def _vit_of_timm(name: str, model: Any, state: dict[str, Tensor]) -> Backbone:
+    """A VisionTransformer or Eva."""
+    rope: Any = getattr(model, "rope", None)
+    block = model.blocks[0]
+    kind = type(rope).__name__
+    if rope is not None and kind not in ROTARY:
+        raise InputError(f"{name}: expected a rotary embedding of {', '.join(ROTARY)}, got {kind}")
+    state = _under_our_names(state, model.no_embed_class)
+    if kind == AXIAL:
+        _turn_halves(state, block.attn.num_heads, rope.rotate_half, rope.grid_indexing == "xy")
+    vit = backbone_from_state(state, name=name, head_dim=block.attn.head_dim)
+    options: dict[str, Any] = {"norm_eps": block.norm1.eps}
+    if "pos_embed" not in state:
+        options["image_size"] = model.patch_embed.img_size[0]
+    if kind == AXIAL:
+        options["positions"] = "learned-axial" if "pos_embed" in state else "axial"
+        options["axial_temperature"] = float(rope.temperature)
+        options["axial_grid"] = (rope.ref_feat_shape or (0,))[0]
+    backbone = vit.config.changed(**options).build()
+    backbone.load_state_dict(vit.state_dict())
+    return backbone
+
+
+def _is_of_mean(model: Any) -> bool:
+    """Whether a ViT of timm has its last norm after the mean of the patch tokens, instead of before it."""
+    pooled = getattr(model, "fc_norm", None)
+    return isinstance(pooled, nn.Module) and not isinstance(pooled, nn.Identity)
+
+
+def _turn_halves(state: dict[str, Tensor], heads: int, halves: bool, columns_first: bool) -> None:
+    """Let a rotary embedding turn pairs (i, i + d / 2) of which the first half are of rows.
+
+    Products of queries and keys do not change, as both have their channels in the new order.
+
+    Args:
+        state: of a ViT whose pairs are neighbours, or such `halves`.
+        heads: of attention.
+        columns_first: the first half of its pairs are of columns.
+    """
+    for name in [name for name in state if ".attn.qkv." in name]:
+        qk, v = state[name].tensor_split([state[name].shape[0] * 2 // 3])
+        by_head = qk.unflatten(0, (2 * heads, -1))
+        pairs = by_head.unflatten(1, (2, -1) if halves else (-1, 2))
+        first, second = pairs.unbind(1 if halves else 2)  # [2 heads, d / 2, ...]
+        if columns_first:
+            first, second = (part.roll(part.shape[1] // 2, 1) for part in (first, second))
+        state[name] = torch.cat([torch.cat([first, second], 1).flatten(0, 1), v])
 
 
 def _of_extracted(name: str) -> tuple[Source, Reference]:
@@ -162,6 +212,7 @@ def _of_file(name: str, hints: BackboneConfig) -> tuple[Source, Reference]:
     left_out = tuple(key for key in content if CLASSIFIER.fullmatch(key))
     state = {key: tensor for key, tensor in content.items() if key not in left_out}
     _require_floats(state, name)
+    _require_known_positions(state, name)
     sizes = {key: getattr(hints, key) for key in ("head_dim", "norm_groups") if hasattr(hints, key)}
     backbone = backbone_from_state(_under_our_names(backbone_state(state)), name=name, **sizes)
     elastic = any(backbone_name(key) != key for key in state)
@@ -169,6 +220,18 @@ def _of_file(name: str, hints: BackboneConfig) -> tuple[Source, Reference]:
     plain = static.config.plain()
     load_strictly(plain, static.exported_state(), name)
     return Source(name, backbone, elastic, None, left_out), _features_of(plain)
+
+
+def _require_known_positions(state: Mapping[str, Tensor], name: str) -> None:
+    """Raise InputError where a file may be of a rotary embedding that its tensors do not tell."""
+    endings = {key.rpartition("blocks.0.")[2] for key in state}
+    of_eva = "pos_embed" in state and endings & {"attn.q_bias", "attn.q_proj.weight", "mlp.fc1_g.weight"}
+    of_rope = "cls_token" in state and "pos_embed" not in state and "attn.qkv.bias" in endings
+    if of_eva or of_rope:
+        raise InputError(
+            f"{name}: expected weights whose names tell the position embedding, got those of timm's Eva; "
+            "name timm:NAME or the folder of the model"
+        )
 
 
 def _features_of(network: nn.Module) -> Reference:
@@ -188,6 +251,8 @@ def _under_our_names(state: Mapping[str, Tensor], padded: bool | None = None) ->
             the others are a square, perhaps for the registers alone.
     """
     placed = {_our_name(name): tensor for name, tensor in state.items()}
+    if "norm.weight" not in placed:
+        placed = {re.sub(r"^fc_norm\.", "norm.", name): tensor for name, tensor in placed.items()}
     if "cls_token" not in placed:
         return placed
     width = placed["cls_token"].shape[-1]
