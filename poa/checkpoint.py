@@ -316,6 +316,10 @@ class RunFolder:
             )
         return content
 
+    def is_fine_tuned(self) -> bool:
+        """Whether the run is one of fine-tuning."""
+        return bool(read_checkpoint(self.newest().path, mapped=True)["format"] == FINE_TUNED)
+
     def network(
         self, branch: Branch = "teacher", step: int | None = None
     ) -> tuple[Network | Classifier, Checkpoint]:

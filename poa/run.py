@@ -21,6 +21,7 @@ from poa.evaluate.sweep import data_place
 from poa.export import ExportedModel, load
 from poa.finetune import FinetuneConfig, finetune
 from poa.finetune import recipe as recipe_of
+from poa.finetune import resume as resume_finetuning
 from poa.initialization import in_order_of, initial_config
 from poa.metrics import Callback
 from poa.options import differences, override
@@ -126,6 +127,8 @@ class Run:
     ) -> Run:
         """Train on from the newest checkpoint; the arguments are those of `pretrain`.
 
+        A run of fine-tuning goes on, too, with the options that it has.
+
         Args:
             config: the options; default those it was started with.
             replan: allow other `method.optim` options, whose schedules are recomputed.
@@ -133,8 +136,16 @@ class Run:
         Raises:
             InputError: no checkpoint of these options, or other schedules without `replan`.
         """
-        before = self.config
+        before, asked = self.config, bool(config or options or replan or check or callbacks)
         config, openers = _with_images(config or before, self.data if data is None else data)
+        if self.folder.is_fine_tuned():
+            if asked:
+                raise InputError(
+                    "resume: expected a run of pre-training with options, got one of fine-tuning, which has "
+                    "them already: poa finetune --resume RUN"
+                )
+            resume_finetuning(self.folder.path, config, openers)
+            return self if data is None else Run(self.folder.path, data)
         config = override(config, options)
         changed = next(differences(config.method.optim, before.method.optim), None)
         if changed and not replan:
@@ -248,7 +259,7 @@ class Run:
 
         Raises:
             InputError: wrong options, no labels or no held-out images; nothing is written then.
-            Preempted: it was asked to stop, and was saved; `poa finetune --resume OUT` goes on.
+            Preempted: it was asked to stop, and was saved; `Run.resume` goes on.
         """
         config, openers = _with_images(self.config, self.data if data is None else data)
         chosen = override(recipe_of(recipe) if isinstance(recipe, str) else recipe, options)

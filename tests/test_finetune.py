@@ -22,7 +22,7 @@ from poa.__main__ import main
 from poa.checkpoint import RunFolder
 from poa.data.sources import open_data
 from poa.distributed import World
-from poa.errors import InputError
+from poa.errors import InputError, Preempted
 from poa.export.formats import onnx_runner
 from poa.finetune import FinetuneConfig
 from poa.finetune.images import mixed, stratified
@@ -107,6 +107,11 @@ def test_timm_reads_the_head(tuned: Path, tmp_path: Path) -> None:
         assert torch.equal(model.to_timm()(images), model.classify(images))
 
 
+def stop_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = property(lambda _: "SIGTERM", lambda *_: None)
+    monkeypatch.setattr(StopSignals, "received", received, raising=False)
+
+
 def test_a_run_that_was_stopped_resumes_exactly(
     tuned: Path,
     trained: Path,
@@ -115,12 +120,13 @@ def test_a_run_that_was_stopped_resumes_exactly(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert fails(capsys, "pretrain", "--resume", str(tuned)).count("got one of fine-tuning") == 1
-    monkeypatch.setattr(
-        StopSignals, "received", property(lambda _: "SIGTERM", lambda *_: None), raising=False
-    )
+    stop_at_once(monkeypatch)
     out = tmp_path / "stopped"
     assert main(["finetune", str(trained), "--out", str(out), *SHORT]) != 0
     assert "resume with: poa finetune --resume" in capsys.readouterr().err
+    single = ["--out", str(tmp_path / "single"), "--subnets", "16x2", "16x1", "32x2"]
+    assert main(["finetune", str(trained), *single, *SHORT]) != 0
+    assert capsys.readouterr().err.rstrip().endswith("single/16x2; not begun: 16x1, 32x2")
     monkeypatch.undo()
     assert newest(out)["step"] == 1
     resume(out)
@@ -161,13 +167,22 @@ def test_what_does_not_fit_a_run_is_refused(
     assert said in fails(capsys, "pretrain", "--init", str(tuned), "--check", *OVERRIDES)
 
 
-def test_a_dataset_from_python(trained: Path, tmp_path: Path) -> None:
+def test_a_dataset_from_python(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (40, 3, 24, 24), dtype=torch.uint8)
     dataset = TensorDataset(images, torch.arange(40) % 4)
-    run = poa.Run(trained).finetune(tmp_path / "run", dataset, subnet="16x1", epochs=1, warmup_epochs=0.5)
+    given: dict[str, Any] = {"subnet": "16x1", "epochs": 2, "warmup_epochs": 0.5}
+    run = poa.Run(trained).finetune(tmp_path / "run", dataset, **given)
     assert run.models()[0]["subnet"] == "16x1"
     assert run.subnet().classes == ["0", "1", "2", "3"]
     assert "top1" in repr(run.evaluate(device="cpu"))
+    stop_at_once(monkeypatch)
+    with pytest.raises(Preempted, match="step 1: stopped"):
+        poa.Run(trained).finetune(tmp_path / "stopped", dataset, **given)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="with options, got one of fine-tuning"):
+        poa.Run(tmp_path / "stopped", dataset).resume(epochs=2)
+    poa.Run(tmp_path / "stopped").resume(dataset)
+    assert_same(newest(tmp_path / "stopped")["teacher"], newest(run.folder.path)["teacher"])
 
 
 def test_one_subnet_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from poa.checkpoint import RunFolder
 from poa.cli.arguments import Command, add_step
 from poa.data.layout import SOURCES
-from poa.errors import InputError
+from poa.errors import InputError, Preempted
 from poa.finetune import RECIPES, recipe
 from poa.finetune.train import resume
 from poa.options import describe, override
@@ -74,11 +74,16 @@ def run_finetune(options: argparse.Namespace) -> None:
     for place in places.values():
         RunFolder(place).require_new()
     for subnet, place in places.items() or [(None, out)]:
-        run.finetune(
-            place,
-            options.data,
-            subnet=subnet,
-            recipe=chosen,
-            device=options.device or "auto",
-            step=options.step,
-        )
+        try:
+            run.finetune(
+                place,
+                options.data,
+                subnet=subnet,
+                recipe=chosen,
+                device=options.device or "auto",
+                step=options.step,
+            )
+        except Preempted as stop:
+            waiting = [str(s) for s, other in places.items() if not other.exists()]
+            rest = f"; not begun: {', '.join(waiting)}" if waiting else ""
+            raise Preempted(f"{stop}{rest}", stop.interrupted) from None

@@ -91,13 +91,18 @@ def finetune(
     _run(config, options, out, weights, openers)
 
 
-def resume(out: Path) -> None:
+def resume(out: Path, config: Config | None = None, openers: Openers | None = None) -> None:
     """Go on with a run of fine-tuning from its newest checkpoint.
+
+    Args:
+        out: its folder.
+        config: its configuration, where its images have another name now.
+        openers: how to open the images, where the configuration does not name a place.
 
     Raises:
         InputError: there is none.
     """
-    _run(RunFolder(out).config(), None, out, None)
+    _run(config or RunFolder(out).config(), None, out, None, openers)
 
 
 def _run(
