@@ -47,13 +47,23 @@ def _within(mask, widths_ptr, rows, mask_r, offs_k, width):
     return count, mask
 
 
+@triton.jit
+def _place(places_ptr, token, mask_t):
+    """The rows of tokens, and which have one: all, or those with a place >= 0."""
+    place, mask_r = token.to(tl.int64), mask_t
+    if places_ptr is not None:
+        place = tl.load(places_ptr + token, mask=mask_t, other=-1).to(tl.int64)
+        mask_r = place >= 0
+    return place, mask_r
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, widths_ptr, y_ptr, xhat_ptr, mean_ptr, rstd_ptr,
     rows, width,
     stride_x,
     eps,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, KEEP_XHAT: tl.constexpr, CENTRED: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, KEEP_XHAT: tl.constexpr, CENTRED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs_r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -62,7 +72,7 @@ def _layer_norm_fwd_kernel(
     mask = mask_r[:, None] & mask_k[None, :]
     place = offs_r.to(tl.int64)
     source = place
-    if HAS_INDEX:
+    if index_ptr is not None:
         source = tl.load(index_ptr + offs_r, mask=mask_r, other=0)
     out = place[:, None] * width + offs_k[None, :]
     count, within = _within(mask, widths_ptr, offs_r, mask_r, offs_k, width)
@@ -96,8 +106,8 @@ def _layer_norm_bwd_kernel(
     dx_ptr, partials_ptr, branch_ptr, branch_sums_ptr, branch_places_ptr, branch_scale_ptr,
     tokens, width,
     stride_x, stride_s,
-    HAS_AFFINE: tl.constexpr, HAS_INDEX: tl.constexpr, IN_STREAM: tl.constexpr, AHEAD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, IN_STREAM: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By tokens: `places` holds the row of each token among the normalised ones, or -1.
 
@@ -107,8 +117,7 @@ def _layer_norm_bwd_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     offs_k = tl.arange(0, BLOCK)
     mask_k = offs_k < width
-    dweight = tl.zeros([BLOCK], tl.float32)
-    dbias = tl.zeros([BLOCK], tl.float32)
+    dweight, dbias = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     branch_sums = tl.zeros([BLOCK], tl.float32)
     if HAS_AFFINE:
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
@@ -117,10 +126,7 @@ def _layer_norm_bwd_kernel(
         mask_t = offs_t < tokens
         every = mask_t[:, None] & mask_k[None, :]
         token = offs_t.to(tl.int64)
-        place, mask_r = token, mask_t
-        if HAS_INDEX:
-            place = tl.load(places_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
-            mask_r = place >= 0
+        place, mask_r = _place(places_ptr, offs_t, mask_t)
         count, mask = _within(mask_r[:, None] & mask_k[None, :], widths_ptr, offs_t, mask_t, offs_k, width)
         dy = tl.load(dy_ptr + place[:, None] * width + offs_k[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + place, mask=mask_r, other=0.0)
@@ -151,10 +157,7 @@ def _layer_norm_bwd_kernel(
         dx = dx.to(dx_ptr.dtype.element_ty)
         tl.store(out, dx, mask=every)
         if branch_ptr is not None:
-            place, mask_r = token, mask_t
-            if branch_places_ptr is not None:
-                place = tl.load(branch_places_ptr + offs_t, mask=mask_t, other=-1).to(tl.int64)
-                mask_r = place >= 0
+            place, mask_r = _place(branch_places_ptr, offs_t, mask_t)
             mask = mask_r[:, None] & mask_k[None, :]
             branch = tl.where(mask, dx.to(tl.float32), 0.0)
             if branch_scale_ptr is not None:
@@ -245,8 +248,7 @@ def layer_norm_fwd(
             rows, width,
             x.stride(0),
             eps,
-            HAS_AFFINE=weight is not None, HAS_INDEX=index is not None, KEEP_XHAT=keep_xhat,
-            CENTRED=_is_centred(weight, bias),
+            HAS_AFFINE=weight is not None, KEEP_XHAT=keep_xhat, CENTRED=_is_centred(weight, bias),
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return results
@@ -312,8 +314,8 @@ def layer_norm_bwd(
         dx, partials, branch, branch_sums, branch_places, branch_scale,
         tokens, width,
         0 if x is None else x.stride(0), 0 if dsum is None else dsum.stride(0),
-        HAS_AFFINE=weight is not None, HAS_INDEX=places is not None, IN_STREAM=xhat is not None,
-        AHEAD=ahead, ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
+        HAS_AFFINE=weight is not None, IN_STREAM=xhat is not None, AHEAD=ahead,
+        ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
     return dx, partials
 

@@ -76,6 +76,30 @@ def _logits(
     return s1 * inv_tau, s2 * inv_tau
 
 
+@triton.jit
+def _store_statistics(
+    out, mask_m, rows,
+    m1, z1, m2, z2, ma, za, a1, a2, mb, zb, b1, b2, across,
+    TWO: tl.constexpr, TARGETS: tl.constexpr,
+):  # fmt: skip
+    tl.store(out, m1, mask=mask_m)
+    tl.store(out + rows, z1, mask=mask_m)
+    tl.store(out + 4 * rows, ma, mask=mask_m)
+    tl.store(out + 5 * rows, za, mask=mask_m)
+    tl.store(out + 6 * rows, a1, mask=mask_m)
+    if TWO:
+        tl.store(out + 2 * rows, m2, mask=mask_m)
+        tl.store(out + 3 * rows, z2, mask=mask_m)
+        tl.store(out + 7 * rows, a2, mask=mask_m)
+        tl.store(out + 12 * rows, across, mask=mask_m)
+    if TARGETS == 2:
+        tl.store(out + 8 * rows, mb, mask=mask_m)
+        tl.store(out + 9 * rows, zb, mask=mask_m)
+        tl.store(out + 10 * rows, b1, mask=mask_m)
+        if TWO:
+            tl.store(out + 11 * rows, b2, mask=mask_m)
+
+
 @triton.jit(do_not_specialize=["rows", "span"])
 def _losses_fwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, stats_ptr,
@@ -133,23 +157,10 @@ def _losses_fwd_kernel(
         if TWO:
             across = across * shrink_1 + tl.sum(e1 * s2, 1)
             m2, z2, _, _ = grow(m2, z2, tl.where(mask_k[None, :], s2, float("-inf")))
-    out = stats_ptr + tl.program_id(1).to(tl.int64) * 13 * rows + offs_m
-    tl.store(out, m1, mask=mask_m)
-    tl.store(out + rows, z1, mask=mask_m)
-    tl.store(out + 4 * rows, ma, mask=mask_m)
-    tl.store(out + 5 * rows, za, mask=mask_m)
-    tl.store(out + 6 * rows, a1, mask=mask_m)
-    if TWO:
-        tl.store(out + 2 * rows, m2, mask=mask_m)
-        tl.store(out + 3 * rows, z2, mask=mask_m)
-        tl.store(out + 7 * rows, a2, mask=mask_m)
-        tl.store(out + 12 * rows, across, mask=mask_m)
-    if TARGETS == 2:
-        tl.store(out + 8 * rows, mb, mask=mask_m)
-        tl.store(out + 9 * rows, zb, mask=mask_m)
-        tl.store(out + 10 * rows, b1, mask=mask_m)
-        if TWO:
-            tl.store(out + 11 * rows, b2, mask=mask_m)
+    _store_statistics(
+        stats_ptr + tl.program_id(1).to(tl.int64) * 13 * rows + offs_m, mask_m, rows,
+        m1, z1, m2, z2, ma, za, a1, a2, mb, zb, b1, b2, across, TWO, TARGETS,
+    )  # fmt: skip
 
 
 @triton.jit
