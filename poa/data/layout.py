@@ -26,12 +26,10 @@ from poa.data.storage import (
     read_folder,
     read_list,
 )
-from poa.data.storage.base import EXTENSIONS, is_hidden
+from poa.data.storage.base import EXTENSIONS, TEST_NAMES, TRAIN_NAMES, is_hidden
 from poa.data.summary import LeftOut
 from poa.errors import InputError
 
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("val", "valid", "validation", "test", "testing")
 PACKED: dict[str, Callable[[Sequence[Place]], Opened]] = {".tar": open_shards, ".parquet": open_parquet}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MOST_SHARDS = 1_000_000  # of a pattern

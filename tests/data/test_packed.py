@@ -122,6 +122,26 @@ def test_labels_of_shards(
     assert (None if train.labels is None else train.labels.tolist()) == labels
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "classes"),
+    [
+        ([["x/y/cat/0", "x/y/cat/1"], ["x/y/dog/2", "x/y/dog/deep/3"]], [0, 0, 1, 1], "cat dog"),
+        ([["./2/0", "./10/1", "./3"]], [0, 1, -1], "2 10"),
+        ([["a/0", "a/1"]], None, ""),
+        ([["train/cat/0", "train/dog/1", "val/cat/2"]], None, ""),
+    ],
+)  # fmt: skip
+def test_class_folders_in_shards(
+    names: list[list[str]], labels: list[int] | None, classes: str, tmp_path: Path
+) -> None:
+    for number, members in enumerate(names):
+        shard(tmp_path / f"{number}.tar", {f"{name}.png": encoded(1) for name in members})
+    data = open_data(str(tmp_path), 0.0, 0)
+    assert data.train.classes == tuple(classes.split())
+    assert (None if data.train.labels is None else data.train.labels.tolist()) == labels
+    assert data.labels_from == ("class folders" if labels else "")
+
+
 def test_numbered_classes_that_one_side_lacks(tmp_path: Path) -> None:
     for part, numbers in (("train", "0013"), ("val", "123")):
         members = {f"{i}.cls": label.encode() for i, label in enumerate(numbers)}

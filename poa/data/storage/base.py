@@ -25,6 +25,11 @@ NO_PHOTO = re.compile(r"mask|seg|depth|annot|label|target|thumb|audio|sound|vide
 SYSTEM = {"__MACOSX", "lost+found", "@eaDir", "$RECYCLE.BIN", "System Volume Information"}
 
 
+# Of splits: what folders, tables and members of tar files are called, or begin with.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("val", "valid", "validation", "test", "testing")
+
+
 class Storage(Protocol):
     """Encoded images by position."""
 

@@ -14,7 +14,16 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from poa.data.storage.base import EXTENSIONS, NO_PHOTO, Opened, Strings, is_hidden, join_labels
+from poa.data.storage.base import (
+    EXTENSIONS,
+    NO_PHOTO,
+    TEST_NAMES,
+    TRAIN_NAMES,
+    Opened,
+    Strings,
+    is_hidden,
+    join_labels,
+)
 from poa.data.storage.remote import Place, cache_folder, open_place, version
 from poa.data.summary import HIDDEN, OTHER, LeftOut
 from poa.errors import DataError, InputError
@@ -85,7 +94,9 @@ class ShardTable:
 def open_shards(paths: Sequence[Place]) -> Opened:
     """Tar files in WebDataset layout: `KEY.jpg` and, with a label, `KEY.cls` beside it, a number or a name.
 
-    A file is listed once; the table is kept in the user's cache folder and made again when the file changes.
+    Without any label, class folders inside (`cat/1.jpg`), below the folders that all members have in common,
+    are labels. A file is listed once; the table is kept in the user's cache folder and made again when the
+    file changes.
     """
     whole, tables, lost, left_out = [], [], [], LeftOut()
     for path in paths:
@@ -109,7 +120,22 @@ def open_shards(paths: Sequence[Place]) -> Opened:
             + (f" ({'; '.join(why)})" if why else "")
         )
     labels, classes = join_labels([(table.labels, table.classes) for table in tables])
-    return Opened(Shards(whole, tables), labels, classes, ".cls members", left_out, tuple(lost), len(paths))
+    labels_from = ".cls members"
+    if labels is None:
+        labels, classes = _of_class_folders(tables)
+        labels_from = "class folders"
+    return Opened(Shards(whole, tables), labels, classes, labels_from, left_out, tuple(lost), len(paths))
+
+
+def _of_class_folders(tables: Sequence[ShardTable]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """As `join_labels`, by the folders that members lie in; none where these are splits."""
+    folders = [[name.split("/")[:-1] for name in table.names] for table in tables]
+    common = len(os.path.commonprefix([path for paths in folders for path in paths]))
+    names = [[path[common] if len(path) > common else "" for path in paths] for paths in folders]
+    if {name.lower() for each in names for name in each} & {*TRAIN_NAMES, *TEST_NAMES}:
+        return None, ()
+    parts = [np.unique(each, return_inverse=True) for each in names]
+    return join_labels([(codes.astype(np.int64), [str(name) for name in own]) for own, codes in parts])
 
 
 def _cached_table(path: Place) -> ShardTable:
