@@ -14,7 +14,7 @@ from elastic_kernels import (
     backend,
     elastic_embedding,
 )
-from helpers.kernels.numerics import assert_as_good_as_torch, draw
+from helpers.kernels.numerics import assert_kernels_accurate, draw
 
 
 def assert_accurate(
@@ -48,11 +48,8 @@ def assert_accurate(
             dx = draw(tokens + 1, width, seed=2)[1:].to(x)
             return [x.detach(), *torch.autograd.grad(x, [t for t in leaves if t is not None], dx)]
 
-    results = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
-    for number, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        assert not mine[..., width:].any() if number > 2 else True
-        assert_as_good_as_torch(mine, theirs, exact, f"gradient {number}" if number else "tokens")
+    for gradient in assert_kernels_accurate(run, dtype)[3:]:
+        assert not gradient[..., width:].any()
 
 
 LAYERS = ("patches", "patches-of-nothing", "conv1x1")
@@ -73,7 +70,4 @@ def assert_layer_accurate(kind: str, dtype: torch.dtype, device: str = "cpu") ->
             dy = draw(*y.shape, seed=2).to(device, dtype).to(kind)
             return [y.detach(), *torch.autograd.grad(y, [leaf, *module.parameters()], dy)]
 
-    results = run("triton", dtype), run("reference", dtype), run("reference", torch.float64)
-    for number, (mine, theirs, exact) in enumerate(zip(*results, strict=True)):
-        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
-        assert_as_good_as_torch(mine, theirs, exact, f"result {number}")
+    assert_kernels_accurate(run, dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 import elastic_kernels as ek
 from elastic_kernels import backend
 from elastic_kernels.linear import Scale
-from helpers.kernels.numerics import draw
+from helpers.kernels.numerics import assert_as_good_as_torch, draw
 
 EPS = 1e-6
 HALVES = ("attention-half", "window-half", "mlp-half")
@@ -284,9 +284,19 @@ def run(operator: Operator, tensors: dict[str, Tensor], name: str, seed: int = 2
     return {"output": y.detach(), **{f"d{key}": g for key, g in zip(leaves, grads, strict=True)}}
 
 
-def assert_zero_outside(gradient: Tensor, tensor: Tensor) -> None:
-    """The gradient is exactly zero where the tensor was poisoned."""
-    assert not gradient[tensor.isnan()].any()
+def assert_accurate(case: Case, form: str, dtype: torch.dtype, device: str = "cpu", runs: int = 1) -> None:
+    """As good as the definition, the same bits in all runs; gradients are zero where tensors are poisoned."""
+    operator, exact = forms(case)[form]
+    low = {key: t.to(device, dtype) for key, t in exact.items()}
+    truth = run(operator, {key: t.double() for key, t in low.items()}, "reference")
+    ours, *again = (run(operator, low, "triton") for _ in range(runs))
+    torchs = run(operator, low, "reference")
+    for key, value in ours.items():
+        assert value.dtype == dtype, key
+        assert_as_good_as_torch(value, torchs[key], truth[key], label=key)
+        assert all(torch.equal(value, other[key]) for other in again), key
+        if key != "output":
+            assert not value[low[key[1:]].isnan()].any(), key
 
 
 def assert_same_in_place(

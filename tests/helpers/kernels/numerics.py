@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 import torch
@@ -42,3 +43,26 @@ def assert_as_good_as_torch(ours: Tensor, torchs: Tensor, truth: Tensor, label: 
     factor = 4 if dispatch.INTERPRETED and ours.dtype == torch.bfloat16 else 2
     wrong = excess_error(ours, torchs, truth, factor)
     assert wrong is None, f"{label}: {wrong}"
+
+
+def assert_all_as_good(ours: Iterable[Tensor], torchs: Iterable[Tensor], truth: Iterable[Tensor]) -> None:
+    """Results in order, in PyTorch's dtypes."""
+    for number, (mine, theirs, exact) in enumerate(zip(ours, torchs, truth, strict=True)):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        assert_as_good_as_torch(mine, theirs, exact, f"result {number}")
+
+
+def assert_kernels_accurate(
+    run: Callable[[str, torch.dtype], Sequence[Tensor]], dtype: torch.dtype
+) -> Sequence[Tensor]:
+    """What `run(backend, dtype)` gives: kernels beside the definition, and that in float64 as the truth."""
+    ours = run("triton", dtype)
+    assert_all_as_good(ours, run("reference", dtype), run("reference", torch.float64))
+    return ours
+
+
+def opcheck(*calls: tuple[Callable, tuple]) -> None:
+    """Schema, meta tensors and autograd of registered operators, each with arguments."""
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for operator, arguments in calls:
+        torch.library.opcheck(operator, arguments, test_utils=checks)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from elastic_kernels.triton_ops import attention
-from helpers.kernels.attention_cases import (
-    PARTIAL_DIMS,
-    Groups,
-    active_heads,
-    offsets_of,
-    run,
-    without_absent_heads,
-)
-from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.attention_cases import PARTIAL_DIMS, Groups, assert_accurate
+from helpers.kernels.numerics import DTYPES
 from helpers.kernels.sizes import RUNS, sized
 
 pytestmark = pytest.mark.cuda
@@ -35,7 +30,7 @@ CASES: dict[str, Groups] = sized(
         "edges": [(1, 64), (1, 65), (1, 129)],
     },
 ) | {"one-row": [(1, 1)], "no-rows": [(0, 9)]}
-HEADS = sized(6, 2)
+compare = partial(assert_accurate, name="triton", heads=sized(6, 2), device="cuda", runs=RUNS)
 DIMS = (16, 32, 64, 128)
 # Long sequences of wide heads are too much for the sanitiser's check of races.
 FORMS = [(case, dim) for case in CASES for dim in sized(DIMS, DIMS[:3] if case == "long" else DIMS)] + [
@@ -62,19 +57,5 @@ def test_sequences_that_begin_at_offsets(dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("by_offsets", [False, True])
 def test_nothing_is_read_of_absent_heads(by_offsets: bool) -> None:
-    compare(sized([(3, 197), (2, 37)], [(2, 5), (2, 67)]), 32, torch.float16, by_offsets, absent=True)
-
-
-def compare(
-    groups: Groups, dim: int, dtype: torch.dtype, by_offsets: bool = False, absent: bool = False
-) -> None:
-    qkv, heads = active_heads(groups, dim, HEADS).to("cuda", dtype)[:, :, :HEADS], None
-    if absent:
-        qkv, heads = without_absent_heads(qkv, groups)
-    dout = draw(qkv.shape[0], HEADS * dim, seed=1).to("cuda", dtype)
-    layout = offsets_of(groups).cuda() if by_offsets else groups
-    truth = run(qkv.double(), groups, dout.double(), "reference", heads)
-    ours, *again = (run(qkv, layout, dout, "triton", heads) for _ in range(RUNS))
-    for a, b, t in zip(ours, run(qkv, groups, dout, "reference", heads), truth, strict=True):
-        assert_as_good_as_torch(a, b, t)
-    assert all(torch.equal(a, r) for other in again for a, r in zip(ours, other, strict=True))
+    case = sized([(3, 197), (2, 37)], [(2, 5), (2, 67)])
+    compare(case, 32, torch.float16, by_offsets=by_offsets, absent=True)

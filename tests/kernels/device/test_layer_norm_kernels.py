@@ -8,8 +8,8 @@ import torch
 from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.layer_norm import branch_room
 from elastic_kernels.triton_ops.vector_grads import affine_gradients
-from helpers.kernels.layer_norm_cases import EPS, affine, run
-from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.layer_norm_cases import EPS, affine, assert_accurate, run
+from helpers.kernels.numerics import DTYPES, assert_all_as_good, draw
 from helpers.kernels.sizes import RUNS, sized
 
 pytestmark = pytest.mark.cuda
@@ -32,17 +32,7 @@ ROWS: dict[str, tuple[int, int | None]] = {
 @pytest.mark.parametrize("case", ROWS)
 def test_forward_and_gradients(case: str, width: int, with_affine: bool, dtype: torch.dtype) -> None:
     tokens, kept = ROWS[case]
-    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(3))
-    rows = None if kept is None else order[:kept].cuda()
-    x = draw(tokens, width).to("cuda", dtype)
-    dy = draw(tokens if kept is None else kept, width, seed=4).to("cuda", dtype)
-    parameters = tuple(p.to("cuda", dtype) for p in affine(width, LARGEST)) if with_affine else None
-    exact = tuple(p.double() for p in parameters) if parameters else None
-    truth = run(x.double(), exact, rows, dy.double(), "reference")
-    ours, *again = (run(x, parameters, rows, dy, "triton") for _ in range(RUNS))
-    for a, b, t in zip(ours, run(x, parameters, rows, dy, "reference"), truth, strict=True):
-        assert_as_good_as_torch(a, b, t)
-    assert all(torch.equal(a, r) for other in again for a, r in zip(ours, other, strict=True))
+    assert_accurate(tokens, width, LARGEST, kept, with_affine, dtype, "cuda", RUNS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,5 +61,4 @@ def test_normalised_rows_instead_of_the_stream(width: int, dtype: torch.dtype) -
     truth = run(x.double(), parameters, rows, dy.double(), "reference")
     torchs = run(x, (weight, bias), rows, dy, "reference")
     truth[1], torchs[1] = truth[1] + dsum.double(), torchs[1] + dsum
-    for a, b, t in zip(ours, torchs, truth, strict=True):
-        assert_as_good_as_torch(a, b, t)
+    assert_all_as_good(ours, torchs, truth)

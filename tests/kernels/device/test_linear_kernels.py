@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -15,13 +16,13 @@ from helpers.kernels.linear_cases import (
     FREE_FORMS,
     HALVES,
     Case,
+    assert_accurate,
     assert_same_in_place,
-    assert_zero_outside,
     forms,
     free_cases,
     run,
 )
-from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.numerics import DTYPES, assert_all_as_good, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, gpu_only, sized
 
 pytestmark = pytest.mark.cuda
@@ -48,17 +49,7 @@ CASES = sized(
 }
 
 
-def compare(case: Case, form: str, dtype: torch.dtype) -> None:
-    operator, exact = forms(case)[form]
-    low = {key: t.to("cuda", dtype) for key, t in exact.items()}
-    truth = run(operator, {key: t.double() for key, t in low.items()}, "reference")
-    ours, *again = (run(operator, low, "triton") for _ in range(RUNS))
-    torchs = run(operator, low, "reference")
-    for key, value in ours.items():
-        assert_as_good_as_torch(value, torchs[key], truth[key], label=key)
-        assert all(torch.equal(value, other[key]) for other in again), key
-        if key != "output":
-            assert_zero_outside(value, low[key[1:]])
+compare = partial(assert_accurate, device="cuda", runs=RUNS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,10 +100,7 @@ def test_gradients_are_added_in_place(widths: tuple[int, int], dtype: torch.dtyp
         return [p.grad for p in block.parameters()]
 
     truth = gradients("reference", torch.float64)
-    for ours, torchs, exact in zip(
-        gradients("triton", dtype), gradients("reference", dtype), truth, strict=True
-    ):
-        assert_as_good_as_torch(ours, torchs, exact)
+    assert_all_as_good(gradients("triton", dtype), gradients("reference", dtype), truth)
 
 
 @pytest.mark.parametrize("gamma", [1e-5, 0.5])

@@ -18,6 +18,7 @@ import elastic_kernels.triton_ops.crops  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.triton_ops.crops_table import GAIN
+from helpers.kernels.numerics import opcheck
 from poa.data.augment import draw_views, render
 from poa.data.crops import CropsConfig
 
@@ -250,12 +251,11 @@ def test_registered_operators() -> None:
     images, table = noise(1, 3, 4, 5), torch.zeros(1, GAIN.value + 6)
     table[:, 2:4] = 4.0
     operators = torch.ops.elastic_kernels
-    checks = ("test_schema", "test_faketensor")
     arguments = (images, table, 3, 4, 4, torch.float16)
-    torch.library.opcheck(operators.crops_resample, arguments, test_utils=checks)
+    opcheck((operators.crops_resample, arguments))
     crops = operators.crops_resample(*arguments)
-    torch.library.opcheck(operators.crops_colour_, (crops, table), test_utils=checks)
-    torch.library.opcheck(operators.crops_finish, (crops, table, 0, torch.float32), test_utils=checks)
+    opcheck((operators.crops_colour_, (crops, table)))
+    opcheck((operators.crops_finish, (crops, table, 0, torch.float32)))
     on_meta = operators.crops_resample(images.to("meta"), table.to("meta"), *arguments[2:])
     operators.crops_colour_(on_meta, table.to("meta"))
     out = operators.crops_finish(on_meta, table.to("meta"), 9, torch.bfloat16)

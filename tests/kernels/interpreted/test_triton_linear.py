@@ -22,15 +22,15 @@ from helpers.kernels.linear_cases import (
     FREE_FORMS,
     HALVES,
     Case,
+    assert_accurate,
     assert_same_in_place,
-    assert_zero_outside,
     forms,
     free_cases,
     linear,
     mlp_half,
     run,
 )
-from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw
+from helpers.kernels.numerics import DTYPES, assert_as_good_as_torch, draw, opcheck
 
 # By code path: one row, none, primes, both sides of the edges of fp32 tiles (64 x 32, steps of 32) and of
 # half-precision ones (128 x 128, steps of 64), several splits of the wgrad, chosen rows.
@@ -55,18 +55,6 @@ def provider(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setitem(gemm.PROVIDERS, form, request.param)
 
 
-def compare(case: Case, form: str, dtype: torch.dtype) -> None:
-    operator, exact = forms(case)[form]
-    low = {key: t.to(dtype) for key, t in exact.items()}
-    truth = run(operator, {key: t.double() for key, t in low.items()}, "reference")
-    ours, torchs = (run(operator, low, name) for name in ("triton", "reference"))
-    for key, value in ours.items():
-        assert value.dtype == dtype, key
-        assert_as_good_as_torch(value, torchs[key], truth[key], label=key)
-        if key != "output":
-            assert_zero_outside(value, exact[key[1:]])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "form"), [(name, form) for name, case in CASES.items() for form in forms(case)]
@@ -74,26 +62,26 @@ def compare(case: Case, form: str, dtype: torch.dtype) -> None:
 def test_forward_and_gradients(name: str, form: str, dtype: torch.dtype) -> None:
     if form.endswith("only") and dtype == torch.bfloat16:
         pytest.skip("made of operators tested by themselves; here truncations of the interpreter add up")
-    compare(CASES[name], form, dtype)
+    assert_accurate(CASES[name], form, dtype)
 
 
 @pytest.mark.parametrize("form", FREE_FORMS)
 def test_scale_hidden_units_and_heads(form: str) -> None:
     """Each value of each; every combination on a device."""
     for case in free_cases(form)[::4]:
-        compare(case, form, torch.float16)
+        assert_accurate(case, form, torch.float16)
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("form", ["linear-act", "mlp", "swiglu"])
 def test_activations(form: str, activation: str) -> None:
-    compare(Case(7, 33, 65, scale=0.5, activation=activation), form, torch.float16)
+    assert_accurate(Case(7, 33, 65, scale=0.5, activation=activation), form, torch.float16)
 
 
 @pytest.mark.usefixtures("provider")
 @pytest.mark.parametrize("form", ["linear", "linear-bias", "qkv-bias", "attention-half"])
 def test_both_providers(form: str) -> None:
-    compare(CASES["edge-fp32"], form, torch.float32)
+    assert_accurate(CASES["edge-fp32"], form, torch.float32)
 
 
 @pytest.mark.parametrize("tile", [{"block_n": 256}, {"block_n": 64, "beside": 64}], ids=str)
@@ -102,7 +90,7 @@ def test_wide_tiles(form: str, tile: dict[str, int], monkeypatch: pytest.MonkeyP
     """Whose epilogues have several slices, of which 150 columns end in the middle of one."""
     config = gemm.GemmConfig(block_m=16, block_k=16, warps=4, stages=1, **tile)
     monkeypatch.setattr(gemm, "_FP32", config)
-    compare(Case(17, 150, 150), form, torch.float32)
+    assert_accurate(Case(17, 150, 150), form, torch.float32)
 
 
 def test_strided_inputs_and_upstream_gradients() -> None:
@@ -230,7 +218,7 @@ def test_registered_operators() -> None:
     gamma, index, scale = draw(8).float(), torch.tensor([3, 0, 5]), torch.rand(3)
     ops, one = torch.ops.elastic_kernels, (weight[:1], bias[:1])
     u, d = draw(6, 16).float(), draw(6, 8).float()
-    calls = [
+    opcheck(
         (ops.linear_fwd, (x, *one, 1.5)),
         (ops.linear_fwd, (x, weight, None, 1.5)),
         (ops.linear_act_fwd, (x, *one, 1.5, "silu", True)),
@@ -257,10 +245,7 @@ def test_registered_operators() -> None:
         ),
         (ops.branch_grad, (d, index, scale, torch.float16, True)),
         (ops.branch_grad, (d, None, None, torch.float16, False)),
-    ]
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=checks)
+    )
 
 
 def test_gradients_under_ddp(tmp_path: Path) -> None:

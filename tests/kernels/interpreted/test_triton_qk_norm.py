@@ -7,7 +7,7 @@ import torch
 
 import elastic_kernels as ek
 from elastic_kernels.triton_ops import qk_norm
-from helpers.kernels.numerics import DTYPES, draw
+from helpers.kernels.numerics import DTYPES, draw, opcheck
 from helpers.kernels.qk_norm_cases import FORMS, Form, assert_accurate
 
 
@@ -35,18 +35,11 @@ def test_limits() -> None:
 
 def test_registered_operators() -> None:
     assert qk_norm.QkNormFunction  # importing registers
-    ops, qkv, two, one = (
-        torch.ops.elastic_kernels,
-        draw(5, 3, 2, 6).float(),
-        torch.ones(2, 6),
-        torch.ones(5, 6),
-    )
-    calls = [
+    ops, qkv = torch.ops.elastic_kernels, draw(5, 3, 2, 6).float()
+    two, one = torch.ones(2, 6), torch.ones(5, 6)
+    opcheck(
         (ops.qk_norm_fwd, (qkv, two, two, one, one, 1e-6, True)),
         (ops.qk_norm_fwd, (qkv, None, None, one, one, 1e-6, False)),
         (ops.qk_norm_bwd, (qkv, qkv, two, None, None, 1e-6, False, True)),
         (ops.qk_norm_bwd, (qkv, qkv, None, one, one, 1e-6, False, False)),
-    ]
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=checks)
+    )

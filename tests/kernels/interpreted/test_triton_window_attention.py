@@ -8,7 +8,7 @@ import torch
 import elastic_kernels.triton_ops.window_attention as kernels
 from elastic_kernels import window_attention
 from helpers.kernels.attention_cases import PARTIAL_DIMS
-from helpers.kernels.numerics import draw
+from helpers.kernels.numerics import draw, opcheck
 from helpers.kernels.window_attention_cases import Maps, assert_accurate, inputs, run
 
 CASES: list[tuple[Maps, int]] = [
@@ -71,10 +71,10 @@ def test_too_large_windows_and_heads_are_refused_when_forced(dim: int, window: i
 
 
 def test_registered_operators() -> None:
-    ops, checks = torch.ops.elastic_kernels, ("test_schema", "test_faketensor", "test_autograd_registration")
+    ops = torch.ops.elastic_kernels
     tensors = draw(20, 3, 2, 16).float(), draw(2, 9, 9).float(), draw(3, 2, 16).float()
     geometry = ([1, 5, 4], 3, 1, -100.0)
     out, lse = ops.window_attention_fwd(*tensors, *geometry)
     for keep in (True, False):
-        torch.library.opcheck(ops.window_attention_fwd, (*tensors, *geometry, keep), test_utils=checks)
-    torch.library.opcheck(ops.window_attention_bwd, (*tensors, lse, out, *geometry), test_utils=checks)
+        opcheck((ops.window_attention_fwd, (*tensors, *geometry, keep)))
+    opcheck((ops.window_attention_bwd, (*tensors, lse, out, *geometry)))
