@@ -67,11 +67,7 @@ class ProjectionHead(nn.Module):
     """One head: elastic MLP, normalisation, prototypes."""
 
     def __init__(
-        self,
-        max_width: int,
-        config: HeadConfig,
-        prototypes: int,
-        generator: torch.Generator | None = None,
+        self, max_width: int, config: HeadConfig, prototypes: int, generator: torch.Generator | None = None
     ):
         super().__init__()
         sizes = config.sizes(max_width)

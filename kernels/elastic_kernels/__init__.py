@@ -14,12 +14,7 @@ from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, render_crops
 from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
 from elastic_kernels.embedding import EmbeddingWeights, elastic_embedding, resized_positions
 from elastic_kernels.group_norm import elastic_group_norm
-from elastic_kernels.halves import (
-    AttentionWeights,
-    MlpWeights,
-    elastic_attention_half,
-    elastic_mlp_half,
-)
+from elastic_kernels.halves import AttentionWeights, MlpWeights, elastic_attention_half, elastic_mlp_half
 from elastic_kernels.koleo import koleo
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.layouts import KeptRows, Sequences, Windows

@@ -79,10 +79,7 @@ def _add_first(group: argparse._SubParsersAction[Command]) -> None:
         "quickstart", help="pre-train on digits, then extract and evaluate all subnets"
     )
     command.add_argument(
-        "--backbone",
-        choices=tuple(QUICKSTARTS),
-        default="vit",
-        help="backbone to train (default: vit)",
+        "--backbone", choices=tuple(QUICKSTARTS), default="vit", help="backbone to train (default: vit)"
     )
     command.add_argument("--out", help="new run folder (default: runs/PRESET, or runs/PRESET-2, ...)")
     command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N")

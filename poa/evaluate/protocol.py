@@ -131,13 +131,5 @@ def folder_protocol(
         raise InputError(f"{name}: expected a folder of its own: --{name} FOLDER")
 
     return Protocol(
-        name,
-        help,
-        no_features,
-        no_features,
-        accuracies,
-        reported,
-        settings,
-        numbers=numbers,
-        folder=folder,
+        name, help, no_features, no_features, accuracies, reported, settings, numbers=numbers, folder=folder
     )

@@ -55,11 +55,7 @@ class ExportedModel(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: nn.Module,
-        config: BackboneConfig,
-        info: dict[str, Any],
-        head: nn.Linear | None = None,
+        self, backbone: nn.Module, config: BackboneConfig, info: dict[str, Any], head: nn.Linear | None = None
     ):
         super().__init__()
         self.backbone = backbone

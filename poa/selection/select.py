@@ -14,14 +14,7 @@ from poa.drawing import require_matplotlib, write_figure
 from poa.errors import InputError
 from poa.files import require_json
 from poa.selection.choice import Candidate, Choice, Cost, choose, figure_of
-from poa.selection.latency import (
-    LatencyTable,
-    Setting,
-    interpolated,
-    measure,
-    require_sample,
-    sampled,
-)
+from poa.selection.latency import LatencyTable, Setting, interpolated, measure, require_sample, sampled
 from poa.selection.quality import Quality
 from poa.subnets import Subnet
 from poa.table import Table

@@ -55,10 +55,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Store]:
 
 @pytest.mark.parametrize(
     ("write", "names"),
-    [
-        (write_shards, ["", "/part-{0000..0002}.tar", "/part-*.tar"]),
-        (write_parquet, ["", "/*.parquet"]),
-    ],
+    [(write_shards, ["", "/part-{0000..0002}.tar", "/part-*.tar"]), (write_parquet, ["", "/*.parquet"])],
     ids=["tar", "Parquet"],
 )
 def test_images_by_url_are_those_of_the_disk(write: Any, names: list[str], tmp_path: Path) -> None:

@@ -13,11 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.attention_settings import (
-    AttentionConfig,
-    bwd_config,
-    fwd_config,
-)
+from elastic_kernels.triton_ops.attention_settings import AttentionConfig, bwd_config, fwd_config
 from elastic_kernels.triton_ops.device import capability, cdiv, precision
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head

@@ -223,13 +223,7 @@ def _empty_results(
 
 
 def group_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    keep_residual: bool,
+    dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, mean: Tensor, rstd: Tensor, keep_residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and of the residual (empty unless kept), and sums of samples for weight and bias.
 

@@ -19,14 +19,7 @@ from elastic_kernels.layouts import places_of
 from elastic_kernels.shared_gradients import earlier_gradients
 from elastic_kernels.triton_ops.device import unit_stride
 from elastic_kernels.triton_ops.layer_norm import branch_room
-from elastic_kernels.triton_ops.layers import (
-    Layer,
-    LayerSpec,
-    branch_gradient,
-    keep,
-    kept,
-    mlp_backward,
-)
+from elastic_kernels.triton_ops.layers import Layer, LayerSpec, branch_gradient, keep, kept, mlp_backward
 from elastic_kernels.triton_ops.registration import first_order, ops
 from elastic_kernels.triton_ops.vector_grads import VectorGrads, side_by_side
 

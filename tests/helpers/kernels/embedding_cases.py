@@ -7,13 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from elastic_kernels import (
-    ElasticConv1x1,
-    ElasticPatchEmbed,
-    EmbeddingWeights,
-    backend,
-    elastic_embedding,
-)
+from elastic_kernels import ElasticConv1x1, ElasticPatchEmbed, EmbeddingWeights, backend, elastic_embedding
 from helpers.kernels.numerics import assert_kernels_accurate, draw
 
 

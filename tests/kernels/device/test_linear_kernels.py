@@ -42,11 +42,7 @@ CASES = sized(
         "odd": Case(137, 97, 129),
         "free": Case(133, 72, 96, kept=133, head_dim=48, heads=2, hidden=131, scale=None),
     },
-) | {
-    "one-row": Case(1, 16, 5),
-    "no-rows": Case(0, 16, 16),
-    "none-kept": Case(0, 16, 16, kept=0),
-}
+) | {"one-row": Case(1, 16, 5), "no-rows": Case(0, 16, 16), "none-kept": Case(0, 16, 16, kept=0)}
 
 
 compare = partial(assert_accurate, device="cuda", runs=RUNS)
