@@ -56,11 +56,7 @@ class Failures(dict[str, str]):
 
     @contextlib.contextmanager
     def of(self, provider: str) -> Iterator[None]:
-        """Catch what a provider raises.
-
-        Raises:
-            DeviceLost: nothing more can run in this process.
-        """
+        """Catch what a provider raises. Raises DeviceLost: nothing more can run in this process."""
         if self._litter:
             free_memory()
             self._litter = False

@@ -108,10 +108,8 @@ def run(
     """Measure a problem; yields rows as they come, and the providers that fail.
 
     Ceilings of the device give the share of the floor; None leaves it out. Each of the named providers,
-    default all, and modes is measured for so many seconds.
-
-    Raises:
-        DeviceLost: a provider left the device unusable.
+    default all, and modes is measured for so many seconds. Raises DeviceLost: a provider left the device
+    unusable.
     """
     failures, ready = Failures(), {}
     low, truth = truth_of(problem)

@@ -41,10 +41,7 @@ def run(
     """Measure a subnet (smallest, middle or intact) of a preset, forward, and with backward to all weights.
 
     Without a GPU a tiny network stands in. Images have the size of global crops; each of the providers and
-    modes is measured for so many seconds.
-
-    Raises:
-        DeviceLost: a provider left the device unusable.
+    modes is measured for so many seconds. Raises DeviceLost: a provider left the device unusable.
     """
     config = config_of(name, device).method.backbone
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

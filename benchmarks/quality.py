@@ -130,12 +130,9 @@ def run(
     init: str | None = None,
     overrides: Sequence[str] = (),
 ) -> list[Row]:
-    """Train for so many minutes each and evaluate on the way, on data as of `poa pretrain --data`.
-
-    Raises:
-        ValueError: the data has no classes to evaluate on, `official` is no checkout of the official code, or
-            `init` no weights to start from.
-    """
+    """Train for so many minutes each and evaluate on the way, on data as of `poa pretrain --data`. Raises
+    ValueError: the data has no classes to evaluate on, `official` is no checkout of the official code, or
+    `init` no weights to start from."""
     if official is not None:
         require_checkout(official)
     if init is not None:

@@ -46,11 +46,8 @@ def newest(rows: Iterable[Row]) -> list[Row]:
 
 
 def write(paths: Sequence[Path], readme: Path = README, plots: Path = PLOTS) -> None:
-    """Renew the README's lines between the two markers, and the plots, from files of rows.
-
-    Raises:
-        ValueError: rows that no GPU measured, or a README without the markers.
-    """
+    """Renew the README's lines between the two markers, and the plots, from files of rows. Raises ValueError:
+    rows that no GPU measured, or a README without the markers."""
     rows = results.load(paths)
     check(rows)
     text = readme.read_text()

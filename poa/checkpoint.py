@@ -81,11 +81,8 @@ class Checkpoint:
     checksum: str
 
     def damage(self) -> str | None:
-        """What is wrong with the file, if anything.
-
-        Raises:
-            FileNotFoundError: it was deleted, as by the run that writes newer ones.
-        """
+        """What is wrong with the file, if anything. Raises FileNotFoundError: it was deleted, as by the run
+        that writes newer ones."""
         digest, size = hashlib.sha256(), 0
         try:
             with open_regular(self.path) as file:
@@ -258,10 +255,7 @@ class RunFolder:
 
     def newest(self, step: int | None = None) -> Checkpoint:
         """The newest whole checkpoint, or the one of a step. Damaged ones are passed over with a warning.
-
-        Raises:
-            InputError: there is none.
-        """
+        Raises InputError: there is none."""
         candidates = [c for c in self.checkpoints() if step is None or c.step == step]
         damages: list[str] = []
         for checkpoint in reversed(candidates):

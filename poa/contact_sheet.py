@@ -20,11 +20,8 @@ GAP = 2  # pixels
 
 
 def contact_sheet(config: Config) -> bytes:
-    """A PNG with a row for each image: itself, its two global crops, its local crops.
-
-    Raises:
-        InputError: the images are missing or unreadable.
-    """
+    """A PNG with a row for each image: itself, its two global crops, its local crops. Raises InputError: the
+    images are missing or unreadable."""
     method, crops = config.method, config.method.crops
     source = config.open().train
     spread = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(np.int64))

@@ -18,11 +18,8 @@ T = TypeVar("T")
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` (CUDA where there is one, else CPU), `cpu`, `cuda` or `cuda:N`.
-
-    Raises:
-        InputError: CUDA was requested and is not available, or the name is not a device.
-    """
+    """`auto` (CUDA where there is one, else CPU), `cpu`, `cuda` or `cuda:N`. Raises InputError: CUDA was
+    requested and is not available, or the name is not a device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -58,10 +58,8 @@ class HashedFile:
 def writing(path: Path) -> Iterator[HashedFile]:
     """A file that is there when the block ends without an error, and leaves no trace otherwise.
 
-    Links are followed; the mode is what the umask leaves.
-
-    Raises:
-        SaveError: the file system refused something; what was there before is there still.
+    Links are followed; the mode is what the umask leaves. Raises SaveError: the file system refused
+    something; what was there before is there still.
     """
     path = Path(os.path.realpath(path))
     partial, file = _beside(path), None
@@ -151,11 +149,8 @@ def make_folder(path: Path, option: str) -> None:
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Open a regular file; of anything else, such as a FIFO, a reader might wait for ever.
-
-    Raises:
-        OSError: it cannot be opened, or is none.
-    """
+    """Open a regular file; of anything else, such as a FIFO, a reader might wait for ever. Raises OSError: it
+    cannot be opened, or is none."""
     number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(mode := os.fstat(number).st_mode):
         os.close(number)
@@ -166,11 +161,7 @@ def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        InputError: `NAME: expected ...`, and why it is not.
-    """
+    """The value in a JSON file. Raises InputError: `NAME: expected ...`, and why it is not."""
     try:
         with open_regular(path) as file:
             return json.loads(file.read())
@@ -191,11 +182,8 @@ def unsealed(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append lines of JSON, all or none, apart from a torn line that may be there.
-
-    Raises:
-        SaveError: the file system refused it.
-    """
+    """Append lines of JSON, all or none, apart from a torn line that may be there. Raises SaveError: the file
+    system refused it."""
     text = "".join(json.dumps(sealed(row)) + "\n" for row in rows).encode()
     try:
         if path.exists():

@@ -27,11 +27,8 @@ PATIENCE = 20.0  # seconds after which a line says that images are searched
 
 
 def open_on_ranks(config: Config, world: World, openers: Openers | None = None) -> DataSplit:
-    """Open the images; the main process does so first, so that shards are listed once.
-
-    Raises:
-        InputError: they cannot be used, are not the same on all ranks, or the workers could not pass them.
-    """
+    """Open the images; the main process does so first, so that shards are listed once. Raises InputError:
+    they cannot be used, are not the same on all ranks, or the workers could not pass them."""
     data = main_first(lambda: config.open(openers), config.data.source, world)
     for source in (data.train, data.test):
         if source is not None:
@@ -62,11 +59,8 @@ def main_first(find: Callable[[], T], name: str, world: World) -> T:
 
 
 def require_readable(source: ImageSource, canvas: int) -> None:
-    """Try some images, spread over all; warn of those that cannot be read.
-
-    Raises:
-        InputError: that is none of them.
-    """
+    """Try some images, spread over all; warn of those that cannot be read. Raises InputError: that is none of
+    them."""
     tried = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(np.int64)).tolist()
     wrong = []
     for index in tried:

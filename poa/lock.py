@@ -37,11 +37,8 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Take the lock, and keep it alive; that of a dead process is taken over, with a warning.
-
-        Raises:
-            InputError: another run has it.
-        """
+        """Take the lock, and keep it alive; that of a dead process is taken over, with a warning. Raises
+        InputError: another run has it."""
         make_folder(self.path.parent, "out")
         begun, machine = time.time(), _machine()
         me = {"host": socket.gethostname(), "pid": os.getpid(), "begun": begun}

@@ -170,12 +170,8 @@ class Guard:
         )
 
     def check(self, step: int) -> int:
-        """How many steps were skipped so far.
-
-        Raises:
-            DivergenceError: too many in a row; the message names the first, and what was NaN or inf in it on
-                which rank. Raised in all processes.
-        """
+        """How many steps were skipped so far. Raises DivergenceError: too many in a row; the message names
+        the first, and what was NaN or inf in it on which rank. Raised in all processes."""
         total, row, first = self.counts.tolist()
         if row < self.limit:
             return total
@@ -254,10 +250,8 @@ class Journal:
     def log(self, done: int, compilations: int, progress: Progress) -> None:
         """Write the means since the last log after `done` steps, and alarms; `progress` shows them, too.
 
-        `compilations` counts the kernels that Triton compiled since the start.
-
-        Raises:
-            DivergenceError: the loss is NaN or inf, or too many steps in a row were skipped.
+        `compilations` counts the kernels that Triton compiled since the start. Raises DivergenceError: the
+        loss is NaN or inf, or too many steps in a row were skipped.
         """
         steps = range(done - self.meter.steps, done)
         row = {"step": done, **self.meter.collect(), "lr": self.schedules.lr[done - 1]}

@@ -265,11 +265,8 @@ def require_optimizer(kind: OptimizerKind) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], name: str) -> None:
-    """Load the state of an AdamW, also of one that ran in another way.
-
-    Raises:
-        InputError: it was apex's and this one is not, or the reverse; they count steps differently.
-    """
+    """Load the state of an AdamW, also of one that ran in another way. Raises InputError: it was apex's and
+    this one is not, or the reverse; they count steps differently."""
     mine, theirs = "bias_correction" in optimizer.defaults, "bias_correction" in state["param_groups"][0]
     if mine != theirs:
         kinds = ("PyTorch's or the fused", "apex's")

@@ -98,11 +98,8 @@ def to_dict(options: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], path: str = "") -> T:
-    """Build options from nested plain values; keys left out keep their defaults.
-
-    Raises:
-        InputError: an unknown key (with a suggestion), or a value of the wrong type.
-    """
+    """Build options from nested plain values; keys left out keep their defaults. Raises InputError: an
+    unknown key (with a suggestion), or a value of the wrong type."""
     if not isinstance(values, dict):
         raise InputError(f"{path or 'options'}: expected an object of options, got {shown(values)}")
     values = _under_new_names(values, getattr(cls, "RENAMED", {}))
@@ -136,11 +133,8 @@ def _under_new_names(values: dict[str, Any], renamed: Mapping[str, str]) -> dict
 
 
 def section_from_dict(classes: Sequence[type[T]], values: dict[str, Any], path: str) -> T:
-    """As `from_dict`, of the one class, or of that which the value `kind` names (default: the first).
-
-    Raises:
-        InputError: another kind, or as `from_dict`.
-    """
+    """As `from_dict`, of the one class, or of that which the value `kind` names (default: the first). Raises
+    InputError: another kind, or as `from_dict`."""
     if len(classes) == 1 or not isinstance(values, dict) or "kind" not in values:
         return from_dict(classes[0], values, path)
     kinds = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in classes}
@@ -159,12 +153,10 @@ def _sections(hint: Any) -> list[type]:
 def override(options: T, assignments: Sequence[str] | Mapping[str, Any]) -> T:
     """Apply `dotted.key=value` assignments, or values by dotted keys.
 
-    Text is JSON, or bare words; tuples may be written `0.3,1`. The beginning of a key may be left out, as
-    all options have names of their own. Another `kind` gives its section the defaults of that kind, over
-    which the other assignments win.
-
-    Raises:
-        InputError: not an assignment, an unknown key (with a suggestion), or a value of the wrong type.
+    Text is JSON, or bare words; tuples may be written `0.3,1`. The beginning of a key may be left out, as all
+    options have names of their own. Another `kind` gives its section the defaults of that kind, over which
+    the other assignments win. Raises InputError: not an assignment, an unknown key (with a suggestion), or a
+    value of the wrong type.
     """
     given = assignments.items() if isinstance(assignments, Mapping) else map(_assigned, assignments)
     pairs = [(getattr(options, "RENAMED", {}).get(key, key), value) for key, value in given]

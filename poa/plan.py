@@ -43,11 +43,8 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config, images: int, processes: int, content: dict[str, Any] | None = None) -> Plan:
-        """The plan of a new run, or of one that is resumed from the content of a checkpoint.
-
-        Raises:
-            InputError: more ranks than micro-batches.
-        """
+        """The plan of a new run, or of one that is resumed from the content of a checkpoint. Raises
+        InputError: more ranks than micro-batches."""
         plan = cls.resumed(config, content, images) if content else cls.new(config, images, processes)
         if plan.micro_batches < processes:
             raise InputError(
@@ -83,22 +80,16 @@ class Plan:
     def changes(
         self, config: Config, content: dict[str, Any], data: DataSplit, processes: int
     ) -> Iterator[str]:
-        """What differs from when the checkpoint was written, without keeping the run from resuming.
-
-        Raises:
-            InputError: the run would be over.
-        """
+        """What differs from when the checkpoint was written, without keeping the run from resuming. Raises
+        InputError: the run would be over."""
         yield from self.differences(from_dict(Plan, content["plan"]), (processes, content["processes"]))
         if content.get("images", images := data.digest()) != images:
             yield "names or labels of the images are others than before"
         yield from self.new_schedules(from_dict(Config, content["config"]), config, content["step"])
 
     def new_schedules(self, before: Config, now: Config, step: int) -> Iterator[str]:
-        """What changed in the schedules of a run of which `step` steps are done.
-
-        Raises:
-            InputError: it would be over.
-        """
+        """What changed in the schedules of a run of which `step` steps are done. Raises InputError: it would
+        be over."""
         changes = [
             f"method.optim.{key} {old} -> {new}"
             for key, old, new in differences(before.method.optim, now.method.optim)

@@ -35,10 +35,8 @@ STYLE = (
 
 def write_report(folders: Sequence[RunFolder], out: Path) -> None:
     """Draw the curves of a run, or of several to compare, into one HTML page, or one picture of any kind.
-
-    Raises:
-        InputError: no metrics yet, no matplotlib, an unknown ending, or a place where nothing can be written.
-    """
+    Raises InputError: no metrics yet, no matplotlib, an unknown ending, or a place where nothing can be
+    written."""
     require_drawable(out, "report", also=".html")
     figure = curves_of(folders)
     if out.suffix != ".html":
@@ -52,10 +50,7 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> None:
 
 def curves_of(folders: Sequence[RunFolder]) -> Any:
     """The curves of runs, a figure of matplotlib; of one alone over the range that runs like it have shown.
-
-    Raises:
-        InputError: no metrics yet, or no matplotlib.
-    """
+    Raises InputError: no metrics yet, or no matplotlib."""
     require_matplotlib()
     rows = _rows(folders)
     for folder, logged in zip(folders, rows.values(), strict=True):

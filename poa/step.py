@@ -99,10 +99,8 @@ class Initial(NamedTuple):
 def initial_networks(config: Config) -> Initial:
     """Random weights, the same for both networks, or those of `method.init.weights`.
 
-    Only those of another run differ between the two, and have heads.
-
-    Raises:
-        InputError: there are no weights, or some of other names or shapes.
+    Only those of another run differ between the two, and have heads. Raises InputError: there are no weights,
+    or some of other names or shapes.
     """
     method, weights, origin = config.method, config.method.init.weights, "random"
     student = Network(method.backbone, method.head, torch_stream(method.seed, "initial weights"))

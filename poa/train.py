@@ -303,11 +303,8 @@ class Trainer:
         )
 
     def save(self, done: int) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            DivergenceError: weights are NaN or inf, in all processes alike; the checkpoints before are kept.
-        """
+        """Write a checkpoint. Raises DivergenceError: weights are NaN or inf, in all processes alike; the
+        checkpoints before are kept."""
         self.folder.require_finite(done, (self.state.student, self.state.teacher), "method.optim.base_lr")
 
         def write() -> None:

@@ -28,10 +28,8 @@ def warm_up(config: Config) -> Iterator[str]:
     width.
 
     Kernels know widths and not depths, so the shallowest subnets stand for all. What was compiled stays in
-    Triton's cache on disk, where runs of this machine find it.
-
-    Raises:
-        InputError: no kernels run on `run.device`.
+    Triton's cache on disk, where runs of this machine find it. Raises InputError: no kernels run on
+    `run.device`.
     """
     device = choose_device(config.run.device)
     state = TrainingState.start(config, device)
@@ -56,9 +54,7 @@ def warm_up_absent(
 
     Kernels get the settings that they have without a table of timed ones. `triton_key` is of the Triton that
     shall read the folder, if not of this one. There is a line for each kernel, and how to use the folder.
-
-    Raises:
-        InputError: an unknown architecture, or Triton cannot compile here.
+    Raises InputError: an unknown architecture, or Triton cannot compile here.
     """
     try:
         gpu = absent_gpu(architecture)

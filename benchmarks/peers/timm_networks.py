@@ -14,10 +14,7 @@ def build(static: Backbone) -> tuple[nn.Module, bool]:
     """timm's network of one size, in evaluation mode, and whether it computes the same function.
 
     timm has no Swin that normalises its embedding over more channels than its blocks have, so that one gets
-    weights of its own.
-
-    Raises:
-        Unavailable: timm cannot be imported, or has no such network.
+    weights of its own. Raises Unavailable: timm cannot be imported, or has no such network.
     """
     try:
         import timm

@@ -180,10 +180,8 @@ def choose(op: str, x: Tensor, limit: str | None = None, dtype: torch.dtype | No
     """Triton or the reference for an operator, by the device of an input and its dtype, or that of the
     kernel's work.
 
-    `limit` is why the kernel cannot take this input's shape, or None.
-
-    Raises:
-        RuntimeError: `triton` is forced and cannot run.
+    `limit` is why the kernel cannot take this input's shape, or None. Raises RuntimeError: `triton` is forced
+    and cannot run.
     """
     wanted = forced()
     if wanted == "reference":

@@ -155,10 +155,7 @@ class _Operator:
 
     def results(self) -> tuple[list[Tensor], int]:
         """What the operator returns and what it was given, some of which it may change; spilled registers.
-
-        Raises:
-            Rejected: it does not compile, or exceeds what the GPU has.
-        """
+        Raises Rejected: it does not compile, or exceeds what the GPU has."""
         from triton.errors import TritonError
 
         arguments = tree_map(lambda x: _copy(x) if isinstance(x, Tensor) else x, self.arguments)
@@ -274,10 +271,8 @@ def _survey(
 def compile_all(calls: Counter[Call], architecture: str, folder: Path) -> Iterator[str]:
     """Compile what `tune` would try on a GPU, such as sm_90, which may be absent, on all CPUs.
 
-    `TRITON_CACHE_DIR` names the folder for `tune` then. There is a line for each binary.
-
-    Raises:
-        ValueError: an architecture that is not known, or Triton does not compile here.
+    `TRITON_CACHE_DIR` names the folder for `tune` then. There is a line for each binary. Raises ValueError:
+    an architecture that is not known, or Triton does not compile here.
     """
     table = _Trial({})
     with absent_gpu(architecture) as launches, tuning.trial(table):
@@ -298,10 +293,8 @@ def tune(calls: Counter[Call], path: Path, minutes: float, device: torch.device)
     allow.
 
     The table at `path` is written after each, and what it holds already is kept: a later call continues.
-    There are lines of results.
-
-    Raises:
-        ValueError: `path` holds something else than a table of this GPU and these versions.
+    There are lines of results. Raises ValueError: `path` holds something else than a table of this GPU and
+    these versions.
     """
     ends = time.monotonic() + 60 * minutes
     head = tuning.header(device)

@@ -141,11 +141,8 @@ def write(path: Path, head: dict[str, str], entries: Sequence[Entry]) -> None:
 
 
 def read(path: Path, head: dict[str, str]) -> list[Entry]:
-    """The entries of a table; none if there is no file.
-
-    Raises:
-        ValueError: it was not made by this GPU and these versions, or holds something else than a table does.
-    """
+    """The entries of a table; none if there is no file. Raises ValueError: it was not made by this GPU and
+    these versions, or holds something else than a table does."""
     try:
         document = json.loads(path.read_text())
         for name, expected in head.items():

@@ -78,10 +78,8 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
     def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> BackboneConfig:
         """That of the network with these parameters; its search space is every width and depth up to it.
 
-        Channels of a ViT's attention head and groups of a ResNet's norms are not in the shapes.
-
-        Raises:
-            KeyError: a parameter is missing.
+        Channels of a ViT's attention head and groups of a ResNet's norms are not in the shapes. Raises
+        KeyError: a parameter is missing.
         """
 
     def require_order(self, low: str, high: str) -> None:
@@ -146,11 +144,8 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
 
     @abstractmethod
     def grid(self, image_size: int) -> int:
-        """Patches along a side of a square image that can be masked.
-
-        Raises:
-            InputError: the backbone takes no images of this size.
-        """
+        """Patches along a side of a square image that can be masked. Raises InputError: the backbone takes no
+        images of this size."""
 
     def active_drop_rates(self, subnet: Subnet) -> list[float]:
         """Stochastic-depth rate of each active block; none where the method has no stochastic depth."""

@@ -139,10 +139,8 @@ class Pyramid(Backbone):
     def _under_mask(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Maps `[crops, height, width, channels]` with the mask token where a mask is True.
 
-        The mask is bool `[crops, rows * columns]`, of a grid as wide for its height as the maps.
-
-        Raises:
-            InputError: the maps are no multiple of the grid.
+        The mask is bool `[crops, rows * columns]`, of a grid as wide for its height as the maps. Raises
+        InputError: the maps are no multiple of the grid.
         """
         if mask is None:
             return x

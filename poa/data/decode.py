@@ -50,11 +50,8 @@ def decode_sized(
 ) -> tuple[tuple[int, int], np.ndarray]:
     """(Height, width) of the picture in a file, or of an array of NumPy, and what `to_pixels` makes of it.
 
-    JPEGs are decoded at the smallest size that serves.
-
-    Raises:
-        Exception: of many kinds; the file is damaged, cut off, empty, no image, or larger than Pillow's limit
-            against decompression bombs (89 million pixels).
+    JPEGs are decoded at the smallest size that serves. Raises Exception: of many kinds; the file is damaged,
+    cut off, empty, no image, or larger than Pillow's limit against decompression bombs (89 million pixels).
     """
     begins = file.read(len(NUMPY))
     file.seek(0)

@@ -115,11 +115,8 @@ def named(data: Images) -> tuple[str, Openers | None]:
 
 
 def find_datasets(data: Any) -> tuple[str, Openers]:
-    """A name of a dataset, or of a mapping of its splits, as Hugging Face's; and how to open it.
-
-    Raises:
-        InputError: no training images are among the splits.
-    """
+    """A name of a dataset, or of a mapping of its splits, as Hugging Face's; and how to open it. Raises
+    InputError: no training images are among the splits."""
     if not isinstance(data, Mapping):
         return f"{DATASET}{type(data).__name__}", Openers(lambda: open_dataset(data))
     trains, tests = (

@@ -205,10 +205,8 @@ def training_batches(
 ) -> Iterator[Canvases]:
     """One batch per micro-batch of the stream, on canvases of `canvas` pixels.
 
-    Workers apply the transform, if there is one, to an image and its position in the sequence.
-
-    Raises:
-        DataError: the workers give none for `patience` seconds.
+    Workers apply the transform, if there is one, to an image and its position in the sequence. Raises
+    DataError: the workers give none for `patience` seconds.
     """
     images = _TrainingImages(source, canvas, stream.seed, transform)
     return batches_of(images, workers, patience, batch_sampler=stream)
@@ -270,11 +268,8 @@ def _data_error(error: RuntimeError, workers: int, patience: float) -> Exception
 
 def require_shared_memory(image_bytes: int, batch_size: int, workers: int, evaluates: bool) -> None:
     """Refuse a run whose workers could not pass their batches, as with the 64 MiB of a Docker container.
-
-    Raises:
-        InputError: less is free than the batches of all ranks of this machine take, those of evaluations
-            included if it `evaluates`.
-    """
+    Raises InputError: less is free than the batches of all ranks of this machine take, those of evaluations
+    included if it `evaluates`."""
     workers, ranks = useful_workers(workers), os.environ.get("LOCAL_WORLD_SIZE", "")
     images = batch_size + EVALUATION_BATCH * evaluates
     each = PREFETCHED * images * image_bytes * (int(ranks) if ranks.isdecimal() else 1)

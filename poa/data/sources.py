@@ -76,10 +76,7 @@ class ImageSource:
 
     def read(self, index: int, canvas: int) -> np.ndarray:
         """One image as uint8 `[H, W, channels]`, shrunk (aspect kept) to fit a square of `canvas` pixels.
-
-        Raises:
-            ImageError: it is not readable; the message names it.
-        """
+        Raises ImageError: it is not readable; the message names it."""
         return self.read_sized(index, canvas)[1]
 
     def read_sized(self, index: int, canvas: int) -> tuple[tuple[int, int], np.ndarray]:

@@ -35,11 +35,7 @@ class Unreadable:
 
     def settle(self, step: int, images: int) -> int:
         """Count what all processes met since the last call, after `step` steps that asked for `images` images
-        in all.
-
-        Raises:
-            InputError: too many; in all processes.
-        """
+        in all. Raises InputError: too many; in all processes."""
         messages = [message for rank in self.world.gather(self.new) for message in rank]
         self.new = []
         self.count += len(messages)

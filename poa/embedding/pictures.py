@@ -72,11 +72,7 @@ def _enlarged(values: Tensor) -> np.ndarray:
 
 
 def pictures_page(models: Sequence[ExportedModel], images: Sequence[Picture]) -> str:
-    """HTML: for each image a row of pictures of each model.
-
-    Raises:
-        InputError: an image cannot be read.
-    """
+    """HTML: for each image a row of pictures of each model. Raises InputError: an image cannot be read."""
     rows: list[list[str]] = [[] for _ in images]
     for model in models:
         try:

@@ -163,11 +163,8 @@ def read_windows(
 
 @contextmanager
 def open_png(path: Path) -> Iterator[Image.Image]:
-    """A PNG; for other files Pillow may start programs, and pipes are waited for.
-
-    Raises:
-        Fault: it is none.
-    """
+    """A PNG; for other files Pillow may start programs, and pipes are waited for. Raises Fault: it is
+    none."""
     try:
         with open_regular(path) as file, Image.open(file, formats=["PNG"]) as picture:
             yield picture

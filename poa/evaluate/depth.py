@@ -114,11 +114,7 @@ def errors(predicted: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def open_depth(folder: Path, crops: CropsConfig, options: DepthConfig, left_out: LeftOut) -> Opened:
-    """Windows of images with depth.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Windows of images with depth. Raises InputError: there are none."""
     train, val = (
         read_windows(
             depth_pairs(folder / part), crops, options, left_out,

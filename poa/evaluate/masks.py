@@ -27,10 +27,7 @@ ADE_CLASSES = 150
 def mask_pairs(folder: Path) -> tuple[list[list[Pair]], int]:
     """Pairs of the training and of the validation part, and the number of classes.
 
-    Masks are uint8, 255 where no class is known.
-
-    Raises:
-        InputError: the folder has none of these layouts.
+    Masks are uint8, 255 where no class is known. Raises InputError: the folder has none of these layouts.
     """
     if (folder / "images" / "training").is_dir():
         return [_ade(folder, part) for part in ("training", "validation")], ADE_CLASSES

@@ -123,11 +123,8 @@ class Peer:
 
 
 def open_peer(name: str) -> Peer:
-    """An extracted model by its folder, or one of timm by `timm:NAME`, with its pre-trained weights.
-
-    Raises:
-        InputError: there is none, or no timm.
-    """
+    """An extracted model by its folder, or one of timm by `timm:NAME`, with its pre-trained weights. Raises
+    InputError: there is none, or no timm."""
     if not name.startswith(TIMM):
         model = load(name)
         classifier = model if model.head is not None else None

@@ -33,11 +33,8 @@ def average_precisions(similarities: Tensor, relevant: Tensor) -> Tensor:
 
 
 def retrieval_scores(bank: Labelled, queries: Labelled, device: torch.device) -> dict[str, float]:
-    """`{"map": 0..1, "recall@1": 0..1, ...}` of features `[N, C]` of both.
-
-    Raises:
-        InputError: no images in the bank.
-    """
+    """`{"map": 0..1, "recall@1": 0..1, ...}` of features `[N, C]` of both. Raises InputError: no images in
+    the bank."""
     if not len(bank.labels):
         raise InputError("retrieval: expected training images with labels, got none")
     features, labels = F.normalize(bank.features.to(device).float(), dim=1), bank.labels.to(device)

@@ -116,11 +116,8 @@ def scored(windows: Windows, tokens: Tensor, logits: Callable[[Tensor], Tensor],
 
 
 def open_scenes(folder: Path, crops: CropsConfig, options: SegmentationConfig, left_out: LeftOut) -> Opened:
-    """Windows of the images of a folder of any layout of `mask_pairs`.
-
-    Raises:
-        InputError: it has none of them, or no images with masks.
-    """
+    """Windows of the images of a folder of any layout of `mask_pairs`. Raises InputError: it has none of
+    them, or no images with masks."""
     pairs, classes = mask_pairs(folder)
     train, val = (
         read_windows(

@@ -60,10 +60,7 @@ def require_protocols(names: Sequence[str]) -> list[Protocol]:
 def open_folders(folders: Folders, crops: CropsConfig) -> list[tuple[Protocol, Any]]:
     """Protocols of folders, with their options among the settings, and what they score subnets on.
 
-    What is left out is logged.
-
-    Raises:
-        InputError: no such protocol, or wrong options or folders.
+    What is left out is logged. Raises InputError: no such protocol, or wrong options or folders.
     """
     opened = []
     for name, given in folders.items():

@@ -71,11 +71,8 @@ def export_int8(model: ExportedModel, folder: Path, data: DataSplit, config: Con
     """Write a model whose weights and their inputs are 8-bit integers; norms, softmax and sums are fp32.
 
     Training images calibrate it and are the bank of k-NN, which scores models without a classifier. The file
-    is `model.int8.onnx`.
-
-    Raises:
-        InputError: no labelled images are held out, another image size than in training, or a package is
-            missing.
+    is `model.int8.onnx`. Raises InputError: no labelled images are held out, another image size than in
+    training, or a package is missing.
     """
     onnx = optional_package("onnx", "export")
     with tempfile.TemporaryDirectory() as scratch:

@@ -102,11 +102,7 @@ RECIPES: dict[str, tuple[FinetuneConfig, str]] = {
 
 
 def recipe(name: str, **changes: Any) -> FinetuneConfig:
-    """The options of a recipe, some of them replaced.
-
-    Raises:
-        InputError: there is none of this name.
-    """
+    """The options of a recipe, some of them replaced. Raises InputError: there is none of this name."""
     if name not in RECIPES:
         raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, got {name!r}")
     return replace(RECIPES[name][0], **changes)

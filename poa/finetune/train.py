@@ -337,11 +337,8 @@ class Trainer:
         progress.say(f"step {done}: top-1 accuracy: {shown}")
 
     def save(self, done: int) -> None:
-        """Write a checkpoint; the best is kept.
-
-        Raises:
-            DivergenceError: weights are NaN or inf; the checkpoints before are kept.
-        """
+        """Write a checkpoint; the best is kept. Raises DivergenceError: weights are NaN or inf; the
+        checkpoints before are kept."""
         self.folder.require_finite(done, (self.student, self.teacher), "lr")
         state = {
             "format": FINE_TUNED,

@@ -44,11 +44,7 @@ def agreements(
     backbone: Backbone, subnets: Sequence[Subnet], source: ImageSource, config: Config, world: World
 ) -> list[Agreement]:
     """Agreement of subnets with the intact network on the class tokens of images; `world` is the only
-    process.
-
-    Raises:
-        InputError: fewer than two images can be read.
-    """
+    process. Raises InputError: fewer than two images can be read."""
     method, workers = config.method, config.performance.workers
     functions = [class_token(backbone, s) for s in [backbone.space.intact, *subnets]]
     extracted = extract_features(

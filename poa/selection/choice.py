@@ -173,11 +173,7 @@ def figure_of(choice: Choice, quality: str, scale: float, title: str) -> Any:
 
 
 def size_of(text: str) -> float:
-    """A number that may end in K, M, G (or B) or T, such as `5.5M`.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A number that may end in K, M, G (or B) or T, such as `5.5M`. Raises ValueError: it is none."""
     powers = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
     power = powers.get(text[-1:].upper())
     value = float(text[:-1]) * power if power else float(text)

@@ -158,11 +158,8 @@ class LatencyTable:
 
     @classmethod
     def read(cls, path: Path, space: SearchSpace) -> LatencyTable:
-        """What `write` wrote, on whatever machine.
-
-        Raises:
-            InputError: it is something else, or of subnets outside of the space.
-        """
+        """What `write` wrote, on whatever machine. Raises InputError: it is something else, or of subnets
+        outside of the space."""
         expected = f"{path}: expected a latency table, as poa latency writes it"
         with as_input(expected):
             content = read_json(path, expected)
@@ -186,10 +183,8 @@ def measure(
 ) -> LatencyTable:
     """Measure the latency of subnets as networks of their own, so many seconds each.
 
-    Weights are random: latency does not depend on them. All are in memory at the same time.
-
-    Raises:
-        InputError: no room for all of them, or a runtime that does not take them.
+    Weights are random: latency does not depend on them. All are in memory at the same time. Raises
+    InputError: no room for all of them, or a runtime that does not take them.
     """
     _require_room(sum(method.backbone.parameters(s) for s in subnets) * 4, len(subnets), device)
     draw = torch.Generator().manual_seed(0)
@@ -235,11 +230,8 @@ def _require_room(needed: int, count: int, device: torch.device) -> None:
 
 
 def interpolated(table: LatencyTable, space: SearchSpace) -> LatencyTable:
-    """The table of all subnets of a space, from one of some of them.
-
-    Raises:
-        InputError: those measured do not determine the others when one of them is held out.
-    """
+    """The table of all subnets of a space, from one of some of them. Raises InputError: those measured do not
+    determine the others when one of them is held out."""
     measured = table.latencies
     rows = {subnet: _terms(subnet, space) for subnet in space}
     values = {s: np.array([latency.median, latency.p95, latency.fastest]) for s, latency in measured.items()}

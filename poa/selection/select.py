@@ -42,11 +42,7 @@ class Budgets:
 
     @classmethod
     def of(cls, budgets: Mapping[str, Any]) -> Budgets:
-        """Those of these names.
-
-        Raises:
-            InputError: a name is none of a budget, or a value no number.
-        """
+        """Those of these names. Raises InputError: a name is none of a budget, or a value no number."""
         known = [field.name for field in fields(cls)]
         if unknown := [name for name in budgets if name not in known]:
             raise InputError(f"select: expected budgets {', '.join(known)}, got {', '.join(unknown)}")

@@ -63,10 +63,7 @@ def open_dataset(dataset: Any) -> Opened:
     A sample is an image, a tuple that begins with one, or a mapping with a column such as `image`. An image
     is one of Pillow, a uint8 tensor `[C, H, W]` or a uint8 array `[H, W, C]`, or `[H, W]` if it is grey.
     Labels are a column of labels, `dataset.targets`, or what stands next to the images, each of which is read
-    once for it.
-
-    Raises:
-        InputError: it is none, is empty, or gives other pixels when it is asked again.
+    once for it. Raises InputError: it is none, is empty, or gives other pixels when it is asked again.
     """
     kind = type(dataset).__name__
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
@@ -91,11 +88,8 @@ def open_dataset(dataset: Any) -> Opened:
 
 
 def to_picture(image: Any) -> Image.Image | np.ndarray:
-    """A Pillow image, or pixels as one where it has as many bands, or else `[H, W, C]`.
-
-    Raises:
-        ValueError: another type, dtype or shape.
-    """
+    """A Pillow image, or pixels as one where it has as many bands, or else `[H, W, C]`. Raises ValueError:
+    another type, dtype or shape."""
     if isinstance(image, Image.Image):
         return image
     if not isinstance(image, torch.Tensor | np.ndarray):

@@ -112,10 +112,7 @@ def read_folder(root: Path, skipped: Collection[str] = ()) -> Opened:
     """List a folder of class folders, or a flat folder of images; sorted, hidden files and names `skipped`
     left out.
 
-    Images beside class folders have no label.
-
-    Raises:
-        InputError: no images there.
+    Images beside class folders have no label. Raises InputError: no images there.
     """
     tree = Tree(root, skipped)
     if not tree.images:

@@ -76,20 +76,13 @@ Place = Path | Url
 
 
 def open_place(name: str | Place) -> BinaryIO:
-    """A file that can be read and sought in, wherever it lies.
-
-    Raises:
-        OSError: it is missing, or cannot be read.
-    """
+    """A file that can be read and sought in, wherever it lies. Raises OSError: it is missing, or cannot be
+    read."""
     return RemoteFile(str(name)) if is_url(str(name)) else open_regular(str(name), buffering=0)  # type: ignore[return-value]
 
 
 def version(place: Place) -> str:
-    """What changes when a file does.
-
-    Raises:
-        OSError: it is missing, or cannot be looked at.
-    """
+    """What changes when a file does. Raises OSError: it is missing, or cannot be looked at."""
     if isinstance(place, Url):
         return f"{place} {_state(place.url)}"
     state = place.stat()
@@ -97,11 +90,8 @@ def version(place: Place) -> str:
 
 
 def list_urls(pattern: str) -> list[Url]:
-    """The files of a pattern with `*`, or in a folder, by name.
-
-    Raises:
-        InputError: a package for such URLs is missing, or none can be listed.
-    """
+    """The files of a pattern with `*`, or in a folder, by name. Raises InputError: a package for such URLs is
+    missing, or none can be listed."""
     try:
         names = _persistently(lambda: _glob(pattern), pattern)
     except DataError:
