@@ -73,7 +73,9 @@ class Alone(Ours):
         state.optimizer.zero_grad(set_to_none=True)
         with state.rounded, autocast(run.world.device, method.precision):
             temperature = schedules.teacher_temperature[number]
-            (targets,) = teacher_targets(state.teacher, [batch], temperature, method.loss, state.centers)
+            (targets,) = teacher_targets(
+                state.teacher, [batch], temperature, method.loss, state.centers, state.frozen
+            )
             (student,) = run.model(batch, [StudentPass(run.space.smallest)])
         loss, _ = intact_loss(student, targets, batch, replace(method.loss, intact=1.0))
         state.scaler.scale(loss).backward()

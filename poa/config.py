@@ -45,6 +45,20 @@ class InitConfig(Options, at="method.init"):
 
 
 @dataclass(frozen=True)
+class TeacherConfig(Options, at="method.teacher"):
+    """A teacher besides the moving average of the student."""
+
+    frozen: str = option(
+        "",
+        "run folder, timm:NAME, folder of a model, or file of weights that feature distillation follows, of "
+        "any width; empty: it follows the teacher itself",
+    )
+    frozen_size: int = option(
+        0, "pixels of a side that the frozen teacher sees of global crops; 0: its own", "[0, 4096]"
+    )
+
+
+@dataclass(frozen=True)
 class MethodConfig(Options, at="method"):
     """Everything that changes results."""
 
@@ -78,10 +92,13 @@ class MethodConfig(Options, at="method"):
     crops: CropsConfig = section(CropsConfig(), "crops and augmentation")
     masks: MaskConfig = section(MaskConfig(), "masks of patches")
     optim: OptimConfig = section(OptimConfig(), "optimiser, schedules and teacher")
+    teacher: TeacherConfig = section(TeacherConfig(), "another, frozen teacher")
 
     def check(self) -> None:
         if self.init.importance != "none" and not self.backbone.sortable:
             raise self.init.wrong("importance", f"none for a {self.backbone.kind}")
+        if self.teacher.frozen and not self.loss.features:
+            raise self.loss.wrong("features", "a weight above 0 with method.teacher.frozen")
         if self.crops.global_size != self.backbone.image_size:
             raise self.crops.wrong("global_size", f"method.backbone.image_size {self.backbone.image_size}")
         channels = self.backbone.channels
@@ -184,6 +201,17 @@ class Config:
 def with_data(config: Config, source: str) -> Config:
     """The configuration with other images."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+
+
+def with_teacher(config: Config, weights: str | None) -> Config:
+    """The configuration with a frozen teacher, if one is named, and with feature distillation, which follows
+    it."""
+    if not weights:
+        return config
+    method = config.method
+    loss = dataclasses.replace(method.loss, features=method.loss.features or 1.0)
+    teacher = dataclasses.replace(method.teacher, frozen=weights)
+    return dataclasses.replace(config, method=dataclasses.replace(method, loss=loss, teacher=teacher))
 
 
 def with_run(config: Config, **changes: object) -> Config:

@@ -99,13 +99,16 @@ class Watch:
 
     Args:
         batch: images of a micro-batch; of a single one there is no deviation.
+        heads: whether any loss goes through heads, so that targets matter.
         start: the first step it judges. Networks that begin near to the identity (LayerScale) see all images
             alike until the learning rate has warmed up.
     """
 
-    def __init__(self, batch: int, start: int):
+    def __init__(self, batch: int, start: int, heads: bool = True):
         self.start = start
-        self.alarms = [a for a in ALARMS if batch > 1 or a.prefix != "feature_std."]
+        unknown = {"feature_std."} if batch == 1 else set()
+        unused = set() if heads else {"target_entropy.", "target_spread."}
+        self.alarms = [a for a in ALARMS if a.prefix not in unknown | unused]
         self.bad = {alarm.name: _Streak() for alarm in ALARMS}
 
     def look(self, step: int, figures: Mapping[str, float]) -> list[tuple[Alarm, str]]:

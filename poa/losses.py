@@ -33,9 +33,13 @@ class LossConfig(Options, at="method.loss"):
     )
     dino: float = option(1.0, "weight of the DINO (class-token) loss", "[0, 1000]")
     ibot: float = option(1.0, "weight of the iBOT (masked-patch) loss", "[0, 1000]")
+    distill: float = option(
+        1.0, "weight of the loss by which the elastic student learns from the intact one", "[0, 1000]"
+    )
     features: float = option(
         0.0,
-        "weight of feature distillation: similarities of class tokens in a micro-batch follow the teacher's",
+        "weight of feature distillation: similarities of class tokens in a micro-batch follow those of the "
+        "teacher, or of method.teacher.frozen",
         "[0, 1000]",
     )
     koleo: float = option(0.1, "weight of the KoLeo regulariser", "[0, 1000]")
@@ -50,6 +54,11 @@ class LossConfig(Options, at="method.loss"):
     center_weighting: Literal["exact", "official"] = option(
         "exact", "centers follow the mean over all rows of a step, or the mean of its micro-batches' means"
     )
+
+    @property
+    def through_heads(self) -> bool:
+        """Whether any term goes through the projection heads."""
+        return bool(self.dino or self.ibot or self.distill)
 
 
 def feature_distillation(tokens: Tensor, teacher: Tensor, temperature: float) -> Tensor:

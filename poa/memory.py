@@ -22,6 +22,7 @@ from elastic_kernels import planning
 from poa.config import MOST_IMAGES, Config
 from poa.errors import InputError
 from poa.flops import expected_masked
+from poa.initialization import frozen_teacher
 from poa.masks import Masks
 from poa.micro_batch import AUTOCAST, MicroBatch, student_passes
 from poa.network import VIEWS, Batch, Network
@@ -128,7 +129,10 @@ def planned_state(config: Config) -> TrainingState:
         rounded = rounded_weights(student, teacher, method.precision)
     centers = Centers.zeros(method.head.prototypes, torch.device("meta"))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainingState(student, teacher, optimizer, centers, scaler, rounded)
+    frozen = frozen_teacher(method)
+    return TrainingState(
+        student, teacher, optimizer, centers, scaler, rounded, frozen.to("meta") if frozen else None
+    )
 
 
 def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> None:
@@ -136,7 +140,9 @@ def planned_gradients(config: Config, state: TrainingState, elastic: Subnet) -> 
     method = config.method
     micro_batch = _micro_batch(config, state, elastic)
     with planning(AUTOCAST.get(method.precision, torch.float32)), state.rounded:
-        (targets,) = teacher_targets(state.teacher, [micro_batch.batch], 0.07, method.loss, state.centers)
+        (targets,) = teacher_targets(
+            state.teacher, [micro_batch.batch], 0.07, method.loss, state.centers, state.frozen
+        )
         accumulate_gradients(state.student, state, config, micro_batch, targets, 1.0)
 
 

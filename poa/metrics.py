@@ -215,7 +215,8 @@ class Journal:
         self.meter = Meter(world, self.step_images)
         self.guard = Guard(world, config.run.skip_limit)
         self.stopwatch = Stopwatch(world.device)
-        self.watch = Watch(method.batch_size, round(method.optim.warmup_epochs * plan.epoch_steps))
+        start = round(method.optim.warmup_epochs * plan.epoch_steps)
+        self.watch = Watch(method.batch_size, start, heads=method.loss.through_heads)
         self.unreadable = Unreadable(folder.unreadable, world, config.data.unreadable_share)
         self.host_seconds = 0.0  # since the last log
         self.writers: list[Writer] = []

@@ -136,7 +136,13 @@ def require_runnable(config: Config) -> None:
 
 
 def first_lines(
-    config: Config, plan: Plan, schedules: Schedules, data: DataSplit, world: World, weights: str = "random"
+    config: Config,
+    plan: Plan,
+    schedules: Schedules,
+    data: DataSplit,
+    world: World,
+    weights: str = "random",
+    teacher: str = "",
 ) -> Iterator[str]:
     """What was found and what will be done, a line for each subject; then what is unusual."""
     method, space = config.method, config.method.backbone.space
@@ -161,6 +167,8 @@ def first_lines(
     )
     if weights != "random":
         yield f"weights: {weights}"
+    if teacher:
+        yield f"teacher: {teacher}"
     marks = phases(config, plan, schedules)
     yield f"phases: {', '.join(f'{what} step {step:,}' for what, step in marks)}"
     for line in _unusual(config, plan, schedules, data, world):

@@ -10,7 +10,7 @@ from typing import Any
 from poa import train
 from poa.backbones.base import BackboneConfig
 from poa.checkpoint import Branch, RunFolder
-from poa.config import Config, with_data, with_run
+from poa.config import Config, with_data, with_run, with_teacher
 from poa.data.layout import Images, Openers, named
 from poa.device import choose_device, use_threads
 from poa.embedding import Embeddings, embed
@@ -39,6 +39,7 @@ def pretrain(
     *,
     out: str | Path | None,
     init: str | None = None,
+    teacher: str | None = None,
     resume: bool = False,
     check: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -53,6 +54,7 @@ def pretrain(
         out: the run folder, new; None only to `check`.
         init: initial weights, whose backbone is used: `timm:NAME`, the folder of a model or of a run, or a
             file.
+        teacher: another, frozen teacher, named as weights are; see `method.teacher.frozen`.
         resume: resume the run in `out` if there is one.
         check: only print which images were found and what the run would do.
         callbacks: called with each row of the metrics: logged steps, evaluations (`row["knn"]`) and alarms.
@@ -76,7 +78,8 @@ def pretrain(
     """
     if not (out or check):
         raise InputError(f"out: expected the folder of the run, got {out!r}; only check=True needs none")
-    config, openers = _with_images(initial_config(preset, init, options), data)
+    config = override(with_teacher(initial_config(preset, init, options), teacher), options)
+    config, openers = _with_images(config, data)
     folder = RunFolder(Path(out or "."))
     resume = resume and bool(folder.checkpoints())
     if resume:

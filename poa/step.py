@@ -20,7 +20,7 @@ from poa.classifier import Classifier
 from poa.config import Config, Precision
 from poa.errors import InputError
 from poa.health import observe
-from poa.initialization import is_run, read_source
+from poa.initialization import FrozenTeacher, frozen_teacher, is_run, read_source
 from poa.micro_batch import AUTOCAST, MicroBatch
 from poa.network import Network, StudentOutput, StudentPass, gathered
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
@@ -41,11 +41,20 @@ class TrainingState:
     centers: Centers
     scaler: torch.amp.GradScaler
     rounded: working_weights
+    frozen: FrozenTeacher | None = None
 
     @classmethod
-    def start(cls, config: Config, device: torch.device, initial: Initial | None = None) -> TrainingState:
-        """Initial networks, default those of the configuration, and an optimiser that has not stepped."""
+    def start(
+        cls,
+        config: Config,
+        device: torch.device,
+        initial: Initial | None = None,
+        frozen: FrozenTeacher | None = None,
+    ) -> TrainingState:
+        """Initial networks and a frozen teacher, default those of the configuration, and an optimiser that
+        has not stepped."""
         method, initial = config.method, initial or initial_networks(config)
+        frozen = frozen or frozen_teacher(method)
         student, teacher = initial.student.to(device), initial.teacher.to(device)
         teacher.requires_grad_(False)
         return cls(
@@ -55,6 +64,7 @@ class TrainingState:
             Centers.zeros(method.head.prototypes, device),
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
             rounded_weights(student, teacher, method.precision),
+            frozen.to(device) if frozen else None,
         )
 
     def undisturbed(self) -> AbstractContextManager[None]:
@@ -73,9 +83,15 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "centers": [self.centers.cls, self.centers.patches],
             "scaler": self.scaler.state_dict(),
+            "frozen": self.frozen.digest if self.frozen else None,
         }
 
     def load_state_dict(self, state: dict[str, Any], name: str) -> None:
+        if self.frozen and self.frozen.digest != state.get("frozen"):
+            raise InputError(
+                f"{name}: expected the frozen teacher of digest {state.get('frozen')}, got "
+                f"{self.frozen.source.name} of digest {self.frozen.digest}, whose weights are others now"
+            )
         load_strictly(self.student, state["student"], name)
         load_strictly(self.teacher, state["teacher"], name)
         restore_optimizer(self.optimizer, state["optimizer"], name)
@@ -197,6 +213,7 @@ def train_step(
                 schedules.teacher_temperature[step],
                 method.loss,
                 state.centers,
+                state.frozen,
             )
         for number, (micro_batch, target) in enumerate(zip(micro_batches, targets, strict=True)):
             with _reduced_later(model, later=number < len(micro_batches) - 1):

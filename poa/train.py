@@ -24,6 +24,7 @@ from poa.device import deterministic_algorithms, prepared_ahead
 from poa.distributed import Poll, World, init_distributed, mean_in_bf16
 from poa.errors import as_input
 from poa.images import open_on_ranks
+from poa.initialization import FrozenTeacher, frozen_teacher
 from poa.initialization.importance import sort_by_importance
 from poa.lock import RunLock
 from poa.metrics import Callback, Journal
@@ -111,10 +112,9 @@ def _train(
     plan = Plan.of(config, len(data.train), world.size, content)
     schedules = plan.schedules(config)
     read = not content and (config.method.init.weights or not check)
-    initial = initial_networks(config) if read else None
-    beginning = list(
-        first_lines(config, plan, schedules, data, world, initial.origin if initial else "random")
-    )
+    initial, frozen = initial_networks(config) if read else None, frozen_teacher(config.method)
+    origin, teacher = initial.origin if initial else "random", str(frozen or "")
+    beginning = list(first_lines(config, plan, schedules, data, world, origin, teacher))
     changes: list[str] = []
     if content:
         with as_input(f"checkpoint of step {content['step']}: expected that of this run"):
@@ -131,7 +131,7 @@ def _train(
     started, order = time.monotonic(), None
     if initial and config.method.init.importance != "none":
         config, order = sort_by_importance(config, initial, data, world)
-    run = Trainer(config, folder, data, world, content, callbacks, initial)
+    run = Trainer(config, folder, data, world, content, callbacks, initial, frozen)
     if not content:
         world.from_main(folder.lock.acquire)
     run.begin()
@@ -147,7 +147,8 @@ class Trainer:
     """One process's part of a run: a new one, or one that goes on from the content of a checkpoint.
 
     Nothing is written before `begin`. Callbacks are called on the main process with every line of the
-    metrics. `initial` are the networks of a new run; default those of its configuration.
+    metrics. `initial` are the networks of a new run, and `frozen` is another teacher; default those of its
+    configuration.
 
     Raises:
         InputError: more ranks than micro-batches, or a checkpoint that does not fit.
@@ -162,6 +163,7 @@ class Trainer:
         content: dict[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         initial: Initial | None = None,
+        frozen: FrozenTeacher | None = None,
     ):
         method = config.method
         self.config, self.folder, self.data, self.world = config, folder, data, world
@@ -173,7 +175,7 @@ class Trainer:
             self.space, method.sampling, method.seed, self.plan.micro_batches, method.backbone.flops
         )
         random = replace(config, method=replace(method, init=InitConfig())) if content else config
-        self.state = TrainingState.start(random, world.device, initial)
+        self.state = TrainingState.start(random, world.device, initial, frozen)
         self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler, callbacks)
         self.images = data.digest()
         self.first_step = 0

@@ -13,7 +13,7 @@ Source: POA (Zhang et al., ECCV 2024), algorithm 1; official `SSLMetaArch.forwar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,8 @@ OPERANDS = {"fp32": torch.float32, "fp16": torch.float16}
 class Targets:
     """What the students learn, per head: of `cls` rows `2 B` (views swapped), of `patches` rows `masked`.
 
-    `tokens`, for feature distillation, are the teacher's class tokens `[2 B, w]`, views as they are.
+    `tokens`, for feature distillation, are the teacher's class tokens `[2 B, w]`, views as they are, or those
+    of a frozen teacher.
     On a GPU the scaling vectors come out of `stream`, to be joined before anything here is used or dropped.
     """
 
@@ -57,12 +58,18 @@ class Centers:
 
 @torch.no_grad()
 def teacher_targets(
-    teacher: Network, batches: Sequence[Batch], temperature: float, config: LossConfig, centers: Centers
+    teacher: Network,
+    batches: Sequence[Batch],
+    temperature: float,
+    config: LossConfig,
+    centers: Centers,
+    frozen: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Targets]:
     """Targets of this process's micro-batches of a step, over all micro-batches of all processes.
 
     With centering, the centers are those before this step and then move. Sinkhorn, with its reductions over
-    processes, runs beside what follows.
+    processes, runs beside what follows. Class tokens are those that `frozen` makes of the global crops, if
+    there is another teacher.
     """
     outputs = [teacher.teacher_logits(batch, OPERANDS[config.operands]) for batch in batches]
     heads = len(outputs[0][0])
@@ -81,7 +88,9 @@ def teacher_targets(
             rows = counts[part][0] if config.center_weighting == "official" else None
             losses.update_centers(means, logits[part], config.center_momentum, micro_batches=rows)
     split = (target.split(rows) for target, rows in zip(targets, counts, strict=True))
-    tokens = [each[2] if config.features else None for each in outputs]
+    tokens = [seen if config.features else None for _, _, seen in outputs]
+    if frozen:
+        tokens = [frozen(batch.global_crops) for batch in batches]
     return [
         Targets(list(each[:heads]), list(each[heads:]), stream, seen)
         for each, seen in zip(zip(*split, strict=True), tokens, strict=True)
@@ -183,7 +192,7 @@ def _terms(name: str, config: LossConfig) -> dict[str, float]:
     """The terms that a cross-entropy has a share in, and their factors."""
     share = _share(name, config)
     if name == "distillation":
-        return {"distill": share}
+        return {"distill": share * config.distill}
     return {"dino": share * config.dino, "ibot": share * config.ibot}
 
 

@@ -79,7 +79,8 @@ def pieces() -> Iterator[tuple[str, str]]:
 def arguments(command: str) -> list[str]:
     """Those of `poa`, on the images and runs there are here, with options that make a run short."""
     places = {"DATA": "path/to/images", "RUN": "runs/first", "TUNED": "runs/tuned"}
-    places["timm:vit_small_patch14_dinov2.lvd142m"] = "models/vit-192x6"
+    for name in ("small", "large"):
+        places[f"timm:vit_{name}_patch14_dinov2.lvd142m"] = "models/vit-192x6"
     launcher, _, rest = command.partition("poa ")
     words = [places.get(word, word) for word in shlex.split(rest)]
     if words[0] == "loader":

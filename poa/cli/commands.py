@@ -12,7 +12,7 @@ import torch
 
 from poa.checkpoint import RunFolder
 from poa.classifier import Classifier
-from poa.config import Config, with_data, with_run
+from poa.config import Config, with_data, with_run, with_teacher
 from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
@@ -42,9 +42,10 @@ def run_pretrain(options: argparse.Namespace) -> None:
     if options.importance and not options.init:
         raise InputError("--importance: expected --init WEIGHTS with it")
     if options.resume:
-        if options.preset or options.config or options.out or options.auto_resume or options.init:
+        given = ("preset", "config", "init", "teacher", "out", "auto_resume")
+        if any(getattr(options, name) for name in given):
             raise InputError(
-                "--resume: expected no --preset, --config, --init, --out or --auto-resume with it"
+                "--resume: expected no --preset, --config, --init, --teacher, --out or --auto-resume with it"
             )
         run = Run(options.resume)
         run.resume(config=_overridden(run.config, options), replan=options.replan, check=options.check)
@@ -236,9 +237,10 @@ def _new_config(options: argparse.Namespace) -> Config:
 
 
 def _overridden(config: Config, options: argparse.Namespace) -> Config:
-    """Apply `--data`, `--device` and `KEY=VALUE` in this order."""
+    """Apply `--data`, `--teacher`, `--device` and `KEY=VALUE` in this order."""
     if data := getattr(options, "data", None):
         config = with_data(config, data)
+    config = with_teacher(config, getattr(options, "teacher", None))
     if device := getattr(options, "device", None):
         config = with_run(config, device=device)
     return override(config, options.overrides)

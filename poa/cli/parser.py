@@ -169,6 +169,12 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
         "(method.init.weights); without --preset the options of the run or those of preset elastic are used",
     )
     command.add_argument(
+        "--teacher",
+        metavar="WEIGHTS",
+        help="another, frozen teacher, as --init names weights, whose similarities of images are followed "
+        "(method.teacher.frozen; sets method.loss.features=1 where it is 0)",
+    )
+    command.add_argument(
         "--importance",
         choices=get_args(get_type_hints(InitConfig)["importance"]),
         help="with --init: order of channels, heads, hidden units and blocks (method.init.importance)",
