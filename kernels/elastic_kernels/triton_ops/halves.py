@@ -230,20 +230,19 @@ class Attended(NamedTuple):
     qkv: Tensor
     out: Tensor
     lse: Tensor
-    bias: Tensor | None
+    tiles: Tensor | None
 
     @classmethod
     def of(cls, h: Tensor, layer: Layer, bias: Tensor | None, spec: HalfSpec, keep: bool) -> Attended:
         """Rows, with the layer that makes their q, k and v, and the bias of windows; perhaps for backward."""
         qkv = layer.forward(h).unflatten(-1, (-1, spec.head_dim))
-        bias = None if bias is None else bias.contiguous()
-        groups = spec.attention_groups
+        groups, tiles = spec.attention_groups, None
         if spec.windows is None:
             out, lse = ops.attention_fwd(qkv, groups, None, keep)
         else:
-            pad = _padding(layer, qkv)
-            out, lse = ops.window_attention_fwd(qkv, bias, pad, groups, *spec.windows, keep)
-        return cls(h, qkv, out, lse, bias)
+            tiles, pad = ops.window_bias_tiles(bias, spec.windows.side), _padding(layer, qkv)
+            out, lse = ops.window_attention_fwd(qkv, tiles, pad, groups, *spec.windows, keep)
+        return cls(h, qkv, out, lse, tiles)
 
     def backward(
         self, do: Tensor, layer: Layer, vectors: VectorGrads, spec: HalfSpec
@@ -257,7 +256,7 @@ class Attended(NamedTuple):
         else:
             pad = _padding(layer, self.qkv)
             dqkv, dbias, dpad = ops.window_attention_bwd(
-                self.qkv, self.bias, pad, self.lse, do, groups, *spec.windows
+                self.qkv, self.tiles, pad, self.lse, do, groups, *spec.windows
             )
         dqkv = dqkv.flatten(2)
         dw, db, _ = layer.wgrad(dqkv, self.h, vectors, sums, None if dpad is None else dpad.flatten(1))
@@ -297,8 +296,8 @@ class AttentionHalfFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (*normed, index, row_scale, places, h, qkv, out, lse, bias), (qkv_layer, proj) = kept(ctx)
-        attended = Attended(h, qkv, out, lse, bias)
+        (*normed, index, row_scale, places, h, qkv, out, lse, tiles), (qkv_layer, proj) = kept(ctx)
+        attended = Attended(h, qkv, out, lse, tiles)
         d, d_sums = take_branch(ctx, dout, index, row_scale, proj)
         vectors = VectorGrads()
         dw2, db2, dgamma = proj.wgrad(d, out, vectors, d_sums)

@@ -5,13 +5,14 @@
     dbias = sum ds
 
 Cutting a map into windows, its padding and its shift are arithmetic on addresses: tokens are read and written
-where they lie. A program of the backward goes over a slice of the windows with one head and keeps partial
-gradients of the bias, and of k and v of padded positions, in registers; partial sums are added in a fixed
-order.
+where they lie. The bias of a head is made a tile first, in powers of 2 and minus infinity at keys beyond the
+window, which is loaded by 16 bytes and without a mask. A program of the backward goes over a slice of the
+windows with one head and keeps partial gradients of the bias, and of k and v of padded positions, in
+registers; partial sums are added in a fixed order.
 
-Saved for backward: qkv and the fp32 log-sum-exp of each row; a window's row of p is whole in a tile, so o is
-not needed. Bytes: forward reads 3 and writes 1 of tokens * channels elements; backward reads 4 (qkv, do),
-writes 3, and slices * heads * window**4 * 4 bytes of partial sums.
+Saved for backward: qkv, the tiles and the fp32 log-sum-exp of each row; a window's row of p is whole in a
+tile, so o is not needed. Bytes: forward reads 3 and writes 1 of tokens * channels elements; backward reads 4
+(qkv, do), writes 3, and slices * heads * window**4 * 4 bytes of partial sums.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,28 +65,38 @@ def _load_padded(base, pad, token, real, inside, stride_t, HEAD_DIM: tl.constexp
 
 
 @triton.jit
-def _scores(q, k, bias, region, inside, scale_log2, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    q, k, tiles_ptr, head, region, scale_log2,
+    BLOCK: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    offs = tl.arange(0, BLOCK)
+    bias = tl.load(tiles_ptr + head * BLOCK * BLOCK + offs[:, None] * BLOCK + offs[None, :])
     s = dot(q, tl.trans(k), None, PRECISION) * scale_log2 + bias
-    s += tl.where(region[:, None] == region[None, :], 0.0, MASK_VALUE)
-    return tl.where(inside[None, :], s, float("-inf"))
+    return s + tl.where(region[:, None] == region[None, :], 0.0, MASK_VALUE)
 
 
-@triton.jit
-def _load_bias(bias_ptr, head, SIDE: tl.constexpr, BLOCK: tl.constexpr, LOG2: tl.constexpr):
-    offs, n = tl.arange(0, BLOCK), SIDE * SIDE
-    mask = (offs < n)[:, None] & (offs < n)[None, :]
-    places = bias_ptr + head * n * n + offs[:, None] * n + offs[None, :]
-    return tl.load(places, mask=mask, other=0.0).to(tl.float32) * LOG2
+@triton.jit(do_not_specialize=["stride_h", "stride_q", "stride_k"])
+def _window_bias_tiles_kernel(
+    bias_ptr, tiles_ptr,
+    stride_h, stride_q, stride_k,
+    SIDE: tl.constexpr, BLOCK: tl.constexpr, LOG2: tl.constexpr,
+):  # fmt: skip
+    head, offs = tl.program_id(0), tl.arange(0, BLOCK)
+    inside = offs < SIDE * SIDE
+    places = bias_ptr + head * stride_h + offs[:, None] * stride_q + offs[None, :] * stride_k
+    bias = tl.load(places, mask=inside[:, None] & inside[None, :], other=0.0).to(tl.float32) * LOG2
+    tile = tl.where(inside[None, :], bias, float("-inf"))
+    tl.store(tiles_ptr + head * BLOCK * BLOCK + offs[:, None] * BLOCK + offs[None, :], tile)
 
 
 @triton.jit(do_not_specialize=["first_token", "height", "width", "rows", "columns", "shift", "heads"])
 def _window_attention_fwd_kernel(
-    qkv_ptr, bias_ptr, pad_ptr, out_ptr, lse_ptr,
+    qkv_ptr, tiles_ptr, pad_ptr, out_ptr, lse_ptr,
     first_token, height, width, rows, columns, shift, heads,
     stride_t, stride_g, stride_h, stride_pad,
     scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-    LOG2: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     head, window = pid % heads, pid // heads
@@ -98,8 +110,7 @@ def _window_attention_fwd_kernel(
     v = _load_padded(
         base + 2 * stride_g, pad + 2 * stride_pad, token, real, inside, stride_t, HEAD_DIM, BLOCK_D
     )
-    bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)
-    s = _scores(q, k, bias, region, inside, scale_log2, MASK_VALUE, PRECISION)
+    s = _scores(q, k, tiles_ptr, head, region, scale_log2, BLOCK, MASK_VALUE, PRECISION)
     m = tl.max(s, 1)
     p = tl.exp2(s - m[:, None])
     z = tl.sum(p, 1)
@@ -124,12 +135,12 @@ def _window_attention_fwd_kernel(
     ]
 )
 def _window_attention_bwd_kernel(
-    qkv_ptr, bias_ptr, pad_ptr, dout_ptr, lse_ptr, dqkv_ptr, dbias_ptr, dpad_ptr,
+    qkv_ptr, tiles_ptr, pad_ptr, dout_ptr, lse_ptr, dqkv_ptr, dbias_ptr, dpad_ptr,
     first_token, height, width, rows, columns, shift, heads, windows, first_partial,
     stride_t, stride_g, stride_h, stride_pad,
     scale, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr,
-    LOG2: tl.constexpr, MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
+    MASK_VALUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     head, piece = tl.program_id(0), tl.program_id(1)
     offs, offs_d, n = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D), SIDE * SIDE
@@ -149,9 +160,8 @@ def _window_attention_bwd_kernel(
         outs = (token[:, None] * heads + head) * HEAD_DIM + offs_d[None, :]
         do = tl.load(dout_ptr + outs, mask=mask, other=0.0)
         lse = tl.load(lse_ptr + token * heads + head, mask=real, other=float("inf"))
-        bias = _load_bias(bias_ptr, head, SIDE, BLOCK, LOG2)  # again for each window: it has no registers
-        # Padded queries get p = 0 from their infinite lse.
-        p = tl.exp2(_scores(q, k, bias, region, inside, scale_log2, MASK_VALUE, PRECISION) - lse[:, None])
+        s = _scores(q, k, tiles_ptr, head, region, scale_log2, BLOCK, MASK_VALUE, PRECISION)
+        p = tl.exp2(s - lse[:, None])  # padded queries get 0 from their infinite lse
         dv = dot(tl.trans(p.to(do.dtype)), do, None, PRECISION)
         dp = dot(do, tl.trans(v), None, PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
@@ -234,7 +244,6 @@ def _constants(qkv: Tensor, side: int, mask_value: float, backward: bool) -> dic
         "BLOCK_D": head_block(qkv.shape[3]),
         "SIDE": side,
         "BLOCK": window_block(side),
-        "LOG2": LOG2_E,
         "MASK_VALUE": mask_value * LOG2_E,
         "PRECISION": precision(qkv),
         "num_warps": _warps(qkv, side, backward),
@@ -242,9 +251,19 @@ def _constants(qkv: Tensor, side: int, mask_value: float, backward: bool) -> dic
     }
 
 
+def window_bias_tiles(bias: Tensor, side: int) -> Tensor:
+    """`[heads, n, n]`, any strides -> fp32 `[heads, block, block]` as the kernels add it."""
+    block = window_block(side)
+    tiles = bias.new_empty(len(bias), block, block, dtype=torch.float32)
+    _window_bias_tiles_kernel[(len(bias),)](
+        bias, tiles, *bias.stride(), SIDE=side, BLOCK=block, LOG2=LOG2_E, num_warps=4
+    )
+    return tiles
+
+
 def window_attention_fwd(
     qkv: Tensor,
-    bias: Tensor,
+    tiles: Tensor,
     pad: Tensor,
     maps: Sequence[int],
     side: int,
@@ -254,13 +273,13 @@ def window_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """`[tokens, 3, heads, d]` -> out `[tokens, heads * d]`, fp32 log2-sum-exp2 `[tokens, heads]` if kept.
 
-    `bias` `[heads or more, n, n]` and `pad` `[3, heads or more, d]` are contiguous; `maps` are flat triples.
+    `tiles` are of as many heads or more, `pad` `[3, heads or more, d]` contiguous, `maps` flat triples.
     """
     heads, dim = qkv.shape[2:]
     out, lse = outputs_of(qkv, None, keep)
     for span in _spans(maps, side, heads):
         _window_attention_fwd_kernel[(span.windows * heads,)](
-            qkv, bias, pad, out, lse if keep else None,
+            qkv, tiles, pad, out, lse if keep else None,
             span.first, *span.sizes, shift, heads,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5 * LOG2_E,
@@ -271,7 +290,7 @@ def window_attention_fwd(
 
 def window_attention_bwd(
     qkv: Tensor,
-    bias: Tensor,
+    tiles: Tensor,
     pad: Tensor,
     lse: Tensor,
     dout: Tensor,
@@ -280,7 +299,7 @@ def window_attention_bwd(
     shift: int,
     mask_value: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv `[tokens, 3, heads, d]`, and of bias and pad in full shape."""
+    """Gradients of qkv `[tokens, 3, heads, d]`, of the bias (fp32) and of pad, both with all their heads."""
     heads, dim = qkv.shape[2:]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     spans = _spans(maps, side, heads)
@@ -290,30 +309,40 @@ def window_attention_bwd(
     first_partial = 0
     for span in spans:
         _window_attention_bwd_kernel[(heads, span.slices)](
-            qkv, bias, pad, dout, lse, dqkv, dbias, dpad,
+            qkv, tiles, pad, dout, lse, dqkv, dbias, dpad,
             span.first, *span.sizes, shift, heads, span.windows, first_partial,
             *qkv.stride()[:3], pad.stride(0),
             dim**-0.5, dim**-0.5 * LOG2_E,
             **_constants(qkv, side, mask_value, backward=True),
         )  # fmt: skip
         first_partial += span.slices
-    whole_bias, whole_pad = torch.zeros_like(bias), torch.zeros_like(pad)
-    whole_bias[:heads] = dbias.sum(0)
+    dbias, whole_pad = dbias.sum(0), torch.zeros_like(pad)
+    if heads < len(tiles):
+        dbias = F.pad(dbias, (0, 0, 0, 0, 0, len(tiles) - heads))
     whole_pad[1:, :heads] = dpad[..., :dim].sum(0).transpose(0, 1)
-    return dqkv, whole_bias, whole_pad
+    return dqkv, dbias, whole_pad
 
 
 register(
-    "window_attention_fwd(Tensor qkv, Tensor bias, Tensor pad, int[] maps, int side, int shift,"
-    " float mask_value, bool keep=True) -> (Tensor, Tensor)",
-    window_attention_fwd,
-    lambda qkv, bias, pad, maps, side, shift, mask_value, keep=True: outputs_of(qkv, None, keep),
+    "window_bias_tiles(Tensor bias, int side) -> Tensor",
+    window_bias_tiles,
+    lambda bias, side: bias.new_empty(len(bias), *[window_block(side)] * 2, dtype=torch.float32),
 )
 register(
-    "window_attention_bwd(Tensor qkv, Tensor bias, Tensor pad, Tensor lse, Tensor dout,"
+    "window_attention_fwd(Tensor qkv, Tensor tiles, Tensor pad, int[] maps, int side, int shift,"
+    " float mask_value, bool keep=True) -> (Tensor, Tensor)",
+    window_attention_fwd,
+    lambda qkv, tiles, pad, maps, side, shift, mask_value, keep=True: outputs_of(qkv, None, keep),
+)
+register(
+    "window_attention_bwd(Tensor qkv, Tensor tiles, Tensor pad, Tensor lse, Tensor dout,"
     " int[] maps, int side, int shift, float mask_value) -> (Tensor, Tensor, Tensor)",
     window_attention_bwd,
-    lambda qkv, bias, pad, *rest: (qkv.new_empty(qkv.shape), torch.empty_like(bias), torch.empty_like(pad)),
+    lambda qkv, tiles, pad, lse, dout, maps, side, *rest: (
+        qkv.new_empty(qkv.shape),
+        tiles.new_empty(len(tiles), side**2, side**2),
+        torch.empty_like(pad),
+    ),  # fmt: skip
 )
 
 
@@ -332,17 +361,17 @@ class WindowAttentionFunction(torch.autograd.Function):
         mask_value: float,
         trains: bool,
     ) -> Tensor:
-        qkv, bias, pad = unit_stride(qkv), bias.contiguous(), pad.contiguous()
+        qkv, tiles, pad = unit_stride(qkv), ops.window_bias_tiles(bias, side), pad.contiguous()
         geometry = (maps, side, shift, mask_value)
         keep = trains and any(ctx.needs_input_grad)
-        out, lse = ops.window_attention_fwd(qkv, bias, pad, *geometry, keep)
-        ctx.save_for_backward(qkv, bias, pad, lse)
+        out, lse = ops.window_attention_fwd(qkv, tiles, pad, *geometry, keep)
+        ctx.save_for_backward(qkv, tiles, pad, lse)
         ctx.geometry = geometry
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, pad, lse = ctx.saved_tensors
-        gradients = ops.window_attention_bwd(qkv, bias, pad, lse, dout.contiguous(), *ctx.geometry)
+        qkv, tiles, pad, lse = ctx.saved_tensors
+        gradients = ops.window_attention_bwd(qkv, tiles, pad, lse, dout.contiguous(), *ctx.geometry)
         return *gradients, None, None, None, None, None

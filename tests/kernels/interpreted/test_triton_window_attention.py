@@ -72,8 +72,9 @@ def test_too_large_windows_and_heads_are_refused_when_forced(dim: int, window: i
 
 def test_registered_operators() -> None:
     ops = torch.ops.elastic_kernels
-    tensors = draw(20, 3, 2, 16).float(), draw(2, 9, 9).float(), draw(3, 2, 16).float()
-    geometry = ([1, 5, 4], 3, 1, -100.0)
+    bias, geometry = draw(2, 9, 9).float(), ([1, 5, 4], 3, 1, -100.0)
+    opcheck((ops.window_bias_tiles, (bias, 3)))
+    tensors = draw(20, 3, 2, 16).float(), ops.window_bias_tiles(bias, 3), draw(3, 2, 16).float()
     out, lse = ops.window_attention_fwd(*tensors, *geometry)
     for keep in (True, False):
         opcheck((ops.window_attention_fwd, (*tensors, *geometry, keep)))
