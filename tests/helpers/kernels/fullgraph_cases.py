@@ -27,6 +27,7 @@ NO_OPERATORS = {
     "sort_heads": "changes parameters once",
     "sort_hidden": "changes parameters once",
     "sort_linear": "changes parameters once",
+    "sort_middle": "changes parameters once",
     "elastic_hidden_features": "is of integers",
     "fused_adamw_backend": "is of names",
     "eval_crop": "looks at values",
