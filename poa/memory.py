@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -199,15 +200,21 @@ def memory_report(config: Config) -> Iterator[str]:
 def largest_batch_size(config: Config, gigabytes: float, step: int = 8) -> int:
     """The most images, a multiple of `step`, whose step fits on a GPU; 0 for none.
 
-    Memory grows linearly with images, but for rounding: two predictions give a line, another confirms it.
+    Memory grows linearly with images, but for rounding and for similarities between them: two predictions
+    give a line, another confirms it, or it is searched below.
     """
+
+    def fits(count: int) -> bool:
+        return predict_memory(config, count * step).fits(gigabytes)
+
     few, many = (predict_memory(config, images) for images in (step, 8 * step))
     slope = (many.peak - few.peak) / (7 * step)
     room = gigabytes * 1e9 - RESERVE - few.buckets - few.peak
-    images = min(max(round(room / slope / step + 1) * step, 0), MOST_IMAGES)
-    while images and not predict_memory(config, images).fits(gigabytes):
-        images -= step
-    return images
+    most = min(max(round(room / slope / step + 1), 0), MOST_IMAGES // step)
+    for count in (most, most - 1):
+        if count <= 0 or fits(count):
+            return max(count, 0) * step
+    return bisect_left(range(1, most), True, key=lambda count: not fits(count)) * step
 
 
 def _gb(size: float) -> str:

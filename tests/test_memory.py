@@ -65,6 +65,9 @@ def test_the_largest_micro_batch_fits_and_no_larger_one_does() -> None:
 
 def test_no_micro_batch_is_larger_than_an_option_can_say() -> None:
     assert largest_batch_size(tiny_config(), 1000) == MOST_IMAGES
+    similar = tiny_config("method.loss.features=1")  # between all images of a micro-batch
+    images = largest_batch_size(similar, 24)
+    assert predict_memory(similar, images).fits(24) and not predict_memory(similar, images + 8).fits(24)
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
