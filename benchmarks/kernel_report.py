@@ -136,7 +136,8 @@ def _run_steps(run: Run) -> None:
 
 
 def _run_layers(run: Run) -> None:
-    """Blocks of today's ViTs, patches and a 1x1 convolution, 384 of 768 wide, and rows of several widths."""
+    """Blocks of today's ViTs, patches and a 1x1 convolution, 384 of 768 wide, and rows of several widths; an
+    MLP that keeps its activations."""
     images, length, width = 64, 201, 768
     x = torch.empty(images * length, width // 2, device="meta", requires_grad=True)
     ends, widths = (torch.empty(n, dtype=torch.int64, device="meta") for n in (images + 1, len(x)))
@@ -157,6 +158,8 @@ def _run_layers(run: Run) -> None:
             with torch.no_grad():
                 plain.mlp(x)
                 ek.mixed_width_mlp(plain.mlp, torch.empty(len(x), width), widths)
+        with ek.kept_activations():
+            ek.ElasticMLP(width, 3072)(x).sum().backward()
         maps = torch.empty(images, width // 2, 14, 14).to(memory_format=torch.channels_last)
         ek.ElasticConv1x1(width, width)(maps, width // 2).sum().backward()
         ek.ElasticPatchEmbed(16, width)(torch.empty(images, 3, 224, 224), width // 2).sum().backward()

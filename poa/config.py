@@ -128,6 +128,11 @@ class PerformanceConfig(Options, at="performance"):
     recompute: bool = option(
         False, "activation checkpointing: recompute blocks in the backward, less memory and more time"
     )
+    keep_activations: bool = option(
+        False,
+        "keep activations of MLPs for the backward on GPUs instead of making them again: less time and more "
+        "memory",
+    )
     backward: Literal["auto", "together", "apart"] = option(
         "auto",
         "one backward for both students, or the intact student's before the elastic forward: less memory; "

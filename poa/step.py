@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elastic_kernels import ElasticBlock, FusedAdamW, linear_backend, planning, working_weights
+from elastic_kernels import (
+    ElasticBlock,
+    FusedAdamW,
+    kept_activations,
+    linear_backend,
+    planning,
+    working_weights,
+)
 from poa.checkpoint import Branch, RunFolder
 from poa.classifier import Classifier
 from poa.config import Config, Precision
@@ -250,10 +257,12 @@ def accumulate_gradients(
         The loss and its terms, detached, and what the students gave.
     """
     batch, losses, several = micro_batch.batch, config.method.loss, isinstance(model, DistributedDataParallel)
+    precision, performance = config.method.precision, config.performance
 
     def run(*passes: StudentPass, **options: Any) -> list[StudentOutput]:
-        with timed(), autocast(batch.global_crops.device, config.method.precision):
-            return model(batch, passes, config.performance.recompute, **options)
+        kept = kept_activations(performance.keep_activations)
+        with timed(), autocast(batch.global_crops.device, precision), kept:
+            return model(batch, passes, performance.recompute, **options)
 
     def backward(loss: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         state.scaler.scale(weight * loss).backward()

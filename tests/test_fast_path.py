@@ -44,7 +44,8 @@ def train(config: Config, out: Path, name: str) -> list[dict]:
 
 SIZES = ["method.batch_size=4", "method.crops.local_count=1", "method.optim.epochs=1.5"]
 SIZES += [f"run.device={'cuda' if CUDA else 'cpu'}"]
-SMALL = ["method.batch_size=2", "method.backbone.image_size=16", "method.crops.global_size=16"]
+FEW = ["method.batch_size=2"]
+SMALL = [*FEW, "method.backbone.image_size=16", "method.crops.global_size=16"]
 SMALL += ["method.backbone.mask_scale=4"]
 SHALLOW = ["method.backbone.max_depths=1,1,2"]
 
@@ -53,12 +54,12 @@ SHALLOW = ["method.backbone.max_depths=1,1,2"]
 @pytest.mark.parametrize(
     "config",
     [
-        tiny_config(*SIZES, "method.batch_size=2"),
-        tiny_config(*SIZES, "method.batch_size=2", "performance.recompute=true"),
+        tiny_config(*SIZES, *FEW),
+        tiny_config(*SIZES, *FEW, "performance.recompute=true", "performance.keep_activations=true"),
         tiny_pyramid("swin", *SIZES, *SMALL, *SHALLOW, "method.backbone.drop_path=0.2"),
         tiny_pyramid("resnet", *SIZES, *SMALL, *SHALLOW),
     ],
-    ids=["vit", "vit-recomputed", "swin", "resnet"],
+    ids=["vit", "vit-recomputed-kept", "swin", "resnet"],
 )
 def test_three_steps(config: Config, tmp_path: Path) -> None:
     """Losses, norms and weights; the second step trains the prototypes, the third has masks."""

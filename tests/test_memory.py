@@ -52,6 +52,9 @@ def test_what_saves_memory() -> None:
     assert peak("performance.recompute=true", together) < 0.6 * one_backward
     assert peak(together, elastic=smallest) < 0.8 * one_backward
     assert peak("method.precision=fp32") > 1.5 * plain
+    blocks, hidden, kept_rows = 12, 4 * 384, 0.8 * 64 * (2 * 197 + 8 * 37)
+    kept = peak("performance.keep_activations=true") - plain
+    assert kept == pytest.approx(2 * blocks * hidden * kept_rows, rel=0.1)
 
 
 def test_the_largest_micro_batch_fits_and_no_larger_one_does() -> None:
@@ -82,12 +85,14 @@ def test_an_unknown_optimizer_is_refused() -> None:
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("changes", [[], ["performance.backward=together"], ["performance.recompute=true"]])
-def test_prediction_and_measurement(changes: list[str]) -> None:
+@pytest.mark.parametrize(
+    "change", ["recompute=false", "recompute=true", "backward=together", "keep_activations=true"]
+)
+def test_prediction_and_measurement(change: str) -> None:
     """Within 5 % of what the allocator counts."""
     from benchmarks.step import Ours, setting
 
-    config = override(preset("vit-s16"), [*changes, "run.device=cuda"])
+    config = override(preset("vit-s16"), [f"performance.{change}", "run.device=cuda"])
     intact = config.method.backbone.space.intact
     step = Ours(setting(config, 64, torch.device("cuda")))
     step.passes[intact] = step.drawn_passes(intact)

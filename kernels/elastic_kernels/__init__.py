@@ -15,6 +15,7 @@ from elastic_kernels.dispatch import autocast_operands, backend, cached_constant
 from elastic_kernels.embedding import EmbeddingWeights, elastic_embedding, resized_positions
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.halves import AttentionWeights, MlpWeights, elastic_attention_half, elastic_mlp_half
+from elastic_kernels.kept_activations import kept_activations
 from elastic_kernels.koleo import koleo
 from elastic_kernels.layer_norm import elastic_layer_norm
 from elastic_kernels.layouts import KeptRows, Sequences, Windows
@@ -106,6 +107,7 @@ __all__ = [
     "elastic_swiglu",
     "eval_crop",
     "fused_adamw_backend",
+    "kept_activations",
     "koleo",
     "linear_backend",
     "mixed_width_attention",

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
+from elastic_kernels.kept_activations import keeps_activations
 from elastic_kernels.shared_gradients import current_ledger
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def layer_spec(
         ledger.expect(weight)
     key = 0 if ledger is None else id(weight)  # which torch.compile cannot take of a view
     dtype, trains = dispatch.product_dtype(x), torch.is_grad_enabled()
-    return LayerSpec(groups, out_features, s, dtype, ledger, key, trains)
+    return LayerSpec(groups, out_features, s, dtype, ledger, key, trains, keeps_activations())
 
 
 def factor(scale: Scale, largest: int, width: int) -> float:

@@ -330,7 +330,8 @@ class MlpHalfFunction(torch.autograd.Function):
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], spec.first)
         fc2 = Layer.of(fc2_weight, fc2_bias, gamma, spec.first.out_features, spec.second)
         u, activation = fc1.forward_act(h, "gelu")
-        keep(ctx, (*normed.tensors, index, row_scale, places, h, u), [fc1, fc2])
+        inner = h, u, fc1.kept(activation)
+        keep(ctx, (*normed.tensors, index, row_scale, places, *inner), [fc1, fc2])
         ctx.spec, ctx.before = spec, BranchGradient.before(x)
         ctx.branch = BranchGradient.of(x, index, places, row_scale, fc2)
         return _add_branch(ctx, fc2, activation, x, index, row_scale, spec.inplace)
@@ -338,10 +339,11 @@ class MlpHalfFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (*normed, index, row_scale, places, h, u), (fc1, fc2) = kept(ctx)
+        (*normed, index, row_scale, places, h, u, activation), (fc1, fc2) = kept(ctx)
         d, sums = take_branch(ctx, dout, index, row_scale, fc2)
         vectors = VectorGrads()
-        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, sums, h, u, fc1, fc2, vectors)
+        inner = h, u, activation
+        dh, (dw1, db1, _), (dw2, db2, dgamma) = mlp_backward(d, sums, *inner, fc1, fc2, vectors)
         dx, *affine = Normed(*normed).backward(dh, index, places, dout, ctx.spec, vectors, ctx.before)
         vectors.launch()
         return dx, *affine, dw1, db1, dw2, db2, dgamma, None, None, None, None

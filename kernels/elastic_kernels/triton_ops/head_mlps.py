@@ -1,7 +1,7 @@
 """An `autograd.Function` of several MLPs on the same rows.
 
 The rows are rounded once, and the products that lead back to them are added in fp32, by cuBLAS. Saved for
-backward: the rows, and the sums before the GELUs; the activations are made again.
+backward: the rows, and the sums before the GELUs; the activations are made again, unless they are kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class HeadMlpsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows = unit_stride(x.to(specs[0][0].dtype))
         pairs = zip(parameters[::2], parameters[1::2], strict=True)
-        sums, layers, outputs = [], [], []
+        inner, layers, outputs = [], [], []
         for chain in specs:
             h = rows
             for place, spec in enumerate(chain):
@@ -41,24 +41,25 @@ class HeadMlpsFunction(torch.autograd.Function):
                     outputs.append(layer.forward(h))
                 else:
                     u, h = layer.forward_act(h, "gelu")
-                    sums.append(u)
-        keep(ctx, (rows, *sums), layers)
+                    inner += [u, layer.kept(h)]
+        keep(ctx, (rows, *inner), layers)
         ctx.depths, ctx.dtype = [len(chain) for chain in specs], x.dtype
         return tuple(outputs)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (rows, *sums), layers = kept(ctx)
+        (rows, *inner), layers = kept(ctx)
+        pairs = list(zip(inner[::2], inner[1::2], strict=True))
         dx = rows.new_empty(rows.shape, dtype=torch.float32)
         of_layers: list[Tensor | None] = []
         vectors = VectorGrads()
         for number, (dy, depth) in enumerate(zip(gradients, ctx.depths, strict=True)):
             chain, layers = layers[:depth], layers[depth:]
-            inner, sums = sums[: depth - 1], sums[depth - 1 :]
+            of_inner, pairs = pairs[: depth - 1], pairs[depth - 1 :]
             d, d_sums, of_chain = unit_stride(dy), None, []
-            for layer, u in zip(chain[:0:-1], inner[::-1], strict=True):
-                du, h, du_sums = layer.dgrad_act(d, u, "gelu")
+            for layer, (u, activation) in zip(chain[:0:-1], of_inner[::-1], strict=True):
+                du, h, du_sums = layer.dgrad_act(d, u, activation, "gelu")
                 of_chain.append(layer.wgrad(d, h, vectors, d_sums))
                 d, d_sums = du, du_sums
             of_chain.append(chain[0].wgrad(d, rows, vectors, d_sums))

@@ -3,7 +3,7 @@
     linear            x, and the sum before an activation
     linear residual   x; LayerScale's gradient comes out of the weight's
     mlp               x, and the sum before the activation, which is made again by the product that goes
-                      back through it
+                      back through it, unless it is kept (`kept_activations`)
 
 They lie outside of the registered operators, which saves host time on each call.
 """
@@ -39,6 +39,7 @@ class LayerSpec(NamedTuple):
         ledger: of the networks that share the weight in this graph.
         key: of the weight, there.
         trains: backward may follow; else nothing is written that it alone would read.
+        keeps: the activation of the sums is kept for backward, too.
     """
 
     groups: int
@@ -48,6 +49,7 @@ class LayerSpec(NamedTuple):
     ledger: GradientLedger | None = None
     key: int = 0
     trains: bool = True
+    keeps: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Layer:
         return ops.linear_fwd(x, self.weight, self.added, self.spec.scale)
 
     def forward_act(self, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+        """Sums before the activation, and their activation."""
         return ops.linear_act_fwd(x, self.weight, self.added, self.spec.scale, kind, self.spec.trains)
 
     def forward_residual(
@@ -149,8 +152,17 @@ class Layer:
     def dgrad(self, dy: Tensor) -> Tensor:
         return ops.linear_dgrad(dy, self.weight, self.factor, self.spec.scale)
 
-    def dgrad_act(self, dy: Tensor, u: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.linear_dgrad_act(dy, self.weight, self.factor, u, self.spec.scale, kind)
+    def kept(self, activation: Tensor) -> Tensor | None:
+        """What backward keeps of `forward_act` beside the sums."""
+        return activation if self.spec.keeps else None
+
+    def dgrad_act(
+        self, dy: Tensor, u: Tensor, kept: Tensor | None, kind: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of the sums `u`, their activation, made again if it was not kept, and `sums`."""
+        arguments = (dy, self.weight, self.factor, u, self.spec.scale, kind, kept is None)
+        du, activation, sums = ops.linear_dgrad_act(*arguments)
+        return du, activation if kept is None else kept, sums
 
     def wgrad(
         self,
@@ -336,13 +348,14 @@ def mlp_backward(
     sums: Tensor | None,
     x: Tensor,
     u: Tensor,
+    activation: Tensor | None,
     fc1: Layer,
     fc2: Layer,
     vectors: VectorGrads,
     kind: str = "gelu",
 ) -> tuple[Tensor, Sequence[Tensor | None], Sequence[Tensor | None]]:
     """The gradient of the MLP's input and those of all parameters; `d` and `sums` as `branch_gradient`."""
-    du, activation, du_sums = fc2.dgrad_act(d, u, kind)
+    du, activation, du_sums = fc2.dgrad_act(d, u, activation, kind)
     second = fc2.wgrad(d, activation, vectors, sums)
     del activation
     return fc1.dgrad(du), fc1.wgrad(du, x, vectors, du_sums), second
@@ -366,16 +379,17 @@ class MlpFunction(torch.autograd.Function):
         fc1 = Layer.of(fc1_weight, fc1_bias, None, x.shape[1], specs[0])
         fc2 = Layer.of(fc2_weight, fc2_bias, None, specs[0].out_features, specs[1], alone=True)
         u, h = fc1.forward_act(x, activation)
-        keep(ctx, (x, u), [fc1, fc2])
+        keep(ctx, (x, u, fc1.kept(h)), [fc1, fc2])
         ctx.activation = activation
         return fc2.forward(h)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (x, u), (fc1, fc2) = kept(ctx)
+        (x, u, activation), (fc1, fc2) = kept(ctx)
         d, sums = branch_gradient(dout, None, None, fc2)
         vectors = VectorGrads()
-        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, fc1, fc2, vectors, ctx.activation)
+        layers = fc1, fc2, vectors, ctx.activation
+        dx, (dw1, db1, _), (dw2, db2, _) = mlp_backward(d, sums, x, u, activation, *layers)
         vectors.launch()
         return dx, dw1, db1, dw2, db2, None, None

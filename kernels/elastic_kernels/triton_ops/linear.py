@@ -187,8 +187,9 @@ def _linear_dgrad_kernel(
         if EPILOGUE != "none":
             u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
             dx *= activation_grad(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
-            activation = activate(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
-            tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
+            if act_ptr is not None:
+                activation = activate(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
+                tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
             sums = sums_ptr + pid_m.to(tl.int64) * in_features + offs_h
             tl.store(sums, tl.sum(dx, 0), mask=offs_h < in_features)
         tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
@@ -301,20 +302,26 @@ def linear_residual_fwd(
 
 
 def _dgrad(
-    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor | None, scale: float, kind: str
+    dy: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    u: Tensor | None,
+    scale: float,
+    kind: str,
+    again: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, and through an activation of a kind its values and the sums of dx over the rows of each tile."""
+    """dx; through an activation also its values `again`, and the sums of dx over the rows of each tile."""
     rows, (groups, out, width) = dy.shape[0], weight.shape
     config = config_for("dgrad" if u is None else "dgrad_gelu", dy, width, out)
     tiles = cdiv(rows, config.block_m)
     dx = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
     activation, sums = None, None
     if u is not None:
-        activation = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+        activation = torch.empty(rows if again else 0, width, dtype=dy.dtype, device=dy.device)
         sums = torch.empty(tiles, 1, width, dtype=torch.float32, device=dy.device)
     if rows:
         _linear_dgrad_kernel[(tiles * cdiv(width, config.block_n),)](
-            dy, weight, gamma, u, dx, activation, sums,
+            dy, weight, gamma, u, dx, activation if again else None, sums,
             rows, groups, out, width,
             dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
             scale,
@@ -333,14 +340,14 @@ def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float)
 
 
 def linear_dgrad_act(
-    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float, kind: str
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float, kind: str, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through a layer and the activation before it, whose `u` is contiguous.
 
     Returns:
-        du, act(u) for the layer's wgrad, and partial sums of du for a bias, fp32 `[parts, 1, k]`.
+        du, act(u) `again` for the layer's wgrad, or empty, and sums of du for a bias, fp32 `[parts, 1, k]`.
     """
-    du, activation, sums = _dgrad(dy, weight, gamma, u, scale, kind)
+    du, activation, sums = _dgrad(dy, weight, gamma, u, scale, kind, again)
     assert activation is not None and sums is not None
     return du, activation, sums
 
@@ -376,11 +383,12 @@ register(
     lambda dy, weight, gamma, scale: dy.new_empty(dy.shape[0], weight.shape[2]),
 )
 register(
-    "linear_dgrad_act(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale, str kind)"
+    "linear_dgrad_act(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale, str kind, bool again)"
     " -> (Tensor, Tensor, Tensor)",
     linear_dgrad_act,
-    lambda dy, weight, gamma, u, *rest: (
-        *(dy.new_empty(u.shape) for _ in range(2)),
+    lambda dy, weight, gamma, u, scale, kind, again: (
+        dy.new_empty(u.shape),
+        dy.new_empty(len(u) if again else 0, u.shape[1]),
         dy.new_empty(
             cdiv(len(u), config_for("dgrad_gelu", dy, u.shape[1], dy.shape[1]).block_m),
             1,

@@ -45,6 +45,7 @@ NO_OPERATORS = {
     "backend": "is chosen before a graph is made",
     "check_canvases": "looks at values",
     "compilations": "counts what a graph would hide",
+    "kept_activations": "is not seen by graphs",
     "shared_gradients": "orders the backward passes of autograd",
     "working_weights": "are not read by graphs",
     "FusedAdamW": "finds tensors by their addresses",

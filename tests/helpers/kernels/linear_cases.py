@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -297,6 +298,26 @@ def assert_accurate(case: Case, form: str, dtype: torch.dtype, device: str = "cp
         assert all(torch.equal(value, other[key]) for other in again), key
         if key != "output":
             assert not value[low[key[1:]].isnan()].any(), key
+
+
+def head_mlps(case: Case) -> tuple[Operator, dict[str, Tensor]]:
+    def operator(x: Tensor, **parameters) -> Tensor:
+        first, second = (tuple(parameters[f"fc{i}_{name}"] for name in ("weight", "bias")) for i in (1, 2))
+        return torch.cat(ek.elastic_head_mlps(x, [[first, second]] * 2, scale=case.scale))
+
+    return operator, mlp(dataclasses.replace(case, spare=0))[1]
+
+
+def assert_same_kept(case: Case, form: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """The same bits, whether activations are kept or made again."""
+    operator, exact = head_mlps(case) if form == "head-mlps" else forms(case)[form]
+    tensors = {key: t.to(device, dtype) for key, t in exact.items()}
+    results = []
+    for keep in (False, True):
+        with ek.kept_activations(keep):
+            results.append(run(operator, tensors, "triton"))
+    again, kept = results
+    assert all(torch.equal(kept[key], again[key]) for key in again)
 
 
 def assert_same_in_place(

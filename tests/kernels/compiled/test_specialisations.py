@@ -6,7 +6,7 @@ Blocks of all widths run forward and backward on meta tensors, through the launc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 
 import pytest
@@ -24,6 +24,7 @@ from elastic_kernels import (
     KeptRows,
     absent_gpu,
     backend,
+    kept_activations,
     mixed_width_block,
 )
 from elastic_kernels.dispatch import planning
@@ -54,9 +55,9 @@ def kept(groups: tuple[tuple[int, int], ...]) -> KeptRows:
     return KeptRows(groups, rows, rows.float())
 
 
-def run_all_widths(block: ElasticBlock) -> None:
+def run_all_widths(block: ElasticBlock, few_or_many: Sequence[int] = IMAGES) -> None:
     """The 143 subnets of ViT-L/16: depths share their blocks' binaries."""
-    for width, images in product(range(384, 1025, 64), IMAGES):
+    for width, images in product(range(384, 1025, 64), few_or_many):
         teacher, student = ((2 * images, 197),), ((2 * images, 197), (8 * images, 37))
         tokens = [sum(count * length for count, length in groups) for groups in (teacher, student)]
         with torch.no_grad():
@@ -74,6 +75,8 @@ def test_all_subnets_of_a_vit_need_few_binaries(launches: Launches) -> None:
         for linear_layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
             linear_layer.bfloat16()
         run_all_widths(block)  # bf16 weights, read in place
+        with kept_activations():
+            run_all_widths(block, FEW_IMAGES)
     counts = binaries(launches)
     modules = (layer_norm, linear, linear_wgrad, vector_grads)
     kernels = {k for m in modules for k, f in vars(m).items() if isinstance(f, JITFunction)}

@@ -18,6 +18,7 @@ from helpers.kernels.linear_cases import (
     Case,
     assert_accurate,
     assert_same_in_place,
+    assert_same_kept,
     forms,
     free_cases,
     run,
@@ -67,6 +68,13 @@ def test_every_combination_of_scale_hidden_units_and_heads(form: str) -> None:
 @pytest.mark.parametrize("form", ["linear-act", "mlp", "swiglu"])
 def test_activations(form: str, activation: str, dtype: torch.dtype) -> None:
     compare(Case(sized(257, 133), 97, 129, scale=None, activation=activation), form, dtype)
+
+
+@pytest.mark.parametrize(
+    ("form", "activation"), [("mlp", "silu"), ("mlp-half", "gelu"), ("head-mlps", "gelu")]
+)
+def test_activations_that_are_kept(form: str, activation: str) -> None:
+    assert_same_kept(Case(sized(257, 133), 97, 129, activation=activation), form, torch.bfloat16, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

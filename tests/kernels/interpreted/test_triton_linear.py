@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import elastic_kernels as ek
 from elastic_kernels import backend
 from elastic_kernels.shared_gradients import GradientLedger
-from elastic_kernels.triton_ops import gemm
+from elastic_kernels.triton_ops import gemm, registration
 from elastic_kernels.triton_ops.halves import BranchGradient
 from helpers.kernels.linear_cases import (
     FREE_FORMS,
@@ -24,6 +24,7 @@ from helpers.kernels.linear_cases import (
     Case,
     assert_accurate,
     assert_same_in_place,
+    assert_same_kept,
     forms,
     free_cases,
     linear,
@@ -143,6 +144,18 @@ def test_repeats_bitwise() -> None:
         assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.parametrize("form", ["mlp", "mlp-half", "head-mlps"])
+def test_activations_that_are_kept(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and backward writes none."""
+    again: list[bool] = []
+    operator = registration.ops.linear_dgrad_act
+    patched = lambda *arguments: again.append(arguments[-1]) or operator(*arguments)  # noqa: E731
+    monkeypatch.setattr(registration.ops, "linear_dgrad_act", patched)
+    assert_same_kept(CASES["prime"], form, torch.float16)
+    half = len(again) // 2
+    assert half and again == [True] * half + [False] * half
+
+
 def test_two_widths_share_weights_when_recomputed() -> None:
     """Gradient checkpointing of two students of different widths adds up the right gradients."""
     torch.manual_seed(0)
@@ -228,7 +241,8 @@ def test_registered_operators() -> None:
         (ops.linear_residual_, (x[:3], *one, d.clone(), gamma, index, scale, 1.5)),
         (ops.linear_dgrad, (d, weight[:1], gamma, 1.5)),
         (ops.linear_dgrad, (draw(6, 2, 8).float(), weight, None, 1.5)),
-        (ops.linear_dgrad_act, (d, weight[:1], gamma, u, 1.5, "gelu")),
+        (ops.linear_dgrad_act, (d, weight[:1], gamma, u, 1.5, "gelu", True)),
+        (ops.linear_dgrad_act, (d, weight[:1], None, u, 1.5, "silu", False)),
         (ops.linear_wgrad, (d, x, 1.5, torch.float32)),
         (ops.linear_wgrad, (draw(6, 2, 8).float(), x, 1.5, torch.float32)),
         (ops.linear_wgrad_, (weight.clone(), draw(6, 2, 8).float(), x, 1.5)),
