@@ -54,7 +54,7 @@ def slices_of(acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMNS: tl.con
 class GemmConfig:
     """Launch settings of a product: a tile of `block_m` x `block_n`, reduced in steps of `block_k`.
 
-    A forward's tile may have columns `beside` it, in an accumulator of their own, as sizes are powers of two;
+    A tile may have columns `beside` it, in an accumulator of their own, as sizes are powers of two;
     then two blocks share a processor.
     """
 
@@ -72,11 +72,11 @@ class GemmConfig:
         return self.block_n + self.beside
 
 
-Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu"]
+Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu", "dgrad_act"]
 
 # Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
 # 256 columns (one block a processor), elsewhere 128. Products with a GELU have two blocks there, of which one
-# hides its epilogue behind the other's loop: forward tiles of 192 columns, as with 128 L2 would be the limit.
+# hides its epilogue behind the other's loop: tiles of 192 columns, as with 128 L2 would be the limit.
 _FP32 = GemmConfig(64, 32, 32, warps=4, stages=1)  # exact products run on the plain units, from registers
 _HALF = GemmConfig(128, 128, 64, warps=8, stages=3)  # 96 KB of shared memory, the least an architecture has
 _HALF_WIDE = GemmConfig(128, 256, 64, warps=8, stages=4)
@@ -88,11 +88,14 @@ TWO_BLOCKS = 128  # registers of a thread, of blocks of 8 warps of which two sha
 @lru_cache
 def gemm_config(form: Form, columns: int, itemsize: int, capability: tuple[int, int]) -> GemmConfig:
     """Settings for a result of so many columns, on a GPU of a compute capability."""
-    if itemsize == 4:
-        return _FP32
-    wide = {"gelu": _HALF_GELU, "dgrad_gelu": _HALF}.get(form, _HALF_WIDE)
+    wide = {"gelu": _HALF_GELU, "dgrad_gelu": _HALF_GELU, "dgrad_act": _HALF}.get(form, _HALF_WIDE)
     fits = cdiv(columns, wide.columns) * wide.columns <= WIDE_WASTE * columns
-    return wide if capability == (9, 0) and fits else _HALF
+    return wide if itemsize == 2 and capability == (9, 0) and fits else narrow_config(itemsize)
+
+
+def narrow_config(itemsize: int) -> GemmConfig:
+    """Settings for any result on any GPU."""
+    return _FP32 if itemsize == 4 else _HALF
 
 
 # What runs a product of one matrix without a fusion, and why. Not timed on a GPU yet: the cost model puts
@@ -129,6 +132,7 @@ def launch_options(config: GemmConfig) -> dict[str, int]:
 _CANDIDATES = (
     _HALF,
     _HALF_WIDE,
+    _HALF_GELU,
     GemmConfig(128, 256, 64, warps=8, stages=3),
     GemmConfig(256, 128, 64, warps=8, stages=3),
     GemmConfig(128, 128, 64, warps=4, stages=4),
@@ -136,11 +140,7 @@ _CANDIDATES = (
     GemmConfig(64, 128, 64, warps=4, stages=4),
     GemmConfig(64, 256, 64, warps=4, stages=4),
 )
-_FORWARD_CANDIDATES = (*_CANDIDATES, _HALF_GELU)
-_TUNABLES = {
-    form: Tunable(form, lambda *shape, c=_CANDIDATES if "dgrad" in form else _FORWARD_CANDIDATES: c)
-    for form in get_args(Form)
-}
+_TUNABLES = {form: Tunable(form, lambda *shape: _CANDIDATES) for form in get_args(Form)}
 
 
 def config_for(form: Form, x: Tensor, columns: int, inner: int) -> GemmConfig:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import elastic_kernels.triton_ops.linear
+import elastic_kernels.triton_ops.linear_dgrad
 import elastic_kernels.triton_ops.linear_wgrad  # noqa: F401, each registers its operators
 from elastic_kernels.shared_gradients import GradientLedger, earlier_gradients
 from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD

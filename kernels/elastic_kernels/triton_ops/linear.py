@@ -1,16 +1,15 @@
 """Triton kernels of linear layers over the corners of shared weights, with what surrounds them fused.
 
-    forward    y[g] = s x W[g, :n, :k]^T + b[g, :n]                  g: one matrix, or q, k and v
-               a = act(y), y kept for backward
-               out[rows] = residual[rows] + row_scale * gamma * y
-    dgrad      dx = s sum_g (dy[g] * gamma) W[g]                     optionally * act'(u), and act(u) again
+    y[g] = s x W[g, :n, :k]^T + b[g, :n]                  g: one matrix, or q, k and v
+    a = act(y), y kept for backward
+    out[rows] = residual[rows] + row_scale * gamma * y
 
 Weights are read in place: a pointer, strides, and run-time sizes. A tile may have columns `BESIDE` it. The
 row choice of stochastic depth is an index in the forward's epilogue, and a gathering pass (`branch_grad`) in
-the backward. Sums over rows for bias gradients come out of the kernels that make the gradients.
+the backward.
 
 Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
-y where an activation follows (`activations.py`). The weight's gradient is in `linear_wgrad.py`.
+y where an activation follows (`activations.py`). The backward is in `linear_dgrad.py` and `linear_wgrad.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.activations import activate, activation_grad
+from elastic_kernels.triton_ops.activations import activate
 from elastic_kernels.triton_ops.device import cdiv, precision
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
@@ -147,54 +146,6 @@ def _linear_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _linear_dgrad_kernel(
-    dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr, sums_ptr,
-    rows, groups, out_features, in_features,
-    stride_y, stride_yg, stride_wg, stride_wn, stride_wk,
-    scale,
-    HAS_GAMMA: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """dx of BLOCK_M rows and BLOCK_N input features, reducing over output features by BLOCK_K."""
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(in_features, BLOCK_N), GROUP_M)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < rows, offs_n < in_features
-    dy_rows = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_y
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    steps = tl.cdiv(out_features, BLOCK_K)
-    for step in range(0, groups * steps):
-        group = step // steps
-        offs_k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < out_features
-        dy = tl.load(
-            dy_rows + group * stride_yg + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0
-        )
-        if HAS_GAMMA:
-            gamma = tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-            dy = (dy.to(tl.float32) * gamma[None, :]).to(dy.dtype)
-        w_ptrs = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn + offs_n[None, :] * stride_wk
-        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(dy, w, acc, PRECISION)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE != "none" else 64)
-    SLICES: tl.constexpr = len(slices)
-    for part in tl.static_range(SLICES):
-        dx = slices[part]
-        offs_h = pid_n * BLOCK_N + part * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES)
-        mask = mask_m[:, None] & (offs_h < in_features)[None, :]
-        offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
-        if EPILOGUE != "none":
-            u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            dx *= activation_grad(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
-            if act_ptr is not None:
-                activation = activate(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
-                tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
-            sums = sums_ptr + pid_m.to(tl.int64) * in_features + offs_h
-            tl.store(sums, tl.sum(dx, 0), mask=offs_h < in_features)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
 def _fwd(
     x: Tensor,
     weight: Tensor,
@@ -229,7 +180,7 @@ def _fwd(
     )  # fmt: skip
 
 
-def _stacked(weight: Tensor) -> Tensor | None:
+def stacked(weight: Tensor) -> Tensor | None:
     """`[groups, n, k]` as one matrix `[groups * n, k]`, if the matrices lie so in memory."""
     groups, out, _ = weight.shape
     return weight.flatten(0, 1) if groups == 1 or weight.stride(0) == out * weight.stride(1) else None
@@ -239,7 +190,7 @@ def linear_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> 
     """`x` `[rows, k]`, `weight` `[groups, n, k]`, `bias` `[groups, n]` -> `[rows, (groups,) n]`."""
     groups, out, _ = weight.shape
     shape = (x.shape[0], groups, out) if groups > 1 else (x.shape[0], out)
-    matrix = _stacked(weight) if PROVIDERS["linear"] == "cublas" else None
+    matrix = stacked(weight) if PROVIDERS["linear"] == "cublas" else None
     if matrix is None:
         y = torch.empty(shape, dtype=x.dtype, device=x.device)
         _fwd(x, weight, bias, y, scale)
@@ -301,57 +252,6 @@ def linear_residual_fwd(
     return out
 
 
-def _dgrad(
-    dy: Tensor,
-    weight: Tensor,
-    gamma: Tensor | None,
-    u: Tensor | None,
-    scale: float,
-    kind: str,
-    again: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx; through an activation also its values `again`, and the sums of dx over the rows of each tile."""
-    rows, (groups, out, width) = dy.shape[0], weight.shape
-    config = config_for("dgrad" if u is None else "dgrad_gelu", dy, width, out)
-    tiles = cdiv(rows, config.block_m)
-    dx = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
-    activation, sums = None, None
-    if u is not None:
-        activation = torch.empty(rows if again else 0, width, dtype=dy.dtype, device=dy.device)
-        sums = torch.empty(tiles, 1, width, dtype=torch.float32, device=dy.device)
-    if rows:
-        _linear_dgrad_kernel[(tiles * cdiv(width, config.block_n),)](
-            dy, weight, gamma, u, dx, activation if again else None, sums,
-            rows, groups, out, width,
-            dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
-            scale,
-            HAS_GAMMA=gamma is not None, EPILOGUE=kind, PRECISION=precision(dy),
-            **launch_options(config),
-        )  # fmt: skip
-    return dx, activation, sums
-
-
-def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
-    """`dy` `[rows, n]` or `[rows, groups, n]`, `weight` `[groups, n, k]` -> dx `[rows, k]`."""
-    matrix = _stacked(weight) if gamma is None and PROVIDERS["dgrad"] == "cublas" else None
-    if matrix is None:
-        return _dgrad(dy, weight, gamma, None, scale, "none")[0]
-    return torch.addmm(dy.new_empty(weight.shape[2]), dy.flatten(1), matrix, beta=0, alpha=scale)
-
-
-def linear_dgrad_act(
-    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float, kind: str, again: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Through a layer and the activation before it, whose `u` is contiguous.
-
-    Returns:
-        du, act(u) `again` for the layer's wgrad, or empty, and sums of du for a bias, fp32 `[parts, 1, k]`.
-    """
-    du, activation, sums = _dgrad(dy, weight, gamma, u, scale, kind, again)
-    assert activation is not None and sums is not None
-    return du, activation, sums
-
-
 register(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias, float scale) -> Tensor",
     linear_fwd,
@@ -376,24 +276,4 @@ register(
     " Tensor? index, Tensor? row_scale, float scale) -> ()",
     linear_residual_,
     lambda *arguments: None,
-)
-register(
-    "linear_dgrad(Tensor dy, Tensor weight, Tensor? gamma, float scale) -> Tensor",
-    linear_dgrad,
-    lambda dy, weight, gamma, scale: dy.new_empty(dy.shape[0], weight.shape[2]),
-)
-register(
-    "linear_dgrad_act(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale, str kind, bool again)"
-    " -> (Tensor, Tensor, Tensor)",
-    linear_dgrad_act,
-    lambda dy, weight, gamma, u, scale, kind, again: (
-        dy.new_empty(u.shape),
-        dy.new_empty(len(u) if again else 0, u.shape[1]),
-        dy.new_empty(
-            cdiv(len(u), config_for("dgrad_gelu", dy, u.shape[1], dy.shape[1]).block_m),
-            1,
-            u.shape[1],
-            dtype=torch.float32,
-        ),
-    ),
 )

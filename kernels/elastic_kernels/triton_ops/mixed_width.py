@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD, activate
-from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
-from elastic_kernels.triton_ops.gemm import dot, gemm_config, launch_options, tile_of
+from elastic_kernels.triton_ops.device import cdiv, precision, unit_stride
+from elastic_kernels.triton_ops.gemm import dot, launch_options, narrow_config, tile_of
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.working_weights import working_copy
 
@@ -90,7 +90,7 @@ def _product(
     """
     (rows, groups), (_, out, width) = (x.shape[0], weight.shape[0]), weight.shape
     if rows:
-        config = gemm_config("dgrad_gelu", out, x.dtype.itemsize, capability(x.device))  # never the wide tile
+        config = narrow_config(x.dtype.itemsize)
         tiles = cdiv(rows, config.block_m) * cdiv(out, config.block_n)
         summed = groups if x.dim() == 3 else 1
         _mixed_width_kernel[(tiles, groups // summed)](

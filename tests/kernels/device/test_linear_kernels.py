@@ -78,9 +78,11 @@ def test_activations_that_are_kept(form: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("form", "kept"), [("qkv-bias", None), ("residual-gamma", 133), ("mlp-half", 133)])
-def test_tiles_of_256_columns(form: str, kept: int | None, dtype: torch.dtype) -> None:
-    """fp32 has none."""
+@pytest.mark.parametrize(
+    ("form", "kept"), [("qkv-bias", None), ("residual-gamma", 133), ("mlp-half", 133), ("mlp", None)]
+)
+def test_wide_tiles(form: str, kept: int | None, dtype: torch.dtype) -> None:
+    """Of 256 columns, or of 192 with a GELU; fp32 has none."""
     compare(Case(133, 240, 480, kept=kept), form, dtype)
 
 

@@ -60,7 +60,7 @@ def losses() -> None:
 
 
 STEPS: dict[str, tuple[Callable[[], None], set[str]]] = {
-    "block": (block, {"gelu", "residual", "dgrad", "dgrad_gelu", "attention", "layer_norm"}),
+    "block": (block, {"gelu", "residual", "dgrad", "dgrad_act", "attention", "layer_norm"}),
     "qkv": (qkv, {"linear"}),
     "windows": (windows, {"window_attention"}),
     "group norm": (group_norm, {"group_norm"}),

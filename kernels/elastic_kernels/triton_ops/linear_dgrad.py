@@ -1,0 +1,168 @@
+"""The product that goes back through a linear layer, perhaps through the activation before it, too.
+
+    dx = s sum_g (dy[g] * gamma) W[g]                     optionally * act'(u), and act(u) again
+
+Sums over rows for the bias before the activation come out of the kernel, too. Without a fusion it is cuBLAS's
+product (`gemm.PROVIDERS`).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from elastic_kernels.triton_ops.activations import activate, activation_grad
+from elastic_kernels.triton_ops.device import cdiv, precision
+from elastic_kernels.triton_ops.gemm import (
+    PROVIDERS,
+    Form,
+    config_for,
+    dot,
+    launch_options,
+    slices_of,
+    tile_of,
+)
+from elastic_kernels.triton_ops.linear import stacked
+from elastic_kernels.triton_ops.registration import register
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_dgrad_kernel(
+    dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr, sums_ptr,
+    rows, groups, out_features, in_features,
+    stride_y, stride_yg, stride_wg, stride_wn, stride_wk,
+    scale,
+    GROUPED: tl.constexpr, HAS_GAMMA: tl.constexpr, EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    BESIDE: tl.constexpr = None,
+):  # fmt: skip
+    """dx of BLOCK_M rows and BLOCK_N input features, reducing over output features by BLOCK_K."""
+    TILE: tl.constexpr = BLOCK_N if BESIDE is None else BLOCK_N + BESIDE
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.cdiv(in_features, TILE), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * TILE + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < rows, offs_n < in_features
+    dy_rows = dy_ptr + offs_m.to(tl.int64)[:, None] * stride_y
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if BESIDE is not None:
+        offs_b = pid_n * TILE + BLOCK_N + tl.arange(0, BESIDE)
+        acc_beside = tl.zeros([BLOCK_M, BESIDE], tl.float32)
+    steps = tl.cdiv(out_features, BLOCK_K)
+    for step in range(0, groups * steps):
+        group, offs_k = 0, step * BLOCK_K + tl.arange(0, BLOCK_K)
+        if GROUPED:
+            group, offs_k = step // steps, (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < out_features
+        dy_ptrs = dy_rows + group * stride_yg + offs_k[None, :]
+        dy = tl.load(dy_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if HAS_GAMMA:
+            gamma = tl.load(gamma_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            dy = (dy.to(tl.float32) * gamma[None, :]).to(dy.dtype)
+        w_rows = weight_ptr + group * stride_wg + offs_k[:, None] * stride_wn
+        w_ptrs = w_rows + offs_n[None, :] * stride_wk
+        w = tl.load(w_ptrs, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+        acc = dot(dy, w, acc, PRECISION)
+        if BESIDE is not None:
+            w_ptrs = w_rows + offs_b[None, :] * stride_wk
+            w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_b < in_features)[None, :], other=0.0)
+            acc_beside = dot(dy, w, acc_beside, PRECISION)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE != "none" else 64)
+    if BESIDE is not None:
+        slices += slices_of(acc_beside * scale, BLOCK_M, BESIDE, 32)
+    SLICES: tl.constexpr = len(slices)
+    COLUMNS: tl.constexpr = TILE // SLICES
+    for part in tl.static_range(SLICES):
+        dx = slices[part]
+        offs_h = pid_n * TILE + part * COLUMNS + tl.arange(0, COLUMNS)
+        mask = mask_m[:, None] & (offs_h < in_features)[None, :]
+        offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
+        if EPILOGUE != "none":
+            u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            dx *= activation_grad(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
+            if act_ptr is not None:
+                activation = activate(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
+                tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
+            sums = sums_ptr + pid_m.to(tl.int64) * in_features + offs_h
+            tl.store(sums, tl.sum(dx, 0), mask=offs_h < in_features)
+        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _form(dy: Tensor, gamma: Tensor | None, kind: str) -> Form:
+    """Through an activation: others than bf16's GELU would spill with its wide tile."""
+    wide = kind == "gelu" and gamma is None and dy.dtype == torch.bfloat16
+    return "dgrad_gelu" if wide else "dgrad_act"
+
+
+def _dgrad(
+    dy: Tensor,
+    weight: Tensor,
+    gamma: Tensor | None,
+    u: Tensor | None,
+    scale: float,
+    kind: str,
+    again: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx; through an activation also its values `again`, and the sums of dx over the rows of each tile."""
+    rows, (groups, out, width) = dy.shape[0], weight.shape
+    config = config_for("dgrad" if u is None else _form(dy, gamma, kind), dy, width, out)
+    tiles = cdiv(rows, config.block_m)
+    dx = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
+    activation, sums = None, None
+    if u is not None:
+        activation = torch.empty(rows if again else 0, width, dtype=dy.dtype, device=dy.device)
+        sums = torch.empty(tiles, 1, width, dtype=torch.float32, device=dy.device)
+    if rows:
+        _linear_dgrad_kernel[(tiles * cdiv(width, config.columns),)](
+            dy, weight, gamma, u, dx, activation if again else None, sums,
+            rows, groups, out, width,
+            dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
+            scale,
+            GROUPED=groups > 1, HAS_GAMMA=gamma is not None, EPILOGUE=kind, PRECISION=precision(dy),
+            **launch_options(config),
+        )  # fmt: skip
+    return dx, activation, sums
+
+
+def linear_dgrad(dy: Tensor, weight: Tensor, gamma: Tensor | None, scale: float) -> Tensor:
+    """`dy` `[rows, n]` or `[rows, groups, n]`, `weight` `[groups, n, k]` -> dx `[rows, k]`."""
+    matrix = stacked(weight) if gamma is None and PROVIDERS["dgrad"] == "cublas" else None
+    if matrix is None:
+        return _dgrad(dy, weight, gamma, None, scale, "none")[0]
+    return torch.addmm(dy.new_empty(weight.shape[2]), dy.flatten(1), matrix, beta=0, alpha=scale)
+
+
+def linear_dgrad_act(
+    dy: Tensor, weight: Tensor, gamma: Tensor | None, u: Tensor, scale: float, kind: str, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Through a layer and the activation before it, whose `u` is contiguous.
+
+    Returns:
+        du, act(u) `again` for the layer's wgrad, or empty, and sums of du for a bias, fp32 `[parts, 1, k]`.
+    """
+    du, activation, sums = _dgrad(dy, weight, gamma, u, scale, kind, again)
+    assert activation is not None and sums is not None
+    return du, activation, sums
+
+
+register(
+    "linear_dgrad(Tensor dy, Tensor weight, Tensor? gamma, float scale) -> Tensor",
+    linear_dgrad,
+    lambda dy, weight, gamma, scale: dy.new_empty(dy.shape[0], weight.shape[2]),
+)
+register(
+    "linear_dgrad_act(Tensor dy, Tensor weight, Tensor? gamma, Tensor u, float scale, str kind, bool again)"
+    " -> (Tensor, Tensor, Tensor)",
+    linear_dgrad_act,
+    lambda dy, weight, gamma, u, scale, kind, again: (
+        dy.new_empty(u.shape),
+        dy.new_empty(len(u) if again else 0, u.shape[1]),
+        dy.new_empty(
+            cdiv(len(u), config_for(_form(dy, gamma, kind), dy, u.shape[1], dy.shape[1]).block_m),
+            1,
+            u.shape[1],
+            dtype=torch.float32,
+        ),
+    ),
+)
