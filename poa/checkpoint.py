@@ -214,12 +214,10 @@ class RunFolder:
         self._delete_old(Checkpoint(step, file.path, checksum), config, kept)
 
     def require_finite(self, step: int, networks: Sequence[torch.nn.Module], rate: str) -> None:
-        """Raise DivergenceError where weights are NaN or inf, in all processes alike; waits for the device.
+        """Raise DivergenceError where weights of networks are NaN or inf, in all processes alike; waits for
+        the device.
 
-        Args:
-            step: whose checkpoint is to be written.
-            networks: that it holds.
-            rate: name of the option to lower.
+        `rate` is the name of the option to lower.
         """
         weights = [p.detach() for network in networks for p in network.parameters()]
         if not torch.stack(torch._foreach_norm(weights, math.inf)).isfinite().all():

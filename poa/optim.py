@@ -289,11 +289,8 @@ def update_weights(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Clip, step and move the teacher by its momentum; gradients that are NaN or inf change no weight.
 
-    Backbone and heads are clipped apart, to the norm `clip`; 0: not at all. Only the heads of a
-    `frozen` teacher move.
-
-    Returns:
-        The gradient norms before clipping, and whether all are finite; on the device.
+    Backbone and heads are clipped apart, to the norm `clip`; 0: not at all. Only the heads of a `frozen`
+    teacher move. Returns the gradient norms before clipping, and whether all are finite; on the device.
     """
     average, averaged = (teacher.head, student.head) if frozen else (teacher, student)
     if isinstance(optimizer, FusedAdamW):

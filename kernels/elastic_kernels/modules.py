@@ -177,11 +177,7 @@ def static_linear(
 ) -> dict[str, Tensor]:
     """The corner of a linear that a subnet uses, times its scale, under the names of `nn.Linear`.
 
-    Args:
-        layer: of the largest network; its output is `groups` equal parts.
-        out_features: used of each part.
-        in_features: used.
-        scale: as in `elastic_linear`.
+    The layer's output is `groups` equal parts, of each of which `out_features` are used.
     """
     corner = layer.weight.unflatten(0, (groups, -1))[:, :out_features, :in_features]
     state = {"weight": corner.flatten(0, 1) * factor(scale, layer.in_features, in_features)}

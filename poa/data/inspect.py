@@ -102,11 +102,8 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 
 
 def nearest_hashes(queries: np.ndarray, bank: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For each hash of the queries the bits in which the nearest of the bank differs, and its position.
-
-    Args:
-        queries, bank: uint64 `[N]` and `[M]`, with M at least 1.
-    """
+    """For each hash of the queries, uint64 `[N]`, the bits in which the nearest of the bank `[M]`, M at least
+    1, differs, and its position."""
     bits, positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     step = max(CHUNK // len(bank), 1)
     for start in range(0, len(queries), step):

@@ -51,16 +51,8 @@ class _Moments(Dataset[Moments]):
 
 
 def pixel_statistics(source: ImageSource, canvas: int, workers: int) -> PixelStatistics:
-    """Read every image of a source once, by so many decoding processes.
-
-    Args:
-        source: the images, decoded with its number of channels.
-        canvas: pixels of the square that they are shrunk to fit.
-        workers: decoding processes.
-
-    Raises:
-        InputError: no image can be read.
-    """
+    """Read every image of a source once, by so many decoding processes, shrunk to fit `canvas` pixels
+    squared. Raises InputError: no image can be read."""
     sums, images, unreadable = np.zeros((2, source.channels)), 0, list[str]()
     with tqdm(total=len(source), desc="images", unit="image", leave=False, disable=None) as bar:
         batches = batches_of(_Moments(source, canvas), workers, collate=list[Moments], batch_size=64)

@@ -24,16 +24,11 @@ FAINT, BRIGHT = 0.02, 0.98  # quantiles that become black and white
 
 @torch.no_grad()
 def class_attention(model: ExportedModel, images: Tensor) -> Tensor:
-    """Attention of the class token to the patches in the last block, `[B, heads, patches]`.
+    """Attention of the class token to the patches in the last block, `[B, heads, patches]`, of normalised
+    images.
 
-    Of all tokens, class token and registers included, it sums to 1.
-
-    Args:
-        model: a vision transformer.
-        images: normalised, `[B, 3, S, S]`.
-
-    Raises:
-        InputError: another kind of network.
+    Of all tokens, class token and registers included, it sums to 1. Raises InputError: not a vision
+    transformer.
     """
     network = model.backbone
     if not isinstance(network, PlainViT):

@@ -50,16 +50,9 @@ class PrototypeImages(Nearest):
 
 
 def prototypes_page(folder: RunFolder, most: int, step: int | None = None, data: str | None = None) -> str:
-    """HTML of the images of a run nearest to its prototypes, as the intact teacher sees them.
+    """HTML of the images of a run nearest to its prototypes, `most` of them, as the intact teacher sees them.
 
-    Args:
-        folder: of the run.
-        most: prototypes to show.
-        step: of the checkpoint; default the newest.
-        data: images; default those of the run.
-
-    Raises:
-        InputError: a fine-tuned run, which has no prototypes; or as `embed`.
+    Raises InputError: a fine-tuned run, which has no prototypes; or as `embed`.
     """
     network, _ = folder.network("teacher", step)
     if not isinstance(network, Network):

@@ -124,17 +124,9 @@ class Windows:
 def read_windows(
     pairs: Sequence[Pair], crops: CropsConfig, options: DenseConfig, left_out: LeftOut, expected: str
 ) -> Windows:
-    """Windows of images with their targets.
+    """Windows of images of the size of `crops` with their targets; `left_out` counts what cannot be used.
 
-    Args:
-        pairs: images with their targets.
-        crops: size and normalisation.
-        options: how images are seen, and how many.
-        left_out: counts images that cannot be used.
-        expected: what the error says.
-
-    Raises:
-        InputError: `expected`, there is no image that can be used.
+    Raises InputError: `expected`, there is no image that can be used.
     """
     size, placed, targets = crops.global_size, list[Placed](), list[Tensor]()
     if options.images and options.images < len(pairs):

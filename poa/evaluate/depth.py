@@ -78,13 +78,8 @@ def patch_means(depths: Tensor, side: int) -> Tensor:
 def depth_layer(
     tokens: Tensor, depths: Tensor, options: DepthConfig, seed: int, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """From patch tokens `[n, P, C]` to depths `[n, P, 1]`, trained.
-
-    Args:
-        tokens: `[N, P, C]` of training windows.
-        depths: float32 `[N, S, S]`, 0 where unknown.
-        options, seed, device: of `fit_layer`.
-    """
+    """From patch tokens `[n, P, C]` to depths `[n, P, 1]`, trained by `fit_layer` on tokens `[N, P, C]` and
+    depths float32 `[N, S, S]` of training windows, 0 where unknown."""
     means = patch_means(depths, round(tokens.shape[1] ** 0.5))
     known = depths[depths > 0]
     centres = torch.linspace(float(known.min()), float(known.max()), options.bins, device=device)

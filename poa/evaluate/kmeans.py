@@ -33,12 +33,7 @@ def cluster_scores(clusters: np.ndarray, labels: np.ndarray) -> dict[str, float]
 
 
 def kmeans_scores(queries: Labelled, seed: int) -> dict[str, float]:
-    """`cluster_scores` of k-means on unit class tokens.
-
-    Args:
-        queries: features `[N, C]` and labels.
-        seed: of the starts.
-    """
+    """`cluster_scores` of k-means on unit class tokens; the seed is that of its starts."""
     cluster = optional_package("sklearn.cluster", "evaluate")
     classes = len(queries.labels.unique())
     means = cluster.KMeans(classes, n_init=STARTS, random_state=seed % 2**32)

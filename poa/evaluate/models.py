@@ -160,18 +160,9 @@ def evaluate_model(
     out: Path,
     folders: Folders | None = None,
 ) -> Report:
-    """Score a model as `Run.evaluate` scores subnets.
+    """Score a model of `open_peer` on images with labels, as `Run.evaluate` scores subnets, and write JSON.
 
-    Args:
-        name: of `open_peer`.
-        data: images with labels.
-        protocols: how.
-        device: auto, cpu, cuda or cuda:N.
-        out: JSON file.
-        folders: of protocols that have images of their own.
-
-    Raises:
-        InputError: wrong model, data or file.
+    Raises InputError: wrong model, data or file.
     """
     with init_distributed(device) as world:
         world.from_main(partial(require_json, out, "--out", "settings"))

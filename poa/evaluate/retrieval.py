@@ -19,13 +19,10 @@ CHUNK = 256  # queries ranked at a time
 
 
 def average_precisions(similarities: Tensor, relevant: Tensor) -> Tensor:
-    """Average precision of each query, float64 `[Q]`; 0 where nothing is relevant.
+    """Average precision of each query, float64 `[Q]`, by similarities `[Q, N]`; 0 where nothing is relevant.
 
-    `mean over relevant ranks r of (relevant among the first r) / r`, as scikit-learn's without ties.
-
-    Args:
-        similarities: `[Q, N]`.
-        relevant: bool `[Q, N]`.
+    `mean over relevant ranks r of (relevant among the first r) / r`, as scikit-learn's without ties;
+    `relevant` is bool `[Q, N]`.
     """
     hits = relevant.gather(1, similarities.argsort(1, descending=True)).double()
     ranks = torch.arange(1, hits.shape[1] + 1, dtype=torch.float64, device=hits.device)

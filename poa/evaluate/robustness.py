@@ -145,12 +145,7 @@ CORRUPTIONS: Mapping[str, Damage] = {
 
 
 def conditions(patches: int, crops: CropsConfig) -> list[tuple[str, str, Function]]:
-    """Kind, strength and function of normalised images, of every damage.
-
-    Args:
-        patches: along a side.
-        crops: tells mean and standard deviation.
-    """
+    """Kind, strength and function of normalised images, of every damage; for so many patches along a side."""
     std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
 
     def corrupted(images: Tensor, damage: Damage, level: int) -> Tensor:
@@ -197,14 +192,8 @@ def damaged_tokens(backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Fu
 def robustness(
     train: Labelled, queries: Labelled, device: torch.device, names: Sequence[tuple[str, str]]
 ) -> dict[str, dict[str, float]]:
-    """20-NN accuracy by kind of damage and its strength.
-
-    Args:
-        train: class tokens `[N, C]` of whole images.
-        queries: those of damaged ones, `[M, conditions, C]`.
-        device: to compute on.
-        names: kind and strength of the conditions.
-    """
+    """20-NN accuracy by kind of damage and its strength, which `names` tells of each condition, by class
+    tokens `[N, C]` of whole training images and `[M, conditions, C]` of damaged queries."""
     curves: dict[str, dict[str, float]] = {}
     for number, (kind, strength) in enumerate(names):
         asked = queries.features[:, number]
@@ -234,11 +223,8 @@ def summary(score: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def curves(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Any:
-    """A figure of matplotlib: accuracy over the strength of each kind of damage, a line for each subnet.
-
-    Args:
-        scores: those of `robustness` by the name of the subnet.
-    """
+    """A figure of matplotlib: accuracy over the strength of each kind of damage, a line for each subnet, by
+    whose name the scores are."""
     from matplotlib.figure import Figure  # optional, and slow to import
 
     kinds = [kind for kind in next(iter(scores.values())) if kind != "clean"]

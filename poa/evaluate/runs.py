@@ -44,9 +44,7 @@ def evaluate_run(
 ) -> Report:
     """Score subnets of a run and write the scores; the arguments are those of `Run.evaluate`.
 
-    Args:
-        weights: whose.
-        config: of the run, with the images to score on; `openers` open those that have no name.
+    `config` has the images to score on; `openers` open those that have no name.
     """
     folder = weights.folder
     chosen, asked = config.method.backbone.space.named(subnets), require_protocols(protocols)

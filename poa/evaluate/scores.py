@@ -24,9 +24,7 @@ FEWEST = 4  # subnets, before a correlation means anything
 class SubnetScore:
     """Size and scores of one subnet.
 
-    Attributes:
-        subnet, parameters, flops: which, and its size.
-        values: the score of each protocol by its name, and of the weights before training by `before`.
+    `values` has the score of each protocol by its name, and of the weights before training by `before`.
     """
 
     subnet: Subnet
@@ -64,13 +62,8 @@ def accuracies(values: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Scores of subnets, with all settings that the numbers depend on; shows itself as a table.
-
-    Attributes:
-        scores: of each subnet.
-        settings: of them all.
-        files: in which they lie.
-    """
+    """Scores of subnets, with all settings that the numbers depend on, and the files in which they lie; shows
+    itself as a table."""
 
     scores: list[SubnetScore]
     settings: dict[str, Any]

@@ -70,14 +70,8 @@ def mean_iou(counts: Tensor) -> float:
 def linear_logits(
     tokens: Tensor, masks: Tensor, classes: int, options: SegmentationConfig, seed: int, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """From patch tokens `[n, P, C]` to logits `[n, P, classes]` of a classifier that is trained.
-
-    Args:
-        tokens: `[N, P, C]` of training windows.
-        masks: uint8 `[N, S, S]`.
-        classes: how many.
-        options, seed, device: of `fit_layer`.
-    """
+    """From patch tokens `[n, P, C]` to logits `[n, P, classes]` of a classifier that is trained by
+    `fit_layer` on tokens `[N, P, C]` and masks uint8 `[N, S, S]` of training windows."""
     side = round(tokens.shape[1] ** 0.5)
 
     def loss(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -144,16 +144,10 @@ def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
 def score(
     tasks: Sequence[Task], data: DataSplit, config: Config, world: World, limit: int | None = None
 ) -> list[Any]:
-    """Scores of features by protocols.
+    """Scores of features by protocols, which learn from the training images and ask the test images.
 
-    Images are decoded once for as many features as have room at a time.
-
-    Args:
-        tasks: protocols and features.
-        data: training images are learned from, test images are asked.
-        config: of the run.
-        world: this process; all of them extract features.
-        limit: use at most this many images of either, spread over the data.
+    Images are decoded once for as many features as have room at a time; at most `limit` of either, spread
+    over the data. All processes of `world` extract features.
     """
     if data.test is None:
         raise InputError(f"evaluation: expected held-out images with labels, got none ({data.untested})")

@@ -19,12 +19,8 @@ from poa.subnets import Subnet
 
 
 def top_accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of images `{"top1": 0..1, "top5": 0..1}` whose label is among the largest logits.
-
-    Args:
-        logits: `[N, classes]`.
-        labels: int64 `[N]`.
-    """
+    """Share of images `{"top1": 0..1, "top5": 0..1}` whose label, int64 `[N]`, is among the largest logits
+    `[N, classes]`."""
     order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     return {"top1": float(order[:, 0].double().mean()), "top5": float(order.any(1).double().mean())}
 

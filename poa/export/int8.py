@@ -47,15 +47,9 @@ class Quantised:
 
 
 def open_to_quantise(config: Config, image_size: int | None) -> DataSplit:
-    """Training images, to calibrate with and as the bank of k-NN, and held-out ones.
-
-    Args:
-        config: of the run.
-        image_size: that models are asked for; None: that of training.
-
-    Raises:
-        InputError: no labelled images are held out, or another image size.
-    """
+    """Training images, to calibrate with and as the bank of k-NN, and held-out ones; models are asked for
+    `image_size`, None: that of training. Raises InputError: no labelled images are held out, or another
+    size."""
     wanted = config.method.crops.global_size
     if image_size not in (None, wanted):
         raise InputError(f"--dtype int8: expected the image size of training {wanted}, got {image_size}")

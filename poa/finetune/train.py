@@ -138,14 +138,9 @@ def _run(
 
 
 class Trainer:
-    """One process's part of a run of fine-tuning.
+    """One process's part of a run of fine-tuning: a new one, or one that goes on from a checkpoint's content.
 
-    Args:
-        config, options: of the run.
-        folder: of the run; nothing is written before `begin`.
-        data: training and test images, all with labels.
-        world: this process.
-        content: of the checkpoint to resume; None for a new run.
+    Nothing is written before `begin`. All images have labels.
     """
 
     def __init__(
@@ -359,14 +354,10 @@ class Trainer:
 
 
 def sandwich_losses(logits: Sequence[Tensor], targets: Tensor, distill: float) -> Tensor:
-    """Cross-entropy of each subnet, the largest first: `[subnets]`.
+    """Cross-entropy of each subnet, the largest first, `[subnets]`, of its logits float32 `[B, classes]`.
 
-    The largest has the targets; the others `distill * softmax(largest) + (1 - distill) * targets`.
-
-    Args:
-        logits: float32 `[B, classes]` of each subnet.
-        targets: float32 `[B, classes]`, which sum to 1.
-        distill: in 0..1.
+    The largest has the targets, float32 `[B, classes]`, which sum to 1; the others
+    `distill * softmax(largest) + (1 - distill) * targets`.
     """
     largest, *others = logits
     taught = torch.lerp(targets, largest.detach().softmax(1), distill)

@@ -128,11 +128,7 @@ def _beats(other: Candidate, one: Candidate, axes: Sequence[str]) -> bool:
 def figure_of(choice: Choice, quality: str, scale: float, title: str) -> Any:
     """A figure of quality against each of the costs that dominance is about, with the front and the budgets.
 
-    Args:
-        choice: the chosen subnet among all.
-        quality: label of the axis.
-        scale: that qualities are multiplied with.
-        title: of the figure.
+    Qualities are multiplied with `scale`.
     """
     from matplotlib.figure import Figure  # optional, and slow to import
 

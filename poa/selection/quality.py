@@ -65,13 +65,8 @@ class Weights:
 def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
     """20-NN accuracies of an evaluation in the folder of a run.
 
-    Args:
-        weights: whose.
-        data: that it was made on; None: the run's own (`source`) if there is such an evaluation, or else any.
-        source: of the run's images.
-
-    Raises:
-        InputError: there is none, or of other steps only.
+    `data` is what it was made on; None: the run's own (`source`) if there is such an evaluation, or else any.
+    Raises InputError: there is none, or of other steps only.
     """
     run, step = weights.folder.path, weights.wanted_step
     known = []

@@ -192,17 +192,8 @@ def known_costs(folder: RunFolder, budgets: Budgets, cost: str) -> Known:
 
 
 def select(folder: RunFolder, quality: Quality, known: Known, least: float | None) -> Selection:
-    """The best subnet of a run.
-
-    Args:
-        folder: of the run.
-        quality: what subnets are worth.
-        known: what they cost.
-        least: lowest quality allowed.
-
-    Raises:
-        InputError: no subnet is within the budgets.
-    """
+    """The best subnet of a run by what subnets are worth (at `least` so much) and what they cost. Raises
+    InputError: no subnet is within the budgets."""
     space, (costs, values, tables) = folder.config().method.backbone.space, known
     complete = [s for s in space if s in quality.values and all(s in column for column in values.values())]
     if not complete:
