@@ -73,13 +73,8 @@ def label_of(config: BackboneConfig, subnet: Subnet, images: int) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network to be measured.
-
-    Attributes:
-        features: of images `[B, 3, H, W]`.
-        weights: that get gradients.
-        same: whether its function is the subnet's.
-    """
+    """A network to be measured: features of images `[B, 3, H, W]`, weights that get gradients, and whether
+    its function is the `same` as the subnet's."""
 
     features: Callable[[Tensor], Tensor]
     weights: list[nn.Parameter]

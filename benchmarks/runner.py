@@ -75,13 +75,8 @@ class Part:
 
 
 class End(NamedTuple):
-    """How a case ended.
-
-    Attributes:
-        reason: why it failed, or nothing.
-        provider: to blame, where one is.
-        lost: its process is of no further use.
-    """
+    """How a case ended: why it failed, or nothing; the provider to blame, where one is; whether its process
+    is `lost`, of no further use."""
 
     reason: str = ""
     provider: str = ""
@@ -141,12 +136,7 @@ def work(connection: Connection) -> None:
 
 
 class Runner:
-    """Runs parts until they or the minutes end.
-
-    Args:
-        journal: gets rows, and how cases end.
-        seconds: that all of it may take.
-    """
+    """Runs parts until they or the seconds end; the journal gets rows, and how cases end."""
 
     def __init__(self, journal: Journal, seconds: float):
         self.journal, self.seconds, self.deadline = journal, seconds, time.monotonic() + seconds

@@ -45,13 +45,8 @@ STEP = 1000  # whose schedules hold: warmed up, with iBOT
 
 @dataclass(frozen=True)
 class Setting:
-    """What every provider gets.
-
-    Attributes:
-        config: of the run; its seed gives the weights.
-        batch: the micro-batch.
-        mix: subnets of the mixed steps.
-    """
+    """What every provider gets: the run's configuration, whose seed gives the weights, a micro-batch, and the
+    subnets of the mixed steps."""
 
     config: Config
     batch: Batch

@@ -108,7 +108,6 @@ class ElasticAttention(nn.Module):
         """`[tokens, w]` -> `[tokens, w]` within each sequence.
 
         Args:
-            x: `[tokens, w]`.
             groups: `(count, length)` pairs, or offsets, as of `packed_attention`.
             heads: in use; default the share that `w` has of the largest width.
         """
@@ -231,7 +230,6 @@ class ElasticWindowAttention(nn.Module):
         """`[tokens, w]` -> `[tokens, w]` within each window.
 
         Args:
-            x: `[tokens, w]`.
             maps: `(count, height, width)` of each group of maps in packing order.
             heads: in use; default the share that `w` has of the largest width.
         """

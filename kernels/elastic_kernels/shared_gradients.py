@@ -22,8 +22,7 @@ from elastic_kernels.dispatch import holding
 class GradientLedger:
     """Gradients that wait for that of the whole weight, of one graph; weights are known by `id`.
 
-    Attributes:
-        accumulates: gradients may be added to those in `.grad`.
+    If it `accumulates`, gradients may be added to those in `.grad`.
     """
 
     def __init__(self, accumulates: bool = False) -> None:

@@ -79,14 +79,8 @@ def tiles(n: int) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """The measured choice of settings.
-
-    Attributes:
-        key: what for.
-        settings: the fastest.
-        us, fallback_us: median times of the operator with these and with the fallback, in microseconds.
-        samples: how often the fastest was timed.
-    """
+    """The fastest settings for a key, and how often they were timed; `us` and `fallback_us` are median times
+    of the operator with these and with the fallback, in microseconds."""
 
     key: Key
     settings: Any

@@ -199,12 +199,7 @@ class TimmModel:
 
 
 class Backbone(nn.Module, ABC):
-    """The shared weights of all subnets.
-
-    Attributes:
-        config: shape, initialisation and search space.
-        space: all subnets.
-    """
+    """The shared weights of all subnets of `space`, of a shape and an initialisation that `config` has."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__()

@@ -18,12 +18,9 @@ Moments = tuple[np.ndarray, str | None]
 
 @dataclass(frozen=True)
 class PixelStatistics:
-    """Of pixels in 0..1; every image counts alike, whatever its size.
+    """Mean and std of each channel, in 0..1; every image counts alike, whatever its size.
 
-    Attributes:
-        mean, std: of each channel.
-        images: that could be read.
-        unreadable: messages about the others.
+    `images` could be read; `unreadable` are messages about the others.
     """
 
     mean: tuple[float, ...]

@@ -13,13 +13,8 @@ LEAST = 1000  # images, before a share means anything
 
 
 class Unreadable:
-    """Names every unreadable image once in a file and ends a run that meets too many.
-
-    Args:
-        file: JSON lines, of which the main process writes one for each image.
-        world: this process.
-        share: of the images asked for that may be unreadable.
-    """
+    """Names every unreadable image once in a file of JSON lines, which the main process writes, and ends a
+    run that meets more than a `share`."""
 
     def __init__(self, file: Path, world: World, share: float):
         self.file = file

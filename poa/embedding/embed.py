@@ -206,13 +206,8 @@ class _Kept:
 
 
 class Batch(NamedTuple):
-    """What ranks computed of some images.
-
-    Attributes:
-        positions: in the source, int64 `[images]`.
-        features: by token, float32 `[images, ...]`.
-        unreadable: messages about those that cannot be read.
-    """
+    """What ranks computed of some images: positions int64 `[images]` in the source, features float32
+    `[images, ...]` by token, and messages about those that cannot be read."""
 
     positions: Tensor
     features: dict[str, Tensor]

@@ -93,16 +93,11 @@ class CocoImages(Dataset[Example | str]):
 
 
 def read_coco(folder: Path, channels: int, left_out: LeftOut) -> tuple[CocoImages, CocoImages]:
-    """The training and the validation images of a folder.
+    """The training and the validation images of a folder; `left_out` counts missing images, and annotations
+    that cannot be used.
 
-    Args:
-        folder: with annotations and images, see above.
-        channels: of the images.
-        left_out: counts missing images, and annotations that cannot be used.
-
-    Raises:
-        InputError: no or several such files, others than COCO's, no images, different categories, or no
-            faster-coco-eval.
+    Raises InputError: no or several such files, others than COCO's, no images, different categories, or no
+    faster-coco-eval.
     """
     optional_package("faster_coco_eval", EXTRA)
     files = [_annotations(folder, part) for part in ("train", "val")]

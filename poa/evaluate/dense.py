@@ -64,13 +64,8 @@ class Pair(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where the windows of an image lie.
-
-    Attributes:
-        size: height and width that it was resized to.
-        corners: top and left of each window.
-        target: `[H, W]` at its own size.
-    """
+    """Top and left of each window of an image that was resized to a size; its target `[H, W]` has its own
+    size."""
 
     size: tuple[int, int]
     corners: list[tuple[int, int]]

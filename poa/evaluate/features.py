@@ -54,10 +54,7 @@ def extract_features(
 ) -> FeatureSet | None:
     """Results of functions of normalised images `[B, C, S, S]` on the centre crops of all readable images.
 
-    Every process takes a part of the images.
-
-    Returns:
-        On the main process; None on the others.
+    Every process takes a part of the images; all but the main one get None.
     """
     positions = torch.as_tensor(world.share(len(source)))
     mine = source.subset(positions.numpy())

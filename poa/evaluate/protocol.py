@@ -38,8 +38,7 @@ class OfFolder:
 
     Attributes:
         options: with their defaults; they are a part of the settings.
-        open: from the folder, the crops of the run, options and a count of what is left out to what `score`
-            takes.
+        open: from folder, crops of the run, options and a count of what is left out to what `score` takes.
         score: a subnet on that, on a device, by a seed; a JSON value.
     """
 

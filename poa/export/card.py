@@ -116,14 +116,8 @@ def _table(head: tuple[str, str], rows: Iterable[tuple[str, str]]) -> Iterator[s
 
 def push(folder: Path, name: str, *, dry_run: bool) -> str:
     """Upload a model's folder to a repository `USER/NAME` of the Hugging Face Hub, private if there is none
-    yet.
-
-    Returns:
-        What was done, or would be, in a line.
-
-    Raises:
-        InputError: huggingface_hub is not installed, or the Hub refused it.
-    """
+    yet, and say in a line what was done, or would be. Raises InputError: huggingface_hub is not installed, or
+    the Hub refused it."""
     files = sorted(file for pattern in PUSHED for file in folder.glob(pattern))
     size = sum(file.stat().st_size for file in files) / 2**20
     what = f"{', '.join(file.name for file in files)} ({size:.1f} MiB)"

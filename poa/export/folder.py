@@ -29,14 +29,9 @@ FORMER = "poa-model-1"  # a file of weights with a JSON file of the same name be
 
 
 def extract(backbone: Backbone, subnet: Subnet, folder: Path, crops: CropsConfig, **options: Any) -> Path:
-    """Write one subnet as a static model.
+    """Write one subnet as a static model into a folder `{kind}-{subnet}` of `folder`, and return that.
 
-    Args:
-        folder: where the folder `{kind}-{subnet}` goes; made if needed.
-        backbone, subnet, crops, options: as of `static_model`, which raises the same errors.
-
-    Returns:
-        The folder of the model.
+    The other arguments are those of `static_model`, which raises the same errors.
     """
     model = static_model(backbone, subnet, crops, **options)
     config = model.config

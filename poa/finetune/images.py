@@ -38,13 +38,8 @@ def stratified(source: ImageSource, share: float, seed: int) -> ImageSource:
 class Augmentation:
     """From decoded training images to what the networks see, a function of the seed and the step.
 
-    Args:
-        options: of the fine-tuning.
-        crops: of the run; its size and normalisation are kept.
-        seed: of the run.
-
-    Raises:
-        InputError: timm is asked for, and not installed or the images have other than three channels.
+    Size and normalisation are those of the crops of the run. Raises InputError: timm is asked for, and not
+    installed or the images have other than three channels.
     """
 
     def __init__(self, options: FinetuneConfig, crops: CropsConfig, seed: int):

@@ -66,15 +66,11 @@ def finetune(
     step: int | None = None,
     openers: Openers | None = None,
 ) -> None:
-    """Fine-tune all subnets of a run in one elastic run, or one of them alone.
+    """Fine-tune all subnets of a run in one elastic run in `out`, or one of them alone.
 
     Args:
-        source: the run of pre-training, whose teacher is fine-tuned.
+        source: the run of pre-training, whose teacher of `step`, default the newest, is fine-tuned.
         config: its configuration, with the data and the device to fine-tune on.
-        options: how.
-        out: folder of the new run.
-        subnet: fine-tune this one alone.
-        step: of the checkpoint of the source; default the newest.
         openers: how to open the images, where the configuration does not name a place.
 
     Raises:

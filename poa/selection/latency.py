@@ -89,8 +89,7 @@ class Setting:
 class Latency:
     """Milliseconds of a call: median, 95th percentile and the fastest.
 
-    Attributes:
-        how: they are known; "disturbed": measured with interruptions, as too few calls had none.
+    `how` they are known; "disturbed": measured with interruptions, as too few calls had none.
     """
 
     median: float

@@ -59,12 +59,8 @@ RUNTIMES: dict[str, Runtime] = {"torch": _torch, "compile": _compile, "onnxrunti
 
 @dataclass
 class Times:
-    """Milliseconds of calls.
-
-    Attributes:
-        quiet: of those in which no other process took a CPU away from this one.
-        disturbed: of the others.
-    """
+    """Milliseconds of calls: `quiet` ones, and those in which other processes took a CPU away from this
+    one."""
 
     quiet: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)

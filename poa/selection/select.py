@@ -113,13 +113,10 @@ class Selection:
         return lines
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draw the quality against each cost with a budget.
+        """Draw the quality against each cost with a budget; also into a picture, whose ending chooses the
+        format.
 
-        Args:
-            path: of a picture to write, too; its ending chooses the format.
-
-        Returns:
-            A figure of matplotlib.
+        Returns a figure of matplotlib.
         """
         require_matplotlib()
         choice, quality = self.choice, self.quality
@@ -160,13 +157,8 @@ class Known(NamedTuple):
 def known_costs(folder: RunFolder, budgets: Budgets, cost: str) -> Known:
     """What the subnets of a run cost, with the budgets as limits.
 
-    Args:
-        folder: of the run, with latency tables.
-        budgets: of what subnets may cost.
-        cost: that the Pareto front is about where no cost has a budget: params, flops or the name of a table.
-
-    Raises:
-        InputError: a latency table is missing.
+    Where no cost has one, the Pareto front is about `cost`: params, flops or the name of a latency table.
+    Raises InputError: a latency table is missing.
     """
     backbone = folder.config().method.backbone
     space = backbone.space

@@ -108,13 +108,8 @@ class BranchGradient:
 
 @dataclass(frozen=True)
 class Normed:
-    """What a half-block keeps of its norm for backward.
-
-    Attributes:
-        xhat: the rows that take part, before the affine.
-        weight, bias: the affine, whole.
-        rstd: fp32 `[rows]`.
-    """
+    """What a half-block keeps of its norm for backward: the rows that take part before the affine, the
+    affine, whole, and fp32 `[rows]` rstd."""
 
     xhat: Tensor
     weight: Tensor | None
