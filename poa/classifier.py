@@ -20,8 +20,7 @@ class Classifier(nn.Module):
 
     Args:
         backbone: shape and search space.
-        classes: names of the classes.
-        generator: CPU generator of the initial weights of the backbone; the classifier begins at zero.
+        classes: names of the classes; the classifier begins at zero.
 
     Example:
         >>> import torch
@@ -32,12 +31,10 @@ class Classifier(nn.Module):
         torch.Size([3, 2])
     """
 
-    def __init__(
-        self, backbone: BackboneConfig, classes: Sequence[str], generator: torch.Generator | None = None
-    ):
+    def __init__(self, backbone: BackboneConfig, classes: Sequence[str]):
         super().__init__()
         self.classes = tuple(classes)
-        self.backbone: Backbone = backbone.build(generator)
+        self.backbone: Backbone = backbone.build()
         self.head = ElasticLinear(backbone.feature_width(backbone.space.intact), len(self.classes))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)

@@ -102,14 +102,14 @@ class SoftTargets:
         return torch.softmax(wide / self.temperature + self.log_scale, dim=-1)
 
 
-def sinkhorn(logits: Sequence[Tensor], temperature: float, iterations: int = 3) -> list[SoftTargets]:
+def sinkhorn(logits: Sequence[Tensor], temperature: float) -> list[SoftTargets]:
     """Soft assignments of rows to prototypes with equal use of every prototype over all ranks.
 
     Each entry of `logits`, the teacher's `[rows_i, prototypes_i]` of this rank, is a problem of its own; see
     `elastic_kernels.sinkhorn_scaling`. This is the official algorithm (its constants cancel) in the log
     domain.
     """
-    scaling = sinkhorn_scaling(logits, temperature, iterations, _reduce)
+    scaling = sinkhorn_scaling(logits, temperature, reduce=_reduce)
     return [SoftTargets(t, log_u, temperature) for t, log_u in zip(logits, scaling, strict=True)]
 
 

@@ -220,24 +220,11 @@ def _elastic_small() -> Config:
     return dataclasses.replace(_small_images(), method=method, run=run)
 
 
-def _published(
-    backbone: BackboneOptions, layer_decay: float, epochs: float, ibot_epoch: float, stretch: float
-) -> Config:
+def _published(backbone: BackboneOptions, layer_decay: float, epochs: float, stretch: float) -> Config:
     """The published recipe for a network of several stages."""
-    return Config(
-        method=MethodConfig(
-            backbone=backbone,
-            loss=LossConfig(operands="fp16"),
-            masks=MaskConfig(ratio=(0.1, 0.3)),
-            optim=OptimConfig(
-                epochs=epochs,
-                warmup_epochs=30.0,
-                ibot_start_epoch=ibot_epoch,
-                layer_decay=layer_decay,
-                stretch=stretch,
-            ),
-        )
-    )
+    optim = OptimConfig(epochs=epochs, warmup_epochs=30.0, layer_decay=layer_decay, stretch=stretch)
+    loss, masks = LossConfig(operands="fp16"), MaskConfig(ratio=(0.1, 0.3))
+    return Config(method=MethodConfig(backbone=backbone, loss=loss, masks=masks, optim=optim))
 
 
 def _vit(min_width: int, max_width: int, min_depth: int, max_depth: int) -> Config:
@@ -257,11 +244,11 @@ PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),
     "vit-l16": (lambda: _vit(384, 1024, 12, 24), "the paper's ViT-L/16: widths 384..1024, depths 12..24"),
     "swin-b": (
-        lambda: _published(SwinConfig(), layer_decay=0.9, epochs=346.0, ibot_epoch=30.0, stretch=0.9),
+        lambda: _published(SwinConfig(), layer_decay=0.9, epochs=346.0, stretch=0.9),
         "the paper's Swin-B: widths 96..128, third stage 6..18 blocks",
     ),
     "resnet-152": (
-        lambda: _published(ResNetConfig(), layer_decay=0.95, epochs=692.0, ibot_epoch=30.0, stretch=1.0),
+        lambda: _published(ResNetConfig(), layer_decay=0.95, epochs=692.0, stretch=1.0),
         "the paper's ResNet-152: middle widths 64..128, second stage 4..8 blocks, third 6..36",
     ),
 }

@@ -201,11 +201,11 @@ def bottleneck(self: ElasticBottleneck, x: Tensor, middle: int) -> Tensor:
     return normed(self.norm3, convolved(h, self.conv3.weight, out), identity)
 
 
-def sinkhorn(t: Tensor, tau: float, iterations: int = 3) -> Tensor:
+def sinkhorn(t: Tensor, tau: float) -> Tensor:
     """Scaling vector of the prototypes, by normalising all assignments in place."""
     q = (t.to(torch.promote_types(t.dtype, torch.float32)) / tau).exp()
     log_u = torch.zeros_like(q[0])
-    for _ in range(iterations):
+    for _ in range(3):
         used = q.sum(0)
         log_u = log_u - used.log()
         q /= used

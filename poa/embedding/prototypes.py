@@ -18,16 +18,12 @@ from poa.network import Network
 class PrototypeImages(Nearest):
     """For each prototype of the last head the images with the largest logits, as they pass by.
 
-    Args:
-        heads: of a run, on the CPU.
-        count: images of each.
-
-    Attributes:
-        used: int64 `[prototypes]`, of how many images each has the largest logit.
+    The heads are those of a run, on the CPU; `used`, int64 `[prototypes]`, tells of how many images each has
+    the largest logit.
     """
 
-    def __init__(self, heads: ProjectionHeads, count: int = 8):
-        self.heads, self.count = heads, count
+    def __init__(self, heads: ProjectionHeads):
+        self.heads, self.count = heads, 8
         self.used = torch.zeros(heads.config.prototypes[-1], dtype=torch.int64)
         self.neighbours = []
 
@@ -49,7 +45,7 @@ class PrototypeImages(Nearest):
         )
 
 
-def prototypes_page(folder: RunFolder, most: int, step: int | None = None, data: str | None = None) -> str:
+def prototypes_page(folder: RunFolder, most: int, step: int | None = None) -> str:
     """HTML of the images of a run nearest to its prototypes, `most` of them, as the intact teacher sees them.
 
     Raises InputError: a fine-tuned run, which has no prototypes; or as `embed`.
@@ -58,6 +54,6 @@ def prototypes_page(folder: RunFolder, most: int, step: int | None = None, data:
     if not isinstance(network, Network):
         raise InputError("--prototypes: expected a run of pre-training, got a fine-tuned one")
     nearest = PrototypeImages(network.head)
-    embed(load(folder.path, step=step), data or folder.config().data.source, nearest=nearest)
+    embed(load(folder.path, step=step), folder.config().data.source, nearest=nearest)
     head = f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>"
     return f"{head}{nearest.rows(most)}</html>\n"

@@ -68,14 +68,8 @@ def shuffle_tiles(images: Tensor, grid: int) -> Tensor:
     return F.fold(tiles.gather(2, order.expand_as(tiles)), images.shape[-2:], side, stride=side)
 
 
-def _noise(x: Tensor, name: str, level: int) -> Tensor:
-    draw = torch_stream(0, name, level)
-    return _chosen(x, torch.randn(NOISES, *x.shape[1:], generator=draw))
-
-
-def _uniform(x: Tensor, name: str, level: int) -> Tensor:
-    draw = torch_stream(0, name, level)
-    return _chosen(x, torch.rand(NOISES, *x.shape[1:], generator=draw))
+def _noise(x: Tensor, name: str, level: int, draw: Callable[..., Tensor] = torch.randn) -> Tensor:
+    return _chosen(x, draw(NOISES, *x.shape[1:], generator=torch_stream(0, name, level)))
 
 
 def gaussian_noise(x: Tensor, level: int) -> Tensor:
@@ -88,7 +82,7 @@ def shot_noise(x: Tensor, level: int) -> Tensor:
 
 
 def impulse_noise(x: Tensor, level: int) -> Tensor:
-    amount, draw = (0.03, 0.06, 0.09, 0.17, 0.27)[level], _uniform(x, "impulse", level)
+    amount, draw = (0.03, 0.06, 0.09, 0.17, 0.27)[level], _noise(x, "impulse", level, torch.rand)
     x = torch.where(draw < amount / 2, torch.zeros_like(x), x)
     return torch.where(draw > 1 - amount / 2, torch.ones_like(x), x)
 

@@ -80,8 +80,8 @@ def _imagenet(lr: float, layer_decay: float, drop_path: float, warmup: float) ->
     )
 
 
-def _transfer(lr: float, layer_decay: float = 0.75, epochs: float = 1000) -> FinetuneConfig:
-    return replace(_imagenet(4 * lr, layer_decay, 0.1, 5), epochs=epochs, batch_size=64, ema=0.0)
+def _transfer(lr: float, epochs: float = 1000) -> FinetuneConfig:
+    return replace(_imagenet(4 * lr, 0.75, 0.1, 5), epochs=epochs, batch_size=64, ema=0.0)
 
 
 RECIPES: dict[str, tuple[FinetuneConfig, str]] = {
