@@ -22,12 +22,8 @@ Timed = Callable[[], Callable[[], object]]  # prepares, and returns what is time
 
 @dataclass
 class Samples:
-    """Times of a provider's calls.
-
-    Attributes:
-        seconds: of each.
-        unhidden: how many began before the host had enqueued them whole, so that launches may show.
-    """
+    """Seconds of a provider's calls, and how many began before the host had enqueued them whole, so that
+    launches may show."""
 
     seconds: list[float] = field(default_factory=list)
     unhidden: int = 0

@@ -103,12 +103,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of a run.
-
-    Attributes:
-        path: the folder.
-        lock: of the run that writes into it, if it trains; without it nothing is written any more.
-    """
+    """Paths and files of a run. Without the lock of the run that writes into it nothing is written any
+    more."""
 
     path: Path
     lock: RunLock | None = None
@@ -189,15 +185,11 @@ class RunFolder:
             raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
     def save(self, state: Mapping[str, Any], config: Config, kept: int | None = None) -> None:
-        """Write the checkpoint of `state["step"]` and delete those that need not be kept.
+        """Write the checkpoint of `state["step"]` and delete those that need not be kept, but never that of
+        step `kept`.
 
-        Args:
-            state: what it holds; also its format, where that is not of pre-training.
-            config: of the run.
-            kept: a step whose checkpoint is kept, too.
-
-        Raises:
-            SaveError: it could not be written; those before are there still.
+        The state has a format where that is not of pre-training. Raises SaveError: it could not be written;
+        those before are there still.
         """
         content = {"format": FORMAT, "config": to_dict(config), **state}
         step = state["step"]

@@ -36,11 +36,8 @@ class DataError(OSError):
 
 
 class Preempted(Exception):
-    """A signal stopped the run: a checkpoint was saved; the message says how to resume.
-
-    Attributes:
-        interrupted: by Ctrl-C.
-    """
+    """A signal stopped the run, or Ctrl-C `interrupted` it: a checkpoint was saved; the message says how to
+    resume."""
 
     def __init__(self, message: str, interrupted: bool):
         super().__init__(message)

@@ -32,9 +32,8 @@ log = logging.getLogger("poa")
 class HashedFile:
     """A file being written that knows the SHA-256 of its content.
 
-    Attributes:
-        path: the name it will get; may be set until it is complete.
-        error: of the file system, which a library may have hidden behind one of its own.
+    It gets the name `path`, which may be set until it is complete; `error` is of the file system, which a
+    library may have hidden behind one of its own.
     """
 
     def __init__(self, file: BinaryIO, path: Path):

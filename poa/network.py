@@ -130,12 +130,8 @@ class Network(nn.Module):
     ) -> list[StudentOutput]:
         """Run the students, one pass each, of whose losses `backward` is called.
 
-        Args:
-            batch: what they see.
-            passes: of the students.
-            recompute: blocks in the backward.
-            reach_all: the backward reaches all parameters, as DDP expects.
-            prototypes: of each head, if they are made already.
+        Blocks are perhaps recomputed then; it reaches all parameters, as DDP expects, if it is to
+        `reach_all`. The prototypes of each head may be made already.
         """
         prototypes = self.head.matrices() if prototypes is None else prototypes
         if reach_all:

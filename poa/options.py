@@ -51,8 +51,7 @@ class Interval:
 class Options:
     """Base of a group of options, whose values are checked when it is made.
 
-    Attributes:
-        at: its place in a run's configuration, for messages: `class Crops(Options, at="method.crops")`.
+    `at` is its place in a run's configuration, for messages: `class Crops(Options, at="method.crops")`.
     """
 
     at: ClassVar[str] = ""

@@ -11,13 +11,8 @@ from benchmarks.roofline.costs import HALF, SINGLE, Cost, product, stream
 
 @dataclass(frozen=True)
 class Attention:
-    """The forward of a block's attention.
-
-    Attributes:
-        flops, executed: as of `Cost`.
-        launches: of kernels.
-        keeps_output: for its backward.
-    """
+    """The forward of a block's attention, with FLOPs as of `Cost`, its kernels' launches, and whether it
+    keeps its output for backward."""
 
     flops: float
     executed: float

@@ -55,11 +55,8 @@ def augment(
 
 
 def random_crops(images: Tensor, sizes: Tensor, config: CropsConfig, generator: torch.Generator) -> Tensor:
-    """One random crop of each image, as the first global view; the arguments are those of `augment`.
-
-    Returns:
-        Normalised float32 `[B, C, S, S]`.
-    """
+    """One random crop of each image, normalised float32 `[B, C, S, S]`, as the first global view; the
+    arguments are those of `augment`."""
     check_canvases(images, sizes)
     views = _draw(config, sizes, config.global_scale, config.blur[:1], config.solarize[:1], generator)
     return render(images, views, config.global_size, config)

@@ -48,12 +48,8 @@ Opener = Callable[[], Opened]
 
 @dataclass(frozen=True)
 class Openers:
-    """How to open the training and the test images.
-
-    Attributes:
-        train, test: openers; None where nothing is named for tests.
-        left_out: what belongs to neither.
-    """
+    """How to open the training and the test images, None where nothing is named for tests; what belongs to
+    neither."""
 
     train: Opener
     test: Opener | None = None

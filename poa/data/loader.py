@@ -59,11 +59,8 @@ class Decoded(NamedTuple):
 
 
 def place_on_canvases(images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Put images `[H, W, C]` of any sizes on zero-padded canvases as large as the largest of them.
-
-    Returns:
-        uint8 `[B, C, H, W]` with images in the top-left corners, int64 `[B, 2]` their (height, width).
-    """
+    """Put images `[H, W, C]` of any sizes into the top-left corners of zero-padded canvases as large as the
+    largest of them: uint8 `[B, C, H, W]`; and int64 `[B, 2]`, their (height, width)."""
     sizes = torch.tensor([image.shape[:2] for image in images], dtype=torch.int64).view(-1, 2)
     height, width = sizes.amax(0).tolist() if images else (0, 0)
     channels = images[0].shape[2] if images else 0

@@ -13,13 +13,8 @@ from poa.subnets import Subnet
 
 @dataclass(frozen=True)
 class Cost:
-    """Something that a subnet has and a budget may limit.
-
-    Attributes:
-        title: of its column.
-        form: format specification of a value.
-        limit: what is allowed, inclusive; None where there is no budget.
-    """
+    """Something that a subnet has and a budget may limit: `limit`, inclusive; None where there is none. A
+    column has the title; values are written in the form, a format specification."""
 
     title: str
     form: str

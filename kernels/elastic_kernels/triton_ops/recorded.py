@@ -82,13 +82,8 @@ class Launch(NamedTuple):
 
 @dataclass
 class Launches:
-    """What was launched while an absent GPU was in use.
-
-    Attributes:
-        keep_arguments: launches hold what they were given.
-        made: in order; may be cleared.
-        binaries: that the launches needed, each once.
-    """
+    """What was launched while an absent GPU was in use, in order, and the binaries for it, each once;
+    launches hold what they were given if they are to `keep_arguments`."""
 
     keep_arguments: bool = False
     made: list[Launch] = field(default_factory=list)

@@ -97,12 +97,8 @@ def is_label(name: str) -> bool:
 def join_labels(
     parts: Sequence[tuple[np.ndarray, Sequence[str]]], classes: Sequence[str] | None = None
 ) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels of several files, each of which numbers (int64 `[images]`, -1 for none) the names of its own.
-
-    Returns:
-        int64 `[images]`, or None where no image has a label; the names of all labels, default sorted, numbers
-        as numbers.
-    """
+    """Labels int64 `[images]`, or None where no image has one, and their names, default sorted, numbers as
+    numbers; of several files, each of which numbers (int64 `[images]`, -1 for none) the names of its own."""
     if classes is None:
         names = {name for _, own in parts for name in own if is_label(name)}
         classes = sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
