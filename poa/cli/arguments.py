@@ -57,6 +57,11 @@ def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
     return read
 
 
+def values(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """What options of these names got, as keyword arguments."""
+    return {name: getattr(options, name) for name in names}
+
+
 def add_subnets(command: Command, run: str = RUN_HELP, **subnets: Any) -> None:
     """Which run, and which of its subnets; `subnets` tells whether they have a default."""
     command.add_argument("run", metavar="RUN", help=run)

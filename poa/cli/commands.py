@@ -12,6 +12,7 @@ import torch
 
 from poa.checkpoint import RunFolder
 from poa.classifier import Classifier
+from poa.cli.arguments import values
 from poa.config import Config, with_data, with_run, with_teacher
 from poa.device import use_threads
 from poa.distributed import is_main_process
@@ -131,18 +132,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.run.startswith(TIMM) or (Path(options.run) / WEIGHTS).exists():
         _evaluate_model(options, require_protocols(chosen), folders)
         return
-    report = Run(options.run).evaluate(
-        options.subnets,
-        options.data,
-        protocols=chosen,
-        initial=options.initial,
-        branch=options.branch,
-        step=options.step,
-        device=options.device,
-        out=options.out,
-        plot=options.plot,
-        **folders,
-    )
+    given = values(options, "initial", "branch", "step", "device", "out", "plot") | folders
+    report = Run(options.run).evaluate(options.subnets, options.data, protocols=chosen, **given)
     if is_main_process():
         print(report.table(), *report.files, sep="\n")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from poa.cli.arguments import Command, add_weights, number
+from poa.cli.arguments import Command, add_weights, number, values
 from poa.data.layout import SOURCES
 from poa.data.loader import EVALUATION_BATCH
 from poa.distributed import is_main_process
@@ -72,17 +72,8 @@ def run_embed(options: argparse.Namespace) -> None:
         require_page(page, "--page")
     nearest = Nearest(options.query, options.neighbours) if options.query else None
     model = load(options.model, options.subnet, branch=options.branch, step=options.step)
-    report = embed(
-        model,
-        options.images,
-        out=options.out,
-        tokens=options.tokens,
-        nearest=nearest,
-        device=options.device,
-        workers=options.workers,
-        batch_size=options.batch_size,
-        threads=options.threads,
-    )
+    given = values(options, "out", "tokens", "device", "workers", "batch_size", "threads")
+    report = embed(model, options.images, nearest=nearest, **given)
     if is_main_process():
         print(report, options.out, sep="\n")
         if nearest and page:

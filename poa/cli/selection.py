@@ -7,7 +7,7 @@ import json
 import shlex
 from pathlib import Path
 
-from poa.cli.arguments import RUN_HELP, Command, add_subnets, add_weights, number
+from poa.cli.arguments import RUN_HELP, Command, add_subnets, add_weights, number, values
 from poa.data.layout import SOURCES
 from poa.drawing import require_drawable
 from poa.run import Run
@@ -53,17 +53,8 @@ def add_latency(group: argparse._SubParsersAction[Command]) -> None:
 
 
 def run_latency(options: argparse.Namespace) -> None:
-    table = Run(options.run).latency(
-        options.subnets,
-        sample=options.sample,
-        device=options.device,
-        threads=options.threads,
-        batch=options.batch,
-        image_size=options.image_size,
-        runtime=options.runtime,
-        seconds=options.seconds,
-        out=options.out,
-    )
+    names = ("sample", "device", "threads", "batch", "image_size", "runtime", "seconds", "out")
+    table = Run(options.run).latency(options.subnets, **values(options, *names))
     print(table, table.file, sep="\n")
 
 
@@ -128,19 +119,9 @@ def _milliseconds(text: str) -> tuple[str | None, float]:
 def run_select(options: argparse.Namespace) -> None:
     if options.plot:
         require_drawable(Path(options.plot), "--plot")
-    selection = Run(options.run).select(
-        options.data,
-        rank=options.rank,
-        cost=options.cost,
-        branch=options.branch,
-        step=options.step,
-        images=options.images,
-        device=options.device,
-        max_params=options.max_params,
-        max_flops=options.max_flops,
-        max_ms=dict(options.max_ms),
-        min_knn=options.min_knn,
-    )
+    names = ("rank", "cost", "branch", "step", "images", "device", "max_params", "max_flops", "min_knn")
+    given = values(options, *names) | {"max_ms": dict(options.max_ms)}
+    selection = Run(options.run).select(options.data, **given)
     if options.plot:
         selection.plot(options.plot)
     if options.json:

@@ -10,20 +10,11 @@ import torch
 from torch import Tensor
 
 from elastic_kernels import NEUTRAL_CROP, CropParameters, eval_crop
+from helpers.crops import LEVELS, noise, seeded
 from poa.data.augment import augment, draw_views, render
 from poa.data.crops import CropsConfig
 
-# Pixels come out as levels 0..255, and nothing but the crop happens.
-LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 OFF: dict[str, Any] = {"jitter": 0.0, "grayscale": 0.0, "blur": (0.0, 0.0, 0.0), "solarize": (0.0, 0.0, 0.0)}
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded(seed))
 
 
 def select(views: CropParameters, rows: slice) -> CropParameters:

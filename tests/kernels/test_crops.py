@@ -15,18 +15,7 @@ from torch import Tensor
 
 from elastic_kernels import NEUTRAL_CROP, CropParameters, eval_crop, render_crops
 from elastic_kernels.resample import filter_taps, resample_boxes, touched_pixels
-
-# Pixels come out as levels 0..255, and nothing but the crop happens.
-LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=seeded(seed))
+from helpers.crops import BRIGHTNESS, CONTRAST, LEVELS, SATURATION, neutral, noise, seeded
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -39,18 +28,7 @@ def from_pil(image: Image.Image) -> Tensor:
 
 def whole(count: int, size: int, **changes: Tensor) -> CropParameters:
     """Parameters that leave images of `size` pixels as they are, but for `changes`."""
-    off = torch.zeros(count, dtype=torch.bool)
-    neutral = CropParameters(
-        boxes=torch.tensor([[0, 0, size, size]]).repeat(count, 1),
-        flip=off,
-        jitter=off,
-        factors=torch.tensor([NEUTRAL_CROP]).repeat(count, 1),
-        order=torch.arange(4).repeat(count, 1),
-        grayscale=off,
-        sigma=torch.zeros(count),
-        solarize=off,
-    )
-    return dataclasses.replace(neutral, **changes)
+    return neutral([(0, 0, size, size)] * count, **changes)
 
 
 def render(images: Tensor, views: CropParameters, size: int, **options: Any) -> Tensor:

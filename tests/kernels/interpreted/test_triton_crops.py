@@ -18,37 +18,16 @@ import elastic_kernels.triton_ops.crops  # noqa: F401, registers the operators
 from elastic_kernels import backend
 from elastic_kernels.crops import CropParameters, crops_backend, render_crops
 from elastic_kernels.triton_ops.crops_table import GAIN
+from helpers.crops import HUE, LEVELS, neutral, noise
 from helpers.kernels.numerics import opcheck
 from poa.data.augment import draw_views, render
 from poa.data.crops import CropsConfig
 
-LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 0.35}  # levels, by the dtype between kernels
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 BOXES = {
     (20, 28): [(0, 0, 20, 28), (3, 7, 9, 6), (19, 27, 1, 1), (0, 20, 20, 8), (11, 0, 2, 28), (5, 5, 8, 8)],
     (40, 33): [(0, 0, 40, 33), (36, 1, 4, 32), (0, 0, 1, 1), (7, 9, 33, 3), (1, 2, 38, 30), (2, 3, 16, 16)],
 }
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def neutral(boxes: list[tuple[int, int, int, int]], **changes: Tensor) -> CropParameters:
-    """Parameters that only cut and resize, but for `changes`."""
-    count, off = len(boxes), torch.zeros(len(boxes), dtype=torch.bool)
-    views = CropParameters(
-        boxes=torch.tensor(boxes).view(-1, 4),
-        flip=off,
-        jitter=off,
-        factors=torch.tensor([[1.0, 1.0, 1.0, 0.0]]).repeat(count, 1),
-        order=torch.arange(4).repeat(count, 1),
-        grayscale=off,
-        sigma=torch.zeros(count),
-        solarize=off,
-    )
-    return dataclasses.replace(views, **changes)
 
 
 def fused(images: Tensor, views: CropParameters, size: int, blur_kernel: int = 9, **options: Any) -> Tensor:
