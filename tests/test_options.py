@@ -182,11 +182,6 @@ def test_first_difference() -> None:
     assert first_difference(a, b) == "method.optim.beta1: 0.9 against 0.8"
 
 
-def test_unknown_preset() -> None:
-    with pytest.raises(InputError, match="preset: expected one of quickstart"):
-        preset("vit-xxl")
-
-
 @pytest.mark.parametrize("values", [[], "text", 3, None])
 def test_what_is_no_object_is_one_line(values: Any) -> None:
     with pytest.raises(InputError, match="options: expected an object of options, got"):

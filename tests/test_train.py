@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,14 +214,6 @@ def test_a_run_goes_on_with_another_optimizer(kinds: tuple[str, str], tmp_path: 
     pretrain(rest, tmp_path / "parts", resume=True)
     whole, parts = (newest(tmp_path / name) for name in ("whole", "parts"))
     assert_same(parts["student"], whole["student"])
-
-
-def test_apex_where_it_is_not(tmp_path: Path) -> None:
-    if importlib.util.find_spec("apex") is not None:
-        pytest.skip("about an environment without apex")
-    with pytest.raises(InputError, match="expected NVIDIA's apex for 'apex', but it does not import"):
-        pretrain(tiny_config("performance.optimizer=apex"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_the_state_of_apexs_optimizer_is_refused(tmp_path: Path) -> None:

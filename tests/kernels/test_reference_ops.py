@@ -194,51 +194,29 @@ def test_autocast_with_fp32_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "words"),
+    ("call", "words"),
     [
-        (lambda: ek.elastic_linear(tensor(2, 49), tensor(4, C)), ValueError, "in in 1..48, got 49"),
-        (lambda: ek.elastic_linear(tensor(2, 8), tensor(4, C), out_features=5), ValueError, "1..4, got 5"),
-        (lambda: ek.elastic_linear(tensor(2, 8), tensor(4, C).float()), TypeError, "float32"),
-        (lambda: ek.elastic_linear(tensor(2, 8).long(), tensor(4, C)), TypeError, "int64"),
-        (
-            lambda: ek.elastic_linear(tensor(2, 8), tensor(4, C), activation="relu"),
-            ValueError,
-            "'silu', got 'relu'",
-        ),
-        (
-            lambda: ek.elastic_qkv(tensor(2, 8), tensor(4, C), None),
-            ValueError,
-            r"\[3 \* heads \* d, C\], got \(4, 48\)",
-        ),
-        (
-            lambda: ek.elastic_layer_norm(tensor(2, 8), tensor(C), None, 1e-6),
-            ValueError,
-            "weight and bias both or neither",
-        ),
         (
             lambda: ek.elastic_layer_norm(tensor(2, 49), tensor(C), tensor(C), 1e-6),
-            ValueError,
             "width in 1..48, got 49",
         ),
         (
             lambda: ek.elastic_linear_residual(tensor(2, 8), tensor(C, C), None, tensor(3, 8)),
-            ValueError,
             "3 rows of x, got 2",
         ),
-        (lambda: ek.packed_attention(tensor(4, 2, 3, 8), [(2, 2)]), ValueError, r"got \(4, 2, 3, 8\)"),
+        (lambda: ek.packed_attention(tensor(4, 2, 3, 8), [(2, 2)]), r"got \(4, 2, 3, 8\)"),
         (
             lambda: ek.packed_attention(tensor(4, 3, 3, 8), torch.tensor([0, 3])),
-            ValueError,
             r"rise from 0 to 4, got \[0, 3\]",
         ),
         (
             lambda: ek.packed_attention(tensor(4, 3, 3, 8), torch.tensor([0.0, 4.0])),
-            ValueError,
             r"int64 \[sequences \+ 1\] on cpu, got torch.float32 \[2\] on cpu",
         ),
-        (lambda: ek.packed_attention(tensor(4, 3, 3, 8), [(2, 3)]), ValueError, "cover 6 tokens, qkv has 4"),
+        (lambda: ek.packed_attention(tensor(4, 3, 3, 8), [(2, 3)]), "cover 6 tokens, qkv has 4"),
     ],
 )
-def test_wrong_use(call: Any, error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def test_wrong_sizes(call: Any, words: str) -> None:
+    """What else is refused is tried in `test_modules.py`."""
+    with pytest.raises(ValueError, match=words):
         call()
