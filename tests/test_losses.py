@@ -85,15 +85,6 @@ def test_centers_stay_without_rows() -> None:
     assert all(torch.equal(c, torch.ones_like(c)) for c in centers)
 
 
-def test_koleo_of_one_row_is_zero_with_zero_gradient() -> None:
-    x = torch.randn(1, 8, requires_grad=True)
-    loss = losses.koleo(x)
-    loss.backward()
-    assert loss.item() == 0
-    assert x.grad is not None
-    assert not x.grad.any()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_koleo_is_computed_in_float32(dtype: torch.dtype) -> None:
     x = torch.randn(6, 8).to(dtype)

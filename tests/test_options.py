@@ -15,7 +15,7 @@ from poa.config import Config
 from poa.errors import InputError
 from poa.optim import Schedules
 from poa.options import Interval, describe, first_difference, from_dict, override, to_dict
-from poa.presets import PRESETS, preset
+from poa.presets import preset
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,6 @@ def test_blur_must_fit_the_crops_it_is_used_on() -> None:
     assert override(preset("quickstart"), even).method.crops.blur_kernel == 4
     with pytest.raises(InputError, match="blur_kernel: expected an odd number below 48, got 4"):
         override(preset("quickstart"), ["method.crops.blur=0,1,0", *even])
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name: str) -> None:
-    config = preset(name)
-    assert from_dict(Config, to_dict(config)) == config
 
 
 def test_every_option_is_explained() -> None:

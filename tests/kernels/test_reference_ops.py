@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import elastic_kernels as ek
+from helpers.kernels.numerics import poisoned
 
 C, HIDDEN = 48, 192
 WIDTHS = [16, 32, 48]
@@ -19,13 +20,6 @@ WIDTHS = [16, 32, 48]
 def tensor(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
-def poisoned(active: Tensor, *shape: int) -> Tensor:
-    """A tensor that is NaN outside its leading corner, which must be all that is read."""
-    full = torch.full(shape, math.nan, dtype=active.dtype)
-    full[tuple(slice(0, n) for n in active.shape)] = active
-    return full.requires_grad_()
 
 
 def assert_corner_gradient(full: Tensor, corner: tuple[int, ...]) -> None:

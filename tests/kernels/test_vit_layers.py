@@ -5,19 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import elastic_kernels as ek
-from helpers.kernels.numerics import draw
+from helpers.kernels.numerics import draw, poisoned
 
 C, DIM = 24, 8
-
-
-def poisoned(active: Tensor, *shape: int) -> Tensor:
-    """NaN outside of its leading corner, which must be all that is read."""
-    full = torch.full(shape, torch.nan, dtype=torch.float64)
-    full[tuple(slice(0, n) for n in active.shape)] = active
-    return full.requires_grad_()
 
 
 @pytest.mark.parametrize("gather", [False, True])

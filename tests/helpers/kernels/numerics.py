@@ -22,6 +22,13 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
+def poisoned(active: Tensor, *shape: int) -> Tensor:
+    """A leaf that is NaN outside of its leading corner, which must be all that is read."""
+    full = torch.full(shape, torch.nan, dtype=active.dtype)
+    full[tuple(slice(0, n) for n in active.shape)] = active
+    return full.requires_grad_()
+
+
 def poison_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what `torch.empty` allocates with NaN: kernels must write all of it."""
     empty = torch.empty
