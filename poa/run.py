@@ -26,9 +26,9 @@ from poa.initialization import in_order_of, initial_config
 from poa.metrics import Callback
 from poa.options import differences, override
 from poa.report import curves_of, evaluations, summary
-from poa.selection import Budgets, LatencyTable, Selection
+from poa.selection.latency import LatencyTable
 from poa.selection.quality import Weights, agreement_quality, knn_quality
-from poa.selection.select import known_costs, measure_run, select
+from poa.selection.select import Budgets, Selection, known_costs, measure_run, select
 from poa.subnets import Subnet
 from poa.table import Table
 

@@ -15,9 +15,9 @@ from helpers.commands import contents, fails
 from poa.__main__ import main
 from poa.errors import InputError
 from poa.presets import PRESETS, preset
-from poa.selection import Candidate, Cost, LatencyTable, Setting, choose
 from poa.selection.agreement import linear_cka, rankme
-from poa.selection.latency import Latency, fewest_sampled, interpolated, sampled
+from poa.selection.choice import Candidate, Cost, choose
+from poa.selection.latency import Latency, LatencyTable, Setting, fewest_sampled, interpolated, sampled
 from poa.selection.runtimes import CALLS, QUIET, WARM, interleaved
 from poa.subnets import SearchSpace, Subnet
 

@@ -11,8 +11,8 @@ from poa.cli.arguments import RUN_HELP, Command, add_subnets, add_weights, numbe
 from poa.data.layout import SOURCES
 from poa.drawing import require_drawable
 from poa.run import Run
-from poa.selection import RUNTIMES
 from poa.selection.choice import size_of
+from poa.selection.runtimes import RUNTIMES
 
 
 def add_latency(group: argparse._SubParsersAction[Command]) -> None:

@@ -34,8 +34,7 @@ from poa.data.sources import open_data
 from poa.errors import InputError
 from poa.evaluate import evaluation_file
 from poa.report import evaluations, summary
-from poa.selection import LatencyTable, Setting
-from poa.selection.latency import Latency
+from poa.selection.latency import Latency, LatencyTable, Setting
 from poa.selection.quality import Weights, knn_quality
 from poa.subnets import Subnet
 

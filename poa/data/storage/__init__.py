@@ -4,24 +4,20 @@ Tables of names and offsets are flat arrays, which the forks of a loader share, 
 """
 
 from poa.data.storage.array import Arrays, load_digits
-from poa.data.storage.base import EXTENSIONS, Opened, Storage, Strings
+from poa.data.storage.base import EXTENSIONS, Opened, Storage
 from poa.data.storage.dataset import open_dataset
 from poa.data.storage.folder import Files, read_folder, read_list
-from poa.data.storage.parquet import Parquet, open_parquet
+from poa.data.storage.parquet import open_parquet
 from poa.data.storage.remote import Place, Url, is_url, list_urls
-from poa.data.storage.tar import Shards, ShardTable, list_shard, open_shards
+from poa.data.storage.tar import list_shard, open_shards
 
 __all__ = [
     "EXTENSIONS",
     "Arrays",
     "Files",
     "Opened",
-    "Parquet",
     "Place",
-    "ShardTable",
-    "Shards",
     "Storage",
-    "Strings",
     "Url",
     "is_url",
     "list_shard",
