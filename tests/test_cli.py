@@ -261,14 +261,14 @@ def test_one_grammar() -> None:
     (group,) = (a for a in _parser([])._actions if isinstance(a, argparse._SubParsersAction))
     work = (
         "quickstart subnets data memory warmup loader pretrain finetune report evaluate latency select"
-        " extract embed pictures"
+        " extract embed pairs pictures"
     )
     assert list(group.choices) == work.split()
     about_data = group.choices["data"]._actions[1].choices.items()
     for name, command in [*about_data, *((n, c) for n, c in group.choices.items() if n != "data")]:
         unnamed = [a.dest for a in command._actions if not a.option_strings]
         assert [dest for dest in unnamed if dest != "overrides"] in (
-            ["run"], ["path"], ["model", "images"], []
+            ["run"], ["path"], ["model", "images"], ["features"], []
         ), name  # fmt: skip
         reads_a_run = name in ("subnets", *work.split()[7:13], "pictures")
         assert ("run" in unnamed) == reads_a_run

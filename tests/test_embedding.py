@@ -17,6 +17,7 @@ from helpers import processes
 from helpers.collections_of_images import write_folder
 from helpers.commands import fails
 from poa.__main__ import main
+from poa.embedding.pairs import similar_pairs
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,52 @@ def test_neighbours_of_a_query(trained: Path, images: Path, tmp_path: Path) -> N
     similarity = cls @ cls[embeddings.names.index(query)]
     order = [embeddings.names[i] for i in similarity.argsort(descending=True)]
     assert [neighbour.name for neighbour in nearest.neighbours[0]] == order
+
+
+def test_pairs_are_those_of_all_similarities(
+    trained: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of blocks of any size; an image that lies there twice is found, within a collection and across two."""
+    monkeypatch.setattr("poa.embedding.pairs.BLOCK", 3)
+    shutil.copytree(images, tmp_path / "images")
+    first, second = names_of(tmp_path / "images")[1:3]
+    shutil.copy(first, Path(first).with_name("copy" + Path(first).suffix))
+    embedded = poa.embed(poa.load(trained), tmp_path / "images", workers=0)
+    x, count = torch.nn.functional.normalize(torch.from_numpy(embedded["cls"]), dim=1), embedded.count
+    cosines = x @ x.T
+    within = similar_pairs(embedded["cls"], None, 0.9, 99, torch.device("cpu"))
+    expected = {(i, j) for i in range(count) for j in range(i + 1, count) if cosines[i, j] >= 0.9}
+    assert {tuple(pair) for pair in within.positions.tolist()} == expected and within.total == len(expected)
+    torch.testing.assert_close(within.similarity, cosines[tuple(within.positions.T)])
+    across = similar_pairs(embedded["cls"][:5], embedded["cls"], 0.9, 4, torch.device("cpu"))
+    assert across.total == int((cosines[:5] >= 0.9).sum()) and len(across.positions) == 4
+    torch.testing.assert_close(across.similarity, cosines[:5].flatten().sort(descending=True).values[:4])
+    rows = {}
+    for ending in ("npy", "npz", "parquet"):
+        features, out, page = (str(tmp_path / f"f.{kind}") for kind in (ending, "pairs.json", "html"))
+        poa.embed(poa.load(trained), tmp_path / "images", workers=0, out=features)
+        command = ["pairs", features, "--similarity", "0.99999", "--out", out]
+        assert main([*command, "--page", page]) == 0
+        rows[ending] = json.loads(Path(out).read_text())["pairs"]
+        assert Path(page).read_text().count("<img") == 2 * len(rows[ending])
+    copy = str(Path(first).with_name("copy" + Path(first).suffix))
+    assert {first, copy} in [{row["first"], row["second"]} for row in rows["npy"]]
+    assert rows["npy"] == rows["npz"] == rows["parquet"]
+    assert (
+        main(["pairs", features, "--others", features, "--out", str(tmp_path / "f.csv"), "--most", "2"]) == 0
+    )
+    assert len((tmp_path / "f.csv").read_text().splitlines()) == 3
+    for arguments, message in (
+        ([features, "--out", "f.txt"], "--out: expected a name that ends in .csv or .json, got f.txt"),
+        (["none.npz", "--out", "f.csv"], "none.npz: expected features cls of poa embed"),
+        ([features, "--token", "mean", "--out", "f.csv"], "expected features mean of poa embed"),
+        ([second, "--out", "f.csv"], "one row for each image, got a damaged or foreign one"),
+    ):
+        assert message in fails(capsys, "pairs", *arguments)
 
 
 @pytest.mark.parametrize(

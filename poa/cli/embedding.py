@@ -1,4 +1,4 @@
-"""The command `poa embed`."""
+"""The commands `poa embed` and `poa pairs`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 from poa.cli.arguments import Command, add_weights, number, values
 from poa.data.layout import SOURCES
 from poa.data.loader import EVALUATION_BATCH
+from poa.data.summary import EXAMPLES, printable
+from poa.device import choose_device
 from poa.distributed import is_main_process
 from poa.embedding import TOKENS, embed
 from poa.embedding.nearest import Nearest, require_page
+from poa.embedding.pairs import pair_rows, pairs_page, read_features, similar_pairs, write_pairs
 from poa.errors import InputError
 from poa.export import load
+from poa.files import require_json, require_writable, write_text
 
 
 def add_embed(group: argparse._SubParsersAction[Command]) -> None:
@@ -79,3 +83,76 @@ def run_embed(options: argparse.Namespace) -> None:
         if nearest and page:
             nearest.write(page)
             print(page)
+
+
+def add_pairs(group: argparse._SubParsersAction[Command]) -> None:
+    command = group.add_parser(
+        "pairs", help="list near-duplicates by features: pairs of one collection, or copies across two"
+    )
+    command.add_argument("features", metavar="FEATURES", help="file of poa embed: .npy, .npz or .parquet")
+    command.add_argument(
+        "--others", metavar="FEATURES", help="file of another collection: find copies in it instead"
+    )
+    command.add_argument("--out", required=True, help="list of the pairs, most similar first: .csv or .json")
+    command.add_argument(
+        "--similarity",
+        type=number(float, "[-1, 1]"),
+        default=0.98,
+        help="lowest cosine similarity of a pair (default: %(default)s)",
+    )
+    command.add_argument(
+        "--most",
+        type=number(int, "[1, 1e7]"),
+        default=10_000,
+        help="pairs that are listed, the most similar (default: %(default)s)",
+    )
+    command.add_argument("--page", help="page (.html) that shows the pairs")
+    command.add_argument(
+        "--shown",
+        type=number(int, "[1, 10000]"),
+        default=200,
+        help="pairs on the --page, the most similar (default: %(default)s)",
+    )
+    command.add_argument(
+        "--token", choices=("cls", "mean"), default="cls", help="features that are compared (default: cls)"
+    )
+    command.add_argument("--device", default="auto", help="device to compute on: auto, cpu, cuda or cuda:N")
+    command.set_defaults(command=run_pairs)
+
+
+def run_pairs(options: argparse.Namespace) -> None:
+    out, page = Path(options.out), Path(options.page) if options.page else None
+    if out.suffix not in (".csv", ".json"):
+        raise InputError(f"--out: expected a name that ends in .csv or .json, got {out}")
+    if out.suffix == ".json":
+        require_json(out, "--out", "pairs")
+    require_writable(out, "--out")
+    if page:
+        require_page(page, "--page")
+    first = read_features(Path(options.features), options.token)
+    second = read_features(Path(options.others), options.token) if options.others else first
+    if first.about["model"] != second.about["model"]:
+        raise InputError(f"pairs: expected features of one model, got another one in {options.others}")
+    others = second.features if options.others else None
+    device = choose_device(options.device)
+    pairs = similar_pairs(first.features, others, options.similarity, options.most, device)
+    rows = pair_rows(pairs, first, second)
+    about = {
+        "features": [options.features, options.others or options.features],
+        "data": [file.about["data"] for file in (first, second)],
+        "token": options.token,
+        "similarity": options.similarity,
+        "total": pairs.total,
+    }
+    html = pairs_page(rows[: options.shown], first, second) if page else ""
+    write_pairs(out, rows, about)
+    if page:
+        write_text(page, html)
+    alike = len({row["first"] for row in rows})
+    print(
+        f"near-duplicates: {pairs.total:,} pairs with a cosine similarity of {options.similarity:g} or more, "
+        f"{len(rows):,} of them listed, of {alike:,} of {len(first.names):,} images"
+    )
+    for row in rows[:EXAMPLES]:
+        print(f"  {printable(row['first'])} is like {printable(row['second'])} ({row['similarity']:.3f})")
+    print(*(path for path in (out, page) if path), sep="\n")

@@ -14,7 +14,7 @@ from poa.backbones import CONFIGS
 from poa.cli import commands
 from poa.cli.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, add_weights, number
 from poa.cli.data_check import add_data
-from poa.cli.embedding import add_embed
+from poa.cli.embedding import add_embed, add_pairs
 from poa.cli.finetune import add_finetune
 from poa.cli.pictures import add_pictures
 from poa.cli.selection import add_latency, add_select
@@ -237,6 +237,7 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
     add_select(group)
     _add_extract(group)
     add_embed(group)
+    add_pairs(group)
     add_pictures(group)
 
 
