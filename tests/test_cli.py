@@ -73,7 +73,7 @@ def pretrain(out: Path, *arguments: str) -> list[str]:
         (["data.source="], "data.source: expected digits, or where the images are, got ''"),
         (
             ["--resume", "somewhere"],
-            "--resume: expected no --preset, --config, --init, --out or --auto-resume",
+            "--resume: expected no --preset, --config, --init, --teacher, --out or --auto-resume",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
