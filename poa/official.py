@@ -117,7 +117,7 @@ def _config(converted: Mapping[str, Tensor], name: str, head_dim: int, norm_grou
 
 def of_branch(content: Any, branch: str, name: str) -> dict[str, Tensor]:
     """The parameters of one branch's backbone, `backbone.` stripped."""
-    for key in (branch, "model"):
+    for key in (branch, "model", "state_dict"):
         if isinstance(content, Mapping) and key in content:
             content = content[key]
     if not isinstance(content, Mapping):

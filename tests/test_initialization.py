@@ -122,12 +122,20 @@ def test_models_of_timm_compute_the_same(family: str, tmp_path: Path) -> None:
         if family == "eva02":
             assert str(source).endswith("so its class token may know little")
             seen = at_source.mean_pool(got)
-            folder = extract(at_source, at_source.space.intact, tmp_path / "models", config.method.crops)
+            ends = at_source.space.smallest, at_source.space.intact
+            _, folder = (extract(at_source, s, tmp_path / "models", config.method.crops) for s in ends)
             same_features(read_source(str(folder)).backbone, source.backbone)
             save_file(model.state_dict(), tmp_path / "eva.safetensors")
             with pytest.raises(InputError, match="expected weights whose names tell the position embedding"):
                 read_source(str(tmp_path / "eva.safetensors"), config.method.backbone)
     assert float((seen - expected).abs().max()) < 1e-5
+    order = random_order(at_source, torch.Generator().manual_seed(0)).applied(at_source)
+    with torch.no_grad():
+        assert float((order([images])[0].cls.sort().values - got.cls.sort().values).abs().max()) < 1e-5
+        for network in (at_source, order):
+            prefix, alone = network.space.smallest, network.to_static(network.space.smallest)
+            (inside,), (sliced,) = network([images], prefix), alone([images])
+            assert float((inside.cls - sliced.cls).abs().max()) < 1e-5
     backbone = initial_network(config).backbone
     assert backbone.config.image_size == config.method.crops.global_size == 224
     assert config.method.crops.mean == model.pretrained_cfg["mean"]
@@ -238,6 +246,16 @@ def test_wrong_files(models: Path, tmp_path: Path) -> None:
         state | {"norm.bias": torch.full((32,), float("nan"))}, "norm.bias: expected finite weights, got NaN"
     )
     refused({"weights": torch.zeros(2)}, "expected weights of a ViT, Swin or ResNet, got none of")
+    nested = tmp_path / "nested.pth"
+    torch.save({"epoch": 1, "state_dict": state}, nested)
+    assert str(read_source(str(nested), hints).backbone.space.intact) == "32x2"
+    torch.save({"epoch": 1, "weights": state}, nested)
+    with pytest.raises(InputError, match="nested.pth: epoch: expected a tensor, got int"):
+        read_source(str(nested), hints)
+    (tmp_path / "empty").mkdir()
+    shutil.copy(models / "vit-32x2" / "config.json", tmp_path / "empty")
+    with pytest.raises(InputError, match="model.safetensors: expected a file of weights, got no such file"):
+        read_source(str(tmp_path / "empty"))
     file.write_bytes(b"no safetensors")
     with pytest.raises(InputError, match="expected a complete file of weights only"):
         read_source(str(file))

@@ -20,6 +20,7 @@ UNITS = {
     "head_dim": ("min_width", "max_width"),
     "norm_groups": ("min_width", "max_width", "base_width"),
 }
+PIXELS = ("global_size", "local_size", "mean", "std")  # of crops, which the weights of a run are used to
 KEPT = ("drop_path", "drop_path_uniform", "sampling_scale", "mask_scale")  # options that no weights decide
 
 
@@ -48,7 +49,9 @@ def initial_config(
         return override(config, overrides)
     init = InitConfig(weights)
     if is_run(weights):
-        backbone, crops = RunFolder(Path(weights)).config().method.backbone, config.method.crops
+        theirs = RunFolder(Path(weights)).config().method
+        backbone, pixels = theirs.backbone, {name: getattr(theirs.crops, name) for name in PIXELS}
+        crops = dataclasses.replace(config.method.crops, **pixels)
     else:
         source = read_source(weights, override(config, _hints(overrides)).method.backbone)
         backbone, crops = _following(source, config.method)

@@ -108,6 +108,8 @@ def read_source(name: str, hints: BackboneConfig | None = None) -> Source:
         source, reference = _of_file(name, hints or ViTConfig())
     elif not (path / CONFIG).is_file():
         raise InputError(f"{name}: expected the folder of a run or of a model, got no {CONFIG} in it")
+    elif not (path / WEIGHTS).is_file():
+        raise InputError(f"{path / WEIGHTS}: expected a file of weights, got no such file")
     elif "poa" in read_json(path / CONFIG, f"{name}: expected the JSON file of a model"):
         source, reference = _of_extracted(name)
     else:
@@ -299,6 +301,8 @@ def _our_name(name: str) -> str:
 
 def _require_floats(state: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(f"{name}: {key}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in FLOATS:
             raise InputError(
                 f"{name}: {key}: expected one of {', '.join(map(str, FLOATS))}, got {tensor.dtype}"
