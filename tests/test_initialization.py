@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers import golden_cases as golden
-from helpers.tiny import MODERN, SHORT, tiny_config, tiny_pyramid
+from helpers.pretrained import random_weights, same_features
+from helpers.tiny import SHORT, tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.backbones import Backbone
 from poa.backbones.positions import positions_of_grid
@@ -22,12 +23,11 @@ from poa.checkpoint import RunFolder, read_checkpoint
 from poa.errors import DivergenceError, InputError
 from poa.export import extract
 from poa.initialization import initial_config, read_source
-from poa.initialization.orders import ResNetOrder, ViTOrder, random_order
+from poa.initialization.orders import random_order
 from poa.official import load_backbone
 from poa.options import override
 from poa.report import curves_of
 from poa.step import initial_network
-from poa.subnets import Subnet
 from poa.train import pretrain
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
@@ -89,14 +89,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         backbone = random_weights(config.method.backbone.build())
         extract(backbone, backbone.space.intact, folder, config.method.crops)
     return folder
-
-
-def random_weights(network: Any) -> Any:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return network.eval()
 
 
 def of_timm(folder: Path, architecture: str, arguments: dict[str, Any]) -> Any:
@@ -193,12 +185,6 @@ def test_extracted_models(kind: str, models: Path) -> None:
     same_features(backbone, read_source(str(models / kind)).backbone)
 
 
-def same_features(a: Backbone, b: Backbone) -> None:
-    images = torch.randn(2, 3, a.config.image_size, a.config.image_size)
-    with torch.no_grad():
-        torch.testing.assert_close(a([images])[0].patches, b([images])[0].patches, rtol=0, atol=1e-5)
-
-
 def test_files(models: Path, tmp_path: Path) -> None:
     """One with timm's names and a classifier, at another size; and an official checkpoint."""
     state = load_file(models / "vit-32x2" / "model.safetensors")
@@ -268,69 +254,6 @@ def test_wrong_files(models: Path, tmp_path: Path) -> None:
         read_source(str(tmp_path))
     with pytest.raises(InputError, match="max_width: expected a multiple of head_dim 64, got 32"):
         read_source(str(models / "vit-32x2" / "model.safetensors"))
-
-
-@pytest.mark.parametrize("design", [[], MODERN, ["positions=learned-axial", "axial_grid=5"]])
-def test_sorting_changes_nothing_but_the_order(design: list[str]) -> None:
-    vit: Any = random_weights(
-        tiny_config("registers=2", "layer_scale=1", "max_depth=4", *design).method.backbone.build()
-    )
-    order: Any = random_order(vit, torch.Generator().manual_seed(3))
-    result: Any = order.applied(vit)
-    images = torch.randn(2, 3, 24, 24)
-    with torch.no_grad():
-        (before,), (after,) = vit([images]), result([images])
-    for a, b in ((before.cls, after.cls), (before.patches, after.patches)):
-        assert float((a[..., order.channels] - b).abs().max()) < 1e-5
-    assert result.config.active(Subnet(16, 2)) == sorted(order.blocks[:2])
-    with pytest.raises(InputError, match="block_order: expected each of 0..3 once, got "):
-        replace(vit.config, block_order=(0, 1, 2))
-
-
-def test_a_sorted_resnet_computes_the_same_and_keeps_what_matters() -> None:
-    """Groups of its norms and blocks that have no effect come last, the first block of a stage never."""
-    resnet: Any = random_weights(tiny_pyramid("resnet", "max_depths=1,2,3").method.backbone.build())
-    groups, block = resnet.config.norm_groups, resnet.layer2[1]
-    with torch.no_grad():
-        block.conv2.weight[:, :4] = 0  # of 64 channels in 8 groups: half of the first
-        block.conv3.weight[:, 8:16] = 0
-        for parameter in resnet.layer3[1].norm3.parameters():
-            parameter.zero_()
-    images = [torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    order: Any = ResNetOrder.taylor(resnet, images, torch.Generator().manual_seed(0))
-    size = block.conv2.in_channels // groups
-    assert order.blocks == [0, 0, 1, 0, 2, 1] and sorted(order.second[2][-size:]) == list(range(8, 16))
-    place = order.first[2].index(4)
-    assert set(order.first[2][place : place + size]) & {0, 1, 2, 3} and place % size < size // 2
-    for chosen in (order, random_order(resnet, torch.Generator().manual_seed(3))):
-        same_features(resnet, chosen.applied(resnet))
-    config, shallow = order.applied(resnet).config, Subnet(32, (1, 1, 2))
-    assert [config.active(shallow, stage) for stage in range(3)] == [[0], [0], [0, 2]]
-    assert config.of_one_size(shallow).block_order == ()
-    with pytest.raises(InputError, match="block_order: expected all blocks of stages .* 0 as the first, got"):
-        replace(resnet.config, block_order=(0, 1, 0, 0, 1, 2))
-
-
-def test_what_is_unused_comes_last() -> None:
-    """A block, heads, hidden units and channels without effect have the least importance."""
-    vit: Any = random_weights(tiny_config("layer_scale=1", "max_depth=4").method.backbone.build())
-    with torch.no_grad():
-        for scale in (vit.blocks[2].ls1, vit.blocks[2].ls2):
-            scale.gamma.zero_()
-        vit.blocks[0].attn.proj.weight[:, :16] = 0
-        vit.blocks[1].mlp.fc2.weight[:, 5] = 0
-        writers = [s.gamma for block in vit.blocks for s in (block.ls1, block.ls2)]
-        for weight in (
-            vit.cls_token.permute(2, 0, 1),
-            vit.pos_embed.permute(2, 0, 1),
-            *vit.patch_embed.proj.parameters(),
-            *writers,
-        ):
-            weight[:4] = 0
-    images = [torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    order: Any = ViTOrder.taylor(vit, images, torch.Generator().manual_seed(0))
-    assert order.blocks[-1] == 2 and order.heads[0] == [1, 0] and order.hidden[1][-1] == 5
-    assert set(order.channels[-4:]) == {0, 1, 2, 3}
 
 
 def test_a_run_resumes_as_if_never_interrupted(
