@@ -46,16 +46,11 @@ def _problem(
     whole: Callable[[Padded, M, Tensor], Tensor],
     cost: tuple[int, float, float],
 ) -> Problem:
-    """A module's.
+    """A module's, that of the largest network: ours on rows and their widths, naively sliced on rows of one
+    width, whole by masks on all rows.
 
-    Args:
-        op, device, sizes, groups, width: of the problem.
-        module: of the largest network.
-        ours: on rows and their widths.
-        sliced: naive, on rows of one width.
-        whole: on all rows, by masks.
-        cost: entries of its products in squares of the width, and elements that forward and backward move of
-            each row in widths.
+    The cost is entries of its products in squares of the width, and elements that forward and backward move
+    of each row in widths.
     """
     largest = sizes.largest
     parts = list(_parts(groups, width, largest))

@@ -191,12 +191,8 @@ def average_precisions(
 ) -> dict[str, float]:
     """`{"AP": 0..1, "AP50": 0..1, "AP75": 0..1}` by COCO's rules, computed by faster-coco-eval.
 
-    Args:
-        truth: of `CocoImages`.
-        predictions: with `image_id`, `category_id`, `score` and `bbox` `[x, y, width, height]`, or
-            `segmentation` as run lengths.
-        kind: bbox or segm.
-        images: ids of those that count.
+    Of the images with these ids; predictions have `image_id`, `category_id`, `score` and `bbox`
+    `[x, y, width, height]`, or, of the kind segm, `segmentation` as run lengths.
     """
     if not predictions:
         return dict.fromkeys(("AP", "AP50", "AP75"), 0.0)

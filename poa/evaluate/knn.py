@@ -40,19 +40,14 @@ def knn_accuracy(
     temperature: float = TEMPERATURE,
     device: torch.device | None = None,
 ) -> dict[int, float]:
-    """Top-1 accuracy of weighted k-NN for several k.
+    """Top-1 accuracy of weighted k-NN for several k, `{k: accuracy in 0..1}`.
 
     Args:
-        bank: `[N, C]` features of labelled images.
-        bank_labels: int64 `[N]`.
-        queries: `[M, C]` features to classify.
-        query_labels: int64 `[M]`.
+        bank, bank_labels: `[N, C]` features of labelled images, and int64 `[N]`.
+        queries, query_labels: the same of `M` images to classify.
         neighbours: values of k; a k above N counts all N.
         temperature: of the weights.
         device: to compute on, which holds a part of the bank at a time; default that of the features.
-
-    Returns:
-        `{k: accuracy in 0..1}`.
 
     Raises:
         InputError: no features, or different numbers of features and labels.

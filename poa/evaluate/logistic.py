@@ -21,17 +21,10 @@ MOST_ITERATIONS = 300
 
 
 def logistic_accuracy(train: Labelled, queries: Labelled, seed: int) -> dict[str, float]:
-    """Top-1 accuracy of queries by logistic regression.
+    """`{"accuracy": 0..1, "C": the chosen one}` of queries by logistic regression; both have features `[N,
+    C]` and labels. The seed chooses held-out images.
 
-    Args:
-        train, queries: features `[N, C]` and labels.
-        seed: of the choice of held-out images.
-
-    Returns:
-        `{"accuracy": 0..1, "C": the chosen one}`.
-
-    Raises:
-        InputError: fewer than two classes, or no scikit-learn.
+    Raises InputError: fewer than two classes, or no scikit-learn.
     """
     linear = optional_package("sklearn.linear_model", "evaluate")
     selection = optional_package("sklearn.model_selection", "evaluate")

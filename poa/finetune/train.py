@@ -90,13 +90,8 @@ def finetune(
 def resume(out: Path, config: Config | None = None, openers: Openers | None = None) -> None:
     """Go on with a run of fine-tuning from its newest checkpoint.
 
-    Args:
-        out: its folder.
-        config: its configuration, where its images have another name now.
-        openers: how to open the images, where the configuration does not name a place.
-
-    Raises:
-        InputError: there is none.
+    Its configuration is given where its images have another name now, `openers` where they have none. Raises
+    InputError: there is no checkpoint.
     """
     _run(config or RunFolder(out).config(), None, out, None, openers)
 

@@ -38,17 +38,9 @@ R2 = (0.7548776662466927, 0.5698402909980532)  # 1/p and 1/p^2 of p^3 = p + 1
 
 @dataclass(frozen=True)
 class Setting:
-    """What a latency depends on, besides the subnet.
-
-    Attributes:
-        device: `cpu` or `cuda`, or a GPU's own name in PyTorch.
-        machine: name of the CPU or GPU.
-        threads: CPU threads of PyTorch.
-        batch: images of a call.
-        image_size: pixels.
-        runtime: one of `RUNTIMES`.
-        version: of PyTorch or onnxruntime.
-    """
+    """What a latency depends on, besides the subnet: the device, `cpu`, `cuda` or a GPU's own name in
+    PyTorch; the name of the machine's CPU or GPU; CPU threads of PyTorch; images and pixels of a call; one of
+    `RUNTIMES`, and the version of PyTorch or onnxruntime."""
 
     device: str
     machine: str

@@ -64,10 +64,7 @@ class Selection:
     """The best subnet of a run within budgets, and the others; shows itself as a table.
 
     Attributes:
-        run: its folder.
-        choice: which is the best, and which are dominated.
         costs: what subnets cost, that of the Pareto front first.
-        quality: what they are worth.
         tables: the latency tables among the costs.
         left_out: subnets without a latency or an accuracy.
     """

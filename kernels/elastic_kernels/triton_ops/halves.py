@@ -63,14 +63,11 @@ def trains(ctx: Any, spec: HalfSpec) -> bool:
 class BranchGradient:
     """What the branch of a half-block takes of the stream's gradient; left by the half-block that makes that.
 
-    So it costs no pass of its own over the stream, if that gradient comes as it was made.
+    So it costs no pass of its own over the stream, if that gradient comes as it was made. What is `left` are
+    the stream's gradient and its version, and what `branch_gradient` makes of it.
 
-    Attributes:
-        places, scale: of the tokens that take part, as of `KeptRows`; None of all.
-        rows: that take part.
-        dtype: of the products.
-        wants_sums: for a bias.
-        left: the stream's gradient and its version, and what `branch_gradient` makes of it.
+    Attributes: places, scale: of the tokens that take part, as of `KeptRows`; None of all. rows, dtype: how
+    many take part, in which dtype of products. wants_sums: for a bias.
     """
 
     places: Tensor | None
