@@ -192,6 +192,13 @@ def predict(options: argparse.Namespace) -> None:
     print(*lines, json.dumps(summary), sep="\n")
 
 
+def trade(options: argparse.Namespace) -> None:
+    from benchmarks.prediction import options as benchmark
+
+    lines, summary = benchmark.run(*_planned(options))
+    print(*lines, json.dumps(summary), sep="\n")
+
+
 def _planned(options: argparse.Namespace) -> tuple[Config, Subnet]:
     """The step that options of `_launches` describe."""
     torch.set_num_threads(1)
@@ -230,16 +237,14 @@ def report(options: argparse.Namespace) -> None:
 COMMANDS = {
     "kernels": (kernels, "measure operators against other implementations"),
     "step": (step, "measure the training step against naive slicing, compiled slicing and the official code"),
-    "networks": (
-        networks,
-        "measure subnets as networks against naive slicing and static networks of their size",
-    ),
+    "networks": (networks, "measure subnets against naive slicing and static networks of their size"),
     "quality": (quality, "measure k-NN accuracy of the teacher's subnets against wall time"),
     "sampling": (sampling, "measure how long ranks wait for each other, by policy of sampling subnets"),
     "profile": (profile, "list the twenty kernels of a step that take longest"),
     "roofline": (print_roofline, "print the cost model: FLOPs, bytes and lower bound of the time of a step"),
     "launches": (launches, "count the launches of a step by kind, and time its host code, without a GPU"),
     "predict": (predict, "predict the time of a step's kernels from their compiled code, without a GPU"),
+    "options": (trade, "predict what options of performance trade: time and memory of a step, without a GPU"),
     "gpu": (gpu, "run everything that needs a GPU, most valuable parts first"),
     "report": (report, "write the tables and plots of the README from the rows"),
 }
@@ -386,6 +391,7 @@ OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
     "roofline": (_step, _gpu_name),
     "launches": (_launches,),
     "predict": (_launches, _gpu_name),
+    "options": (_launches,),
     "gpu": (_gpu, _official, _widths),
     "report": (_report,),
 }

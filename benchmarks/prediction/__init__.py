@@ -30,17 +30,30 @@ RESOURCES = ("tensor", "mufu", "fma", "alu", "lsu", "issue", "latency", "memory"
 LEAST = 5e-5  # seconds of a step, of a kernel that has a line
 
 
-def step_costs(config: Config, elastic: Subnet, gpu: Gpu) -> list[Cost]:
-    """Costs of a step by kernel and form, and by operator, the largest first."""
+def step_costs(config: Config, elastic: Subnet, gpus: Sequence[Gpu]) -> list[list[Cost]]:
+    """Costs of a step on each GPU, by kernel and form, and by operator, the largest first."""
     kernels, operators = record(config, elastic)
     binaries = list({kernel.binary: None for kernel in kernels})
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         compiled = dict(zip(binaries, pool.map(Compiled.of, binaries, chunksize=2), strict=True))
-    kernel_costs = [kernel_cost(k, count, compiled[k.binary], gpu) for k, count in Counter(kernels).items()]
-    costs: dict[tuple[str, str], Cost] = {}
-    for cost in [*kernel_costs, *(operator_cost(operator, gpu) for operator in operators)]:
-        costs.setdefault((cost.name, cost.form), Cost(cost.name, cost.form)).add(cost)
-    return sorted(costs.values(), key=lambda cost: -cost.seconds)
+    counts = Counter(kernels).items()
+    return [
+        _by_form(
+            [
+                *(kernel_cost(kernel, count, compiled[kernel.binary], gpu) for kernel, count in counts),
+                *(operator_cost(operator, gpu) for operator in operators),
+            ]
+        )
+        for gpu in gpus
+    ]
+
+
+def _by_form(costs: Sequence[Cost]) -> list[Cost]:
+    """Sums of those of one name and form."""
+    sums: dict[tuple[str, str], Cost] = {}
+    for cost in costs:
+        sums.setdefault((cost.name, cost.form), Cost(cost.name, cost.form)).add(cost)
+    return sorted(sums.values(), key=lambda cost: -cost.seconds)
 
 
 def run(config: Config, elastic: Subnet, gpu: str) -> tuple[list[str], dict[str, Any]]:
@@ -49,7 +62,7 @@ def run(config: Config, elastic: Subnet, gpu: str) -> tuple[list[str], dict[str,
     Returns:
         Lines of a table, and a summary: milliseconds of a step, and images/s.
     """
-    costs, method = step_costs(config, elastic, KNOWN[gpu]), config.method
+    (costs,), method = step_costs(config, elastic, [KNOWN[gpu]]), config.method
     return report(costs, KNOWN[gpu], str(method.backbone.space.intact), str(elastic), method.batch_size)
 
 

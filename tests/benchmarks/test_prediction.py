@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from benchmarks import results
-from benchmarks.prediction import report
+from benchmarks.__main__ import main
+from benchmarks.prediction import options, report
 from benchmarks.prediction.costs import Cost, operator_cost
-from benchmarks.prediction.gpus import KNOWN, LAUNCH
+from benchmarks.prediction.gpus import KNOWN, LAUNCH, Gpu
 from benchmarks.prediction.machine import MEMORY, parse, simulate
 from benchmarks.prediction.programs import Extent, work_of
 from benchmarks.prediction.trace import Operator, Recorder
 from elastic_kernels import absent_gpu, dispatch, sinkhorn_scaling
+from poa.config import Config
+from poa.memory import predict_memory
+from poa.options import override
+from poa.presets import preset
+from poa.subnets import Subnet
 
 pytest.importorskip("triton")
 H200 = KNOWN["h200"]
@@ -129,3 +138,25 @@ def test_what_was_measured_stands_beside(monkeypatch: pytest.MonkeyPatch) -> Non
     assert summary == {"step_ms": 2.0, "images_per_s": 32000.0}
     assert table[2].split()[:4] == ["2.00", "1.50", "84", "9.0"]
     assert table[-1].endswith("93 launches: 32000.0 images/s; measured 212.5")
+
+
+def test_options_stand_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the command, with costs that its options decide; memory is that of `poa memory`."""
+
+    def costs(config: Config, elastic: Subnet, gpus: Sequence[Gpu]) -> list[list[Cost]]:
+        performance = config.performance
+        return [[Cost("a", "", 1, seconds=(3 + performance.recompute) / gpu.processors)] for gpu in gpus]
+
+    monkeypatch.setattr(options, "step_costs", costs)
+    assert main(["options", "--preset", "quickstart", "--subnet", "64x3"]) == 0
+    about, head, _, *lines, last = capsys.readouterr().out.splitlines()
+    assert about.startswith("a model, not a measurement") and "| H100, ms | H200, ms | 32x2, GB |" in head
+    summary = json.loads(last)
+    assert list(summary) == ["default", *options.CHOICES[1:]] and len(lines) == len(summary)
+    plain, again = 3e3 / 132, 4e3 / 132
+    assert [of["H200, ms"] for of in summary.values()] == pytest.approx([plain] * 4 + [again] * 2, abs=0.1)
+    config = override(preset("quickstart"), ["recompute=true"])
+    memory = predict_memory(config, elastic=Subnet(64, 3)).peak / 1e9
+    assert summary["recompute=true"]["64x3, GB"] == round(memory, 1)
