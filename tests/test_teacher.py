@@ -16,6 +16,7 @@ from poa.config import with_teacher
 from poa.errors import InputError
 from poa.export import extract
 from poa.initialization import frozen_teacher
+from poa.memory import predict_memory
 from poa.options import override
 from poa.train import pretrain
 
@@ -54,6 +55,9 @@ def test_it_sees_what_it_was_trained_on(name: str, width: int, models: Path) -> 
     (expected,) = teacher.source.backbone([normalised(mean, std)])
     torch.testing.assert_close(seen, expected.cls.detach(), rtol=0, atol=1e-5)
     assert teacher(torch.randn(4, 3, 24, 24, dtype=torch.bfloat16)).shape == (4, width)
+    config, weights = tiny_config("features=1"), sum(p.numel() for p in teacher.backbone.parameters())
+    taught = predict_memory(with_teacher(config, str(models / name))).fixed - predict_memory(config).fixed
+    assert 4 * weights <= taught <= 8 * weights + 100_000  # in blocks of an allocator
     larger = replace(method.teacher, frozen_size=2 * size)
     other = frozen_teacher(replace(method, teacher=larger))
     assert other and (other.size, other(pixels).shape) == (2 * size, (2, width))

@@ -73,6 +73,15 @@ def _add_preset(command: Command) -> None:
     command.add_argument("--preset", help="preset whose options are used (default: quickstart)")
 
 
+def _add_init(command: Command, other: str = "") -> None:
+    command.add_argument(
+        "--init",
+        metavar="WEIGHTS",
+        help="initial weights, whose backbone is used: timm:NAME, the folder of a model or a run, or a file "
+        f"(method.init.weights){other}",
+    )
+
+
 def _add_first(group: argparse._SubParsersAction[Command]) -> None:
     """The demonstration, and what there is to train."""
     command = group.add_parser(
@@ -97,11 +106,13 @@ def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
     """The commands that prepare a run."""
     command = group.add_parser("memory", help="predict the GPU memory of a training step, without a GPU")
     _add_preset(command)
+    _add_init(command)
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
     command.set_defaults(command=commands.run_memory, config=None, data=None)
 
     command = group.add_parser("warmup", help="compile all kernels of a run before it starts")
     _add_preset(command)
+    _add_init(command)
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
     command.add_argument(
         "--arch", metavar="sm_90", help="compile for an absent GPU architecture, such as sm_90, into --cache"
@@ -162,12 +173,7 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
         action="store_true",
         help="with --resume: allow other method.optim options, such as epochs",
     )
-    command.add_argument(
-        "--init",
-        metavar="WEIGHTS",
-        help="initial weights, whose backbone is used: timm:NAME, the folder of a model or a run, or a file "
-        "(method.init.weights); without --preset the options of the run or those of preset elastic are used",
-    )
+    _add_init(command, "; without --preset the options of the run or those of preset elastic are used")
     command.add_argument(
         "--teacher",
         metavar="WEIGHTS",
