@@ -15,7 +15,7 @@ from poa.checkpoint import RunFolder
 from poa.config import Config
 from poa.distributed import World
 from poa.drawing import require_matplotlib
-from poa.evaluate import REPORTED_K, Origin, Report, evaluate_subnets, knn_of_pixels
+from poa.evaluate import REPORTED_K, Origin, Report, evaluate_subnets
 from poa.export import extract
 from poa.files import write_json
 from poa.report import write_report
@@ -43,20 +43,18 @@ def quickstart(config: Config, out: Path) -> None:
     initial = initial_network(config).backbone
     world = World(0, 1, torch.device("cpu"))
     origin = Origin.of(folder, checkpoint, "teacher")
-    report = evaluate_subnets(backbone, subnets, data, config, world, origin, initial=initial)
-    pixels = knn_of_pixels(data, config)[REPORTED_K]
+    report = evaluate_subnets(backbone, subnets, data, config, world, origin, initial=initial, baselines=True)
     report.write(out / "evaluation.json")
-    report.plot(out / "accuracy.png", (f"raw pixels {pixels:.1%}", pixels))
+    report.plot(out / "accuracy.png")
     write_report([folder], out / "report.html")
-    write_json(out / "summary.json", _summary(report, pixels, time.perf_counter() - started))
+    write_json(out / "summary.json", _summary(report, time.perf_counter() - started))
     print(report.table())
-    print(f"raw pixels, k={REPORTED_K}: {pixels:.1%}")
     pages = [out / name for name in ("evaluation.json", "accuracy.png", "summary.json")]
     print("\n".join(str(path) for path in [checkpoint.path, folder.metrics, *models, *pages]))
     print(f"open {out / 'report.html'}")
 
 
-def _summary(report: Report, pixels: float, seconds: float) -> dict[str, object]:
+def _summary(report: Report, seconds: float) -> dict[str, object]:
     rows = [
         {
             "width": s.subnet.width,
@@ -67,4 +65,5 @@ def _summary(report: Report, pixels: float, seconds: float) -> dict[str, object]
         }
         for s in report.scores
     ]
+    pixels = report.baselines["pixels"]["knn"][REPORTED_K]
     return {"subnets": rows, "raw_pixels_knn": pixels, "seconds": seconds}

@@ -197,6 +197,7 @@ class Run:
         *,
         protocols: str | Sequence[str] = (),
         initial: bool = False,
+        baselines: bool = False,
         branch: Branch = "teacher",
         step: int | None = None,
         device: str = "auto",
@@ -211,6 +212,7 @@ class Run:
             data: images; default those of the run.
             protocols: besides k-NN, such as `linear`; `standard`: all whose packages are installed.
             initial: score the weights before training, too.
+            baselines: score raw pixels and histograms of their values, too.
             branch, step: whose weights, of which checkpoint; default the newest.
             device: auto, cpu, cuda or cuda:N.
             out: JSON file; default `evaluation.json` in the folder, of other data `evaluation-2.json`.
@@ -224,13 +226,13 @@ class Run:
         config, openers = _with_images(self.config, self.data if data is None else data)
         return evaluate_run(
             Weights(self.folder, branch, step),
-            config,
+            with_run(config, device=device),
             openers,
             [subnets] if isinstance(subnets, str) else subnets,
             [protocols] if isinstance(protocols, str) else protocols,
             folders,
             initial=initial,
-            device=device,
+            baselines=baselines,
             out=Path(out) if out else None,
             plot=Path(plot) if plot else None,
         )

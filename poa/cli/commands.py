@@ -132,7 +132,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     if options.run.startswith(TIMM) or (Path(options.run) / WEIGHTS).exists():
         _evaluate_model(options, require_protocols(chosen), folders)
         return
-    given = values(options, "initial", "branch", "step", "device", "out", "plot") | folders
+    given = values(options, "initial", "baselines", "branch", "step", "device", "out", "plot") | folders
     report = Run(options.run).evaluate(options.subnets, options.data, protocols=chosen, **given)
     if is_main_process():
         print(report.table(), *report.files, sep="\n")
@@ -153,7 +153,13 @@ def _evaluate_model(
         raise InputError(f"evaluate: expected --out with {options.run}, got none")
     out = Path(options.out or Path(options.run) / "evaluation.json")
     report = evaluate_model(
-        options.run, options.data, protocols, device=options.device, out=out, folders=folders
+        options.run,
+        options.data,
+        protocols,
+        device=options.device,
+        out=out,
+        folders=folders,
+        baselines=options.baselines,
     )
     if is_main_process():
         print(report.table(), *report.files, sep="\n")

@@ -263,6 +263,11 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     command.add_argument(
         "--initial", action="store_true", help="also evaluate the initial weights, before training"
     )
+    command.add_argument(
+        "--baselines",
+        action="store_true",
+        help="also score features without a network: raw pixels, and histograms of their values",
+    )
     for protocol in PROTOCOLS:
         if protocol.folder:
             command.add_argument(

@@ -276,4 +276,5 @@ DETECTION = folder_protocol(
     _columns,
     "box AP",
     {"protocol": "Mask R-CNN of torchvision on a feature pyramid of the subnet, AP by COCO's rules"},
+    baselines=(),
 )

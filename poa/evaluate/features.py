@@ -36,12 +36,6 @@ class FeatureSet:
     unreadable: list[str]
 
 
-def pixels(crops: CropsConfig) -> Function:
-    """The pixels of the centre crops themselves, `[B, C * size * size]`: a baseline without a model."""
-    std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
-    return lambda images: (images * std + mean).flatten(1)
-
-
 @torch.no_grad()
 def extract_features(
     functions: Sequence[Function],

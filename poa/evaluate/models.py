@@ -159,6 +159,7 @@ def evaluate_model(
     device: str = "auto",
     out: Path,
     folders: Folders | None = None,
+    baselines: bool = False,
 ) -> Report:
     """Score a model of `open_peer` on images with labels, as `Run.evaluate` scores subnets, and write JSON.
 
@@ -187,7 +188,15 @@ def evaluate_model(
         origin = Origin(name, "model", 0, VERSION)
         subnets = list(fixed.space)
         report = evaluate_subnets(
-            fixed, subnets, images, config, world, origin, protocols=protocols, folders=folders
+            fixed,
+            subnets,
+            images,
+            config,
+            world,
+            origin,
+            protocols=protocols,
+            folders=folders,
+            baselines=baselines,
         )
         if world.is_main:
             report.write(out)

@@ -65,6 +65,7 @@ class Protocol:
         needs: name of an optional package.
         numbers: titles among `accuracies` of what is no share of 1.
         folder: how it is scored where it has images of its own; its option takes their folder.
+        baselines: those of `baselines.DESCRIBE` that it can score.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Protocol:
     numbers: tuple[str, ...] = ()
     needs: str = ""
     folder: OfFolder | None = None
+    baselines: tuple[str, ...] = ("pixels", "histogram")
 
     def task(self, backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Task:
         """What is to be scored of a subnet on images of these crops."""
@@ -123,6 +125,7 @@ def folder_protocol(
     reported: str,
     settings: Mapping[str, Any],
     numbers: tuple[str, ...] = (),
+    baselines: tuple[str, ...] = ("pixels", "histogram"),
 ) -> Protocol:
     """A protocol that has images of its own; the arguments are those of `Protocol`."""
 
@@ -130,5 +133,14 @@ def folder_protocol(
         raise InputError(f"{name}: expected a folder of its own: --{name} FOLDER")
 
     return Protocol(
-        name, help, no_features, no_features, accuracies, reported, settings, numbers=numbers, folder=folder
+        name,
+        help,
+        no_features,
+        no_features,
+        accuracies,
+        reported,
+        settings,
+        numbers=numbers,
+        folder=folder,
+        baselines=baselines,
     )

@@ -246,4 +246,5 @@ ROBUSTNESS = Protocol(
         "levels": LEVELS,
     },
     queries=damaged_tokens,
+    baselines=("histogram",),  # patches are ranked by their likeness to the image
 )

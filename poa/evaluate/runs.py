@@ -38,18 +38,18 @@ def evaluate_run(
     folders: Mapping[str, Any],
     *,
     initial: bool,
-    device: str,
+    baselines: bool,
     out: Path | None,
     plot: Path | None,
 ) -> Report:
     """Score subnets of a run and write the scores; the arguments are those of `Run.evaluate`.
 
-    `config` has the images to score on; `openers` open those that have no name.
+    `config` has the images to score on, and the device; `openers` open those that have no name.
     """
     folder = weights.folder
     chosen, asked = config.method.backbone.space.named(subnets), require_protocols(protocols)
     out = out or evaluation_file(folder, config.data.source, weights.branch)
-    with init_distributed(device, config.run.timeout, config.performance.threads) as world:
+    with init_distributed(config.run.device, config.run.timeout, config.performance.threads) as world:
         world.from_main(partial(_require_outputs, out, plot))
         images = open_on_ranks(config, world, openers)
         network, checkpoint = _same_network(weights, world)
@@ -69,6 +69,7 @@ def evaluate_run(
             initial=_untrained(weights, config, world) if initial else None,
             protocols=asked,
             folders=folders,
+            baselines=baselines,
         )
         if world.is_main:
             if images.left_out:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +62,12 @@ def accuracies(values: Mapping[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Scores of subnets, with all settings that the numbers depend on, and the files in which they lie; shows
-    itself as a table."""
+    """Scores of subnets, with all settings that the numbers depend on, those of features without a network
+    by their name, and the files in which they lie; shows itself as a table."""
 
     scores: list[SubnetScore]
     settings: dict[str, Any]
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
@@ -77,6 +78,7 @@ class Report:
             {"subnet": s.subnet, "params": s.parameters, "GFLOPs": s.flops / 1e9, **s.columns()}
             for s in self.scores
         ]
+        rows += [{"subnet": kind, **accuracies(values)} for kind, values in self.baselines.items()]
         formats = {title: number_format(title) for title in self.scores[0].columns()}
         return Table(rows, {"params": ",", "GFLOPs": ".3f", **formats})._repr_html_()
 
@@ -94,6 +96,11 @@ class Report:
         for score, row in zip(self.scores, rows, strict=True):
             line = f"{score.subnet!s:>9} {score.parameters:>11,} {score.flops / 1e9:>8.3f}"
             lines.append(line + "".join(f"  {row[t]:>{w}{number_format(t)}}" for t, w in wide.items()))
+        for kind, values in self.baselines.items():
+            known = {t: format(value, number_format(t)) for t, value in accuracies(values).items()}
+            lines.append(
+                f"{kind:>9} {'':>20}" + "".join(f"  {known.get(t, ''):>{w}}" for t, w in wide.items())
+            )
         if ranks := self.correlations():
             told = ", ".join(f"{title} {value:.2f}" for title, value in ranks.items())
             lines.append(f"Spearman's correlation with {KNN.reported} over {len(rows)} subnets: {told}")
@@ -122,14 +129,15 @@ class Report:
             for s in self.scores
         ]
         ranks = {"correlations": found} if (found := self.correlations()) else {}
-        write_json(path, {"settings": self.settings, "subnets": rows, **ranks})
+        lower = {"baselines": self.baselines} if self.baselines else {}
+        write_json(path, {"settings": self.settings, "subnets": rows, **lower, **ranks})
 
-    def plot(self, path: Path | None = None, baseline: tuple[str, float] | None = None) -> Any:
+    def plot(self, path: Path | None = None) -> Any:
         """Draw the figure of each protocol against parameters, a line per width; hollow: before training.
 
-        A `path` is written to, too; its ending chooses the format. The baseline, a name and a k-NN accuracy,
-        is a horizontal line. Returns a figure of matplotlib. Curves of robustness over the strength of damage
-        go into another file, `NAME-robustness`.
+        A `path` is written to, too; its ending chooses the format. Baselines are horizontal lines. Returns a
+        figure of matplotlib. Curves of robustness over the strength of damage go into another file,
+        `NAME-robustness`.
         """
         from matplotlib.figure import Figure  # optional, and slow to import
 
@@ -139,8 +147,6 @@ class Report:
             figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True
         ):
             self._draw(axes, protocol)
-            if baseline and protocol is protocols[0]:
-                axes.axhline(100 * baseline[1], color="grey", linewidth=1, linestyle="--", label=baseline[0])
             axes.legend(fontsize=8)
         if path:
             write_figure(figure, path, 150)
@@ -152,16 +158,21 @@ class Report:
     def _draw(self, axes: Any, protocol: Protocol) -> None:
         """Draw a panel."""
         number = protocol.reported in protocol.numbers
+        scale = 1 if number else 100
         for width in sorted({s.subnet.width for s in self.scores}):
             line = sorted((s for s in self.scores if s.subnet.width == width), key=lambda s: s.parameters)
             sizes = [s.parameters for s in line]
             after, before = (
-                [(1 if number else 100) * protocol.headline(s.values[name]) for s in line if name in s.values]
+                [scale * protocol.headline(s.values[name]) for s in line if name in s.values]
                 for name in (protocol.name, protocol.before)
             )
             (drawn,) = axes.plot(sizes, after, "o-", label=f"width {width}")
             if before:
                 axes.plot(sizes, before, "o:", color=drawn.get_color(), markerfacecolor="white", linewidth=1)
+        for style, (kind, scored) in zip(("--", ":"), self.baselines.items(), strict=False):
+            if protocol.name in scored:
+                level = scale * protocol.headline(scored[protocol.name])
+                axes.axhline(level, color="grey", linewidth=1, linestyle=style, label=f"{kind} {level:.3g}")
         hollow = " (hollow: before training)" if protocol.before in self.scores[0].values else ""
         named = protocol.reported if number else f"accuracy, {protocol.name} {protocol.reported}, %"
         axes.set(xlabel="parameters", ylabel=named, xscale="log")

@@ -22,7 +22,8 @@ from poa.data.sources import DataSplit, ImageSource
 from poa.data.storage import is_url
 from poa.distributed import World
 from poa.errors import InputError
-from poa.evaluate.features import MEMORY, FeatureSet, extract_features, pixels
+from poa.evaluate.baselines import DESCRIBE, Baseline
+from poa.evaluate.features import MEMORY, FeatureSet, extract_features
 from poa.evaluate.knn import KNN
 from poa.evaluate.protocol import Function, Labelled, Protocol, Task
 from poa.evaluate.scores import Report, SubnetScore
@@ -76,36 +77,41 @@ def evaluate_subnets(
     initial: Backbone | None = None,
     protocols: Sequence[Protocol] = (KNN,),
     folders: Folders | None = None,
+    baselines: bool = False,
 ) -> Report:
     """Score subnets on the held-out images by what the training images teach.
 
     The weights are on the device of `world`, whose processes all extract features; `initial` ones, of before
-    training, are scored too. `folders` are of protocols that have images of their own.
+    training, are scored too, and so are `baselines`. `folders` are of protocols that have images of their
+    own.
     """
     crops, seed, network = config.method.crops, config.method.seed, config.method.backbone
     opened = open_folders(folders or {}, crops)
 
-    def each(p: Protocol) -> Iterator[tuple[str, Backbone, Subnet]]:
+    def each(p: Protocol) -> Iterator[tuple[Subnet | str, str, Any, Subnet]]:
         for name, weights in ((p.name, backbone), (p.before, initial)):
-            yield from ((name, weights, subnet) for subnet in subnets if weights is not None)
+            yield from ((subnet, name, weights, subnet) for subnet in subnets if weights is not None)
+        for kind in p.baselines if baselines else ():
+            yield kind, p.name, Baseline(kind, network, crops), network.space.intact
 
     asked = {
-        (subnet, name): p.task(weights, subnet, crops) for p in protocols for name, weights, subnet in each(p)
+        (row, name): p.task(weights, subnet, crops)
+        for p in protocols
+        for row, name, weights, subnet in each(p)
     }
     values = dict(zip(asked, score(list(asked.values()), data, config, world), strict=True))
     for p, images in opened:
-        for name, weights, subnet in each(p):
+        for row, name, weights, subnet in each(p):
             assert p.folder
             scored = partial(p.folder.score, weights, subnet, images, world.device, seed)
-            values[subnet, name] = world.from_main(scored)
+            values[row, name] = world.from_main(scored)
+
+    def of(wanted: Subnet | str) -> dict[str, Any]:
+        return {name: value for (row, name), value in values.items() if row == wanted}
+
     protocols = [*protocols, *(p for p, _ in opened)]
     scores = [
-        SubnetScore(
-            subnet,
-            network.parameters(subnet),
-            network.flops(subnet),
-            {name: value for (of, name), value in values.items() if of == subnet},
-        )
+        SubnetScore(subnet, network.parameters(subnet), network.flops(subnet), of(subnet))
         for subnet in subnets
     ]
     settings = {
@@ -118,7 +124,8 @@ def evaluate_subnets(
         "std": list(crops.std),
         **{p.name: dict(p.settings) for p in protocols},
     }
-    return Report(scores, vars(origin) | settings)
+    lower = {kind: of(kind) for kind in DESCRIBE} if baselines else {}
+    return Report(scores, vars(origin) | settings, lower)
 
 
 def knn_of_subnets(
@@ -131,14 +138,6 @@ def knn_of_subnets(
 ) -> list[dict[int, float]]:
     """k-NN accuracy of each subnet by k; the arguments are those of `score`."""
     return score([KNN.task(backbone, s, config.method.crops) for s in subnets], data, config, world, limit)
-
-
-def knn_of_pixels(data: DataSplit, config: Config) -> dict[int, float]:
-    """k-NN accuracy of the raw pixels."""
-    (accuracy,) = score(
-        [Task(KNN, pixels(config.method.crops))], data, config, World(0, 1, torch.device("cpu"))
-    )
-    return accuracy
 
 
 def score(

@@ -42,6 +42,7 @@ TOP1 = Protocol(
     "top-1",
     {"protocol": "accuracy of the fine-tuned classifier of each subnet"},
     learns=False,
+    baselines=(),
 )
 
 

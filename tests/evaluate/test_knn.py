@@ -14,7 +14,7 @@ from helpers.tiny import tiny_config
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError
-from poa.evaluate import Origin, evaluate_subnets, knn_accuracy, knn_of_pixels, knn_of_subnets
+from poa.evaluate import Origin, evaluate_subnets, knn_accuracy, knn_of_subnets
 from poa.step import initial_network
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -83,7 +83,3 @@ def test_many_subnets_at_once_equal_one_at_a_time(tmp_path: Path) -> None:
     report.write(tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text())["subnets"]
     assert rows[0]["knn"]["20"] == values["knn"][20]
-
-
-def test_raw_pixels_of_digits_are_a_strong_baseline() -> None:
-    assert knn_of_pixels(open_data("digits", 0.25, 0), tiny_config())[20] > 0.97

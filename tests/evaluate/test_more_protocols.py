@@ -21,8 +21,8 @@ from poa.data.crops import CropsConfig
 from poa.data.sources import open_data
 from poa.distributed import World
 from poa.errors import InputError
+from poa.evaluate.baselines import Baseline, histogram
 from poa.evaluate.correspondence import SHARE, centers, correspondence, pck, second_view
-from poa.evaluate.features import pixels
 from poa.evaluate.kmeans import KMEANS, cluster_scores
 from poa.evaluate.knn import KNN
 from poa.evaluate.logistic import LOGISTIC, logistic_accuracy
@@ -87,14 +87,14 @@ def test_pixels_of_digits_beat_noise_under_each_protocol() -> None:
     """By one call, which takes all protocols."""
     config, data = tiny_config(), open_data("digits", 0.25, 0)
     noise = torch.randn(3 * 24 * 24, 16, generator=DRAW)
-    shown = pixels(config.method.crops)
+    shown = Baseline("pixels", config.method.backbone, config.method.crops)
     for protocol, least, title in (
         (LOGISTIC, 0.9, "logistic"),
         (KMEANS, 0.5, "NMI"),
         (RETRIEVAL, 0.5, "mAP"),
     ):
         tasks = [
-            Task(protocol, lambda x: shown(x)[:, ::7]),
+            Task(protocol, lambda x: shown([x])[0].cls[:, ::7]),
             Task(protocol, lambda x: (x.flatten(1) @ noise).sin()),
         ]
         values, others = score(tasks, data, config, World(0, 1, CPU), limit=300)
@@ -154,8 +154,9 @@ def test_the_standard_suite_of_a_run_and_of_a_model(
     monkeypatch.setattr("poa.evaluate.linear.FEWEST_STEPS", 5)
     data = ["--data", str(collections.write_folder(tmp_path / "images", 24))]
     out = ["--out", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
-    assert main(["evaluate", str(trained), "--suite", "standard", *data, *out]) == 0
+    assert main(["evaluate", str(trained), "--suite", "standard", "--baselines", *data, *out]) == 0
     said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[-5:-3]] == ["pixels", "histogram"]
     assert "Spearman's correlation with k=20 over 4 subnets: RankMe" in said
     assert (tmp_path / "a.png").exists() and (tmp_path / "a-robustness.png").exists()
     written = json.loads((tmp_path / "a.json").read_text())
@@ -173,6 +174,23 @@ def test_the_standard_suite_of_a_run_and_of_a_model(
     assert "expected no --initial" in fails(capsys, "evaluate", *model, *data, "--initial")
 
 
+def test_features_without_a_network() -> None:
+    """Raw pixels of digits are a strong baseline; histograms are shares, of the image and of each patch."""
+    config, data = tiny_config(), open_data("digits", 0.25, 0)
+    crops, space = config.method.crops, config.method.backbone.space
+    tasks = [
+        KNN.task(Baseline(kind, config.method.backbone, crops), space.intact, crops) for kind in KNN.baselines
+    ]
+    pixels, shares = score(tasks, data, config, World(0, 1, CPU))
+    assert pixels[20] > 0.97 > 0.8 > shares[20] > 0.2
+    images = torch.rand(2, 3, 24, 24, generator=DRAW)
+    expected = [torch.histc(channel, 16, 0, 1) / 24**2 for channel in images[1]]
+    torch.testing.assert_close(histogram(images)[1], torch.cat(expected))
+    std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
+    (features,) = Baseline("histogram", config.method.backbone, crops)([(images - mean) / std])
+    torch.testing.assert_close(features.patches[1, 5], histogram(images[1:, :, 8:16, 16:24])[0])
+
+
 def test_points_of_views_are_found() -> None:
     """Tokens that tell the place of a patch in the image are found at their places, others by chance."""
     side = 8
@@ -183,11 +201,17 @@ def test_points_of_views_are_found() -> None:
     noise = torch.randn(tokens.shape, generator=DRAW)
     found, missed = correspondence(tokens, CPU), correspondence(noise, CPU)
     assert found["0.1"] > 0.95 and missed["0.1"] < 0.3
+    distances = np.linalg.norm(seen.numpy()[:, None] - places.numpy(), axis=2)
+    assert found["chance"] == missed["chance"] == pytest.approx((distances <= 0.1).mean(), abs=1e-6)
     image = torch.arange(8.0).expand(1, 3, 8, 8)
     assert (second_view(image)[0, 0, 0].diff() < 0).all()
     assert pck(torch.tensor([[0.0, 0.0], [0.3, 0.4]]), torch.tensor([[0.0, 0.15], [0.3, 0.4]])) == {
         "0.05": 0.5, "0.1": 0.5, "0.2": 1.0,
     }  # fmt: skip
+    drawn, truth = torch.rand(2, 500, 2, generator=DRAW)
+    away = np.linalg.norm(drawn.numpy() - truth.numpy(), axis=1)
+    expected = [(away <= alpha).mean() for alpha in (0.05, 0.1, 0.2)]
+    assert [*pck(drawn, truth).values()] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_peer_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
