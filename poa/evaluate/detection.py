@@ -230,11 +230,9 @@ def detection(
     """AP `{"bbox": {"AP": 0..1, ...}, "segm": ...}` of a detector that is trained on a subnet.
 
     Raises:
-        InputError: of `build_detector`; or the weights are a model of one size.
+        InputError: of `build_detector`.
         DivergenceError: of `train_detector`.
     """
-    if not isinstance(backbone, Backbone):
-        raise InputError("--detection: expected a run, got a model")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(stream_seed(seed, "detector"))
         model = build_detector(backbone, subnet, opened)

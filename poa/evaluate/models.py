@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from poa.config import Config, with_data
 from poa.data.crops import CropsConfig
 from poa.data.preprocessing import Preprocessing
 from poa.distributed import init_distributed
-from poa.errors import as_input, optional_package
+from poa.errors import InputError, as_input, optional_package
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.scores import Report
 from poa.evaluate.suite import Folders
@@ -26,10 +27,12 @@ from poa.evaluate.top1 import TOP1, require_classes
 from poa.export import ExportedModel, load
 from poa.files import require_json
 from poa.images import open_on_ranks
-from poa.initialization.source import TIMM
+from poa.initialization.source import TIMM, read_source
 from poa.options import option
 from poa.subnets import SearchSpace, Subnet
 from poa.version import VERSION
+
+FINEST = 4  # pixels of the stride of the finest map that a detector gets
 
 
 @dataclass(frozen=True)
@@ -79,45 +82,57 @@ class PeerConfig(BackboneConfig):
         raise NotImplementedError
 
 
-class Fixed(nn.Module):
-    """A network of one size, asked as a `Backbone` is; of its blocks only the last gives features."""
+class PeerNetwork(nn.Module):
+    """A network of timm, asked as a `Backbone` is; of its blocks only the last gives features."""
 
-    def __init__(self, network: nn.Module, config: BackboneConfig):
+    def __init__(self, model: Any, config: PeerConfig):
         super().__init__()
-        self.network, self.config, self.space = network, config, config.space
+        self.model, self.config, self.space = model, config, config.space
+        self.resized = dict[int, Any]()  # copies for images of other sizes, by the side of these
 
     def forward(self, crops: Sequence[Tensor], subnet: Subnet | None = None) -> list[Features]:
-        features: list[Features] = self.network(crops)
-        return features
+        return [_features(self.model, images) for images in crops]
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
         return self([images])
 
+    def to_static(self, subnet: Subnet) -> Backbone:
+        raise InputError("detection.frozen: expected true with a model of timm, got false")
 
-class _OfTimm(nn.Module):
-    """A network of timm as one of ours: crop groups in, `Features` out."""
+    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+        """As `Backbone.stage_maps`; of each stride the last map, none of less than 4 pixels."""
+        side, model = images.shape[-1], self.model
+        if hasattr(model, "set_input_size"):  # others take images of any size
+            if side not in self.resized:
+                self.resized[side] = copy.deepcopy(model)
+                self.resized[side].set_input_size(img_size=side)
+            model = self.resized[side]
+        last = {about["reduction"]: index for index, about in enumerate(model.feature_info)}
+        maps = model.forward_intermediates(
+            images,
+            indices=[index for stride, index in last.items() if stride >= FINEST],
+            norm=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+        return [x.permute(0, 2, 3, 1) for x in maps]
 
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
 
-    def forward(self, crops: Sequence[Tensor]) -> list[Features]:
-        return [self._features(images) for images in crops]
-
-    def _features(self, images: Tensor) -> Features:
-        tokens = self.model.forward_features(images)
-        cls = self.model.forward_head(tokens, pre_logits=True)
-        if tokens.dim() == 4:
-            last = tokens.shape[1] == cls.shape[1]
-            tokens = (tokens if last else tokens.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        return Features(cls, tokens[:, getattr(self.model, "num_prefix_tokens", 0) :], tokens)
+def _features(model: Any, images: Tensor) -> Features:
+    """Those of a network of timm."""
+    tokens = model.forward_features(images)
+    cls = model.forward_head(tokens, pre_logits=True)
+    if tokens.dim() == 4:
+        last = tokens.shape[1] == cls.shape[1]
+        tokens = (tokens if last else tokens.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+    return Features(cls, tokens[:, getattr(model, "num_prefix_tokens", 0) :], tokens)
 
 
 @dataclass(frozen=True)
 class Peer:
     """A model to be scored, and its pre-processing."""
 
-    backbone: Fixed
+    backbone: Backbone | PeerNetwork
     pixels: Preprocessing
     classifier: ExportedModel | None
 
@@ -128,16 +143,15 @@ def open_peer(name: str) -> Peer:
     if not name.startswith(TIMM):
         model = load(name)
         classifier = model if model.head is not None else None
-        return Peer(Fixed(model.backbone, model.config), model.preprocess, classifier)
+        return Peer(read_source(name).backbone.eval(), model.preprocess, classifier)
     timm = optional_package("timm", "timm")
     with as_input(f"{name}: expected a model of timm whose weights can be read"):
         network = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0).eval()
     data = timm.data.resolve_model_data_config(network)
     (channels, _, size), share = data["input_size"], data["crop_pct"]
     resize = round(size / share)
-    wrapped, blank = _OfTimm(network), torch.zeros(1, channels, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        (features,) = wrapped([blank])
+        features = _features(network, torch.zeros(1, channels, size, size))
     config = PeerConfig(
         image_size=size,
         channels=channels,
@@ -148,7 +162,7 @@ def open_peer(name: str) -> Peer:
         patches=round(features.patches.shape[1] ** 0.5),
     )
     pixels = Preprocessing(size, resize, resize, tuple(data["mean"]), tuple(data["std"]))
-    return Peer(Fixed(wrapped, config), pixels, None)
+    return Peer(PeerNetwork(network, config), pixels, None)
 
 
 def evaluate_model(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import collections_of_images as collections
 from helpers.commands import fails
 from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
@@ -17,6 +18,7 @@ from poa.data.summary import LeftOut
 from poa.errors import InputError
 from poa.evaluate.coco import CocoImages, average_precisions, read_coco
 from poa.evaluate.detection import DetectionConfig, Opened, Reader, build_detector, detect, train_detector
+from poa.evaluate.models import open_peer
 from poa.step import initial_network
 
 pytest.importorskip("torchvision.models.detection", exc_type=ImportError)
@@ -140,7 +142,41 @@ def test_a_run_is_scored_beside_its_beginning(
     assert written["settings"]["detection"]["size"] == 64
     (row,) = written["subnets"]
     assert all(0 <= row[name]["segm"]["AP"] <= 1 for name in ("detection", "detection_init"))
+    assert main(["extract", str(trained), "--subnets", "16x1", "--out", str(tmp_path)]) == 0
+    images = ["--data", str(collections.write_folder(tmp_path / "images", 8)), "--detection", str(folder)]
+    model = tmp_path / "vit-16x1"
+    assert main(["evaluate", str(model), *images, *small]) == 0
+    (alone,) = json.loads((model / "evaluation.json").read_text())["subnets"]
+    assert alone["detection"]["segm"] == pytest.approx(row["detection"]["segm"], abs=1e-3)
+    assert main(["evaluate", str(model), *images, *small, "frozen=false"]) == 0
     assert "detection.size: expected a multiple of 16, got 65" in fails(
         capsys, *asked, str(folder), "size=65"
     )
     assert "expected one file" in fails(capsys, *asked, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_a_peer_of_timm_is_scored(
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """At the size of the detector; its last map is its patch tokens."""
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: create(name, **options))
+    asked = ["evaluate", f"timm:{name}", "--data", str(collections.write_folder(tmp_path / "images", 8))]
+    asked += ["--out", str(tmp_path / "a.json"), "--detection", str(folder), "epochs=0.5", "batch_size=3"]
+    asked += ["size=64", "channels=8", "regions=16"]
+    assert main(asked) == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text())["subnets"]
+    assert all(0 <= row["detection"][kind]["AP"] <= 1 for kind in ("bbox", "segm"))
+    assert "expected true with a model of timm, got false" in fails(capsys, *asked, "frozen=false")
+    peer = open_peer(f"timm:{name}").backbone
+    images = torch.rand(1, 3, 160, 160)
+    with torch.no_grad():
+        maps = peer.stage_maps(images, peer.space.intact)
+        (features,) = peer([images])
+    torch.testing.assert_close(maps[-1].flatten(1, 2), features.patches)
