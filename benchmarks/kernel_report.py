@@ -158,12 +158,12 @@ def _run_layers(run: Run) -> None:
             with torch.no_grad():
                 plain.mlp(x)
                 ek.mixed_width_mlp(plain.mlp, torch.empty(len(x), width), widths)
+        whole = torch.empty(len(x), width, requires_grad=True)
         with ek.kept_activations():
-            ek.ElasticMLP(width, 3072)(x).sum().backward()
+            ek.ElasticMLP(width, 3072)(whole).sum().backward()
         maps = torch.empty(images, width // 2, 14, 14).to(memory_format=torch.channels_last)
         ek.ElasticConv1x1(width, width)(maps, width // 2).sum().backward()
         ek.ElasticPatchEmbed(16, width)(torch.empty(images, 3, 224, 224), width // 2).sum().backward()
-        whole = torch.empty(len(x), width, requires_grad=True)
         ek.mixed_width_block(gated, whole, [(images, length)], widths).sum().backward()
 
 

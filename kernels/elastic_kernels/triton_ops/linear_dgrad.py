@@ -27,6 +27,10 @@ from elastic_kernels.triton_ops.gemm import (
 from elastic_kernels.triton_ops.linear import stacked
 from elastic_kernels.triton_ops.registration import register
 
+# Features that are reduced over, from which on the loop of a wide tile makes up for its longer epilogue: by
+# `python -m benchmarks predict`, not timed yet.
+LONG = 640
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_dgrad_kernel(
@@ -91,7 +95,7 @@ def _linear_dgrad_kernel(
 
 def _form(dy: Tensor, gamma: Tensor | None, kind: str) -> Form:
     """Through an activation: others than bf16's GELU would spill with its wide tile."""
-    wide = kind == "gelu" and gamma is None and dy.dtype == torch.bfloat16
+    wide = kind == "gelu" and gamma is None and dy.dtype == torch.bfloat16 and dy.shape[1] >= LONG
     return "dgrad_gelu" if wide else "dgrad_act"
 
 
