@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from poa.backbones import BackboneOptions, ResNetConfig, SwinConfig, ViTConfig
-from poa.config import Config, MaskConfig, MethodConfig, PerformanceConfig, RunConfig
+from poa.config import Config, InitConfig, MaskConfig, MethodConfig, PerformanceConfig, RunConfig
 from poa.data.crops import CropsConfig
 from poa.errors import InputError
 from poa.heads import HeadConfig
@@ -189,6 +190,27 @@ def _elastic() -> Config:
     return Config(method=method, run=RunConfig(knn_drop=0.05))
 
 
+def _elastic_vit(
+    weights: str, width: int, depth: int, patch: int, layer_decay: float, **shape: Any
+) -> Config:
+    """The same from weights of timm, whose subnets go down to half of their width and depth."""
+    method = _elastic().method
+    backbone = ViTConfig(
+        patch_size=patch,
+        min_width=width // 128 * 64,
+        max_width=width,
+        min_depth=depth // 2,
+        max_depth=depth,
+        drop_path=0.1,
+        **shape,
+    )
+    crops = dataclasses.replace(method.crops, local_size=round(method.crops.local_size / patch) * patch)
+    optim = dataclasses.replace(method.optim, layer_decay=layer_decay)
+    init = InitConfig(f"timm:{weights}", "taylor")
+    method = dataclasses.replace(method, backbone=backbone, crops=crops, optim=optim, init=init)
+    return dataclasses.replace(_elastic(), method=method)
+
+
 def _elastic_small() -> Config:
     """The same for images of about 32 pixels on a CPU, as tried on CIFAR-10.
 
@@ -239,6 +261,28 @@ PRESETS: dict[str, tuple[Callable[[], Config], str]] = {
     "quickstart-resnet": (_quickstart_resnet, "digits with a ResNet: middle widths 16..32, 3..5 blocks"),
     "small-images": (_small_images, "images of 32 pixels on a CPU: widths 64..128, depths 2..4"),
     "elastic": (_elastic, "with --init: any network of 224 pixels, which becomes elastic; needs a GPU"),
+    "elastic-vit-s14": (
+        lambda: _elastic_vit("vit_small_patch14_dinov2.lvd142m", 384, 12, 14, layer_decay=0.8),
+        "DINOv2 ViT-S/14 made elastic: widths 192..384, depths 6..12; needs a GPU",
+    ),
+    "elastic-vit-b14": (
+        lambda: _elastic_vit("vit_base_patch14_dinov2.lvd142m", 768, 12, 14, layer_decay=0.8),
+        "DINOv2 ViT-B/14 made elastic: widths 384..768, depths 6..12; needs a GPU",
+    ),
+    "elastic-vit-l16": (  # the first of its 24 blocks learns as fast as that of 12 with 0.8
+        lambda: _elastic_vit(
+            "vit_large_patch16_dinov3.lvd1689m",
+            1024,
+            24,
+            16,
+            layer_decay=0.9,
+            positions="rotary",
+            registers=4,
+            qkv_bias=False,
+            norm_eps=1e-5,
+        ),
+        "DINOv3 ViT-L/16 made elastic: widths 512..1024, depths 12..24; needs a GPU",
+    ),
     "elastic-small": (_elastic_small, "with --init: any network of 32 pixels, on a CPU"),
     "vit-s16": (lambda: _vit(192, 384, 6, 12), "up to ViT-S/16: widths 192..384, depths 6..12"),
     "vit-b16": (lambda: _vit(384, 768, 6, 12), "up to ViT-B/16: widths 384..768, depths 6..12"),

@@ -26,6 +26,7 @@ from poa.initialization import initial_config, read_source
 from poa.initialization.orders import random_order
 from poa.official import load_backbone
 from poa.options import override
+from poa.presets import preset
 from poa.report import curves_of
 from poa.step import initial_network
 from poa.train import pretrain
@@ -159,6 +160,18 @@ def test_other_architectures_are_refused(family: str, tmp_path: Path) -> None:
     of_timm(tmp_path, architecture, arguments)
     with pytest.raises(InputError, match=reason):
         read_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["elastic-vit-s14", "elastic-vit-b14", "elastic-vit-l16"])
+def test_presets_have_the_shape_of_their_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm", reason="timm does not import here", exc_type=Exception)
+    make, config = timm.create_model, preset(name)
+    monkeypatch.setattr(timm, "create_model", lambda *args, pretrained, **rest: make(*args, **rest))
+    monkeypatch.setattr(
+        "poa.initialization.source._require_equal", lambda *_: None
+    )  # random weights, a large network
+    with torch.device("meta"):
+        assert initial_config(name, config.method.init.weights, {}) == config
 
 
 def test_a_name_of_timm(monkeypatch: pytest.MonkeyPatch) -> None:
