@@ -61,10 +61,10 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor argument: its bytes, and its elements where the host gave them."""
+    """A tensor argument: how many bytes, and its elements, as those of int64, where the host gave them."""
 
     size: int
-    content: tuple[Any, ...] | None = None
+    content: bytes | None = None
 
 
 @dataclass
@@ -185,7 +185,7 @@ class Program:
         if kind == "tt.load" and isinstance(values[0], tuple) and values[0][0].content is not None:
             extent, at = values[0]
             mask = values[1] if len(values) > 1 else True
-            gathered = np.asarray(extent.content)[np.where(mask, at, 0)]
+            gathered = np.frombuffer(extent.content, np.int64)[np.where(mask, at, 0)]
             return np.where(mask, gathered, values[2] if len(values) > 2 else 0)
         raise Unknown(node.result)
 

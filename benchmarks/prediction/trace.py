@@ -42,6 +42,9 @@ class Recorder(Operators):
         super().__init__()
         self.operators: list[Operator] = []
         self.contents: dict[int, tuple[Tensor, Tensor]] = {}  # with the device's, which keeps the key its own
+        self._bytes: dict[
+            tuple[int, int], bytes
+        ] = {}  # of contents, which launches share, as they may be long
 
     def note(
         self,
@@ -78,10 +81,13 @@ class Recorder(Operators):
         size = value.itemsize
         for length, stride in zip(value.shape, value.stride(), strict=True):
             size *= length if stride or length == 0 else 1
-        known = self.contents.get(value.untyped_storage()._cdata)
-        if known is None:
+        key, offset = value.untyped_storage()._cdata, int(value.storage_offset())
+        if key not in self.contents or value.is_floating_point():
             return Extent(size)
-        return Extent(size, tuple(known[0].flatten()[value.storage_offset() :].tolist()))
+        if (key, offset) not in self._bytes:
+            elements = self.contents[key][0].flatten()[offset:]
+            self._bytes[key, offset] = elements.long().numpy().tobytes()
+        return Extent(size, self._bytes[key, offset])
 
 
 def _products(name: str, args: Sequence[Any], outputs: list[Tensor]) -> list[Product]:
