@@ -72,7 +72,7 @@ def _linear_dgrad_kernel(
             w_ptrs = w_rows + offs_b[None, :] * stride_wk
             w = tl.load(w_ptrs, mask=mask_k[:, None] & (offs_b < in_features)[None, :], other=0.0)
             acc_beside = dot(dy, w, acc_beside, PRECISION)
-    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE != "none" else 64)
+    slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 64 if EPILOGUE == "none" and BESIDE is None else 32)
     if BESIDE is not None:
         slices += slices_of(acc_beside * scale, BLOCK_M, BESIDE, 32)
     SLICES: tl.constexpr = len(slices)
