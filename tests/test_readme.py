@@ -41,6 +41,7 @@ TRAINED = {"small-images": SHORT, "vit-s16": [*SHORT, *SMALL]}
 RUN = re.compile(r"^```python\n(.*?)^```|^    ((?:poa|torchrun) [^\n]*)$", re.M | re.S)
 NOT_RUN = {
     "pip ": "changes the environment; test_packaging.py installs a wheel",
+    "PYTHONPATH=tests ": "trains for minutes",
     "make ": "makes an environment; CI begins with make test",
     "python -m benchmarks": "is run by the tests in tests/benchmarks",
     "@inproceedings": "is the citation",
@@ -79,6 +80,7 @@ def pieces() -> Iterator[tuple[str, str]]:
 def arguments(command: str) -> list[str]:
     """Those of `poa`, on the images and runs there are here, with options that make a run short."""
     places = {"DATA": "path/to/images", "RUN": "runs/first", "TUNED": "runs/tuned"}
+    places |= {"cifar": "path/to/images", "source.pth": "models/vit-192x6", "head_dim=32": "head_dim=64"}
     for name in ("small", "large"):
         places[f"timm:vit_{name}_patch14_dinov2.lvd142m"] = "models/vit-192x6"
     launcher, _, rest = command.partition("poa ")
