@@ -80,7 +80,8 @@ def pieces() -> Iterator[tuple[str, str]]:
 def arguments(command: str) -> list[str]:
     """Those of `poa`, on the images and runs there are here, with options that make a run short."""
     places = {"DATA": "path/to/images", "RUN": "runs/first", "TUNED": "runs/tuned"}
-    places |= {"cifar": "path/to/images", "source.pth": "models/vit-192x6", "head_dim=32": "head_dim=64"}
+    places |= {"cifar": "path/to/images", "runs/scratch": "runs/first"}
+    places |= {"source.pth": "models/vit-192x6", "head_dim=32": "head_dim=64"}
     for name in ("small", "large"):
         places[f"timm:vit_{name}_patch14_dinov2.lvd142m"] = "models/vit-192x6"
     launcher, _, rest = command.partition("poa ")
