@@ -128,7 +128,7 @@ def read_windows(
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, options.images).astype(int)]
     with tempfile.TemporaryFile() as file:
         for pair in pairs:
-            if (read := _read(pair, len(crops.mean), left_out)) is None:
+            if (read := read_pair(pair, len(crops.mean), left_out)) is None:
                 continue
             image, target = read
             height, width = _resized(target.shape, size, options.short_side)
@@ -159,7 +159,7 @@ def open_png(path: Path) -> Iterator[Image.Image]:
         raise Fault("targets that are no PNG") from None
 
 
-def _read(pair: Pair, channels: int, left_out: LeftOut) -> tuple[Tensor, Tensor] | None:
+def read_pair(pair: Pair, channels: int, left_out: LeftOut) -> tuple[Tensor, Tensor] | None:
     """Pixels uint8 `[C, H, W]` and target `[H, W]`; None, which is counted, where they cannot be used."""
     try:
         with open_regular(pair.image) as file:

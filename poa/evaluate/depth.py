@@ -51,21 +51,22 @@ class Opened(NamedTuple):
 def depth_pairs(part: Path) -> list[Pair]:
     """Images of a part with what reads their depth, float32 `[H, W]`, 0 where it is unknown."""
     return [
-        Pair(image, partial(_read_depth, part / "depth" / image.stem))
+        Pair(image, partial(read_map, part / "depth" / image.stem, 1000))
         for image in sorted((part / "images").glob("*"))
     ]
 
 
-def _read_depth(stem: Path) -> np.ndarray:
+def read_map(stem: Path, scale: int) -> np.ndarray:
+    """Values of pixels, float32 `[H, W]`, 0 where unknown; those of a PNG are `scale` times as large."""
     if (file := stem.parent / f"{stem.name}.npy").exists():
         with open_regular(file) as opened:
             depth = np.load(opened, allow_pickle=False).astype(np.float32)
     else:
         with open_png(stem.parent / f"{stem.name}.png") as picture:
-            depth = np.asarray(picture).astype(np.float32) / 1000
+            depth = np.asarray(picture).astype(np.float32) / scale
     known = np.isfinite(depth) & (depth > 0)
     if not known.any():
-        raise Fault("targets without a depth")
+        raise Fault("targets without a known value")
     return np.where(known, depth, np.float32(0))
 
 

@@ -67,7 +67,7 @@ class PeerConfig(BackboneConfig):
         return self.width
 
     def grid(self, image_size: int) -> int:
-        return self.patches
+        return image_size // self.stride
 
     def parameters(self, subnet: Subnet) -> int:
         return self.count
@@ -91,22 +91,26 @@ class PeerNetwork(nn.Module):
         self.resized = dict[int, Any]()  # copies for images of other sizes, by the side of these
 
     def forward(self, crops: Sequence[Tensor], subnet: Subnet | None = None) -> list[Features]:
-        return [_features(self.model, images) for images in crops]
+        return [_features(self._taking(images.shape[-1]), images) for images in crops]
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
         return self([images])
+
+    def _taking(self, side: int) -> Any:
+        """The network for images of another size; some take any."""
+        if side == self.config.image_size or not hasattr(self.model, "set_input_size"):
+            return self.model
+        if side not in self.resized:
+            self.resized[side] = copy.deepcopy(self.model)
+            self.resized[side].set_input_size(img_size=side)
+        return self.resized[side]
 
     def to_static(self, subnet: Subnet) -> Backbone:
         raise InputError("detection.frozen: expected true with a model of timm, got false")
 
     def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
         """As `Backbone.stage_maps`; of each stride the last map, none of less than 4 pixels."""
-        side, model = images.shape[-1], self.model
-        if hasattr(model, "set_input_size"):  # others take images of any size
-            if side not in self.resized:
-                self.resized[side] = copy.deepcopy(model)
-                self.resized[side].set_input_size(img_size=side)
-            model = self.resized[side]
+        model = self._taking(images.shape[-1])
         last = {about["reduction"]: index for index, about in enumerate(model.feature_info)}
         maps = model.forward_intermediates(
             images,

@@ -25,13 +25,14 @@ from poa.evaluate.quality import QUALITY
 from poa.evaluate.retrieval import RETRIEVAL
 from poa.evaluate.robustness import ROBUSTNESS
 from poa.evaluate.segmentation import SEGMENTATION
+from poa.evaluate.stereo import STEREO
 from poa.evaluate.top1 import TOP1
 from poa.options import override, to_dict
 
 # All protocols, in the order of their columns.
 PROTOCOLS: tuple[Protocol, ...] = (
-    KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, SEGMENTATION, DEPTH,
-    DETECTION, ROBUSTNESS,
+    KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, STEREO, SEGMENTATION,
+    DEPTH, DETECTION, ROBUSTNESS,
 )  # fmt: skip
 SEPARATE = (TOP1, *(p for p in PROTOCOLS if p.folder))  # of fine-tuned runs, and with images of their own
 STANDARD = "standard"

@@ -14,9 +14,12 @@ from PIL import Image
 
 from helpers import collections_of_images as collections
 from helpers.commands import fails
+from helpers.tiny import tiny_config
 from poa.__main__ import main
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
+from poa.errors import InputError
+from poa.evaluate.baselines import Baseline
 from poa.evaluate.dense import Pair, Placed, Windows, read_windows
 from poa.evaluate.depth import DepthConfig, depth_layer, errors, open_depth
 from poa.evaluate.masks import IGNORED, mask_pairs
@@ -30,6 +33,7 @@ from poa.evaluate.segmentation import (
     scored,
     shares,
 )
+from poa.evaluate.stereo import StereoConfig, open_stereo, stereo
 
 CPU = torch.device("cpu")
 CROPS = CropsConfig(global_size=24)
@@ -230,3 +234,30 @@ def test_a_run_and_its_model_are_scored(
     assert "unknown option 'step'; did you mean 'steps'?" in wrong
     if find_spec("torchvision") is None:
         assert "pip install 'poa-pretrain[detection]'" in fails(capsys, *asked, "--detection", str(scenes))
+
+
+def test_stereo_pairs_of_known_disparity(tmp_path: Path) -> None:
+    """Pixels of noise that moved by a patch are found at their places; what cannot be used is counted."""
+    draw = np.random.default_rng(0)
+    for kind in ("left", "right", "disparity"):
+        (tmp_path / kind).mkdir()
+    noise = draw.integers(0, 256, (48, 48, 3), np.uint8)
+    for name in ("a", "b", "c", "d"):
+        Image.fromarray(noise).save(tmp_path / "left" / f"{name}.png")
+        Image.fromarray(np.roll(noise, -8, 1)).save(tmp_path / "right" / f"{name}.png")
+        np.save(tmp_path / "disparity" / f"{name}.npy", np.full((48, 48), 8.0))
+    Image.fromarray(np.full((48, 48), 8 * 256, np.uint16)).save(tmp_path / "disparity" / "a.png")
+    (tmp_path / "disparity" / "a.npy").unlink()
+    np.save(tmp_path / "disparity" / "b.npy", np.full((9, 9), 8.0))
+    np.save(tmp_path / "disparity" / "c.npy", np.full((48, 48), np.nan))
+    (tmp_path / "right" / "d.png").unlink()
+    opened = open_stereo(tmp_path, CROPS, StereoConfig(size=48), left_out := LeftOut())
+    assert len(opened.images) == 1
+    assert "targets of another size" in str(left_out) and "d.png" in str(left_out)
+    assert "targets without a known value" in str(left_out)
+    config = tiny_config().method.backbone
+    got = stereo(Baseline("pixels", config, CROPS), config.space.intact, opened, CPU, 0)  # type: ignore[arg-type]
+    assert got["0.05"] == 1 and 0 < got["chance"] < 0.2
+    (tmp_path / "left" / "a.png").unlink()
+    with pytest.raises(InputError, match="--stereo: expected pairs of images in .* with disparity maps, got"):
+        open_stereo(tmp_path, CROPS, StereoConfig(), LeftOut())
