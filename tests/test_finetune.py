@@ -93,7 +93,8 @@ def test_int8_files_classify(tuned: Path, tmp_path: Path, capsys: pytest.Capture
     assert f"{path}: top-1 accuracy {accuracies}\n" in capsys.readouterr().out
     assert json.loads(metadata["classes"]) == model.classes
     with torch.no_grad():
-        torch.testing.assert_close(onnx_runner(path)(images)[1], model.classify(images), atol=0.1, rtol=0.1)
+        wanted, got = model.classify(images), onnx_runner(path)(images)[1]
+    assert 0 < float((got - wanted).abs().max()) < 0.2 * float(wanted.abs().max())
 
 
 def test_timm_reads_the_head(tuned: Path, tmp_path: Path) -> None:
