@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -24,6 +25,8 @@ from poa.errors import InputError, SaveError, one_line
 
 PARTIAL = ".partial"
 CHECKSUM = "crc32"
+# In indented JSON, what holds nothing but numbers and truths; no string has a line break of its own there.
+NUMBERS = re.compile(r'([\[{])\n((?: *(?:"[^"\\\n]*": )?(?:-?\d[\d.e+-]*|true|false|null),?\n)+) *([\]}])')
 REFUSED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
 
 log = logging.getLogger("poa")
@@ -113,8 +116,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON; see `writing`."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write indented JSON, objects and lists of nothing but numbers on a line each; see `writing`."""
+
+    def on_a_line(found: re.Match[str]) -> str:
+        return found[1] + " ".join(line.strip() for line in found[2].splitlines()) + found[3]
+
+    write_text(path, NUMBERS.sub(on_a_line, json.dumps(value, indent=2)) + "\n")
 
 
 def require_writable(path: Path, option: str) -> None:

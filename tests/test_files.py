@@ -90,6 +90,14 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "\\udcff"
 
 
+def test_json_has_numbers_on_a_line_and_text_as_it_is(tmp_path: Path) -> None:
+    value = {"mean": [0.5, -1e-9], "k": {"a  b": 1, "c": 2}, "names": ["[1,  2]", "a\n[\n3]"], "none": []}
+    files.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert '"mean": [0.5, -1e-09],\n' in text and '"k": {"a  b": 1, "c": 2},\n' in text
+
+
 def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, Path(os.devnull)):
