@@ -116,7 +116,7 @@ OUTPUTS = [
     (["pretrain", *OVERRIDES, "--out", "x" * 300], "File name too long"),
     (["pretrain", *OVERRIDES, "--check", "--out", "file/x"], "out: expected a folder, got file/x: "),
     (["pretrain", *OVERRIDES, "--check", "--out", "RUN"], "out: expected a new folder, got "),
-    (["pictures", "RUN", "--images", "file", "--out", "RUN/config.json"], "ends in .html, got "),
+    (["pictures", "RUN", "--images", "file", "--out", "RUN/config.json"], "in .html or .png, got "),
     (
         ["embed", "RUN", "digits", "--out", "x.npz", "--query", "file", "--page", "RUN/config.json"],
         "--page: expected a name that ends in .html, got ",

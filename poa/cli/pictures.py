@@ -17,18 +17,26 @@ from poa.files import write_text
 
 def add_pictures(group: argparse._SubParsersAction[Command]) -> None:
     command = group.add_parser(
-        "pictures", help="write a page with attention maps and colours of patch tokens of images"
+        "pictures", help="draw attention maps, colours of patch tokens and matches of images"
     )
     add_subnets(command, default=["all"])
     add_weights(command)
     command.add_argument("--images", nargs="+", metavar="FILE", help="images to look at")
+    command.add_argument(
+        "--match",
+        metavar="FILE",
+        help="an image; lines join its patches with the most alike of each of --images",
+    )
     command.add_argument(
         "--prototypes",
         type=number(int, "[1, 1e6]"),
         metavar="N",
         help="images of the run nearest to the N prototypes used most, shown instead",
     )
-    command.add_argument("--out", help="page to write (default: RUN/pictures.html, or RUN/prototypes.html)")
+    command.add_argument(
+        "--out",
+        help="page, or with --images .png, to write (default: RUN/pictures.html, or RUN/prototypes.html)",
+    )
     command.set_defaults(command=run_pictures)
 
 
@@ -37,12 +45,14 @@ def run_pictures(options: argparse.Namespace) -> None:
     subnets = folder.config().method.backbone.space.named(options.subnets)
     if bool(options.images) == bool(options.prototypes):
         raise InputError("pictures: expected one of --images FILE and --prototypes N")
+    if options.match and not options.images:
+        raise InputError("pictures: expected --images FILE with --match, got none")
     out = Path(options.out or folder.path / ("pictures.html" if options.images else "prototypes.html"))
-    require_page(out, "--out")
+    require_page(out, "--out", *([".png"] if options.images else []))
     if options.prototypes:
         write_text(out, prototypes_page(folder, options.prototypes, options.step))
         print(out)
         return
     models = [load(folder.path, subnet, branch=options.branch, step=options.step) for subnet in subnets]
-    write_pictures(models, options.images, out)
+    write_pictures(models, options.images, out, options.match)
     print(out)

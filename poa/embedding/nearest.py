@@ -29,6 +29,7 @@ SIDE = 128  # pixels of a picture on the page
 STYLE = (
     "body{font:13px sans-serif;margin:2em}figure{display:inline-block;width:136px;margin:4px;"
     "vertical-align:top}figcaption{overflow-wrap:anywhere}.query{border-right:2px solid grey}"
+    f"img{{width:{SIDE}px}}.wide,.wide img{{width:{2 * SIDE}px}}"
 )
 
 
@@ -123,10 +124,13 @@ class Nearest:
         return [f"query {i}" if p else str(self.queries[i]) for i, p in enumerate(pictures)]
 
 
-def require_page(path: Path, option: str) -> None:
-    """Raise InputError where no page can be written, or something else may be there."""
-    if path.suffix != ".html":
-        raise InputError(f"{option}: expected a name that ends in .html, got {path}")
+def require_page(path: Path, option: str, *also: str) -> None:
+    """Raise InputError where no page, or file with `also` an ending, can be written, or something else may be
+    there."""
+    if path.suffix not in (".html", *also):
+        raise InputError(
+            f"{option}: expected a name that ends in {' or '.join(('.html', *also))}, got {path}"
+        )
     require_writable(path, option)
 
 
@@ -156,6 +160,6 @@ def figure_of(pixels: np.ndarray, about: str, kind: str = "") -> str:
     data = base64.b64encode(picture.getvalue()).decode()
     lines = "<br>".join(html.escape(printable(line)) for line in about.split("\n"))
     return (
-        f"<figure class='{kind}'><img width={SIDE} src='data:image/png;base64,{data}'>"
+        f"<figure class='{kind}'><img src='data:image/png;base64,{data}'>"
         f"<figcaption>{lines}</figcaption></figure>"
     )
