@@ -13,6 +13,7 @@ from poa.checkpoint import log
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
 from poa.errors import InputError
+from poa.evaluate.backgrounds import BACKGROUNDS
 from poa.evaluate.correspondence import CORRESPONDENCE
 from poa.evaluate.depth import DEPTH
 from poa.evaluate.detection import DETECTION
@@ -32,7 +33,7 @@ from poa.options import override, to_dict
 # All protocols, in the order of their columns.
 PROTOCOLS: tuple[Protocol, ...] = (
     KNN, TOP1, LINEAR, LOGISTIC, KMEANS, RETRIEVAL, QUALITY, CORRESPONDENCE, STEREO, SEGMENTATION,
-    DEPTH, DETECTION, ROBUSTNESS,
+    DEPTH, DETECTION, ROBUSTNESS, BACKGROUNDS,
 )  # fmt: skip
 SEPARATE = (TOP1, *(p for p in PROTOCOLS if p.folder))  # of fine-tuned runs, and with images of their own
 STANDARD = "standard"
