@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from poa.evaluate.quality import TITLES
 from poa.subnets import Subnet
 from poa.writers import flat
 
@@ -49,7 +50,10 @@ def draw_curves(
         ("iBOT loss by student and head", named("intact.ibot", "elastic.ibot"), str),
         ("distillation by head, KoLeo", named("elastic.distill", "koleo"), str),
         ("20-NN accuracy", named("knn.teacher", "knn.student"), lambda n: n.removeprefix("knn.")),
-        ("RankMe of class tokens", named("rankme."), lambda n: n.removeprefix("rankme.")),
+        *(
+            (f"{title} of class tokens", named(f"{key}."), lambda n: n.partition(".")[2])
+            for key, title in TITLES.items()
+        ),
         ("target entropy / ln K by head", named("target_entropy."), lambda n: "head " + n[-1]),
         ("prototypes used by head", named("prototypes_used."), lambda n: "head " + n[-1]),
         ("standard deviation of features", named("feature_std."), lambda n: n.partition(".")[2]),

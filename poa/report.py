@@ -19,6 +19,8 @@ from poa.curves import Band, Row, draw_curves, figures_of
 from poa.drawing import require_drawable, require_matplotlib, write_figure
 from poa.errors import InputError
 from poa.evaluate import number_format, reported
+from poa.evaluate.quality import TITLES, spearman
+from poa.evaluate.scores import FEWEST
 from poa.files import read_json, write_text
 from poa.options import describe
 from poa.presets import PRESETS, preset
@@ -134,8 +136,13 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     if scores:
         best = {k: v for k, v in scores[-1].items() if k != "k"}
         shown["20-NN accuracy"] = ", ".join(f"{name} {score:.1%}" for name, score in best.items())
-    if ranks := [row["rankme"] for row in rows if "rankme" in row]:
-        shown["RankMe"] = ", ".join(f"{name} {rank:.1f}" for name, rank in ranks[-1].items())
+    for key, title in TITLES.items():
+        if measured := [row for row in rows if key in row]:
+            shown[title] = ", ".join(f"{name} {value:.1f}" for name, value in measured[-1][key].items())
+            pairs = [(row["knn"][name], value) for row in measured for name, value in row[key].items()]
+            if len(pairs) >= FEWEST:
+                rank = spearman(*map(list, zip(*pairs, strict=True)))
+                shown[title] += f"; Spearman correlation with 20-NN over {len(pairs)} evaluations {rank:.2f}"
     if tops := [row["top1"] for row in rows if "top1" in row]:
         shown["top-1 accuracy"] = ", ".join(f"{name} {score:.1%}" for name, score in tops[-1].items())
     return shown

@@ -1,9 +1,10 @@
-"""Evaluations during training: k-NN accuracies and RankMe of held-out images."""
+"""Evaluations during training: k-NN accuracies and label-free measures of held-out images."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from poa.config import Config
 from poa.data.sources import DataSplit
@@ -11,21 +12,22 @@ from poa.distributed import World
 from poa.errors import DivergenceError
 from poa.evaluate import REPORTED_K, knn_accuracy
 from poa.evaluate.knn import KNN
-from poa.evaluate.quality import rankme
+from poa.evaluate.protocol import Protocol
+from poa.evaluate.quality import QUALITY, TITLES
 from poa.evaluate.sweep import score
 from poa.metrics import Journal
 from poa.plan import evaluated_subnets
 from poa.progress import Progress
 from poa.step import TrainingState
 
+UNLABELLED = 1024  # held-out images, at most, that measures without labels see, four views of each
 WATCHED = replace(
     KNN,
-    score=lambda bank, queries, device, _: (
-        knn_accuracy(*bank, *queries, (REPORTED_K,), device=device)[REPORTED_K],
-        rankme(queries.features),
-    ),
+    score=lambda bank, queries, device, _: knn_accuracy(*bank, *queries, (REPORTED_K,), device=device)[
+        REPORTED_K
+    ],
 )
-"""20-NN accuracy and RankMe of the same class tokens."""
+"""20-NN accuracy alone."""
 
 
 class Validation:
@@ -47,14 +49,20 @@ class Validation:
         """Score the networks after `done` steps, where there are held-out images."""
         if self.data.test is None:
             return
-        scores, ranks = dict[str, float](), dict[str, float]()
-        for branch, network in (("teacher", state.teacher), ("student", state.student)):
-            subnets = self.subnets[branch]
-            tasks = [WATCHED.task(network.backbone, s, self.config.method.crops) for s in subnets]
-            figures = score(tasks, self.data, self.config, self.world, self.config.run.knn_images)
-            for subnet, (accuracy, rank) in zip(subnets, figures, strict=True):
-                scores[f"{branch} {subnet}"], ranks[f"{branch} {subnet}"] = accuracy, rank
-        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}, "rankme": ranks})
+        method, limit = self.config.method, self.config.run.knn_images
+        named = {
+            f"{branch} {subnet}": (network.backbone, subnet)
+            for branch, network in (("teacher", state.teacher), ("student", state.student))
+            for subnet in self.subnets[branch]
+        }
+
+        def of_all(protocol: Protocol, most: int) -> dict[str, Any]:
+            tasks = [protocol.task(*network, method.crops) for network in named.values()]
+            return dict(zip(named, score(tasks, self.data, self.config, self.world, most), strict=True))
+
+        scores, unlabelled = of_all(WATCHED, limit), of_all(QUALITY, min(limit, UNLABELLED))
+        by_measure = {key: {name: found[key] for name, found in unlabelled.items()} for key in TITLES}
+        self.journal.write({"step": done, "knn": {"k": REPORTED_K, **scores}, **by_measure})
         shown = ", ".join(f"{name} {score:.1%}" for name, score in scores.items())
         progress.say(f"step {done}: {REPORTED_K}-NN accuracy: {shown}")
         self._require_intact(done, scores)

@@ -70,9 +70,11 @@ def test_figures(trained: Path) -> None:
     assert row["tflop_per_s"] * 1e12 == pytest.approx(flops / 8 * row["images_per_s"], rel=1e-6)
     scores = [row["knn"] for row in RunFolder(trained).rows() if "knn" in row]
     assert scores[0].keys() == {"k", "teacher 16x2", "teacher 32x1", "student 32x2"}
-    ranks = [row["rankme"] for row in RunFolder(trained).rows() if "rankme" in row]
-    assert len(ranks) == len(scores) and ranks[0].keys() == scores[0].keys() - {"k"}
-    assert all(1 <= value <= 32 for row in ranks for value in row.values())
+    for key in ("rankme", "alpha_req", "lidar"):
+        figures = [row[key] for row in RunFolder(trained).rows() if key in row]
+        assert len(figures) == len(scores) and figures[0].keys() == scores[0].keys() - {"k"}
+        least, most = (0, 20) if key == "alpha_req" else (1, 32)
+        assert all(least < value <= most for row in figures for value in row.values())
 
 
 def test_mfu_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

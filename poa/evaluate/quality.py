@@ -22,6 +22,7 @@ from poa.subnets import Subnet
 EPS = 1e-7  # of RankMe
 RIDGE = 1e-4  # of LiDAR's within-image scatter, relative to its mean eigenvalue
 VIEWS = 4
+TITLES = {"rankme": "RankMe", "alpha_req": "alpha-ReQ", "lidar": "LiDAR"}
 
 
 def effective_rank(values: Tensor) -> float:
@@ -98,12 +99,12 @@ QUALITY = Protocol(
     "also measure features without labels: RankMe, alpha-ReQ and a LiDAR of four views",
     tokens_of_views,
     lambda train, queries, device, seed: quality(queries.features),
-    lambda score: {"RankMe": score["rankme"], "alpha-ReQ": score["alpha_req"], "LiDAR": score["lidar"]},
-    "RankMe",
+    lambda score: {title: score[name] for name, title in TITLES.items()},
+    TITLES["rankme"],
     {
         "protocol": "label-free: effective rank, spectral decay and separation of views of class tokens",
         "views": VIEWS,
     },
     learns=False,
-    numbers=("RankMe", "alpha-ReQ", "LiDAR"),
+    numbers=tuple(TITLES.values()),
 )
