@@ -197,6 +197,17 @@ def test_one_subnet_alone(trained: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "finetune.share: expected a value in (0, 1]" in fails(capsys, *run, "--share", "0")
 
 
+def test_a_seed_of_its_own(trained: Path, tuned: Path, tmp_path: Path) -> None:
+    """Draws other images and crops; by default it is the run's, 0."""
+    for seed in (0, 1):
+        assert (
+            main(["finetune", str(trained), "--out", str(tmp_path / f"{seed}"), *SHORT, f"seed={seed}"]) == 0
+        )
+    kept, other = (newest(tmp_path / name)["student"] for name in ("0", "1"))
+    assert_same(kept, newest(tuned)["student"])
+    assert not torch.equal(kept["head.weight"], other["head.weight"])
+
+
 def test_losses_of_a_sandwich() -> None:
     """The largest learns from the targets, the others from its output, which gets no gradient from them."""
     logits = [torch.randn(4, 3, requires_grad=True) for _ in range(3)]

@@ -46,6 +46,9 @@ class FinetuneConfig(Options, at="finetune"):
     distill: float = option(
         1.0, "in-place distillation: weight of the largest subnet's output in the targets of others", "[0, 1]"
     )
+    seed: int | None = option(
+        None, "seed of the share, the order, crops, mixing and subnets; none: the run's", "[0, 4294967295]"
+    )
     evaluate_every: float = option(5.0, "epochs between evaluations and checkpoints", "(0, 1e6]")
 
     def check(self) -> None:

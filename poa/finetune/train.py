@@ -147,7 +147,8 @@ class Trainer:
             raise InputError(f"finetune: expected held-out images with labels, got none ({data.untested})")
         method, self.config, self.options = config.method, config, options
         self.folder, self.data, self.world = folder, data, world
-        self.images = stratified(data.train.labelled(), options.share, method.seed)
+        self.seed = method.seed if options.seed is None else options.seed
+        self.images = stratified(data.train.labelled(), options.share, self.seed)
         self.step_images = options.batch_size * world.size
         self.epoch_steps = max(len(self.images) // self.step_images, 1)
         self.total = max(round(options.epochs * self.epoch_steps), 1)
@@ -155,7 +156,7 @@ class Trainer:
         peak = options.lr * self.step_images / 512
         warmup = min(round(options.warmup_epochs * self.epoch_steps), self.total - 1)
         self.lr = cosine_schedule(peak, options.min_lr, self.total, warmup=warmup)
-        self.augmentation = Augmentation(options, method.crops, method.seed)
+        self.augmentation = Augmentation(options, method.crops, self.seed)
         classes = data.train.classes
         self.student = Classifier(method.backbone, classes).to(world.device)
         self.teacher = deepcopy(self.student).requires_grad_(False)
@@ -251,29 +252,29 @@ class Trainer:
         """Decoded images of this process, step by step."""
         world, method = self.world, self.config.method
         rank = range(world.rank, world.rank + 1)
-        stream = SampleStream(len(self.images), self.options.batch_size, rank, world.size, steps, method.seed)
+        stream = SampleStream(len(self.images), self.options.batch_size, rank, world.size, steps, self.seed)
         workers, transform = self.config.performance.workers, self.augmentation.transform()
         return training_batches(self.images, stream, method.canvas, workers, world.timeout, transform)
 
     def subnets(self, step: int) -> list[Subnet]:
         """Those of a step on this process: the largest, the smallest, and some at random."""
-        dice = python_stream(self.config.method.seed, "fine-tuned subnets", step, self.world.rank)
+        dice = python_stream(self.seed, "fine-tuned subnets", step, self.world.rank)
         entire = list(self.space)
         drawn = [dice.choice(entire) for _ in range(self.options.random_subnets)]
         return list(dict.fromkeys([self.space.intact, self.space.smallest, *drawn]))
 
     def step(self, step: int, canvases: Canvases) -> StepReport:
         """One optimisation step on this process's images."""
-        options, world, seed = self.options, self.world, self.config.method.seed
+        options, world = self.options, self.world
         self.unreadable.add(canvases.unreadable)
         assert self.images.labels is not None
         labels = torch.from_numpy(self.images.labels)[canvases.positions].to(world.device)
         crops = self.augmentation(canvases, world.device, step, world.rank)
-        draw = torch_stream(seed, "mixing", step, world.rank)
+        draw = torch_stream(self.seed, "mixing", step, world.rank)
         images, targets = mixed(crops, labels, len(self.student.classes), options, draw)
         passes = []
         for number, subnet in enumerate(self.subnets(step)):
-            draw = torch_stream(seed, "fine-tuning depth", step, world.rank, number)
+            draw = torch_stream(self.seed, "fine-tuning depth", step, world.rank, number)
             drop = self.student.backbone.draw_stochastic_depth([images], subnet, draw)
             passes.append(StudentPass(subnet, drop.to(world.device) if drop else None))
         self.optimizer.zero_grad(set_to_none=True)
