@@ -37,7 +37,7 @@ from benchmarks.failures import Event, Refused
 from benchmarks.gpu import PARTS, Plan, measure_all
 from benchmarks.journal import Journal
 from benchmarks.peers.official import require_checkout
-from poa.cli.arguments import number
+from poa.cli.arguments import number, parse_anywhere
 from poa.config import Config
 from poa.device import choose_device
 from poa.options import override
@@ -57,7 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(function=function)
         for add in OPTIONS[name]:
             add(command)
-    options = parser.parse_args(arguments)
+    options, unknown = parse_anywhere(parser, arguments)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.list:
         return list_cases()
     if options.command is None:
@@ -202,10 +204,8 @@ def trade(options: argparse.Namespace) -> None:
 def _planned(options: argparse.Namespace) -> tuple[Config, Subnet]:
     """The step that options of `_launches` describe."""
     torch.set_num_threads(1)
-    named, overrides = options.preset, options.overrides
-    if overrides and "=" not in overrides[0]:
-        named, *overrides = overrides
-    config = override(preset(named), overrides)
+    named = next((word for word in options.overrides if "=" not in word), options.preset)
+    config = override(preset(named), [word for word in options.overrides if word != named])
     space = config.method.backbone.space
     return config, space.require(Subnet.parse(options.subnet)) if options.subnet else space.intact
 
@@ -343,7 +343,7 @@ def _launches(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="any option of a run, such as method.batch_size=32; the preset may stand before them",
+        help="any option of a run, such as method.batch_size=32; the preset may stand among them",
     )
     parser.add_argument(
         "--subnet", metavar="WxD", help="subnet of the elastic student (default: the intact network)"

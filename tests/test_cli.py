@@ -289,7 +289,7 @@ def test_the_same_grammar_elsewhere(program: str, monkeypatch: pytest.MonkeyPatc
         parsers.append(parser)
         raise SystemExit
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     with pytest.raises(SystemExit):
         importlib.import_module(f"{program}.__main__").main([])
     (group,) = (a for a in parsers[0]._actions if isinstance(a, argparse._SubParsersAction))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from poa.errors import InputError
@@ -39,6 +39,18 @@ def _not_empty(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"expected a value, got {text!r}")
     return text
+
+
+def parse_anywhere(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Options, among which `KEY=VALUE` may stand anywhere where a command takes it; unknown words."""
+    options, rest = parser.parse_known_args(arguments)
+    takes = hasattr(options, "overrides")
+    unknown = [word for word in rest if word.startswith("-") or not takes]
+    if takes:
+        options.overrides = [*options.overrides, *(word for word in rest if word not in unknown)]
+    return options, unknown
 
 
 def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:

@@ -12,7 +12,16 @@ import torch
 import poa
 from poa.backbones import CONFIGS
 from poa.cli import commands
-from poa.cli.arguments import OPTIONS_HELP, RUN_HELP, Command, Parser, add_subnets, add_weights, number
+from poa.cli.arguments import (
+    OPTIONS_HELP,
+    RUN_HELP,
+    Command,
+    Parser,
+    add_subnets,
+    add_weights,
+    number,
+    parse_anywhere,
+)
 from poa.cli.data_check import add_data
 from poa.cli.embedding import add_embed, add_pairs
 from poa.cli.finetune import add_finetune
@@ -28,15 +37,11 @@ from poa.presets import PRESETS, QUICKSTARTS, preset
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command; `KEY=VALUE` may stand anywhere among its options."""
-    parser = _parser(arguments)
-    options, rest = parser.parse_known_args(arguments)
-    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    """Parse a command."""
+    options, unknown = parse_anywhere(_parser(arguments), arguments)
     if unknown:
         after = [*arguments, ""][list(arguments).index(unknown[0]) + 1]
         options.parser.error(f"unrecognized argument {unknown[0]}{_meant(unknown[0], after, options)}")
-    if rest:
-        options.overrides = [*options.overrides, *rest]
     if named := next((word for word in getattr(options, "overrides", ()) if word in PRESETS), None):
         options.parser.error(f"unrecognized argument {named}; did you mean --preset {named}?")
     return options

@@ -67,7 +67,7 @@ def test_python_shapes_are_back_afterwards() -> None:
 
 @pytest.mark.parametrize("name", ["quickstart-swin", "quickstart-resnet"])
 def test_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["launches", "--preset", name, "method.batch_size=4"]) == 0
+    assert main(["launches", "seed=1", "--preset", name, "method.batch_size=4"]) == 0
     *table, last = capsys.readouterr().out.splitlines()
     summary = json.loads(last)
     assert summary.keys() == SUMMARY
