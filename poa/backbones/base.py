@@ -278,9 +278,12 @@ class Backbone(nn.Module, ABC):
         """
 
     @abstractmethod
-    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+    def stage_maps(self, images: Tensor, subnet: Subnet, window: int = 0) -> list[Tensor]:
         """The map `[B, height, width, channels]` of images `[B, C, H, W]` at the end of each stage, the
         finest first, the last one after the last norm; of a network without stages its only one.
+
+        Where the map of a ViT has more than `window` patches along a side, most blocks attend in windows of
+        at most as many; see `poa.backbones.windows`. 0: in all of the map.
         """
 
     @abstractmethod

@@ -240,7 +240,7 @@ class ElasticResNet(Pyramid):
             outputs = [x := block(x, subnet.width * 2**stage) for block in blocks]
         return [self._features_of(output) for output in outputs[-count:]]
 
-    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+    def stage_maps(self, images: Tensor, subnet: Subnet, window: int = 0) -> list[Tensor]:
         x, ends = self._stem(images, None), []
         for stage, blocks in enumerate(self.active_stages(self.space.require(subnet))):
             for block in blocks:

@@ -308,7 +308,7 @@ class ElasticSwin(Pyramid):
                 x = stage.downsample(x)
         return [self._features_of(_unpack(output, maps)[0]) for output in outputs[-count:]]
 
-    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+    def stage_maps(self, images: Tensor, subnet: Subnet, window: int = 0) -> list[Tensor]:
         (x, maps), ends = _pack([self._embed(images, self.space.require(subnet).width, None)]), []
         for stage, blocks in self.active_stages(subnet):
             for block in blocks:

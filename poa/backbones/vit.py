@@ -36,7 +36,8 @@ from poa.backbones.base import (
     ratio,
 )
 from poa.backbones.plain import PlainViT
-from poa.backbones.positions import RotaryKind, positions_of_grid, resizing_of_grid, rotary_of_grids
+from poa.backbones.positions import RotaryKind, resizing_of_grid, rotary_of_grids
+from poa.backbones.windows import MapWindows
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, unpack
 from poa.options import option
@@ -246,8 +247,7 @@ class ElasticViT(Backbone):
         width, patches = config.max_width, config.grid(config.image_size) ** 2
         self.patch_embed = ElasticPatchEmbed(config.patch_size, width, config.channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        registers = nn.Parameter(torch.zeros(1, config.registers, width))
-        self.reg_token = registers if config.registers else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
         positions = torch.zeros(1, config.prefix + patches, width)
         if config.learned:
             self.pos_embed: Tensor = nn.Parameter(positions)
@@ -263,7 +263,7 @@ class ElasticViT(Backbone):
                 layer_scale=config.layer_scale,
                 qkv_bias=config.qkv_bias,
                 gate=config.mlp == "swiglu",
-            )  # fmt: skip
+            )
             for _ in range(config.max_depth)
         )
         self.norm = ElasticLayerNorm(width, eps=config.norm_eps)
@@ -307,20 +307,25 @@ class ElasticViT(Backbone):
         for block, kept in zip(blocks, drop.blocks if drop else [None] * len(blocks), strict=True):
             wanted = only if block is blocks[-1] else None
             if inputs.recompute:
-                x = recomputed(block, x, groups, kept, only=wanted, **rotary)
+                x = recomputed(block, x, groups, kept, only=wanted, rotary=rotary)
             else:
-                x = block(x, groups, kept, only=wanted, inplace=True, **rotary)
+                x = block(x, groups, kept, only=wanted, inplace=True, rotary=rotary)
         return x, groups
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
         x, groups = self.embed([images], self.space.require(subnet).width)
         rotary = self._rotary([images])
-        outputs = [x := block(x, groups, None, **rotary) for block in self.active_blocks(subnet)]
+        outputs = [x := block(x, groups, None, rotary=rotary) for block in self.active_blocks(subnet)]
         return [self._features_of(output, groups)[0] for output in outputs[-count:]]
 
-    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
-        (features,) = self([images], subnet)
-        return [features.patches.unflatten(1, self._grid(images))]
+    def stage_maps(self, images: Tensor, subnet: Subnet, window: int = 0) -> list[Tensor]:
+        grid = self._grid(images)
+        if not 0 < window < max(grid):
+            return [self([images], subnet)[0].patches.unflatten(1, grid)]
+        x, groups = self.embed([images], self.space.require(subnet).width)
+        windows = MapWindows.of(len(images), grid, self.config.prefix, window, images.device)
+        x = windows.run(self.active_blocks(subnet), x, groups, self._rotary([images]))
+        return [self._features_of(x, groups)[0].patches.unflatten(1, grid)]
 
     def _features_of(self, x: Tensor, groups: Groups) -> list[Features]:
         tokens, normed = unpack(x, groups), unpack(self.normalise(x), groups)
@@ -337,10 +342,6 @@ class ElasticViT(Backbone):
         weights = EmbeddingWeights(conv.weight, conv.bias, *tokens)
         resizings = [resizing_of_grid(self.pos_embed, weights.prefix, *self._grid(c)) for c in crops]
         return elastic_embedding(crops, weights, width, masks=masks, resizings=resizings), self.groups(crops)
-
-    def position_embedding(self, height: int, breadth: int, width: int) -> Tensor:
-        """As `positions_of_grid`, of a subnet's width."""
-        return positions_of_grid(self.pos_embed[..., :width], self.config.prefix, height, breadth)
 
     def normalise(self, x: Tensor) -> Tensor:
         """The last LayerNorm, over the width of `x`."""
@@ -382,13 +383,12 @@ class ElasticViT(Backbone):
         """How `forward` packs crops: the number of each group and the tokens of one."""
         return tuple((len(c), self.config.prefix + math.prod(self._grid(c))) for c in crops)
 
-    def _rotary(self, crops: Sequence[Tensor]) -> dict[str, Rotary]:
-        """What blocks take of a rotary embedding."""
+    def _rotary(self, crops: Sequence[Tensor]) -> Rotary | None:
+        """Angles of all tokens of packed crops, if the embedding is rotary."""
         config, grids = self.config, [(len(c), *self._grid(c)) for c in crops]
         if config.rotary is None:
-            return {}
-        table = rotary_of_grids(self.cls_token, grids, config.prefix, config.head_dim, config.rotary)
-        return {"rotary": table}
+            return None
+        return rotary_of_grids(self.cls_token, grids, config.prefix, config.head_dim, config.rotary)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

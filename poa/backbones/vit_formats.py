@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from poa.backbones.base import TimmModel, count_of, ratio
+from poa.backbones.positions import positions_of_grid
 from poa.errors import InputError
 from poa.subnets import Subnet
 
@@ -68,7 +69,7 @@ def static_state(vit: ElasticViT, subnet: Subnet, side: int) -> dict[str, Tensor
         "norm.bias": vit.norm.bias[:width],
     }
     if vit.config.learned:
-        state["pos_embed"] = vit.position_embedding(side, side, width)
+        state["pos_embed"] = positions_of_grid(vit.pos_embed[..., :width], vit.config.prefix, side, side)
     if vit.reg_token is not None:
         state["reg_token"] = vit.reg_token[..., :width]
     for position, block in enumerate(vit.active_blocks(subnet)):

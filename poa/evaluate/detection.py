@@ -47,6 +47,11 @@ class DetectionConfig(Options, at="detection"):
     clip: float = option(1.0, "largest gradient norm", "(0, 1e6]")
     flip: float = option(0.5, "probability of a horizontal flip", "[0, 1]")
     size: int = option(1024, "pixels of the longer side of an image", "[16, 4096]")
+    window: int = option(
+        14,
+        "patches along a side of the windows of a ViT, of which four blocks see the whole map; 0: all",
+        "[0, 4096]",
+    )
     channels: int = option(256, "channels of the pyramid and of the heads", "[8, 4096]")
     regions: int = option(512, "proposals per image that train the heads", "[8, 4096]")
     workers: int = option(0, "processes that read images; 0: none", "[0, 256]")
@@ -70,7 +75,7 @@ def build_detector(backbone: Backbone, subnet: Subnet, opened: Opened) -> nn.Mod
     models = optional_package("torchvision.models.detection", EXTRA)
     ops = optional_package("torchvision.ops", EXTRA)
     options, classes = opened.options, len(opened.train.categories) + 1
-    pyramid = SubnetPyramid(backbone, subnet, options.channels, options.frozen)
+    pyramid = SubnetPyramid(backbone, subnet, options.channels, options.frozen, options.window)
     pyramid.require_size(options.size)
     sizes, width = anchor_sizes(pyramid.strides), options.channels
     names = [str(level) for level in range(len(sizes) - 1)]

@@ -108,7 +108,7 @@ class PeerNetwork(nn.Module):
     def to_static(self, subnet: Subnet) -> Backbone:
         raise InputError("detection.frozen: expected true with a model of timm, got false")
 
-    def stage_maps(self, images: Tensor, subnet: Subnet) -> list[Tensor]:
+    def stage_maps(self, images: Tensor, subnet: Subnet, window: int = 0) -> list[Tensor]:
         """As `Backbone.stage_maps`; of each stride the last map, none of less than 4 pixels."""
         model = self._taking(images.shape[-1])
         last = {about["reduction"]: index for index, about in enumerate(model.feature_info)}

@@ -85,15 +85,16 @@ class SubnetPyramid(nn.Module):
             another size.
         channels: of all levels.
         frozen: the subnet is used as it is; otherwise a copy of it is trained, `trained`.
+        window: as of `Backbone.stage_maps`.
 
     Attributes:
         strides: pixels from one position to the next, of each level.
         divisor: of which sides of images are multiples.
     """
 
-    def __init__(self, backbone: Backbone, subnet: Subnet, channels: int, frozen: bool):
+    def __init__(self, backbone: Backbone, subnet: Subnet, channels: int, frozen: bool, window: int = 0):
         super().__init__()
-        self.out_channels = channels
+        self.out_channels, self.window = channels, window
         device = next(backbone.parameters()).device
         self.trained = None if frozen else backbone.to_static(subnet).to(device)
         self._of = (self.trained or backbone, self.trained.space.intact if self.trained else subnet)
@@ -125,7 +126,7 @@ class SubnetPyramid(nn.Module):
             images = F.interpolate(images, size, mode="bicubic", antialias=True)
         backbone, subnet = self._of
         with torch.set_grad_enabled(self.trained is not None and torch.is_grad_enabled()):
-            maps = backbone.stage_maps(images, subnet)
+            maps = backbone.stage_maps(images, subnet, self.window)
         levels: dict[str, Tensor] = self.neck([x.permute(0, 3, 1, 2).float() for x in maps])
         return levels
 
