@@ -104,8 +104,9 @@ def gpu_name(device: torch.device) -> str:
 
 def cache_file(gpu: str) -> Path:
     """Where a user's table for a GPU lies."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "elastic_kernels" / _file_name(gpu)
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored if relative, as its specification says
+    cache = cache if cache.is_absolute() else Path(os.path.expanduser("~/.cache"))
+    return cache / "elastic_kernels" / _file_name(gpu)
 
 
 def write(path: Path, head: dict[str, str], entries: Sequence[Entry]) -> None:

@@ -216,6 +216,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"groups: expected \[\(count, length\), ...\] or a tensor of offsets, got \[2, 2\]",
     ),
+    "negative": (lambda: half(ek.Sequences([(-2, -2)])), ValueError, r"groups: .*, got \[\(-2, -2\)\]"),
     "float": (
         lambda: ek.elastic_linear(X, W, out_features=16.0),  # type: ignore[arg-type]
         ValueError,

@@ -293,6 +293,9 @@ def test_the_command(
     assert command.main(["tune", "--preset", "vit-s16", "--minutes", "3"]) == 0
     path = tmp_path / "elastic_kernels" / "nvidia-z1-80gb.json"
     assert given == [(Counter({1: 2}), path, 2, GPU)]
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", "relative")  # ignored
+        assert tuning.cache_file("Z1").is_absolute()
     printed = capsys.readouterr().out
     assert printed == f"1 different calls in the steps of vit-s16; table: {path}\na line\n"
 

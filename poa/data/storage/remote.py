@@ -109,8 +109,9 @@ def _glob(pattern: str) -> list[str]:
 
 def cache_folder() -> Path | None:
     """Of this package, if the user has one."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored if relative, as its specification says
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "poa"
+        return (cache if cache.is_absolute() else Path.home() / ".cache") / "poa"
     except RuntimeError:  # no home
         return None
 
