@@ -213,6 +213,14 @@ def test_an_evaluation_is_replaced_by_that_of_the_same_data_and_branch_alone(
         ("evaluation-2.json", str(images), "teacher", 6),
         ("evaluation.json", "digits", "teacher", 3),
     ]
+    narrow = json.loads((run / "evaluation-2.json").read_text())
+    for arguments in (["--subnets", "32x2"], ["--subnets", "16x1", "--retrieval"]):
+        assert main(["evaluate", str(run), "--data", str(images), *arguments]) == 0
+    merged = json.loads((run / "evaluation-2.json").read_text())
+    assert {**merged["settings"], "retrieval": 0} == {**narrow["settings"], "retrieval": 0}
+    protocols = [(row["subnet"], "retrieval" in row) for row in merged["subnets"]]
+    assert protocols == [("16x1", True), ("32x2", False)]
+    assert narrow["subnets"][0].items() <= merged["subnets"][0].items()
 
 
 def test_resume_of_a_finished_run_changes_nothing(run: Run) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from poa.drawing import write_figure
+from poa.errors import InputError
 from poa.evaluate.knn import KNN
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.quality import QUALITY, spearman
 from poa.evaluate.robustness import ROBUSTNESS, curves
 from poa.evaluate.suite import PROTOCOLS
-from poa.files import write_json
+from poa.files import read_json, write_json
 from poa.subnets import Subnet
 from poa.table import Table
 
@@ -87,7 +90,7 @@ class Report:
         s, rows = self.settings, [score.columns() for score in self.scores]
         wide = {title: max(6, len(title)) for title in rows[0]}
         lines = [
-            f"{s['run']}: {s['branch']} of step {s['step']}",
+            f"{s['run']}: {s['branch']}" + (f" of step {s['step']}" if s["step"] else ""),
             f"{s['data']}: {s['bank_images']:,} bank and {s['query_images']:,} query images "
             f"of {s['image_size']} px",
             *(p.described(s[p.name]) for p in PROTOCOLS if p.name in s),
@@ -116,7 +119,8 @@ class Report:
         return {title: spearman([row[title] for row in rows], known) for title in titles}
 
     def write(self, path: Path) -> None:
-        """Write JSON."""
+        """Write JSON; what is there of the same weights, images and settings stays, of other subnets or
+        protocols."""
         rows = [
             {
                 "subnet": str(s.subnet),
@@ -130,7 +134,7 @@ class Report:
         ]
         ranks = {"correlations": found} if (found := self.correlations()) else {}
         lower = {"baselines": self.baselines} if self.baselines else {}
-        write_json(path, {"settings": self.settings, "subnets": rows, **lower, **ranks})
+        write_json(path, _merged({"settings": self.settings, "subnets": rows, **lower, **ranks}, path))
 
     def plot(self, path: Path | None = None) -> Any:
         """Draw the figure of each protocol against parameters, a line per width; hollow: before training.
@@ -179,3 +183,15 @@ class Report:
         data = Path(self.settings["data"]).name
         axes.set_title(f"One training run, {len(self.scores)} models: {data}{hollow}", fontsize=10)
         axes.grid(alpha=0.3)
+
+
+def _merged(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An evaluation as JSON, with what it does not replace in a file of the same settings."""
+    with suppress(InputError, LookupError, TypeError, AttributeError):  # nothing there, or something else
+        there, now = read_json(path, "evaluation"), json.loads(json.dumps(content["settings"]))
+        before, rows = there["settings"], {row["subnet"]: row for row in there["subnets"]}
+        if before | now == now | before:  # apart from protocols of one of them
+            for row in content["subnets"]:
+                rows[row["subnet"]] = rows.get(row["subnet"], {}) | row
+            return there | content | {"settings": before | now, "subnets": list(rows.values())}
+    return content
