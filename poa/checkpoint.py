@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ class RunFolder:
         if self.checkpoints():
             raise InputError(
                 f"out: expected a new folder, got {self.path}, which holds a run; "
-                f"resume it with --resume {self.path}"
+                f"resume it with --resume {shlex.quote(str(self.path))}"
             )
         there = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -179,8 +180,11 @@ class RunFolder:
         file = self.path / "config.json"
         if not file.is_file():
             raise InputError(f"run: expected a run folder, got {self.path}: no config.json")
+        content = read_json(file, "run: expected a configuration in JSON")
+        if isinstance(content, dict) and "poa" in content:
+            raise InputError(f"run: expected a run folder, got {self.path}: an extracted model")
         try:
-            return from_dict(Config, read_json(file, "run: expected a configuration in JSON"))
+            return from_dict(Config, content)
         except InputError as error:
             raise InputError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
@@ -261,6 +265,8 @@ class RunFolder:
         steps = ", ".join(str(c.step) for c in self.checkpoints()) or "none"
         which = "a checkpoint" if step is None else f"a checkpoint of step {step}"
         got = "; ".join(damages) or f"checkpoints of steps: {steps}"
+        if not self.checkpoints():
+            got += "; if the run has ended, start it again with --out"
         raise InputError(f"{self.path}: expected {which}, got {got}")
 
     def set_aside_after(self, step: int) -> None:

@@ -99,7 +99,7 @@ class Plan:
         old, new = self.schedules(before), self.schedules(now)
         if step > new.total_steps:
             raise InputError(
-                f"method.optim: expected more than {step} steps, which are done, got {new.total_steps}"
+                f"method.optim: expected at least {step} steps, which are done, got {new.total_steps}"
             )
         rates = [schedules.lr[min(step, schedules.total_steps - 1)] for schedules in (old, new)]
         yield (
@@ -246,7 +246,7 @@ def _unusual(
         yield "prototypes are never trained: method.optim.freeze_last_layer_epochs lasts for the whole run"
     if config.run.evaluate_every and data.test is None:
         yield "evaluations were asked for (run.evaluate_every), but there are no held-out images with labels"
-    if config.run.evaluate_every > total:
+    elif config.run.evaluate_every > total:
         yield (
             f"k-NN runs only before the first step and after the last: run.evaluate_every="
             f"{config.run.evaluate_every} is more than {counted(total, 'step')}"

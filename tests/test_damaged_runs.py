@@ -73,6 +73,10 @@ def damage_no_config(run: Run) -> None:
     (run / "config.json").unlink()
 
 
+def damage_model(run: Run) -> None:
+    (run / "config.json").write_text('{"architecture": "vit", "poa": {}}')
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -81,8 +85,9 @@ def damage_no_config(run: Run) -> None:
         (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
         (damage_foreign, "expected a checkpoint of format poa-checkpoint-2 or poa-classifier-1, got None"),
         (damage_config, "got another: method.loss.koleo: 9.0 against 0.1 in the checkpoint"),
-        (damage_missing, "expected a checkpoint, got checkpoints of steps: none"),
+        (damage_missing, "got checkpoints of steps: none; if the run has ended, start it again with --out"),
         (damage_no_config, "expected a run folder"),
+        (damage_model, "an extracted model"),
     ],
 )
 @pytest.mark.parametrize("command", ["extract", "evaluate", "pretrain"])

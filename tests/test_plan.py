@@ -72,6 +72,12 @@ def test_what_is_unusual_is_said(changes: list[str], note: str) -> None:
     assert any(line.startswith(f"note: {note}") for line in lines), lines
 
 
+def test_without_held_out_images_no_accuracy_is_announced() -> None:
+    lines = said(override(preset("vit-s16"), ["data.holdout=0", "run.evaluate_every=999999"]))
+    assert any("there are no held-out images" in line for line in lines)
+    assert not any("k-NN runs" in line for line in lines)
+
+
 def test_check_says_it_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     assert main(["pretrain", "--check", "--preset", "vit-s16", "--out", str(out), "run.device=cpu"]) == 0

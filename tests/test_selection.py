@@ -60,12 +60,13 @@ def test_the_best_within_budgets(
 @pytest.mark.parametrize(
     ("limits", "least", "message"),
     [
-        ((9, 1), None, "params at most 9, ms at most 1.0, got none of 5; the nearest is 1x1 with params 10"),
+        ((9, 1), None, "params at most 9, ms at most 1, got none of 5; the nearest is 1x1 with params 10"),
         (
             (None, 0.5),
             0.75,
             "ms at most 0.5, 20-NN at least 75%, got none of 5; the nearest is 3x1 with ms 1.0, 20-NN 80%",
         ),
+        ((None, 1e-4), None, "expected a subnet with ms at most 0.0001, got none of 5"),
         ((None, None), 0.9, "20-NN at least 90%, got none of 5; the nearest is 3x1 with 20-NN 80%"),
     ],
 )
@@ -197,7 +198,10 @@ def test_other_runtimes(runtime: str, run: Path, quick: None, monkeypatch: pytes
 
 
 def test_agreement_is_computed_once(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     command = ["select", str(run), "--rank", "agreement", "--images", "20", "--max-params", "10K"]
     assert main(command) == 0
@@ -206,9 +210,14 @@ def test_agreement_is_computed_once(
     assert rows[-1]["subnet"] == "32x2" and rows[-1]["cka"] == pytest.approx(1)
     assert all(0 <= row["cka"] <= 1.0001 and row["rankme"] >= 1 for row in rows)
     assert "RankMe" in said and "over the budget of params" in said
-    monkeypatch.setattr("poa.selection.quality.agreements", None)
-    assert main(command) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("poa.selection.quality.agreements", None)
+        assert main(command) == 0
     assert capsys.readouterr().out == said
+    (run / "agreement.json").unlink()
+    (run / "agreement.json").mkdir()  # where nothing can be written the answer is given all the same
+    assert main(command) == 0
+    assert capsys.readouterr().out == said and "agreement.json was not written" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -222,7 +231,7 @@ def test_agreement_is_computed_once(
             ["select", "RUN", "--max-ms", "5"],
             "--max-ms: expected a latency table in RUN, got none; poa latency",
         ),
-        (["select", "RUN", "--cost", "memory"], "--cost: expected a latency table in RUN, got none"),
+        (["select", "RUN", "--cost", "memory"], "--cost: expected one of params, flops, got 'memory'"),
         (
             ["select", "RUN", "--max-ms", "cpu=fast"],
             "argument --max-ms: expected a number in (0, inf), got 'fast'",

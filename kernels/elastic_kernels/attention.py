@@ -89,7 +89,7 @@ def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -
 
 
 def class_sizes(groups: Sequence[tuple[int, int]]) -> list[int]:
-    """Tokens of each length class. Raises ValueError unless these are pairs of numbers that are not negative."""
+    """Tokens of each length class. Raises ValueError unless these are pairs, of no negative number."""
     pairs = isinstance(groups, (tuple, list)) and all(isinstance(g, (tuple, list)) for g in groups)
     if not pairs or any(len(group) != 2 or any(n < 0 for n in group) for group in groups):
         raise ValueError(f"groups: expected [(count, length), ...] or a tensor of offsets, got {groups}")

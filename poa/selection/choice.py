@@ -87,7 +87,7 @@ def choose(
 
     within = [c for c in candidates if not excess(c)]
     if not within:
-        wanted = [f"{cost.title} at most {cost.limit or 0:{cost.form}}" for cost in limited]
+        wanted = [f"{cost.title} at most {cost.limit or 0:,.9g}" for cost in limited]
         wanted += [f"{quality} at least {least:{form}}"] if least is not None else []
         near = min(candidates, key=excess)
         got = [f"{cost.title} {near.costs[cost.title]:{cost.form}}" for cost in limited]

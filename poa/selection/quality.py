@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ from poa.checkpoint import Branch, RunFolder, log
 from poa.config import Config
 from poa.data.layout import Openers
 from poa.distributed import World
-from poa.errors import InputError
+from poa.errors import InputError, SaveError
 from poa.evaluate.knn import KNN, REPORTED_K
 from poa.evaluate.sweep import data_place, limited
 from poa.files import read_json, write_json
@@ -89,7 +90,7 @@ def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
         of = f" of step {step}" if step else ""
         raise InputError(
             f"select: expected an evaluation{of} of the {weights.branch} in {run}, got {got}; make one: "
-            f"poa evaluate {run}; or rank without labels: --rank agreement"
+            f"poa evaluate {shlex.quote(str(run))}; or rank without labels: --rank agreement"
         )
     _, path, settings, values = min(fresh, key=lambda evaluation: evaluation[:2])
     of = f"{settings['branch']} of step {settings['step']}"
@@ -116,7 +117,10 @@ def agreement_quality(
         agreement = dict(zip(space, agreements(backbone, list(space), source, config, world), strict=True))
         rows = [{"subnet": str(subnet), **asdict(values)} for subnet, values in agreement.items()]
         asked["step"] = checkpoint.step
-        write_json(folder.path / AGREEMENT, {"agreement": asked, "subnets": rows})
+        try:
+            write_json(folder.path / AGREEMENT, {"agreement": asked, "subnets": rows})
+        except SaveError as error:
+            log.warning("%s; it will be computed again", error)
     about = (
         f"{weights.branch} of step {asked['step']}, agreement with {space.intact} on at most {images:,} "
         f"images of {asked['data']} ({AGREEMENT})"

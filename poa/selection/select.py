@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -200,9 +201,10 @@ def _table(name: str | None, files: Mapping[str, Path], option: str, folder: Run
     if name is None and len(files) == 1:
         return next(iter(files))
     if name is None or name not in files:
-        run = folder.path
-        known = f"one of {', '.join(files)}" if files else f"a latency table in {run}"
-        got = "none" if not files else "none of them" if name is None else repr(name)
+        run = shlex.quote(str(folder.path))
+        names = [*(("params", "flops") if option == "--cost" else ()), *files]
+        known = f"one of {', '.join(names)}" if names else f"a latency table in {run}"
+        got = "none" if not names else "none of them" if name is None else repr(name)
         raise InputError(f"{option}: expected {known}, got {got}; poa latency {run} measures one")
     return name
 
