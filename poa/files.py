@@ -148,6 +148,8 @@ def require_json(path: Path, option: str, key: str) -> None:
 
 def make_folder(path: Path, option: str) -> None:
     """Make a folder and those above it; raise InputError where none can be."""
+    if path.parts[:1] == ("~",):
+        raise InputError(f"{option}: expected a folder, got {path}: ~ means the home folder to shells alone")
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -188,10 +188,20 @@ def test_preprocessing_is_that_of_evaluation(backbone: ElasticViT, tmp_path: Pat
     expected = eval_crop(canvas, sizes, size, CROPS.mean, CROPS.std, resize=resize)
     assert torch.equal(model.preprocess(Image.fromarray(pixels)), expected)
     assert model(model.preprocess([Image.fromarray(pixels)] * 2)).shape == (2, backbone.space.smallest.width)
+    assert model.half()(Image.fromarray(pixels)).dtype == torch.float16
+    for wrong, got in (
+        (pixels, "files or pictures of Pillow, got ndarray"),
+        (None, "files or pictures of Pillow, got NoneType"),
+        (canvas, r"float \[B, 3, H, W\], got torch.uint8 \[1, 3, 90, 120\]"),
+        (canvas[0].half(), r"got torch.float16 \[3, 90, 120\]"),
+        (canvas[:, :1].half(), r"got torch.float16 \[1, 1, 90, 120\]"),
+    ):
+        with pytest.raises(InputError, match=f"images: expected .*{got}"):
+            model(wrong)
 
 
 def test_files_that_are_no_extracted_subnets(backbone: ElasticViT, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing.json: expected the JSON file of an extracted subnet"):
+    with pytest.raises(InputError, match="nothing.safetensors: expected the folder of an extracted model or"):
         poa.load(tmp_path / "nothing.safetensors")
     path = export.extract(backbone, backbone.space.smallest, tmp_path, CROPS)
     state, config = load_file(path / "model.safetensors"), path / "config.json"

@@ -110,6 +110,10 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
     with pytest.raises(InputError, match="--out: expected a folder, got .*file: File exists"):
         files.make_folder(tmp_path / "file", "--out")
+    with pytest.raises(
+        InputError, match="--out: expected a folder, got ~/file: ~ means the home folder to sh"
+    ):
+        files.make_folder(Path("~/file"), "--out")
 
 
 ROWS = [{"step": step, "loss": step / 7, "knn": {"16x1": 0.5}} for step in range(1, 6)]

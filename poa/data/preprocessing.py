@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from poa.data.decode import to_pixels
 from poa.data.loader import place_on_canvases
 from poa.data.sources import ImageSource
 from poa.data.storage import Files
-from poa.errors import as_input
+from poa.errors import InputError, as_input
 
 Picture = Image.Image | str | Path
 
@@ -98,13 +98,16 @@ class Preprocessing:
 
         Raises:
             ImageError: a file is no image; the message names it.
+            InputError: something is neither a file nor a picture.
         """
-        pictures = [images] if isinstance(images, str | Path | Image.Image) else images
+        pictures = images if isinstance(images, Iterable) and not isinstance(images, str) else [images]
         return self.crop(*place_on_canvases([self._decoded(picture) for picture in pictures]))
 
     def _decoded(self, picture: Picture) -> np.ndarray:
         if isinstance(picture, Image.Image):
             return to_pixels(picture, self.canvas, self.bits, self.channels)
+        if not isinstance(picture, str | Path):
+            raise InputError(f"images: expected files or pictures of Pillow, got {type(picture).__name__}")
         files = Files(Path(), [str(picture)])
         source = ImageSource(files, np.arange(1), None, (), self.bits, self.channels)
         return source.read(0, self.canvas)

@@ -98,9 +98,14 @@ class ExportedModel(nn.Module):
 
         Raises:
             ImageError: a file is no image; the message names it.
+            InputError: what is given is neither such a tensor nor a file or picture.
         """
         if not isinstance(images, Tensor):
-            images = self.preprocess(images).to(next(self.backbone.parameters()).device)
+            images = self.preprocess(images).to(next(self.backbone.parameters()))
+        channels = self.preprocess.channels
+        if images.dim() != 4 or images.shape[1] != channels or not images.is_floating_point():
+            got = f"{images.dtype} {list(images.shape)}"
+            raise InputError(f"images: expected normalised ones, float [B, {channels}, H, W], got {got}")
         features: Tensor = self.backbone([images])[0].cls
         return features
 
