@@ -17,6 +17,8 @@ def loader_speed(config: Config, workers: Sequence[int], seconds: float) -> Iter
     method = config.method
     data = config.open()
     yield f"{len(data.train):,} images, canvas of {method.canvas} pixels, batches of {method.batch_size}"
+    if data.left_out:
+        yield f"left out: {data.left_out}"
     for wanted in workers:
         stream = SampleStream(
             len(data.train), method.batch_size, [0], 1, range(10**9), method.seed, block=method.shuffle_block

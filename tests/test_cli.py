@@ -238,8 +238,10 @@ def test_config_of_another_run(run: Run, tmp_path: Path) -> None:
 
 
 def test_loader(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (images / "notes.md").touch()
     assert main(["loader", "--data", str(images), "--workers", "0", "1", "--seconds", "0.2"]) == 0
-    about, *speeds = capsys.readouterr().out.splitlines()
+    about, left_out, *speeds = capsys.readouterr().out.splitlines()
+    assert left_out == "left out: 1 without an ending of images (notes.md)"
     assert about == "8 images, canvas of 32 pixels, batches of 64"
     assert [line.partition(" images/s")[0].split()[:2] for line in speeds] == [
         ["0", "workers:"],

@@ -189,7 +189,9 @@ def open_parts(
     """
     try:
         layout = openers or find(name)
-        opened = [layout.train(), *([layout.test()] if layout.test else [])]
+        train = layout.train()
+        test = layout.test() if layout.test else train.test
+        opened = [train, *([test] if test else [])]
     except DataError:
         raise
     except OSError as error:

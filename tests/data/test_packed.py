@@ -128,7 +128,7 @@ def test_labels_of_shards(
         ([["x/y/cat/0", "x/y/cat/1"], ["x/y/dog/2", "x/y/dog/deep/3"]], [0, 0, 1, 1], "cat dog"),
         ([["./2/0", "./10/1", "./3"]], [0, 1, -1], "2 10"),
         ([["a/0", "a/1"]], None, ""),
-        ([["train/cat/0", "train/dog/1", "val/cat/2"]], None, ""),
+        ([["train/cat/0", "train/dog/1", "cat/2"]], None, ""),
     ],
 )  # fmt: skip
 def test_class_folders_in_shards(
@@ -140,6 +140,22 @@ def test_class_folders_in_shards(
     assert data.train.classes == tuple(classes.split())
     assert (None if data.train.labels is None else data.train.labels.tolist()) == labels
     assert data.labels_from == ("class folders" if labels else "")
+
+
+def test_splits_inside_of_shards(tmp_path: Path) -> None:
+    for number, members in enumerate(
+        (["d/Train/cat/0", "d/val/dog/1", "d/val/cat/5"], ["d/Train/dog/2", "d/x/3", "d/test/4"])
+    ):
+        shard(tmp_path / f"{number}.tar", {f"{name}.png": encoded(1) for name in members})
+    data = open_data(str(tmp_path), 0.25, 0)
+    assert data.test is not None and data.train.classes == data.test.classes == ("cat", "dog")
+    assert [data.train.name(i).rpartition(":")[2] for i in range(2)] == [
+        "d/Train/cat/0.png",
+        "d/Train/dog/2.png",
+    ]
+    assert data.test.label(0) == "dog" and (len(data.train), len(data.test)) == (2, 2)
+    assert data.test.read(0, 32).shape == data.train.read(1, 32).shape
+    assert str(data.left_out) == "2 members next to Train/ (x, test)"
 
 
 def test_numbered_classes_that_one_side_lacks(tmp_path: Path) -> None:

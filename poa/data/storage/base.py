@@ -73,6 +73,7 @@ class Opened:
         left_out: what is not among the images, by reason.
         lost: shards or folders that are missing, damaged or not readable, and how.
         parts: how many shards or folders there should be.
+        test: images to test with that lie in the same files.
     """
 
     images: Storage
@@ -82,6 +83,7 @@ class Opened:
     left_out: LeftOut = field(default_factory=LeftOut)
     lost: tuple[str, ...] = ()
     parts: int = 1
+    test: Opened | None = None
 
 
 def is_hidden(name: str) -> bool:

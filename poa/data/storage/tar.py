@@ -8,7 +8,7 @@ import json
 import os
 import tarfile
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -90,13 +90,19 @@ class ShardTable:
     left_out: LeftOut = field(default_factory=LeftOut)
     damage: str = ""
 
+    def only(self, wanted: Sequence[bool]) -> ShardTable:
+        """Those of its images that are wanted."""
+        at = np.flatnonzero(wanted)
+        names, places = [self.names[i] for i in at], (self.offsets[at], self.sizes[at], self.labels[at])
+        return ShardTable(names, *places, self.classes)
+
 
 def open_shards(paths: Sequence[Place]) -> Opened:
     """Tar files in WebDataset layout: `KEY.jpg` and, with a label, `KEY.cls` beside it, a number or a name.
 
     Without any label, class folders inside (`cat/1.jpg`), below the folders that all members have in common,
-    are labels. A file is listed once; the table is kept in the user's cache folder and made again when the
-    file changes.
+    are labels; where such folders are called train and val or test, they are splits. A file is listed once;
+    the table is kept in the user's cache folder and made again when the file changes.
     """
     whole, tables, lost, left_out = [], [], [], LeftOut()
     for path in paths:
@@ -119,19 +125,48 @@ def open_shards(paths: Sequence[Place]) -> Opened:
             f"data: expected tar files with images, got none in {len(paths)} files from {paths[0]} on"
             + (f" ({'; '.join(why)})" if why else "")
         )
+    folders = _folders(tables)
+    present = {name.lower(): name for each in folders for name in each}
+    splits = [next((present[n] for n in names if n in present), None) for names in (TRAIN_NAMES, TEST_NAMES)]
+    about = left_out, tuple(lost), len(paths)
+    if None in splits:
+        return _opened(whole, tables, *about)
+    for each in folders:
+        for name in each:
+            if name not in splits:
+                left_out.add(f"members next to {splits[0]}/", name)
+    train, test = (
+        [table.only([name == split for name in each]) for table, each in zip(tables, folders, strict=True)]
+        for split in splits
+    )
+    return replace(_opened(whole, train, *about), test=_opened(whole, test, LeftOut(), (), 0))
+
+
+def _opened(
+    paths: Sequence[Place],
+    tables: Sequence[ShardTable],
+    left_out: LeftOut,
+    lost: tuple[str, ...],
+    parts: int,
+) -> Opened:
     labels, classes = join_labels([(table.labels, table.classes) for table in tables])
     labels_from = ".cls members"
     if labels is None:
         labels, classes = _of_class_folders(tables)
         labels_from = "class folders"
-    return Opened(Shards(whole, tables), labels, classes, labels_from, left_out, tuple(lost), len(paths))
+    return Opened(Shards(paths, tables), labels, classes, labels_from, left_out, lost, parts)
+
+
+def _folders(tables: Sequence[ShardTable]) -> list[list[str]]:
+    """Of each member the folder that it lies in, below those that all have in common; empty for none."""
+    folders = [[name.split("/")[:-1] for name in table.names] for table in tables]
+    common = len(os.path.commonprefix([path for paths in folders for path in paths]))
+    return [[path[common] if len(path) > common else "" for path in paths] for paths in folders]
 
 
 def _of_class_folders(tables: Sequence[ShardTable]) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """As `join_labels`, by the folders that members lie in; none where these are splits."""
-    folders = [[name.split("/")[:-1] for name in table.names] for table in tables]
-    common = len(os.path.commonprefix([path for paths in folders for path in paths]))
-    names = [[path[common] if len(path) > common else "" for path in paths] for paths in folders]
+    names = _folders(tables)
     if {name.lower() for each in names for name in each} & {*TRAIN_NAMES, *TEST_NAMES}:
         return None, ()
     parts = [np.unique(each, return_inverse=True) for each in names]
