@@ -85,9 +85,10 @@ class RunLock:
     def _lives(self, holder: dict[str, Any], state: tuple[int, str]) -> bool:
         if holder.get("machine") == _machine():
             return state[1] in _HELD if holder.get("pid") == os.getpid() else _lives(holder)
-        seconds = WATCHED * BEAT_SECONDS
+        beats = WATCHED if holder else 1  # a damaged one gets none: no process knows it for its own
+        seconds = beats * BEAT_SECONDS
         log.warning("%s: held by %s; waiting %g s for its heartbeat", self.path, _named(holder), seconds)
-        for _ in range(WATCHED):
+        for _ in range(beats):
             time.sleep(BEAT_SECONDS)
             if self._state() != state:
                 return True

@@ -135,7 +135,15 @@ def test_pairs_are_those_of_all_similarities(
         main(["pairs", features, "--others", features, "--out", str(tmp_path / "f.csv"), "--most", "2"]) == 0
     )
     assert len((tmp_path / "f.csv").read_text().splitlines()) == 3
+    damaged = np.load(tmp_path / "f.npy")
+    damaged[1, 2], damaged[2] = np.nan, np.inf
+    np.savez(tmp_path / "nan.npz", **dict(np.load(tmp_path / "f.npz")) | {"cls": damaged})
+    np.save(tmp_path / "f.npy", damaged)  # of another run than its JSON
+    capsys.readouterr()
+    assert main(["pairs", str(tmp_path / "nan.npz"), "--out", out]) == 0
+    assert f"nan.npz: 2 of {count} images have NaN or inf features, and no pair" in capsys.readouterr().out
     for arguments, message in (
+        ([str(tmp_path / "f.npy"), "--out", "f.csv"], "f.json tells of"),
         ([features, "--out", "f.txt"], "--out: expected a name that ends in .csv or .json, got f.txt"),
         (["none.npz", "--out", "f.csv"], "none.npz: expected features cls of poa embed"),
         ([features, "--token", "mean", "--out", "f.csv"], "expected features mean of poa embed"),

@@ -134,6 +134,7 @@ def test_a_lock_of_nobody_is_taken_over(
     GONE[how](tmp_path)
     with held(tmp_path):
         assert f"{tmp_path / 'lock'}: taken over from process " in caplog.text
+        assert ("waiting 0.05 s" in caplog.text) == (how in ("empty", "damaged", "other JSON"))
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ from poa.device import choose_device
 from poa.distributed import is_main_process
 from poa.embedding import TOKENS, embed
 from poa.embedding.nearest import Nearest, require_page
-from poa.embedding.pairs import pair_rows, pairs_page, read_features, similar_pairs, write_pairs
+from poa.embedding.pairs import non_finite, pair_rows, pairs_page, read_features, similar_pairs, write_pairs
 from poa.errors import InputError
 from poa.export import load
 from poa.files import require_json, require_writable, write_text
@@ -132,7 +132,8 @@ def run_pairs(options: argparse.Namespace) -> None:
     first = read_features(Path(options.features), options.token)
     second = read_features(Path(options.others), options.token) if options.others else first
     if first.about["model"] != second.about["model"]:
-        raise InputError(f"pairs: expected features of one model, got another one in {options.others}")
+        sources = [file.about["model"].get("source", "?") for file in (first, second)]
+        raise InputError(f"pairs: expected features of one model, got those of {' and '.join(sources)}")
     others = second.features if options.others else None
     device = choose_device(options.device)
     pairs = similar_pairs(first.features, others, options.similarity, options.most, device)
@@ -153,6 +154,9 @@ def run_pairs(options: argparse.Namespace) -> None:
         f"near-duplicates: {pairs.total:,} pairs with a cosine similarity of {options.similarity:g} or more, "
         f"{len(rows):,} of them listed, of {alike:,} of {len(first.names):,} images"
     )
+    for path, file in {options.features: first, options.others or options.features: second}.items():
+        if lost := non_finite(file.features):
+            print(f"{path}: {lost:,} of {len(file.names):,} images have NaN or inf features, and no pair")
     for row in rows[:EXAMPLES]:
         print(f"  {printable(row['first'])} is like {printable(row['second'])} ({row['similarity']:.3f})")
     print(*(path for path in (out, page) if path), sep="\n")

@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,7 @@ class _Array:
 
     def __init__(self, file: BinaryIO):
         self.file = file
-        self.rows = 0
+        self.rows = self.crc32 = 0
         self.shape: tuple[int, ...] = (0,)
 
     def add(self, rows: np.ndarray) -> None:
@@ -78,7 +79,9 @@ class _Array:
             self.shape = rows.shape[1:]
             self._write_header()
         self.rows += len(rows)
-        self.file.write(np.ascontiguousarray(rows, dtype=np.float32).data)
+        content = np.ascontiguousarray(rows, dtype=np.float32).data
+        self.crc32 = zlib.crc32(content, self.crc32)
+        self.file.write(content)
 
     def end(self) -> None:
         self.file.seek(0)
@@ -107,7 +110,7 @@ def _npy(path: Path, about: Mapping[str, Any]) -> Iterator[Add]:
 
         yield add
         array.end()
-        listed.write(b"\n]}\n")
+        listed.write(f'\n],\n"crc32": {array.crc32}}}\n'.encode())
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,6 +69,8 @@ def read_features(path: Path, token: str) -> FeatureFile:
             listed = read_json(path.with_suffix(".json"), expected)
             names, labels = ([row[key] for row in listed["images"]] for key in ("name", "label"))
             read = FeatureFile(np.load(path, mmap_mode="r"), names, labels, listed["about"])
+            if listed.get("crc32", crc := _crc32(read.features)) != crc:
+                raise InputError(f"{expected}, got another one than {path.with_suffix('.json')} tells of")
         elif path.suffix == ".parquet":
             read = _of_parquet(path, token)
         else:
@@ -80,6 +83,14 @@ def read_features(path: Path, token: str) -> FeatureFile:
     return read
 
 
+def _crc32(features: np.ndarray) -> int:
+    """Of all values, in memory that does not grow with them."""
+    crc = 0
+    for start in range(0, len(features), BLOCK):
+        crc = zlib.crc32(np.ascontiguousarray(features[start : start + BLOCK]).data, crc)
+    return crc
+
+
 def _of_parquet(path: Path, token: str) -> FeatureFile:
     import pyarrow.parquet as pq
 
@@ -88,6 +99,12 @@ def _of_parquet(path: Path, token: str) -> FeatureFile:
     names, labels = (table[name].to_pylist() for name in ("name", "label"))
     features = values.flatten().to_numpy(zero_copy_only=False).reshape(len(names), -1)
     return FeatureFile(features, names, labels, json.loads(table.schema.metadata[b"poa"]))
+
+
+def non_finite(features: np.ndarray) -> int:
+    """How many rows of `[images, C]` have NaN or inf."""
+    blocks = (features[start : start + BLOCK] for start in range(0, len(features), BLOCK))
+    return sum(int((~np.isfinite(block)).any(1).sum()) for block in blocks)
 
 
 @torch.no_grad()
