@@ -50,6 +50,10 @@ class Opened(NamedTuple):
     workers: int
     told: set[str]
 
+    def counts(self) -> dict[str, int]:
+        images = {f"{name}_images": len(source) for name, source in self.variants.items()}
+        return {"train_images": len(self.train), **images}
+
 
 def open_backgrounds(
     folder: Path, crops: CropsConfig, options: BackgroundsConfig, left_out: LeftOut
@@ -96,6 +100,10 @@ def backgrounds(
         if lost := [text for text in found.unreadable if text not in opened.told]:
             log.warning("backgrounds: %d images could not be read, the first is %s", len(lost), lost[0])
             opened.told.update(lost)
+        if not len(found.labels):
+            raise InputError(
+                f"--backgrounds: expected images that can be read, got none: {found.unreadable[0]}"
+            )
         return found.features[0], found.labels
 
     bank, scores = tokens(opened.train), {}

@@ -107,7 +107,9 @@ def read_coco(folder: Path, channels: int, left_out: LeftOut) -> tuple[CocoImage
         content = read_json(file, expected)
         with as_input(expected):
             contents.append({name: list(content[name]) for name in ("images", "annotations", "categories")})
-            named = [{int(c["id"]): str(c["name"]) for c in content["categories"]} for content in contents]
+            for name in ("images", "categories"):
+                _require_ids(contents[-1][name], f"{file}: expected {name} with integers of their own as id")
+            named = [{c["id"]: str(c["name"]) for c in content["categories"]} for content in contents]
     if named[0] != named[1] or not named[0]:
         raise InputError(f"{files[1]}: expected the categories of {files[0].name}, got others or none")
     has_masks = any(a.get("segmentation") for a in contents[0]["annotations"])
@@ -118,7 +120,9 @@ def read_coco(folder: Path, channels: int, left_out: LeftOut) -> tuple[CocoImage
             kept = _usable(content, images, named[0], has_masks, left_out)
         part = CocoImages(images, kept, has_masks, channels)
         if not part.with_instances():
-            raise InputError(f"{file}: expected images with boxes in {images}, got none ({left_out})")
+            raise InputError(
+                f"{file}: expected images with boxes in {images}, got none ({left_out or 'none in the file'})"
+            )
         parts.append(part)
     return parts[0], parts[1]
 
@@ -131,6 +135,15 @@ def _annotations(folder: Path, part: str) -> Path:
     return files[0]
 
 
+def _require_ids(rows: Sequence[Any], expected: str) -> None:
+    """Raise InputError, `expected`: an id is no integer, or is there twice."""
+    seen = set[int]()
+    for row in rows:
+        if type(row["id"]) is not int or row["id"] in seen:
+            raise InputError(f"{expected}, got {row['id']!r}{' twice' if row['id'] in seen else ''}")
+        seen.add(row["id"])
+
+
 def _usable(
     content: Mapping[str, list[Any]],
     folder: Path,
@@ -139,20 +152,25 @@ def _usable(
     left_out: LeftOut,
 ) -> dict[str, list[Any]]:
     """The images that are there, and their annotations that can be used, numbered from 1."""
-    listed = {int(image["id"]): image for image in content["images"]}
+    listed = {image["id"]: image for image in content["images"]}
     there = {number: image for number, image in listed.items() if (folder / image["file_name"]).is_file()}
     for number in listed.keys() - there.keys():
         left_out.add("images that are missing", str(folder / listed[number]["file_name"]))
-    kept: list[Any] = []
+    kept, seen = list[Any](), set[str]()
     for annotation in content["annotations"]:
-        image = listed.get(annotation.get("image_id"))
+        number, of = annotation.get("id"), annotation.get("image_id")
+        image = listed.get(of) if type(of) is int else None
         if image is not None and image["id"] not in there:
             continue  # counted with its image
-        if fault := _fault(annotation, image, categories, has_masks):
-            left_out.add(fault, f"{folder.name}: annotation {annotation.get('id')}")
+        fault = "annotations whose id another has" if number is not None and str(number) in seen else None
+        if fault := fault or _fault(annotation, image, categories, has_masks):
+            left_out.add(fault, f"{folder.name}: annotation {number}")
             continue
-        filled = {"area": annotation["bbox"][2] * annotation["bbox"][3], "iscrowd": 0, **annotation}
-        kept.append({**filled, "id": len(kept) + 1})  # evaluators match none of id 0
+        seen.add(str(number))
+        area = annotation.get("area")
+        area = area if _are_numbers([area]) else annotation["bbox"][2] * annotation["bbox"][3]
+        filled = {"area": area, "iscrowd": int(annotation.get("iscrowd") or 0)}
+        kept.append({**annotation, **filled, "id": len(kept) + 1})  # evaluators match none of id 0
     return {"images": [*there.values()], "annotations": kept, "categories": content["categories"]}
 
 
@@ -165,25 +183,61 @@ def _fault(
     """Why an annotation cannot be used."""
     if image is None:
         return "annotations of images outside the list"
-    if annotation.get("category_id") not in categories:
+    category = annotation.get("category_id")
+    if type(category) is not int or category not in categories:
         return "annotations of categories outside the list"
     box = annotation.get("bbox")
-    if not (isinstance(box, list) and len(box) == 4 and all(math.isfinite(value) for value in box)):
+    if not (isinstance(box, list) and len(box) == 4 and _are_numbers(box)):
         return "annotations without a box of four numbers"
     x, y, width, height = box
     inside = min(x + width, image["width"]) > max(x, 0) and min(y + height, image["height"]) > max(y, 0)
     if width <= 0 or height <= 0 or not inside:
         return "boxes that are empty or outside of their image"
-    if has_masks and not _is_mask(annotation.get("segmentation")):
-        return "annotations without a mask beside others with one"
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        return "annotations whose iscrowd is neither 0 nor 1"
+    if has_masks and not _is_mask(annotation.get("segmentation"), image["height"], image["width"]):
+        return "annotations without a mask that fits their image, beside others with one"
     return None
 
 
-def _is_mask(value: Any) -> bool:
-    """Whether a value is run lengths, or polygons of three points and more."""
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+
+
+def _is_mask(value: Any, height: int, width: int) -> bool:
+    """Whether a value is run lengths of an image, or polygons of three points and more in or near it."""
     if isinstance(value, dict):
-        return {"counts", "size"} <= value.keys()
-    return isinstance(value, list) and bool(value) and all(len(p) >= 6 and len(p) % 2 == 0 for p in value)
+        return value.get("size") == [height, width] and _are_runs(value.get("counts"), height * width)
+    side = max(height, width)
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and _are_numbers(p)
+        and -side <= min(p) and max(p) <= 2 * side
+        for p in value
+    )  # fmt: skip
+
+
+def _are_runs(counts: Any, pixels: int) -> bool:
+    """Whether run lengths, a list or COCO's text, are of so many pixels.
+
+    In the text a length has five bits in each character, the lowest first, a sixth that says whether more
+    follow, and from the fourth on it is less the length two before.
+    """
+    if not isinstance(counts, str):
+        are_counts = isinstance(counts, list) and all(type(n) is int and n >= 0 for n in counts)
+        return are_counts and sum(counts) == pixels
+    lengths, value, shift = list[int](), 0, 0
+    for code in counts.encode():
+        bits = code - 48
+        if not 0 <= bits < 64:
+            return False
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        value -= (bits >> 4 & 1) << shift  # the sign
+        lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+        value = shift = 0
+    return shift == 0 and min(lengths, default=-1) >= 0 and sum(lengths) == pixels
 
 
 def average_precisions(

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor, nn
 
 from poa.backbones import Backbone
@@ -53,7 +54,12 @@ class DenseConfig(Options):
 
 
 class Fault(Exception):
-    """A target cannot be used; the message is the reason that is counted."""
+    """A target cannot be used; the message is the reason that is counted, and what was got stands with the
+    example."""
+
+    def __init__(self, reason: str, got: object = ""):
+        super().__init__(reason)
+        self.got = got
 
 
 class Pair(NamedTuple):
@@ -141,15 +147,20 @@ def read_windows(
                 targets.append(y[top : top + size, left : left + size].to(target.dtype))
             placed.append(Placed((height, width), corners, target))
         if not placed:
-            raise InputError(f"{expected}, got none ({left_out})")
+            raise InputError(f"{expected}, got none ({left_out or 'no images there'})")
         file.flush()
         shape = (len(targets), len(crops.mean), size, size)
         images = np.memmap(file, np.uint8, "r", shape=shape)
     return Windows(images, torch.stack(targets), placed, crops)
 
 
+def pictures(folder: Path) -> list[Path]:
+    """The files of a folder that are not hidden, by name."""
+    return sorted(folder.glob("[!.]*"))
+
+
 @contextmanager
-def open_png(path: Path) -> Iterator[Image.Image]:
+def open_png(path: Path) -> Iterator[ImageFile]:
     """A PNG; for other files Pillow may start programs, and pipes are waited for. Raises Fault: it is
     none."""
     try:
@@ -159,6 +170,14 @@ def open_png(path: Path) -> Iterator[Image.Image]:
         raise Fault("targets that are no PNG") from None
 
 
+def png_numbers(path: Path, kind: str, *rawmodes: str) -> np.ndarray:
+    """The numbers `[H, W]` in a PNG. Raises Fault: its pixels are not of this `kind`, by their raw mode."""
+    with open_png(path) as file:
+        if (mode := str(file.tile[0][3])) not in rawmodes:
+            raise Fault(f"targets that are no PNG of {kind}", mode)
+        return np.asarray(file)
+
+
 def read_pair(pair: Pair, channels: int, left_out: LeftOut) -> tuple[Tensor, Tensor] | None:
     """Pixels uint8 `[C, H, W]` and target `[H, W]`; None, which is counted, where they cannot be used."""
     try:
@@ -166,9 +185,12 @@ def read_pair(pair: Pair, channels: int, left_out: LeftOut) -> tuple[Tensor, Ten
             pixels = decode(file, LARGEST, channels=channels)
         target = pair.target()
         if target.shape != pixels.shape[:2]:
-            raise Fault("targets of another size than their image")
+            raise Fault("targets of another size than their image", f"{target.shape} of {pixels.shape[:2]}")
     except Fault as fault:
-        left_out.add(str(fault), str(pair.image))
+        left_out.add(str(fault), f"{pair.image}: {fault.got}" if fault.got != "" else str(pair.image))
+        return None
+    except FileNotFoundError as error:
+        left_out.add("images or targets that are missing", str(error.filename))
         return None
     except Exception as error:  # damaged files raise what they like, see `decode_sized`
         left_out.add("images or targets that cannot be read", f"{pair.image}: {one_line(error)}")

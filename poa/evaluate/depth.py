@@ -23,7 +23,18 @@ from torch import Tensor
 from poa.backbones import Backbone
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
-from poa.evaluate.dense import DenseConfig, Fault, Pair, Windows, fit_layer, open_png, read_windows, to_maps
+from poa.errors import InputError
+from poa.evaluate.dense import (
+    DenseConfig,
+    Fault,
+    Pair,
+    Windows,
+    fit_layer,
+    pictures,
+    png_numbers,
+    read_windows,
+    to_maps,
+)
 from poa.evaluate.protocol import OfFolder, folder_protocol
 from poa.files import open_regular
 from poa.options import option
@@ -47,12 +58,15 @@ class Opened(NamedTuple):
     val: Windows
     options: DepthConfig
 
+    def counts(self) -> dict[str, int]:
+        return {"train_images": len(self.train.placed), "val_images": len(self.val.placed)}
+
 
 def depth_pairs(part: Path) -> list[Pair]:
     """Images of a part with what reads their depth, float32 `[H, W]`, 0 where it is unknown."""
     return [
         Pair(image, partial(read_map, part / "depth" / image.stem, 1000))
-        for image in sorted((part / "images").glob("*"))
+        for image in pictures(part / "images")
     ]
 
 
@@ -60,10 +74,14 @@ def read_map(stem: Path, scale: int) -> np.ndarray:
     """Values of pixels, float32 `[H, W]`, 0 where unknown; those of a PNG are `scale` times as large."""
     if (file := stem.parent / f"{stem.name}.npy").exists():
         with open_regular(file) as opened:
-            depth = np.load(opened, allow_pickle=False).astype(np.float32)
+            values = np.load(opened, allow_pickle=False)
+        if values.dtype.kind not in "fiu":
+            raise Fault("targets that are no real numbers", values.dtype)
+        with np.errstate(over="ignore"):
+            depth = values.astype(np.float32)
     else:
-        with open_png(stem.parent / f"{stem.name}.png") as picture:
-            depth = np.asarray(picture).astype(np.float32) / scale
+        path = stem.parent / f"{stem.name}.png"
+        depth = png_numbers(path, "one number in 16 bits", "I;16B").astype(np.float32) / scale
     known = np.isfinite(depth) & (depth > 0)
     if not known.any():
         raise Fault("targets without a known value")
@@ -118,6 +136,9 @@ def open_depth(folder: Path, crops: CropsConfig, options: DepthConfig, left_out:
         )
         for part in ("train", "val")
     )  # fmt: skip
+    if not train.targets.any():
+        size = crops.global_size
+        raise InputError(f"--monodepth: expected known depths in training windows of {size} pixels, got none")
     return Opened(train, val, options)
 
 

@@ -65,6 +65,9 @@ class Opened(NamedTuple):
     options: DetectionConfig
     crops: CropsConfig
 
+    def counts(self) -> dict[str, int]:
+        return {"train_images": len(self.train), "val_images": len(self.val)}
+
 
 def build_detector(backbone: Backbone, subnet: Subnet, opened: Opened) -> nn.Module:
     """Mask R-CNN, or Faster R-CNN where there are no masks, on the device of the backbone.
@@ -112,11 +115,12 @@ def flipped(example: Example) -> Example:
 
 
 class Reader:
-    """Reads images in batches, and counts once each that cannot be read."""
+    """Reads images in batches, and counts those that it read and, once each, those that it cannot read."""
 
     def __init__(self, images: CocoImages, options: DetectionConfig):
         self.images, self.options = images, options
         self.unread: set[str] = set()
+        self.read = 0
 
     def batches(self, positions: Sequence[int]) -> Iterator[list[tuple[int, Example]]]:
         """Position and content of the images at these positions, in order; without those that fail."""
@@ -126,15 +130,19 @@ class Reader:
         for start, examples in zip(starts, loader, strict=True):
             pairs = list(zip(positions[start : start + batch], examples, strict=True))
             self.unread |= {example for _, example in pairs if isinstance(example, str)}
-            yield [(position, example) for position, example in pairs if not isinstance(example, str)]
+            examples_read = [(place, example) for place, example in pairs if not isinstance(example, str)]
+            self.read += len(examples_read)
+            yield examples_read
 
-    def tell(self) -> None:
-        """Log how many images could not be read."""
+    def tell(self, kind: str) -> None:
+        """Log how many images could not be read. Raises InputError: none of these `kind` images could."""
         left_out = LeftOut()
         for text in sorted(self.unread):
             left_out.add("images that cannot be read", text)
         if left_out:
             log.warning("detection: left out: %s", left_out)
+        if not self.read:
+            raise InputError(f"--detection: expected {kind} images that can be read, got none")
 
 
 def train_detector(model: nn.Module, reader: Reader, options: DetectionConfig, seed: int) -> None:
@@ -243,11 +251,9 @@ def detection(
         model = build_detector(backbone, subnet, opened)
     reader, asked = Reader(opened.train, opened.options), Reader(opened.val, opened.options)
     train_detector(model, reader, opened.options, seed)
+    reader.tell("training")
     ids, predictions = detect(model, asked)
-    for part in (reader, asked):
-        part.tell()
-    if not ids:
-        raise InputError("--detection: expected validation images that can be read, got none")
+    asked.tell("validation")
     kinds = {"bbox": "segmentation"} | ({"segm": "bbox"} if opened.train.has_masks else {})
     return {
         kind: average_precisions(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from poa.errors import InputError, as_input
-from poa.evaluate.dense import Fault, Pair, open_png
+from poa.evaluate.dense import Fault, Pair, open_png, pictures, png_numbers
 from poa.files import read_json
 
 IGNORED = 255
@@ -39,41 +39,48 @@ def mask_pairs(folder: Path) -> tuple[list[list[Pair]], int]:
         expected = f"{names} with a class on each line, or the layout of ADE20K or of COCO's panoptic masks"
         raise InputError(f"--segmentation: expected {expected}, got none of them")
     with as_input(f"{names}: expected a class on each line"):
-        classes = len(names.read_text(encoding="utf-8").splitlines())
+        lines = names.read_text(encoding="utf-8").rstrip().splitlines()
+    classes = len(lines)
     if not 2 <= classes < IGNORED:
         raise InputError(f"{names}: expected 2 to {IGNORED - 1} classes, got {classes}")
+    if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
+        raise InputError(f"{names}: expected a class on each line, got an empty line {empty[0]}")
     return [_own(folder / part, classes) for part in ("train", "val")], classes
 
 
 def _own(part: Path, classes: int) -> list[Pair]:
     return [
         Pair(image, partial(_numbers, part / "masks" / f"{image.stem}.png", classes))
-        for image in sorted((part / "images").glob("*"))
+        for image in pictures(part / "images")
     ]
 
 
 def _numbers(path: Path, classes: int) -> np.ndarray:
-    with open_png(path) as file:
-        mask = np.asarray(file)
-    if ((mask >= classes) & (mask != IGNORED)).any():
-        raise Fault(f"masks with classes above {classes - 1}")
+    mask = _grey(path)
+    if (above := (mask >= classes) & (mask != IGNORED)).any():
+        raise Fault(f"masks with classes above {classes - 1}", mask[above].max())
     return _known(mask.astype(np.uint8))
+
+
+def _grey(path: Path) -> np.ndarray:
+    """Numbers of classes; Pillow would scale grey of two and of four bits."""
+    kinds = ("1", "L", "I;16B", "P", "P;1", "P;2", "P;4")
+    return png_numbers(path, "one number in 1, 8 or 16 bits, or of a palette", *kinds)
 
 
 def _ade(folder: Path, part: str) -> list[Pair]:
     masks = folder / "annotations" / part
     return [
         Pair(image, partial(_from_one, masks / f"{image.stem}.png"))
-        for image in sorted((folder / "images" / part).glob("*"))
+        for image in pictures(folder / "images" / part)
     ]
 
 
 def _from_one(path: Path) -> np.ndarray:
     """Classes are numbered from 1 in the file; 0 becomes 255."""
-    with open_png(path) as file:
-        mask = np.asarray(file)
+    mask = _grey(path)
     if (mask > ADE_CLASSES).any():
-        raise Fault(f"masks with classes above {ADE_CLASSES}")
+        raise Fault(f"masks with classes above {ADE_CLASSES}", mask.max())
     return _known(mask.astype(np.uint8) - np.uint8(1))
 
 
@@ -102,7 +109,7 @@ def _panoptic(path: Path, segments: Sequence[Mapping[str, Any]], index: Mapping[
     mask = np.full(numbers.shape, IGNORED, np.uint8)
     for segment in segments:
         if segment["category_id"] not in index:
-            raise Fault("masks with categories outside the list")
+            raise Fault("masks with categories outside the list", segment["category_id"])
         if not segment.get("iscrowd"):
             mask[numbers == segment["id"]] = index[segment["category_id"]]
     return _known(mask)

@@ -38,7 +38,8 @@ class OfFolder:
 
     Attributes:
         options: with their defaults; they are a part of the settings.
-        open: from folder, crops of the run, options and a count of what is left out to what `score` takes.
+        open: from folder, crops of the run, options and a count of what is left out to what `score` takes,
+            whose `counts()` are the numbers of its images, by part.
         score: a subnet on that, on a device, by a seed; a JSON value.
     """
 

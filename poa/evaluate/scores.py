@@ -21,6 +21,7 @@ from poa.subnets import Subnet
 from poa.table import Table
 
 FEWEST = 4  # subnets, before a correlation means anything
+COLUMNS = 4  # panels side by side
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,11 @@ class Report:
         from matplotlib.figure import Figure  # optional, and slow to import
 
         protocols = [p for p in PROTOCOLS if p.name in self.scores[0].values]
-        figure = Figure(figsize=(6.4 * len(protocols), 4.0), layout="constrained")
-        for axes, protocol in zip(
-            figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True
-        ):
+        columns = min(len(protocols), COLUMNS)
+        rows = -(-len(protocols) // columns)
+        figure = Figure(figsize=(6.4 * columns, 4.0 * rows), layout="constrained")
+        for place, protocol in enumerate(protocols, 1):
+            axes = figure.add_subplot(rows, columns, place)
             self._draw(axes, protocol)
             axes.legend(fontsize=8)
         if path:
@@ -178,9 +180,9 @@ class Report:
                 level = scale * protocol.headline(scored[protocol.name])
                 axes.axhline(level, color="grey", linewidth=1, linestyle=style, label=f"{kind} {level:.3g}")
         hollow = " (hollow: before training)" if protocol.before in self.scores[0].values else ""
-        named = protocol.reported if number else f"accuracy, {protocol.name} {protocol.reported}, %"
+        named = protocol.reported if number else f"{protocol.name} {protocol.reported}, %"
         axes.set(xlabel="parameters", ylabel=named, xscale="log")
-        data = Path(self.settings["data"]).name
+        data = Path(self.settings[protocol.name].get("folder", self.settings["data"])).name
         axes.set_title(f"One training run, {len(self.scores)} models: {data}{hollow}", fontsize=10)
         axes.grid(alpha=0.3)
 

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from poa.backbones import Backbone
+from poa.checkpoint import log
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
+from poa.errors import InputError
 from poa.evaluate.dense import DenseConfig, Windows, fit_layer, read_windows, to_maps
 from poa.evaluate.knn import REPORTED_K, TEMPERATURE, nearest
 from poa.evaluate.masks import IGNORED, mask_pairs
@@ -41,6 +43,10 @@ class Opened(NamedTuple):
     val: Windows
     classes: int
     options: SegmentationConfig
+
+    def counts(self) -> dict[str, int]:
+        images = {"train_images": len(self.train.placed), "val_images": len(self.val.placed)}
+        return images | {"classes": self.classes}
 
 
 def shares(masks: Tensor, side: int, classes: int) -> Tensor:
@@ -113,12 +119,19 @@ def open_scenes(folder: Path, crops: CropsConfig, options: SegmentationConfig, l
     """Windows of the images of a folder of any layout of `mask_pairs`. Raises InputError: it has none of
     them, or no images with masks."""
     pairs, classes = mask_pairs(folder)
+    expected = f"--segmentation: expected images with masks in the %s part of {folder}"
     train, val = (
-        read_windows(
-            part, crops, options, left_out, f"--segmentation: expected images with masks in {folder}"
-        )
-        for part in pairs
+        read_windows(part, crops, options, left_out, expected % name)
+        for part, name in zip(pairs, ("training", "validation"), strict=True)
     )
+    known, asked = (set(part.targets.unique().tolist()) - {IGNORED} for part in (train, val))
+    if not known:
+        raise InputError(
+            f"{expected % 'training'}, got windows of {crops.global_size} pixels without a class"
+        )
+    if new := sorted(asked - known):
+        log.warning("segmentation: %d of %d validation classes are in no training mask: %s",
+                    len(new), len(asked), ", ".join(map(str, new)))  # fmt: skip
     return Opened(train, val, classes, options)
 
 

@@ -22,7 +22,7 @@ from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
 from poa.errors import InputError
 from poa.evaluate.correspondence import centers, columns, pck
-from poa.evaluate.dense import Pair, read_pair
+from poa.evaluate.dense import Pair, pictures, read_pair
 from poa.evaluate.depth import read_map
 from poa.evaluate.protocol import OfFolder, folder_protocol
 from poa.options import Options, option
@@ -49,16 +49,21 @@ class StereoPairs(NamedTuple):
     images: list[Tensor]
     disparities: list[Tensor]
 
+    def counts(self) -> dict[str, int]:
+        return {"pairs": len(self.images)}
+
 
 def open_stereo(folder: Path, crops: CropsConfig, options: StereoConfig, left_out: LeftOut) -> StereoPairs:
     """The pairs of a folder; those that cannot be used are counted. Raises InputError: there are none."""
     side, opened = options.size or crops.global_size, StereoPairs([], [])
     std, mean = (torch.tensor(values)[:, None, None] for values in (crops.std, crops.mean))
-    for left in sorted((folder / "left").glob("*")):
+    for left in pictures(folder / "left"):
         target = partial(read_map, folder / "disparity" / left.stem, 256)
-        files = (left, folder / "right" / left.name)
-        read = [read_pair(Pair(file, target), len(crops.mean), left_out) for file in files]
-        views = [view for view in read if view is not None]
+        views = []
+        for file in (left, folder / "right" / left.name):
+            if (view := read_pair(Pair(file, target), len(crops.mean), left_out)) is None:
+                break
+            views.append(view)
         if len(views) < 2:
             continue
         pixels = [
@@ -70,7 +75,7 @@ def open_stereo(folder: Path, crops: CropsConfig, options: StereoConfig, left_ou
         opened.disparities.append(F.interpolate(disparity[None, None], (side, side), mode="nearest")[0, 0])
     if not opened.images:
         expected = f"pairs of images in {folder / 'left'} and {folder / 'right'} with disparity maps"
-        raise InputError(f"--stereo: expected {expected}, got none ({left_out})")
+        raise InputError(f"--stereo: expected {expected}, got none ({left_out or 'no images there'})")
     return opened
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from poa.checkpoint import log
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
+from poa.distributed import World
 from poa.errors import InputError
 from poa.evaluate.backgrounds import BACKGROUNDS
 from poa.evaluate.correspondence import CORRESPONDENCE
@@ -28,7 +31,7 @@ from poa.evaluate.robustness import ROBUSTNESS
 from poa.evaluate.segmentation import SEGMENTATION
 from poa.evaluate.stereo import STEREO
 from poa.evaluate.top1 import TOP1
-from poa.options import override, to_dict
+from poa.options import Options, override, to_dict
 
 # All protocols, in the order of their columns.
 PROTOCOLS: tuple[Protocol, ...] = (
@@ -59,8 +62,9 @@ def require_protocols(names: Sequence[str]) -> list[Protocol]:
     return [p for p in known if p not in missing and (suite or p.help is None or p.name in names)]
 
 
-def open_folders(folders: Folders, crops: CropsConfig) -> list[tuple[Protocol, Any]]:
-    """Protocols of folders, with their options among the settings, and what they score subnets on.
+def open_folders(folders: Folders, crops: CropsConfig, world: World) -> list[tuple[Protocol, Any]]:
+    """Protocols of folders, with folder, numbers of images and options among the settings, and what they
+    score subnets on; the main process has that, the others None.
 
     What is left out is logged. Raises InputError: no such protocol, or wrong options or folders.
     """
@@ -71,9 +75,22 @@ def open_folders(folders: Folders, crops: CropsConfig) -> list[tuple[Protocol, A
         if protocol is None or protocol.folder is None:
             known = ", ".join(p.name for p in PROTOCOLS if p.folder)
             raise InputError(f"evaluate: expected folders of {known}, got one of {name}")
-        options, left_out = override(protocol.folder.options, [fspath(a) for a in assignments]), LeftOut()
-        images = protocol.folder.open(Path(place), crops, options, left_out)
-        if left_out:
-            log.warning("%s: left out: %s", name, left_out)
-        opened.append((replace(protocol, settings={**protocol.settings, **to_dict(options)}), images))
+        options = override(protocol.folder.options, [fspath(a) for a in assignments])
+        kept = list[Any]()
+        counts = world.from_main(partial(_open, protocol, Path(place), crops, options, kept))
+        about = {"folder": os.path.abspath(place), **counts, **to_dict(options)}
+        opened.append((replace(protocol, settings={**protocol.settings, **about}), kept[0] if kept else None))
     return opened
+
+
+def _open(
+    protocol: Protocol, place: Path, crops: CropsConfig, options: Options, kept: list[Any]
+) -> dict[str, int]:
+    """Append what a protocol scores subnets on; the numbers of its images."""
+    assert protocol.folder
+    left_out = LeftOut()
+    kept.append(protocol.folder.open(place, crops, options, left_out))
+    if left_out:
+        log.warning("%s: left out: %s", protocol.name, left_out)
+    counts: dict[str, int] = kept[0].counts()
+    return counts

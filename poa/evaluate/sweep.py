@@ -86,7 +86,7 @@ def evaluate_subnets(
     own.
     """
     crops, seed, network = config.method.crops, config.method.seed, config.method.backbone
-    opened = open_folders(folders or {}, crops)
+    opened = open_folders(folders or {}, crops, world)
 
     def each(p: Protocol) -> Iterator[tuple[Subnet | str, str, Any, Subnet]]:
         for name, weights in ((p.name, backbone), (p.before, initial)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -177,15 +178,18 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
     os.mkfifo(masks / "4.png")  # of which a reader would wait for ever
     (masks / "5.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")  # for which Pillow would start a program
     (tmp_path / "train" / "images" / "notes.txt").write_text("no picture")
+    Image.fromarray(np.zeros((24, 24, 3), np.uint8)).save(masks / "6.png")
     left_out = LeftOut()
     train, val, classes, _ = open_scenes(tmp_path, CROPS, SegmentationConfig(), left_out)
-    assert (len(train.images), len(val.images), classes) == (3, 9, 2)
+    assert (len(train.images), len(val.images), classes) == (2, 9, 2)
     for counted in (
-        "1 targets of another size",
-        "1 masks with classes above 1",
-        "3 images or targets that cannot",
+        f"1 targets of another size than their image ({tmp_path}/train/images/0.png: (9, 9) of (24, 24))",
+        f"1 masks with classes above 1 ({tmp_path}/train/images/1.png: 2)",
+        f"1 images or targets that are missing ({masks}/2.png)",
+        "2 images or targets that cannot",
         "1 masks without a class",
-        "1 targets that are no PNG",
+        "1 targets that are no PNG (",
+        "1 targets that are no PNG of one number in 1, 8 or 16 bits",
     ):
         assert counted in str(left_out)
     assert "notes.txt" in str(left_out)
@@ -197,6 +201,42 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
         1.0,
         2.0,
     }
+    depth = tmp_path / "train" / "depth"
+    Image.fromarray(np.ones((24, 24), np.uint8)).save(depth / "0.png")
+    np.save(depth / "1.npy", np.ones((24, 24), np.complex64))
+    open_depth(tmp_path, CROPS, DepthConfig(), left_out := LeftOut())
+    assert "1 targets that are no PNG of one number in 16 bits" in str(left_out)
+    assert "1 targets that are no real numbers" in str(left_out)
+
+
+def test_training_parts_that_teach_too_little(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is known of the pixels that are seen, or not all classes; class names are missing."""
+    write_scenes(tmp_path, 2, width=48)
+    for i in range(2):
+        mask, depth = np.full((24, 48), IGNORED, np.uint8), np.zeros((24, 48), np.float32)
+        mask[0, 1] = depth[0, 1] = 1  # which nearest pixels of half the width miss
+        Image.fromarray(mask).save(tmp_path / "train" / "masks" / f"{i}.png")
+        (tmp_path / "train" / "depth" / f"{i}.png").unlink(missing_ok=True)
+        np.save(tmp_path / "train" / "depth" / f"{i}.npy", depth)
+    with pytest.raises(InputError, match="training part of .* got windows of 24 pixels without a class"):
+        open_scenes(tmp_path, CROPS, SegmentationConfig(), LeftOut())
+    with pytest.raises(InputError, match="known depths in training windows of 24 pixels, got none"):
+        open_depth(tmp_path, CROPS, DepthConfig(), LeftOut())
+    for i in range(2):
+        Image.fromarray(np.zeros((24, 48), np.uint8)).save(tmp_path / "train" / "masks" / f"{i}.png")
+    open_scenes(tmp_path, CROPS, SegmentationConfig(), LeftOut())
+    assert "1 of 2 validation classes are in no training mask: 1" in caplog.text
+    for text, message in (
+        ("\n\n", "2 to 254 classes, got 0"),
+        ("a\n\nb\n", "on each line, got an empty line 2"),
+    ):
+        (tmp_path / "classes.txt").write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_scenes(tmp_path, CROPS, SegmentationConfig(), LeftOut())
+    (tmp_path / "classes.txt").write_text("a\nb\n\n")
+    shutil.rmtree(tmp_path / "val")
+    with pytest.raises(InputError, match=r"validation part of .*, got none \(no images there\)"):
+        open_scenes(tmp_path, CROPS, SegmentationConfig(), LeftOut())
 
 
 def test_a_run_and_its_model_are_scored(
@@ -253,7 +293,7 @@ def test_stereo_pairs_of_known_disparity(tmp_path: Path) -> None:
     (tmp_path / "right" / "d.png").unlink()
     opened = open_stereo(tmp_path, CROPS, StereoConfig(size=48), left_out := LeftOut())
     assert len(opened.images) == 1
-    assert "targets of another size" in str(left_out) and "d.png" in str(left_out)
+    assert "1 targets of another size" in str(left_out) and "d.png" in str(left_out)
     assert "targets without a known value" in str(left_out)
     config = tiny_config().method.backbone
     got = stereo(Baseline("pixels", config, CROPS), config.space.intact, opened, CPU, 0)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from poa.__main__ import main
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
 from poa.errors import InputError
-from poa.evaluate.coco import CocoImages, average_precisions, read_coco
+from poa.evaluate.coco import CocoImages, _is_mask, average_precisions, read_coco
 from poa.evaluate.detection import DetectionConfig, Opened, Reader, build_detector, detect, train_detector
 from poa.evaluate.models import open_peer
 from poa.step import initial_network
@@ -77,16 +77,21 @@ def test_annotations_that_cannot_be_used_are_counted(folder: Path, tmp_path: Pat
     before = len(content["annotations"])
     wrong = (
         {"bbox": [5, 5, 0, 9]}, {"bbox": [70, 5, 9, 9]}, {"bbox": [1, 2, 3]}, {"category_id": 77},
-        {"image_id": 99}, {"segmentation": []},
+        {"image_id": 99}, {"segmentation": []}, {"bbox": ["1", 2, 3, 4]}, {"category_id": [1]},
+        {"segmentation": {"size": [5, 5], "counts": [0, 25]}},
+        {"segmentation": [[1, 1, 5, float("nan"), 9, 9]]},
+        {"segmentation": {"size": [64, 64], "counts": [9, 9]}}, {"segmentation": [[1e30, 1, 5, 5, 9, 9]]},
+        {"segmentation": {"size": [64, 64], "counts": "P1"}}, {"iscrowd": "x"}, {"id": good["id"]},
     )  # fmt: skip
-    content["annotations"] += [good | change for change in wrong]
+    content["annotations"] += [good | {"id": 1000 + i} | change for i, change in enumerate(wrong)]
     file.write_text(json.dumps(content))
     left_out = LeftOut()
     train, _ = read(copied, left_out)
     for counted in (
-        "1 images that are missing", "2 boxes that are empty or outside", "1 annotations without a box",
-        "1 annotations of categories outside the list", "1 annotations of images outside the list",
-        "1 annotations without a mask",
+        "1 images that are missing", "2 boxes that are empty or outside", "2 annotations without a box",
+        "2 annotations of categories outside the list", "1 annotations of images outside the list",
+        "6 annotations without a mask that fits", "1 annotations whose iscrowd",
+        "1 annotations whose id another",
     ):  # fmt: skip
         assert counted in str(left_out)
     missing = sum(a["image_id"] == 0 for a in content["annotations"])
@@ -95,6 +100,12 @@ def test_annotations_that_cannot_be_used_are_counted(folder: Path, tmp_path: Pat
     assert [len(batch) for batch in reader.batches(range(4))] == [2, 1]
     (unread,) = reader.unread
     assert "0001.png: not an image" in unread
+    untold = Reader(train, DetectionConfig())
+    with pytest.raises(InputError, match="expected training images that can be read, got none"):
+        untold.tell("training")
+    file.write_text(json.dumps(content | {"images": [*content["images"], content["images"][3]]}))
+    with pytest.raises(InputError, match="expected images with integers of their own as id, got 3 twice"):
+        read(copied)
     content["categories"].pop()
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match="expected the categories of instances_train.json, got others"):
@@ -102,6 +113,21 @@ def test_annotations_that_cannot_be_used_are_counted(folder: Path, tmp_path: Pat
     file.unlink()
     with pytest.raises(InputError, match=r"expected one file .*instances_train\*.json, got 0"):
         read(copied)
+
+
+def test_run_lengths_in_text_are_those_of_their_image() -> None:
+    api, draw = pytest.importorskip("faster_coco_eval").mask, np.random.default_rng(0)
+    for side in (1, 7, 40):
+        for share in (0.0, 0.02, 0.5, 1.0):
+            mask = (draw.random((side, side)) < share).astype(np.uint8)
+            text = api.encode(np.asfortranarray(mask))["counts"]
+            text = text.decode() if isinstance(text, bytes) else text
+            value = {"size": [side, side], "counts": text}
+            assert _is_mask(value, side, side)
+            assert not _is_mask(value, side, side + 1) and not _is_mask(
+                value | {"counts": text[:-1]}, side, side
+            )
+            assert not _is_mask(value | {"counts": text + "~"}, side, side)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -71,6 +72,28 @@ def test_metrics_are_those_of_scikit_learn() -> None:
 
     for a, b in (similarities[:2], similarities[:2].round()):  # the latter has ties
         assert spearman(a.tolist(), b.tolist()) == pytest.approx(spearmanr(a, b).statistic, abs=1e-6)
+
+
+def test_figures_of_random_predictions_are_those_of_references() -> None:
+    labels, found = torch.randint(4, (2, 90), generator=DRAW).numpy()
+    best = max((labels == np.array(names)[found]).mean() for names in itertools.permutations(range(4)))
+    kinds = (metrics.normalized_mutual_info_score, metrics.adjusted_rand_score, metrics.fowlkes_mallows_score)
+    expected = [*(kind(labels, found) for kind in kinds), best]
+    assert [*cluster_scores(found, labels).values()] == pytest.approx(expected, abs=1e-6)
+    bank, asked = (
+        Labelled(torch.randn(count, 8, generator=DRAW), torch.randint(30, (count,), generator=DRAW))
+        for count in (400, 300)
+    )
+    similarities = metrics.pairwise.cosine_similarity(asked.features.double(), bank.features.double())
+    relevant = (asked.labels[:, None] == bank.labels).numpy()
+    got = retrieval_scores(bank, asked, CPU)
+    rows = zip(relevant, similarities, strict=True)
+    expected = float(np.mean([metrics.average_precision_score(r, s) for r, s in rows]))
+    assert got["map"] == pytest.approx(expected, abs=1e-6)
+    order = np.take_along_axis(relevant, np.argsort(-similarities, 1), 1)
+    for k in (1, 5, 10):
+        assert got[f"recall@{k}"] == pytest.approx(order[:, :k].any(1).mean(), abs=1e-6)
+    assert got["recall@1"] < got["recall@5"] < got["recall@10"] < 1
 
 
 def test_recall_and_map_of_few_images() -> None:

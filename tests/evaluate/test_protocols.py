@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers import processes
 from helpers.tiny import OVERRIDES, tiny_config
 from poa import evaluate
 from poa.__main__ import main
@@ -56,6 +57,26 @@ def test_all_that_is_said_of_a_protocol_follows_from_its_registration(
         Run(run).evaluate(protocols="mean")
     write_report([RunFolder(run)], tmp_path / "page.html")
     assert ": centroid</th>" in (tmp_path / "page.html").read_text()
+
+
+def test_two_ranks_print_and_write_what_one_does(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, with what is left out; settings say of which folder and how many images."""
+    scenes = pytest.importorskip("helpers.digit_scenes", exc_type=ImportError)
+    masks = scenes.write_scenes(tmp_path, 5, 3) / "masks"
+    (masks / "train/images/0000.png").write_bytes(b"no picture")
+    asked = ["evaluate", str(trained), "--subnets", "16x1", "32x2", "--quality", "--correspondence"]
+    asked += ["--segmentation", str(masks), "steps=2", "--out"]
+    assert main([*asked, str(tmp_path / "one.json")]) == 0
+    alone = capsys.readouterr()
+    (_, out, errors), (_, nothing, other) = processes.run(2, "-m", "poa", *asked, str(tmp_path / "two.json"))
+    assert out == alone.out.replace("one.json", "two.json") and nothing == ""
+    assert (errors + other).count("segmentation: left out: 1 images or targets that cannot be read") == 1
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    settings = one["settings"]["segmentation"]
+    assert settings["folder"] == str(masks) and (settings["train_images"], settings["val_images"]) == (4, 3)
 
 
 def test_no_protocol_has_the_name_of_another_value_of_a_subnet() -> None:
