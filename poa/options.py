@@ -252,7 +252,7 @@ def nearest(key: str, known: Sequence[str]) -> str | None:
     part = [name for name in known if leaf in leaves[name].split("_")]
     alike = difflib.get_close_matches(leaf, leaves.values(), n=1, cutoff=0.7)
     close = [name for name in known if leaves[name] in alike]
-    best = difflib.get_close_matches(key, close or known, n=1, cutoff=0.4)
+    best = difflib.get_close_matches(key, close or known, n=1, cutoff=0.4 if close else 0.6)
     return next(iter([*same, *part, *best]), None)
 
 

@@ -139,6 +139,10 @@ def _train(
         world.from_main(partial(folder.keep_order, vars(order)))
     world.from_main(partial(folder.keep_beginning, beginning, dict(phases(config, plan, schedules))))
     run.train()
+    if (skipped := int(run.journal.guard.counts[0])) and world.is_main:
+        log.warning(
+            "%d of %d steps were skipped, because gradients were NaN or inf", skipped, schedules.total_steps
+        )
     for line in last_lines(folder.path, time.monotonic() - started, data) if world.is_main else ():
         say(line)
 

@@ -36,7 +36,8 @@ def read_weights(path: Path, *, mapped: bool = False) -> Any:
     except Exception as error:
         reason = (str(error) or one_line(error)).splitlines()[0].split(". ")[0]
         raise InputError(
-            f"{path}: expected a complete file of weights only, got a damaged or foreign one: {reason}"
+            f"{path}: expected a complete file of weights only, got a damaged or foreign one: "
+            f"{type(error).__name__}: {reason}"
         ) from None
 
 

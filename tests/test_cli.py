@@ -351,7 +351,7 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "poa: error: data: expected 'digits', a folder of images, a list (.txt), or shards "
-        "(.tar, .parquet), got 'nowhere': no such folder or file\n"
+        f"(.tar, .parquet), got 'nowhere': no such folder or file in {tmp_path}\n"
     )
     assert done.stdout == ""
     assert not list(tmp_path.iterdir())

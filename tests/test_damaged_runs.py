@@ -82,7 +82,10 @@ def damage_model(run: Run) -> None:
     [
         (damage_truncate, "is damaged: expected checksum"),
         (damage_pickle, "expected a complete file of weights only, got a damaged or foreign"),
-        (damage_torch_pickle, "expected a complete file of weights only, got a damaged or foreign"),
+        (
+            damage_torch_pickle,
+            "weights only, got a damaged or foreign one: UnpicklingError: Weights only load",
+        ),
         (damage_foreign, "expected a checkpoint of format poa-checkpoint-2 or poa-classifier-1, got None"),
         (damage_config, "got another: method.loss.koleo: 9.0 against 0.1 in the checkpoint"),
         (damage_missing, "got checkpoints of steps: none; if the run has ended, start it again with --out"),

@@ -14,7 +14,7 @@ from poa.backbones import ResNetConfig, SwinConfig
 from poa.config import Config
 from poa.errors import InputError
 from poa.optim import Schedules
-from poa.options import Interval, describe, first_difference, from_dict, override, to_dict
+from poa.options import Interval, describe, first_difference, from_dict, nearest, override, to_dict
 from poa.presets import preset
 
 
@@ -49,6 +49,7 @@ def test_another_kind_brings_its_defaults() -> None:
     assert config.method.backbone == SwinConfig(image_size=32, min_width=64)
     assert config.method.batch_size == 8
     assert override(config, ["method.backbone.kind=swin"]) == config
+    assert nearest("workers", ["erasing", "warmup_epochs", "batch_size"]) is None
 
 
 @pytest.mark.parametrize(

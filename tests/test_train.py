@@ -130,7 +130,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: range) -> None:
 
 @pytest.mark.parametrize("optimizer", ["fused", "torch"])
 def test_a_step_without_numbers_is_skipped_and_counted(
-    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    optimizer: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     poison(monkeypatch, range(3, 4))
     pretrain(tiny_config(f"performance.optimizer={optimizer}"), tmp_path / "run")
@@ -139,6 +143,7 @@ def test_a_step_without_numbers_is_skipped_and_counted(
     assert [row["skipped_steps"] for row in logged] == [0, 0, 0, 1, 1, 1]
     assert logged[3]["loss"] > 0 and logged[3]["grad_norm.backbone"] is None
     assert "skipped 100%" in capsys.readouterr().out
+    assert caplog.messages[-1].startswith("1 of 6 steps were skipped")
     assert all(p.isfinite().all() for p in newest(tmp_path / "run")["teacher"].values())
 
 

@@ -81,7 +81,8 @@ def find(name: str) -> Openers:
     if kind in PACKED:
         paths = _expand(name)
         return Openers(lambda: PACKED[kind](paths))
-    why = "a file of another kind; unpack archives" if root.exists() else "no such folder or file"
+    here = "" if root.is_absolute() else f" in {Path.cwd()}"
+    why = "a file of another kind; unpack archives" if root.exists() else f"no such folder or file{here}"
     raise InputError(
         "data: expected 'digits', a folder of images, a list (.txt), or shards (.tar, .parquet), "
         f"got {name!r}: {why}"
