@@ -232,9 +232,10 @@ class SubnetSampler:
 
 
 def _span_of_depths(depths: Sequence[Depth]) -> str:
-    """The values of a depth, or those of each stage."""
+    """The values of a depth, or those of each stage, several in brackets: `2-2-(6..18 step 1)-2`."""
     stages = zip(*(depth if isinstance(depth, tuple) else (depth,) for depth in depths), strict=True)
-    return "-".join(_span(sorted(set(stage))) for stage in stages)
+    spans = [_span(sorted(set(stage))) for stage in stages]
+    return "-".join(span if len(spans) == 1 or span.isdecimal() else f"({span})" for span in spans)
 
 
 def _span(values: Sequence[int]) -> str:

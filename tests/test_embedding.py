@@ -162,7 +162,7 @@ def test_pairs_are_those_of_all_similarities(
             "expected a new file, or an older one of this command to replace, got others",
         ),
         (["--out", "nowhere/f.npz"], "--out: expected a file that can be written, got nowhere/f.npz"),
-        (["--out", "f.npz", "--query", "none.jpg"], "expected --query IMAGE and --page FILE.html together"),
+        (["--out", "f.npz", "--query", "none.jpg"], "and --page FILE.html together, got --query alone"),
         (
             ["--out", "f.npz", "--query", "none.jpg", "--page", "p.html"],
             "expected an image, got ./none.jpg: No",

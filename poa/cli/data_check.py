@@ -65,7 +65,11 @@ def add_data(group: argparse._SubParsersAction[Command]) -> None:
             "--workers", type=number(int, "[0, 1024]"), default=1, help="decoding processes (default: 1)"
         )
         each.add_argument(
-            "overrides", nargs="*", metavar="KEY=VALUE", help="options of data, such as holdout=0.1"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="KEY=VALUE",
+            help="options of data, such as holdout=0.1",
         )
 
 

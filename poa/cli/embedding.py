@@ -70,7 +70,8 @@ def add_embed(group: argparse._SubParsersAction[Command]) -> None:
 
 def run_embed(options: argparse.Namespace) -> None:
     if bool(options.query) != bool(options.page):
-        raise InputError("embed: expected --query IMAGE and --page FILE.html together, got one of them")
+        alone = "--query" if options.query else "--page"
+        raise InputError(f"embed: expected --query IMAGE and --page FILE.html together, got {alone} alone")
     page = Path(options.page) if options.page else None
     if page:
         require_page(page, "--page")

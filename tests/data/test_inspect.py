@@ -109,7 +109,7 @@ def test_without_labels_nothing_is_held_out(tmp_path: Path, capsys: pytest.Captu
         (["digits", "--bits", "65"], "argument --bits: expected a number in [0, 32], got '65'"),
         (["digits", "--run", "nowhere"], "nowhere"),
         (["digits", "holdot=0.1"], "did you mean 'data.holdout'"),
-        ([], "the following arguments are required: PATH"),
+        ([], "the following arguments are required: PATH (see"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
