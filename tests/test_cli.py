@@ -103,7 +103,7 @@ SUBNETS = [
     (",", "--subnets: expected subnets such as 16x1, or all, got ','"),
     ("48x2", "subnet 48x2: expected a width of 16, 32"),
     ("32x9", "and a depth of 1, 2"),
-    ("small", "expected WIDTHxDEPTH such as 384x12, or 64x3-4-6-3 with stages, got 'small'"),
+    ("small", "expected WIDTHxDEPTH such as 384x12 or 64x3-4-6-3, got 'small'"),
 ]
 
 

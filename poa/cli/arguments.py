@@ -14,7 +14,18 @@ OPTIONS_HELP = "any option of a run, such as method.batch_size=32; poa pretrain 
 RUN_HELP = "run folder written by pretrain"
 
 
-class Parser(argparse.ArgumentParser):
+class Arguments(argparse.ArgumentParser):
+    """Knows options that are numbers in an interval."""
+
+    def add_number(
+        self, flag: str, kind: Callable[[str], float], within: str, help: str, **options: Any
+    ) -> None:
+        """Add one, whose help ends with the default, if it has one."""
+        default = " (default: %(default)s)" if "default" in options else ""
+        self.add_argument(flag, type=number(kind, within), help=help + default, **options)
+
+
+class Parser(Arguments):
     """Errors are raised, one line without the usage text."""
 
     def error(self, message: str) -> NoReturn:
@@ -53,6 +64,13 @@ def parse_anywhere(
     return options, unknown
 
 
+def describe_commands(group: argparse._SubParsersAction[Command]) -> None:
+    """Let the help of each command, where it has no other text, begin with its line in the list of all."""
+    for action in group._choices_actions:
+        command, text = group.choices[action.dest], str(action.help)
+        command.description = command.description or f"{text[0].upper()}{text[1:]}."
+
+
 def number(kind: Callable[[str], float], within: str) -> Callable[[str], float]:
     """A reader of an argument that is a number in an interval, for argparse."""
     interval = Interval.parse(within)
@@ -87,7 +105,6 @@ def add_subnets(command: Command, run: str = RUN_HELP, **subnets: Any) -> None:
 
 
 def add_weights(command: Command) -> None:
-    """Which weights of a run."""
     command.add_argument(
         "--branch",
         choices=("teacher", "student"),
@@ -97,11 +114,15 @@ def add_weights(command: Command) -> None:
     add_step(command)
 
 
-def add_step(command: Command) -> None:
-    """Which checkpoint of a run."""
-    command.add_argument(
-        "--step",
-        type=number(int, "[1, 1e9]"),
+def add_threads(command: Command) -> None:
+    command.add_number(
+        "--threads",
+        int,
+        "[1, 1024]",
+        "CPU threads of PyTorch (default: OMP_NUM_THREADS, or one on a CPU if that is not set)",
         metavar="N",
-        help="step of the checkpoint (default: the newest)",
     )
+
+
+def add_step(command: Command) -> None:
+    command.add_number("--step", int, "[1, 1e9]", "step of the checkpoint (default: the newest)", metavar="N")

@@ -146,9 +146,7 @@ def _evaluate_model(
         raise InputError(f"evaluate: expected --data with the model {options.run}, got none")
     others = options.initial or options.step or options.plot or options.branch != "teacher"
     if others or options.subnets != ["all"]:
-        raise InputError(
-            "evaluate: expected no --initial, --step, --branch, --plot or --subnets with a model"
-        )
+        raise InputError("evaluate: expected no --initial, --step, --branch, --plot, --subnets with a model")
     if options.run.startswith(TIMM) and not options.out:
         raise InputError(f"evaluate: expected --out with {options.run}, got none")
     out = Path(options.out or Path(options.run) / "evaluation.json")

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from poa.checkpoint import RunFolder
-from poa.cli.arguments import Command, number
+from poa.cli.arguments import Command, describe_commands
 from poa.config import Config, with_data
 from poa.data.inspect import Inspection, class_sizes, inspect, nearest_hashes
 from poa.data.layout import SOURCES
-from poa.data.sources import DataSplit, ImageSource
+from poa.data.sources import DataSplit
 from poa.data.statistics import pixel_statistics
 from poa.data.summary import EXAMPLES, printable
 from poa.device import choose_device, use_threads
@@ -36,34 +36,23 @@ def add_data(group: argparse._SubParsersAction[Command]) -> None:
     check = inner.add_parser(
         "check", help="read every image: what will be used, what is unreadable, near-duplicates across splits"
     )
-    check.add_argument(
-        "--run", metavar="RUN", help="also find near-duplicates by features of this run's intact network"
+    check.add_argument("--run", metavar="RUN", help="also find near-duplicates by features of this run")
+    check.add_number(
+        "--bits", int, "[0, 32]", "most bits of 64 by which hashes of near-duplicates differ", default=6
     )
-    check.add_argument(
-        "--bits",
-        type=number(int, "[0, 32]"),
-        default=6,
-        help="largest number of different bits of 64 in perceptual hashes of near-duplicates (default: 6)",
-    )
-    check.add_argument(
-        "--similarity",
-        type=number(float, "[0, 1]"),
-        default=0.98,
-        help="lowest cosine similarity of features of near-duplicates, with --run (default: 0.98)",
+    check.add_number(
+        "--similarity", float, "[0, 1]", "lowest cosine similarity of near-duplicates, by --run", default=0.98
     )
     check.add_argument("--device", default="auto", help="device of --run: auto, cpu, cuda or cuda:N")
     check.add_argument("--out", help="also write all near-duplicates and unreadable images to this JSON file")
     check.set_defaults(command=check_data)
     stats = inner.add_parser("stats", help="find the mean and std of each channel, as options of a run")
     stats.set_defaults(command=print_stats, run=None)
+    describe_commands(inner)
     for each in (check, stats):
         each.add_argument("path", metavar="PATH", help=SOURCES)
-        each.add_argument(
-            "--channels", type=number(int, "[1, 16]"), help="channels of the images (default: 3)"
-        )
-        each.add_argument(
-            "--workers", type=number(int, "[0, 1024]"), default=1, help="decoding processes (default: 1)"
-        )
+        each.add_number("--channels", int, "[1, 16]", "channels of the images (default: 3)")
+        each.add_number("--workers", int, "[0, 1024]", "decoding processes", default=1)
         each.add_argument(
             "overrides",
             nargs="*",
@@ -200,13 +189,8 @@ def _pair(looks: list[Inspection], test: int, train: int) -> dict[str, Any]:
     return {
         "held_out": test_images.name(test),
         "train": train_images.name(train),
-        "labels": [_label(test_images, test), _label(train_images, train)],
+        "labels": [test_images.label(test), train_images.label(train)],
     }
-
-
-def _label(source: ImageSource, index: int) -> str | None:
-    label = -1 if source.labels is None else int(source.labels[index])
-    return source.classes[label] if label >= 0 else None
 
 
 def _of_pairs(pairs: list[dict[str, Any]], count: int, how: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from poa.cli.arguments import Command, add_weights, number, values
+from poa.cli.arguments import Command, add_threads, add_weights, values
 from poa.data.layout import SOURCES
 from poa.data.loader import EVALUATION_BATCH
 from poa.data.summary import EXAMPLES, printable
@@ -37,34 +37,17 @@ def add_embed(group: argparse._SubParsersAction[Command]) -> None:
         default=["cls"],
         help="features: the class token, the mean of the patch tokens, the patch tokens (default: cls)",
     )
-    command.add_argument(
-        "--query", nargs="+", metavar="IMAGE", help="also find the images most similar to these"
-    )
-    command.add_argument(
-        "--neighbours",
-        type=number(int, "[1, 10000]"),
-        default=10,
-        help="how many for each --query (default: %(default)s)",
-    )
+    command.add_argument("--query", nargs="+", metavar="IMAGE", help="also find images most similar to these")
+    command.add_number("--neighbours", int, "[1, 10000]", "neighbours of each --query", default=10)
     command.add_argument("--page", help="page (.html) of the --query images and their neighbours")
     command.add_argument("--device", default="auto", help="device to compute on: auto, cpu, cuda or cuda:N")
-    command.add_argument(
-        "--workers",
-        type=number(int, "[0, 1024]"),
-        default=4,
-        help="processes per rank that decode images, at most one per CPU (default: %(default)s)",
+    command.add_number(
+        "--workers", int, "[0, 1024]", "decoding processes per rank, at most one per CPU", default=4
     )
-    command.add_argument(
-        "--batch-size",
-        type=number(int, "[1, 65536]"),
-        default=EVALUATION_BATCH,
-        help="images that a rank computes at a time (default: %(default)s)",
+    command.add_number(
+        "--batch-size", int, "[1, 65536]", "images per rank at a time", default=EVALUATION_BATCH
     )
-    command.add_argument(
-        "--threads",
-        type=number(int, "[1, 1024]"),
-        help="CPU threads of PyTorch (default: OMP_NUM_THREADS, or one if that is not set)",
-    )
+    add_threads(command)
     command.set_defaults(command=run_embed)
 
 
@@ -91,29 +74,12 @@ def add_pairs(group: argparse._SubParsersAction[Command]) -> None:
         "pairs", help="list near-duplicates by features: pairs of one collection, or copies across two"
     )
     command.add_argument("features", metavar="FEATURES", help="file of poa embed: .npy, .npz or .parquet")
-    command.add_argument(
-        "--others", metavar="FEATURES", help="file of another collection: find copies in it instead"
-    )
+    command.add_argument("--others", metavar="FEATURES", help="another file of poa embed: find copies in it")
     command.add_argument("--out", required=True, help="list of the pairs, most similar first: .csv or .json")
-    command.add_argument(
-        "--similarity",
-        type=number(float, "[-1, 1]"),
-        default=0.98,
-        help="lowest cosine similarity of a pair (default: %(default)s)",
-    )
-    command.add_argument(
-        "--most",
-        type=number(int, "[1, 1e7]"),
-        default=10_000,
-        help="pairs that are listed, the most similar (default: %(default)s)",
-    )
+    command.add_number("--similarity", float, "[-1, 1]", "lowest cosine similarity of a pair", default=0.98)
+    command.add_number("--most", int, "[1, 1e7]", "pairs that are listed, the most similar", default=10_000)
     command.add_argument("--page", help="page (.html) that shows the pairs")
-    command.add_argument(
-        "--shown",
-        type=number(int, "[1, 10000]"),
-        default=200,
-        help="pairs on the --page, the most similar (default: %(default)s)",
-    )
+    command.add_number("--shown", int, "[1, 10000]", "pairs on the --page, the most similar", default=200)
     command.add_argument(
         "--token", choices=("cls", "mean"), default="cls", help="features that are compared (default: cls)"
     )
@@ -124,7 +90,7 @@ def add_pairs(group: argparse._SubParsersAction[Command]) -> None:
 def run_pairs(options: argparse.Namespace) -> None:
     out, page = Path(options.out), Path(options.page) if options.page else None
     if out.suffix not in (".csv", ".json"):
-        raise InputError(f"--out: expected a name that ends in .csv or .json, got {out}")
+        raise InputError(f"--out: expected a name ending in .csv or .json, got {out}")
     if out.suffix == ".json":
         require_json(out, "--out", "pairs")
     require_writable(out, "--out")

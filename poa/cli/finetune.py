@@ -38,12 +38,10 @@ def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
         nargs="+",
         default=[],
         metavar="WxD",
-        help="fine-tune each of these subnets alone, in a run folder of its own (default: all in one)",
+        help="fine-tune each of these alone, in a run folder of its own (default: all in one)",
     )
     command.add_argument("--recipe", help="options to use, see below (default: short)")
-    command.add_argument(
-        "--share", type=float, help="share of the training images of each class, such as 0.01 or 0.1"
-    )
+    command.add_argument("--share", type=float, help="share of training images of each class, such as 0.1")
     command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N (default: auto)")
     add_step(command)
     command.add_argument(

@@ -19,6 +19,7 @@ from poa.cli.arguments import (
     Parser,
     add_subnets,
     add_weights,
+    describe_commands,
     number,
     parse_anywhere,
 )
@@ -37,7 +38,6 @@ from poa.presets import PRESETS, QUICKSTARTS, preset
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Parse a command."""
     options, unknown = parse_anywhere(_parser(arguments), arguments)
     if unknown:
         after = [*arguments, ""][list(arguments).index(unknown[0]) + 1]
@@ -71,6 +71,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_pretrain(group, arguments)
     add_finetune(group)
     _add_queries(group)
+    describe_commands(group)
     return parser
 
 
@@ -88,10 +89,7 @@ def _add_init(command: Command, other: str = "") -> None:
 
 
 def _add_first(group: argparse._SubParsersAction[Command]) -> None:
-    """The demonstration, and what there is to train."""
-    command = group.add_parser(
-        "quickstart", help="pre-train on digits, then extract and evaluate all subnets"
-    )
+    command = group.add_parser("quickstart", help="pre-train on digits, extract and evaluate all subnets")
     command.add_argument(
         "--backbone", choices=tuple(QUICKSTARTS), default="vit", help="backbone to train (default: vit)"
     )
@@ -108,7 +106,6 @@ def _add_first(group: argparse._SubParsersAction[Command]) -> None:
 
 
 def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
-    """The commands that prepare a run."""
     command = group.add_parser("memory", help="predict the GPU memory of a training step, without a GPU")
     _add_preset(command)
     _add_init(command)
@@ -120,7 +117,7 @@ def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
     _add_init(command)
     command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
     command.add_argument(
-        "--arch", metavar="sm_90", help="compile for an absent GPU architecture, such as sm_90, into --cache"
+        "--arch", metavar="sm_90", help="compile for an absent GPU architecture such as sm_90, into --cache"
     )
     command.add_argument(
         "--cache",
@@ -136,9 +133,7 @@ def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
     )
     command.set_defaults(command=commands.run_warmup, config=None, data=None)
 
-    command = group.add_parser(
-        "loader", help="measure how fast images are read and decoded, without training"
-    )
+    command = group.add_parser("loader", help="measure how fast images are read and decoded without training")
     command.add_argument("--data", required=True, help=SOURCES)
     _add_preset(command)
     command.add_argument(
@@ -148,12 +143,7 @@ def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
         default=[1],
         help="numbers of decoding processes to try (default: 1)",
     )
-    command.add_argument(
-        "--seconds",
-        type=number(float, "(0, 3600]"),
-        default=10.0,
-        help="seconds per measurement (default: 10)",
-    )
+    command.add_number("--seconds", float, "(0, 3600]", "seconds per measurement", default=10.0)
     command.set_defaults(command=commands.run_loader, config=None, overrides=[])
 
 
@@ -174,9 +164,7 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
     command.add_argument("--out", help="new run folder")
     command.add_argument("--resume", metavar="RUN", help="resume this run from its newest checkpoint")
     command.add_argument(
-        "--replan",
-        action="store_true",
-        help="with --resume: allow other method.optim options, such as epochs",
+        "--replan", action="store_true", help="with --resume: allow other method.optim options"
     )
     _add_init(command, "; without --preset the options of the run or those of preset elastic are used")
     command.add_argument(
@@ -188,16 +176,12 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
     command.add_argument(
         "--importance",
         choices=get_args(get_type_hints(InitConfig)["importance"]),
-        help="with --init: order of channels, heads, hidden units and blocks (method.init.importance)",
+        help="with --init: order of channels, heads and blocks (method.init.importance)",
     )
     command.add_argument(
-        "--check",
-        action="store_true",
-        help="print which images were found and what the run would do, and stop",
+        "--check", action="store_true", help="print what was found and what the run would do, and stop"
     )
-    command.add_argument(
-        "--auto-resume", action="store_true", help="resume the run in --out if there is one, else start it"
-    )
+    command.add_argument("--auto-resume", action="store_true", help="resume the run in --out if there is one")
     command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N (run.device)")
     command.add_argument(
         "overrides",
@@ -228,7 +212,6 @@ def _described(options: Any, path: str = "") -> Iterator[str]:
 
 
 def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
-    """The commands that read runs."""
     command = group.add_parser(
         "report", help="write a page with the curves and figures of a run, or a comparison of several runs"
     )
@@ -238,9 +221,7 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
         help="page (.html) or picture (.png, ...); default: RUN/report.html, of several RUN/comparison.html",
     )
     command.add_argument(
-        "--record",
-        metavar="FILE",
-        help="write the range of the figures of several runs to this JSON file instead",
+        "--record", metavar="FILE", help="write the range of figures of several runs to this JSON file"
     )
     command.set_defaults(command=commands.run_report)
     _add_evaluate(group)
@@ -265,13 +246,9 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     add_subnets(command, "run, extracted model, or timm:NAME of timm's models", default=["all"])
     add_weights(command)
     command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
+    command.add_argument("--initial", action="store_true", help="also evaluate the initial weights")
     command.add_argument(
-        "--initial", action="store_true", help="also evaluate the initial weights, before training"
-    )
-    command.add_argument(
-        "--baselines",
-        action="store_true",
-        help="also score features without a network: raw pixels, and histograms of their values",
+        "--baselines", action="store_true", help="also score raw pixels, and histograms of their values"
     )
     for protocol in PROTOCOLS:
         if protocol.folder:
@@ -280,15 +257,11 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
             )
         elif protocol.help:
             command.add_argument(f"--{protocol.name}", action="store_true", help=protocol.help)
-    command.add_argument(
-        "--suite", choices=(STANDARD,), help="standard: all protocols whose packages are installed"
-    )
+    command.add_argument("--suite", choices=(STANDARD,), help="standard: all protocols that are installed")
     command.add_argument(
         "--out", help="JSON file (default: RUN/evaluation.json, with other data RUN/evaluation-2.json)"
     )
-    command.add_argument(
-        "--plot", help="also plot accuracy against size into this picture, such as accuracy.png"
-    )
+    command.add_argument("--plot", help="also plot accuracy against size to this file, such as accuracy.png")
     command.add_argument("--device", default="auto", help="device to compute on: auto, cpu, cuda or cuda:N")
     command.set_defaults(command=commands.run_evaluate)
 
@@ -298,32 +271,25 @@ def _add_extract(group: argparse._SubParsersAction[Command]) -> None:
     add_subnets(command, required=True)
     add_weights(command)
     command.add_argument("--out", help="folder of the models (default: RUN/models)")
-    command.add_argument(
-        "--image-size",
-        type=number(int, "[1, 4096]"),
-        help="input size in pixels, to which position embeddings are interpolated",
+    command.add_number(
+        "--image-size", int, "[1, 4096]", "input size in pixels; position embeddings are interpolated to it"
     )
     command.add_argument(
         "--format",
         choices=("timm", "onnx", "pt2"),
         default="timm",
-        help="file to write into each folder as well: onnx, or pt2 of torch.export (default: timm, none)",
+        help="file to write into each folder, too: onnx, or pt2 of torch.export (default: timm, none)",
     )
     command.add_argument(
         "--dtype",
         choices=(*DTYPES, "int8"),
-        help="dtype that the file computes in; int8 of onnx is quantised with training images and scored "
-        "(default: fp32)",
+        help="dtype of the file; int8 of onnx is quantised with training images and scored (default: fp32)",
     )
-    command.add_argument(
-        "--license", default="other", help="licence of the weights for the model card, such as apache-2.0"
-    )
+    command.add_argument("--license", default="other", help="licence of the weights, such as apache-2.0")
     command.add_argument(
         "--push",
         metavar="USER/NAME",
-        help="upload the model to this repository of the Hugging Face Hub, private if it is new",
+        help="upload the model to this repository of the Hugging Face Hub, private if new",
     )
-    command.add_argument(
-        "--dry-run", action="store_true", help="with --push: print what would be uploaded, and stop"
-    )
+    command.add_argument("--dry-run", action="store_true", help="with --push: print what would be uploaded")
     command.set_defaults(command=commands.run_extract)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from poa.checkpoint import RunFolder
-from poa.cli.arguments import Command, add_subnets, add_weights, number
+from poa.cli.arguments import Command, add_subnets, add_weights
 from poa.embedding.nearest import require_page
 from poa.embedding.pictures import write_pictures
 from poa.embedding.prototypes import prototypes_page
@@ -16,22 +16,15 @@ from poa.files import write_text
 
 
 def add_pictures(group: argparse._SubParsersAction[Command]) -> None:
-    command = group.add_parser(
-        "pictures", help="draw attention maps, colours of patch tokens and matches of images"
-    )
+    command = group.add_parser("pictures", help="draw attention maps, patch tokens and matches of images")
     add_subnets(command, default=["all"])
     add_weights(command)
     command.add_argument("--images", nargs="+", metavar="FILE", help="images to look at")
     command.add_argument(
-        "--match",
-        metavar="FILE",
-        help="an image; lines join its patches with the most alike of each of --images",
+        "--match", metavar="FILE", help="an image; lines join its patches with the most alike of --images"
     )
-    command.add_argument(
-        "--prototypes",
-        type=number(int, "[1, 1e6]"),
-        metavar="N",
-        help="images of the run nearest to the N prototypes used most, shown instead",
+    command.add_number(
+        "--prototypes", int, "[1, 1e6]", "show images nearest to the N most used prototypes", metavar="N"
     )
     command.add_argument(
         "--out",
