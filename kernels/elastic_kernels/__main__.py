@@ -27,16 +27,8 @@ from elastic_kernels.tune import Call, compile_all, record, tune
 from elastic_kernels.window_attention import window_attention_backend
 
 LINEARS = (
-    "elastic_linear",
-    "elastic_linear_residual",
-    "elastic_qkv",
-    "elastic_mlp",
-    "elastic_mlp_half",
-    "elastic_swiglu",
-    "elastic_head_mlps",
-    "elastic_embedding",
-    "mixed_width_linear",
-    "mixed_width_mlp",
+    *("elastic_linear", "elastic_linear_residual", "elastic_qkv", "elastic_mlp", "elastic_mlp_half"),
+    *("elastic_swiglu", "elastic_head_mlps", "elastic_embedding", "mixed_width_linear", "mixed_width_mlp"),
 )
 NORMS = ("elastic_rms_norm", "mixed_width_layer_norm", "mixed_width_rms_norm")
 ATTENTION = ("packed_attention", "elastic_attention_half", "mixed_width_attention", "mixed_width_block")
@@ -51,9 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report", help="print versions, device and the backend of each operator (the default command)"
     )
     tuner = commands.add_parser("tune", help="find the fastest settings of the kernels on this GPU")
-    tuner.add_argument(
-        "--preset", required=True, help="preset of poa whose training steps give the shapes, such as vit-l16"
-    )
+    tuner.add_argument("--preset", required=True, help="preset of poa that gives the shapes, such as vit-l16")
     tuner.add_argument(
         "--steps",
         default="poa.memory:plan_preset",
@@ -63,12 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuner.add_argument(
         "--minutes", type=float, default=9, help="minutes after which tuning stops (default: %(default)s)"
     )
-    tuner.add_argument(
-        "--out", type=Path, help="table to write or extend (default: in the user's cache folder)"
-    )
-    tuner.add_argument(
-        "--arch", help="compile what would be timed on an absent GPU architecture, such as sm_90, and stop"
-    )
+    tuner.add_argument("--out", type=Path, help="table to write or extend (default: in the user's cache)")
+    tuner.add_argument("--arch", help="compile alone, for an absent GPU architecture such as sm_90")
     tuner.add_argument(
         "--cache",
         type=Path,
@@ -129,9 +115,7 @@ def report() -> None:
     print(f"{'device':<10} {torch.cuda.get_device_name() if cuda else 'cpu'}")
     if cuda and dispatch.HAS_TRITON:
         table = tuning.table_of(torch.device("cuda", torch.cuda.current_device()))
-        print(
-            f"{'settings':<10} {f'{len(table)} were timed' if table else 'none were timed: see tune --help'}"
-        )
+        print(f"{'settings':<10} {f'{len(table)} timed' if table else 'none timed: see tune --help'}")
     dtype = torch.bfloat16 if cuda else torch.float32
     print(f"\nbackends for {dtype} on {device.type}:")
     x = torch.empty(197, 384, dtype=dtype, device=device)

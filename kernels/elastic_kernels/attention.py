@@ -109,9 +109,7 @@ def attention_backend(
     if dispatch.forced() == "xformers":
         obstacle = _xformers_obstacle(x.device, dtype)
         if obstacle:
-            raise RuntimeError(
-                f"packed_attention: expected to run on xformers, which was forced, but {obstacle}"
-            )
+            raise RuntimeError(f"packed_attention: expected xformers, which was forced, but {obstacle}")
         return dispatch.Choice("xformers", "forced")
     longest = 0 if isinstance(groups, Tensor) else max([0, *(length for _, length in groups)])
     limit = None
@@ -141,7 +139,7 @@ def _by_offsets(qkv: Tensor, offsets: Tensor, heads: Tensor | None) -> Tensor:
         lengths = [end - start for start, end in zip(ends, ends[1:], strict=False)]
         if not ends or ends[0] != 0 or ends[-1] != qkv.shape[0] or min([0, *lengths]) < 0:
             raise ValueError(
-                f"packed_attention: expected offsets that rise from 0 to {qkv.shape[0]}, got {ends}"
+                f"packed_attention: expected offsets rising from 0 to {qkv.shape[0]}, got {ends}"
             )
         return packed_attention(qkv, [(len(list(same)), length) for length, same in groupby(lengths)])
     sequence = torch.bucketize(torch.arange(qkv.shape[0], device=qkv.device), offsets[1:], right=True)

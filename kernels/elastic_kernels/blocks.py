@@ -354,25 +354,24 @@ def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlo
         >>> block(torch.randn(10, 32), [(2, 5)]).shape
         torch.Size([10, 32])
     """
+    op = "elastic_block_from_vit"
     if any(word in type(block).__name__ for word in ("Post", "RelPos")):
-        raise ValueError(
-            f"elastic_block_from_vit: expected a plain pre-norm block, got {type(block).__name__}"
-        )
+        raise ValueError(f"{op}: expected a plain pre-norm block, got {type(block).__name__}")
     attn, mlp = block.attn, block.mlp
     for owner, name in ((attn, "q_norm"), (attn, "k_norm"), (attn, "norm"), (mlp, "norm")):
         part = getattr(owner, name, None)
         if part is not None and not isinstance(part, nn.Identity):
-            raise ValueError(f"elastic_block_from_vit: expected no {name}, got {type(part).__name__}")
+            raise ValueError(f"{op}: expected no {name}, got {type(part).__name__}")
     act = getattr(mlp, "act", None)
     if not isinstance(act, nn.GELU) or act.approximate != "none":
-        raise ValueError(f"elastic_block_from_vit: expected an exact nn.GELU, got {act}")
+        raise ValueError(f"{op}: expected an exact nn.GELU, got {act}")
     (hidden, width), heads = mlp.fc1.weight.shape, attn.num_heads
     gammas = [getattr(getattr(block, name, None), "gamma", None) for name in ("ls1", "ls2")]
     if (gammas[0] is None) != (gammas[1] is None):
-        raise ValueError("elastic_block_from_vit: expected ls1 and ls2 both or neither, got one of them")
+        raise ValueError(f"{op}: expected ls1 and ls2 both or neither, got one of them")
     if attn.qkv.weight.shape != (3 * width, width) or width % heads:
         raise ValueError(
-            f"elastic_block_from_vit: expected qkv [{3 * width}, {width}] for {heads} equal heads, "
+            f"{op}: expected qkv [{3 * width}, {width}] for {heads} equal heads, "
             f"got {tuple(attn.qkv.weight.shape)}"
         )
     with torch.device("meta"):
@@ -390,9 +389,7 @@ def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlo
     mine = dict(elastic.named_parameters())
     if theirs.keys() != mine.keys():
         odd = ", ".join(sorted(theirs.keys() ^ mine.keys()))
-        raise ValueError(
-            f"elastic_block_from_vit: expected the parameters of a plain block, differs in {odd}"
-        )
+        raise ValueError(f"{op}: expected the parameters of a plain block, differs in {odd}")
     for name in mine:
         owner, _, leaf = name.rpartition(".")
         setattr(elastic.get_submodule(owner), leaf, theirs[name])

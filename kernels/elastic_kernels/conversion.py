@@ -56,9 +56,7 @@ def elastic_block_from_timm(block: Any, *, scale: Scale = "offset") -> ElasticPr
     elastic = ElasticPreNormBlock(_norm(block.norm1), attn, _norm(block.norm2), mlp, *scales)
     ours, theirs = (sum(p.numel() for p in module.parameters()) for module in (elastic, block))
     if ours not in (theirs, theirs + attn.qkv.out_features // 3):  # timm has no bias of keys
-        names = {name for name, _ in block.named_parameters()} - {
-            name for name, _ in elastic.named_parameters()
-        }
+        names = dict(block.named_parameters()).keys() - dict(elastic.named_parameters()).keys()
         raise ValueError(f"{OP}: expected no other parameters, got {', '.join(sorted(names))}")
     return elastic
 

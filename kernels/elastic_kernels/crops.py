@@ -136,8 +136,6 @@ def render_crops(
 
 
 class _Wanted(NamedTuple):
-    """The options of `render_crops`."""
-
     size: int
     blur_kernel: int
     mean: Sequence[float]
@@ -272,7 +270,6 @@ def _blur(kernel: int, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _render_triton(images: Tensor, parameters: CropParameters, wanted: _Wanted) -> Tensor:
-    """`render_crops` by the fused kernels."""
     from elastic_kernels.triton_ops import crops as _  # noqa: F401, registers the operators
     from elastic_kernels.triton_ops.crops_table import crop_table
 

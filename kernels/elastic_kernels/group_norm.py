@@ -95,7 +95,6 @@ def _reference(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """The plain definition."""
     exact = x if x.dtype == torch.float64 else x.float()
     weight, bias = weight.to(exact.dtype), bias.to(exact.dtype)
     # Of channels-last maps PyTorch sums squares, which cancel where means are large.

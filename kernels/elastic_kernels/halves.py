@@ -181,7 +181,6 @@ def _attention_function(
     heads: int,
     scale: Scale,
 ) -> Tensor:
-    """An attention half as one `autograd.Function`."""
     from elastic_kernels.triton_ops.halves import AttentionHalfFunction, HalfSpec
 
     op, w = "elastic_attention_half", weights

@@ -71,15 +71,14 @@ def _validate(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
 
 
 def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The plain definition."""
     width = x.shape[-1]
     if weight is None or bias is None:
         return F.layer_norm(x, (width,), eps=eps)
     return F.layer_norm(x, (width,), weight[:width], bias[:width], eps)
 
 
-def layer_norm_backend(x: Tensor) -> dispatch.Choice:
-    """The backend that `elastic_layer_norm` takes for such an input, and why."""
+def layer_norm_backend(x: Tensor, op: str = "elastic_layer_norm") -> dispatch.Choice:
+    """The backend that `elastic_layer_norm`, or another norm by its kernels, takes, and why."""
     width = x.shape[-1]
     limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
-    return dispatch.choose("elastic_layer_norm", x, limit)
+    return dispatch.choose(op, x, limit)

@@ -64,9 +64,7 @@ def mixed_width_linear(
     op = "mixed_width_linear"
     if activation is not None:
         validate.one_of(op, "activation", activation, ACTIVATIONS)
-    y = mixed_width_stacked(
-        op, x, weight, bias, widths, out_widths, 1, scale=scale, activation=activation
-    )  # fmt: skip
+    y = mixed_width_stacked(op, x, weight, bias, widths, out_widths, 1, scale=scale, activation=activation)
     return y.flatten(1)
 
 

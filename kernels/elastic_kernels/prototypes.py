@@ -219,9 +219,7 @@ def prototype_cross_entropy(
     given = [[x] if isinstance(x, Tensor) else list(x) for x in (teacher_logits, log_scale, targets)]
     if len({len(entries) for entries in given}) > 1 or not given[0]:
         lengths = ", ".join(str(len(entries)) for entries in given)
-        raise ValueError(
-            f"{op}: expected a teacher_logits, log_scale and targets for each part, got {lengths}"
-        )
+        raise ValueError(f"{op}: expected teacher_logits, log_scale and targets of each part, got {lengths}")
     parts = list(zip(*given, strict=True))
     _validate(op, students, weight, parts, operands)
     x1, x2 = students[0], students[1] if len(students) == 2 else None

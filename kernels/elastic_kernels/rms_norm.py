@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
-from elastic_kernels.layer_norm import MAX_WIDTH
+from elastic_kernels.layer_norm import layer_norm_backend
 
 
 def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | None = None) -> Tensor:
@@ -56,6 +56,4 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
 
 def rms_norm_backend(x: Tensor, op: str = "elastic_rms_norm") -> dispatch.Choice:
     """The backend that `elastic_rms_norm`, or a norm of rows of several widths, takes, and why."""
-    width = x.shape[-1]
-    limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
-    return dispatch.choose(op, x, limit)
+    return layer_norm_backend(x, op)

@@ -145,8 +145,6 @@ class Rejected(Exception):
 
 
 class _Operator:
-    """A call on random tensors."""
-
     def __init__(self, call: Call, device: torch.device) -> None:
         self.call, self.device, self.arguments = call, device, call.make(device)
 

@@ -147,10 +147,8 @@ def read(path: Path, head: dict[str, str]) -> list[Entry]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        kind = (
-            "" if type(error) is ValueError else f"expected a table of settings, got {type(error).__name__}: "
-        )
-        raise ValueError(f"{path}: {kind}{error}") from error
+        got = "" if type(error) is ValueError else f"expected settings, got {type(error).__name__}: "
+        raise ValueError(f"{path}: {got}{error}") from error
 
 
 def _entry(

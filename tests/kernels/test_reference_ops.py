@@ -201,7 +201,7 @@ def test_autocast_with_fp32_weights() -> None:
         (lambda: ek.packed_attention(tensor(4, 2, 3, 8), [(2, 2)]), r"got \(4, 2, 3, 8\)"),
         (
             lambda: ek.packed_attention(tensor(4, 3, 3, 8), torch.tensor([0, 3])),
-            r"rise from 0 to 4, got \[0, 3\]",
+            r"rising from 0 to 4, got \[0, 3\]",
         ),
         (
             lambda: ek.packed_attention(tensor(4, 3, 3, 8), torch.tensor([0.0, 4.0])),

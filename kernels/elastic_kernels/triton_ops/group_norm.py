@@ -154,7 +154,6 @@ TILE_CHANNELS, TILE_VALUES = 64, 2048  # 128 bytes in half precision; 16 values 
 
 
 def group_config(groups: int, per_group: int) -> GroupConfig:
-    """Settings of both kernels."""
     wide = triton.next_power_of_2(per_group)
     together = min(max(TILE_CHANNELS // wide, 1), triton.next_power_of_2(groups))
     return GroupConfig(max(TILE_VALUES // (wide * together), 1), together, wide)
@@ -174,7 +173,6 @@ _FWD, _BWD = (Tunable(f"group_norm_{way}", _candidates) for way in ("fwd", "bwd"
 
 
 def _config(tunable: Tunable, x: Tensor, groups: int) -> GroupConfig:
-    """Settings for `x` `[N, rows, C]`."""
     fallback = group_config(groups, x.shape[2] // groups)
     return tunable.choose(x, (power_of_2(x.shape[1]), power_of_2(groups), fallback.per_group), fallback)
 

@@ -194,7 +194,6 @@ CONFIGS = (
 
 
 def row_config(width: int) -> RowConfig:
-    """Settings of both kernels."""
     return next(config for config in CONFIGS if width <= config.block)
 
 
@@ -208,7 +207,6 @@ _FWD, _BWD = (Tunable(f"layer_norm_{way}", _candidates) for way in ("fwd", "bwd"
 
 
 def _config(tunable: Tunable, x: Tensor) -> RowConfig:
-    """Settings for rows like those of `x`."""
     fallback = row_config(x.shape[1])
     return tunable.choose(x, (fallback.block,), fallback)
 
@@ -327,7 +325,6 @@ def _partials(like: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _programs(like: Tensor) -> int:
-    """Of the backward."""
     return PROGRAMS_PER_SM * processors(like.device)
 
 
@@ -341,7 +338,6 @@ def branch_room(
 
 
 def _like(x: Tensor | None, dsum: Tensor | None) -> Tensor:
-    """A tensor of the shape and dtype of x."""
     like = dsum if x is None else x
     assert like is not None
     return like

@@ -259,7 +259,6 @@ class Layer:
 
 
 def keep(ctx: Any, tensors: Sequence[Tensor | None], layers: Sequence[Layer]) -> None:
-    """Save tensors and layers for backward."""
     ctx.save_for_backward(*tensors, *(tensor for layer in layers for tensor in layer.tensors))
     ctx.layers = [layer.without_tensors() for layer in layers]
 

@@ -250,7 +250,6 @@ def fwd_config(itemsize: int, dim: int, capability: tuple[int, int]) -> LossConf
 
 
 def bwd_config(itemsize: int, capability: tuple[int, int]) -> LossConfig:
-    """Settings of the backward."""
     if itemsize == 4:
         return _FP32
     return _BWD_WARP_GROUP if capability[0] in (9, 10) else _BWD

@@ -28,8 +28,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 
 @triton.jit
 def grow(m, z, y):
-    """Running maximum and sum of powers of 2 with `y` taken in; also the powers, and the factor of earlier
-    sums."""
+    """Running maximum and sum of powers of 2 with `y` added; the powers, and the factor of earlier sums."""
     new_m = tl.maximum(m, tl.max(y, 1))
     safe = tl.where(new_m == float("-inf"), 0.0, new_m)
     e = tl.exp2(y - safe[:, None])
