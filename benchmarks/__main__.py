@@ -37,7 +37,7 @@ from benchmarks.failures import Event, Refused
 from benchmarks.gpu import PARTS, Plan, measure_all
 from benchmarks.journal import Journal
 from benchmarks.peers.official import require_checkout
-from poa.cli.arguments import number, parse_anywhere
+from poa.cli.arguments import Arguments, number, parse_anywhere
 from poa.config import Config
 from poa.device import choose_device
 from poa.options import override
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="list the kernel cases and their providers")
-    commands = parser.add_subparsers(dest="command")
+    commands = parser.add_subparsers(dest="command", parser_class=Arguments)
     for name, (function, about) in COMMANDS.items():
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(function=function)
@@ -128,16 +128,10 @@ def kernels(options: argparse.Namespace) -> int:
 def step(options: argparse.Namespace) -> int:
     from benchmarks import step as benchmark
 
-    device, official = choose_device(options.device), options.official
-    return max(
-        keep(
-            benchmark.run(
-                options.preset, images, device, official, options.seconds, all_widths=options.all_widths
-            ),
-            options.out,
-        )
-        for images in options.images
-    )
+    device, rest = choose_device(options.device), (options.official, options.seconds)
+    widths = options.all_widths
+    runs = (benchmark.run(options.preset, n, device, *rest, all_widths=widths) for n in options.images)
+    return max(keep(events, options.out) for events in runs)
 
 
 def networks(options: argparse.Namespace) -> int:
@@ -253,20 +247,14 @@ COMMANDS = {
 PRESET_HELP = "preset of the network and the method (default: %(default)s)"
 
 
-def _device(parser: argparse.ArgumentParser) -> None:
+def _device(parser: Arguments) -> None:
     parser.add_argument("--device", default="auto", help="device to measure on: auto, cuda, cuda:N or cpu")
-    parser.add_argument(
-        "--out", type=Path, help="file that the rows are appended to (default: benchmarks/results/GPU.jsonl)"
-    )
-    parser.add_argument(
-        "--seconds",
-        type=number(float, "(0, 3600]"),
-        default=harness.MEASURE,
-        help="seconds of measuring each provider (default: %(default)s)",
-    )
+    parser.add_argument("--out", type=Path, help="file of rows (default: benchmarks/results/GPU.jsonl)")
+    about = "seconds of measuring each provider"
+    parser.add_number("--seconds", float, "(0, 3600]", about, default=harness.MEASURE)
 
 
-def _step(parser: argparse.ArgumentParser) -> None:
+def _step(parser: Arguments) -> None:
     parser.add_argument("--preset", default="vit-l16", help=PRESET_HELP)
     parser.add_argument(
         "--images",
@@ -277,13 +265,13 @@ def _step(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _gpu_name(parser: argparse.ArgumentParser) -> None:
+def _gpu_name(parser: Arguments) -> None:
     choices = tuple(roofline.GPUS)
     about = "GPU whose peak FLOP/s and bandwidth are used (default: %(default)s)"
     parser.add_argument("--gpu", choices=choices, default="h200", help=about)
 
 
-def _networks(parser: argparse.ArgumentParser) -> None:
+def _networks(parser: Arguments) -> None:
     presets = ["vit-l16", "swin-b", "resnet-152"]
     parser.add_argument("--preset", nargs="+", default=presets, help="presets whose subnets are measured")
     parser.add_argument(
@@ -291,53 +279,37 @@ def _networks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _official(parser: argparse.ArgumentParser) -> None:
+def _official(parser: Arguments) -> None:
     parser.add_argument("--official", type=Path, help="checkout of the official code, github.com/alipay/POA")
 
 
-def _kernels(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--case", action="append", default=[], help="measure only this case; may be repeated")
-    parser.add_argument(
-        "--provider", action="append", default=[], help="measure only this provider; may be repeated"
-    )
+def _kernels(parser: Arguments) -> None:
+    parser.add_argument("--case", action="append", default=[], help="case to measure; repeatable")
+    parser.add_argument("--provider", action="append", default=[], help="provider to measure; repeatable")
 
 
-def _widths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--all-widths", action="store_true", help="measure all widths from 384 to 1024, not three of them"
-    )
+def _widths(parser: Arguments) -> None:
+    parser.add_argument("--all-widths", action="store_true", help="measure all widths from 384 to 1024")
 
 
-def _quality(parser: argparse.ArgumentParser) -> None:
+def _quality(parser: Arguments) -> None:
     parser.add_argument("--preset", default="small-images", help=PRESET_HELP)
     parser.add_argument("--data", default="digits", help="digits, or a folder of images (default: digits)")
-    parser.add_argument(
-        "--minutes", type=number(float, "(0, 100000]"), default=3.0, help="minutes of training each provider"
-    )
-    parser.add_argument(
-        "--init", metavar="WEIGHTS", help="pretrained weights to start from, as in poa pretrain"
-    )
+    parser.add_number("--minutes", float, "(0, 100000]", "minutes of training each provider", default=3.0)
+    parser.add_argument("--init", metavar="WEIGHTS", help="pretrained weights, as in poa pretrain")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="any option of a run, such as epochs=5"
     )
 
 
-def _sampling(parser: argparse.ArgumentParser) -> None:
+def _sampling(parser: Arguments) -> None:
     parser.add_argument("--preset", default="quickstart", help=PRESET_HELP)
-    parser.add_argument(
-        "--data",
-        default="digits",
-        help="digits, or where the images are, as in poa pretrain (default: digits)",
-    )
-    parser.add_argument(
-        "--processes", type=number(int, "[1, 1024]"), default=4, help="ranks on this machine (default: 4)"
-    )
-    parser.add_argument(
-        "--steps", type=number(int, "[1, 1e6]"), default=60, help="steps of each policy (default: 60)"
-    )
+    parser.add_argument("--data", default="digits", help="images, as in poa pretrain (default: %(default)s)")
+    parser.add_number("--processes", int, "[1, 1024]", "ranks on this machine", default=4)
+    parser.add_number("--steps", int, "[1, 1e6]", "steps of each policy", default=60)
 
 
-def _launches(parser: argparse.ArgumentParser) -> None:
+def _launches(parser: Arguments) -> None:
     parser.add_argument("--preset", default="vit-l16", help=PRESET_HELP)
     parser.add_argument(
         "overrides",
@@ -345,43 +317,33 @@ def _launches(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any option of a run, such as method.batch_size=32; the preset may stand among them",
     )
-    parser.add_argument(
-        "--subnet", metavar="WxD", help="subnet of the elastic student (default: the intact network)"
-    )
+    parser.add_argument("--subnet", metavar="WxD", help="subnet of the elastic student (default: intact)")
 
 
-def _gpu(parser: argparse.ArgumentParser) -> None:
+def _gpu(parser: Arguments) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run (default: benchmarks/results/GPU)")
-    parser.add_argument(
-        "--minutes",
-        type=number(float, "(0, 1440]"),
-        default=9.0,
-        help="minutes until it stops and says what is left (default: %(default)s)",
-    )
+    about = "minutes until it stops and says what is left"
+    parser.add_number("--minutes", float, "(0, 1440]", about, default=9.0)
     parser.add_argument("--resume", action="store_true", help="resume the run in --out: measure what is left")
-    parser.add_argument(
-        "--retry", action="store_true", help="resume the run in --out, and repeat what failed"
-    )
+    parser.add_argument("--retry", action="store_true", help="resume the run in --out and repeat what failed")
     parser.add_argument(
         "--parts",
         nargs="+",
         choices=PARTS,
         default=PARTS,
-        help="measure only these parts, in the given order",
+        help="measure only these parts, in this order",
     )
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cuda, or cpu for a rehearsal on tiny sizes"
     )
 
 
-def _report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "rows", nargs="*", type=Path, help="files of rows (default: all in benchmarks/results)"
-    )
+def _report(parser: Arguments) -> None:
+    parser.add_argument("rows", nargs="*", type=Path, help="files of rows (default: benchmarks/results)")
 
 
 # Groups of options of each command.
-OPTIONS: dict[str, Sequence[Callable[[argparse.ArgumentParser], None]]] = {
+OPTIONS: dict[str, Sequence[Callable[[Arguments], None]]] = {
     "kernels": (_device, _kernels, _widths),
     "step": (_device, _step, _official, _widths),
     "networks": (_device, _networks),

@@ -59,16 +59,11 @@ class Plan:
 
     def parts(self) -> list[Part]:
         """All, in order of worth."""
+        processes = max(min(8, (os.cpu_count() or 1) // 2), 1)
         parts = {
             "environment": Part("environment", [Case("versions, ceilings", partial(environment, self), 60)]),
-            "tests": Part("tests", list(self._tests()), self._side_by_side(), fresh=True, share=0.4),
-            "profile": Part(
-                "profile",
-                [
-                    Case("parts", partial(parts_of_step, self), 120),
-                    Case("kernels", partial(largest_kernels, self), 120),
-                ],
-            ),
+            "tests": Part("tests", list(self._tests()), processes, fresh=True, share=0.4),
+            "profile": Part("profile", list(self._profiles())),
             "step": Part("step", list(self._steps("vit-l16"))),
             "step-swin": Part("step-swin", list(self._steps("swin-b"))),
             "step-resnet": Part("step-resnet", list(self._steps("resnet-152"))),
@@ -85,8 +80,9 @@ class Plan:
     def sizes(self) -> Sizes:
         return sizes_of(self.where, self.all_widths)
 
-    def _side_by_side(self) -> int:
-        return max(min(8, (os.cpu_count() or 1) // 2), 1)
+    def _profiles(self) -> Iterator[Case]:
+        yield Case("parts", partial(parts_of_step, self), 120)
+        yield Case("kernels", partial(largest_kernels, self), 120)
 
     def _tests(self) -> Iterator[Case]:
         """Files with tests that need a GPU, whole steps first."""
@@ -218,7 +214,6 @@ class Reporter:
 
 
 def _reason(report: Any) -> str:
-    """The exception in a line."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = str(crash.message if crash else report.longrepr).strip().splitlines()
     return lines[0 if crash else -1] if lines else "no reason was given"
@@ -242,9 +237,8 @@ def summary(runner: Runner, parts: Sequence[Part]) -> Iterator[str]:
         yield from ("failed, or not to be had:", *(f"    {failure}" for failure in failures))
     for part in parts:
         done = len(part.cases) - len(left[part.name])
-        rest = ", ".join(case.name for case in left[part.name])
-        yield f"{part.name:12} {done:3} of {len(part.cases)} cases" + (
-            f"; left for --resume: {rest}" * bool(rest)
-        )
+        names = ", ".join(case.name for case in left[part.name])
+        rest = f"; left for --resume: {names}" if names else ""
+        yield f"{part.name:12} {done:3} of {len(part.cases)} cases{rest}"
     yield f"rows, ends of cases and logs: {runner.journal.folder}"
     yield from (text for text in (report.kernel_table(rows), report.step_table(rows)) if text)

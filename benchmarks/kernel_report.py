@@ -178,7 +178,6 @@ def build(cases: Sequence[Case]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_report", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
     write = parser.parse_args(arguments).write

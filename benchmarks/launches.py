@@ -129,12 +129,9 @@ def native_shapes() -> Iterator[None]:
 
     python = registrations._meta_lib_dont_use_me_use_register_meta
     functions = {**tables["pre_autograd"], **tables["post_autograd"], **tables["meta"]}
-    known = {
-        operator: function
-        for operator, function in functions.items()
-        if isinstance(operator, OpOverload)
-        and f"{operator.name().replace('::', '/')}/Meta" in python._op_impls
-    }
+    overloads = {operator: f for operator, f in functions.items() if isinstance(operator, OpOverload)}
+    names = {operator: f"{operator.name().replace('::', '/')}/Meta" for operator in overloads}
+    known = {operator: f for operator, f in overloads.items() if names[operator] in python._op_impls}
     python._destroy()
     only = torch.library.Library("aten", "IMPL", "Meta")
     try:

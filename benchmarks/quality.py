@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,6 @@ class Ours:
         self.run = run
 
     def subnets(self) -> Sequence[Subnet]:
-        """What is evaluated."""
         return [self.run.space.intact, self.run.space.smallest]
 
     def step(self, number: int, micro_batch: MicroBatch) -> None:
@@ -103,9 +103,8 @@ class Official(Ours):
 
     def step(self, number: int, micro_batch: MicroBatch) -> None:
         schedules, official = self.run.schedules, self.official
-        official.set_rates(
-            schedules.lr[number], schedules.last_layer_lr[number], schedules.weight_decay[number]
-        )
+        rates = schedules.lr, schedules.last_layer_lr, schedules.weight_decay
+        official.set_rates(*(values[number] for values in rates))
         official.step(
             micro_batch.batch,
             self.run.sampler.draw(number, 0),
@@ -155,9 +154,7 @@ def _from_pretrained(config: Config, device: torch.device, seconds: float) -> li
     """Our run and its peers. The first accuracies of ours are those of cutting by importance alone."""
     method = config.method
     if not method.backbone.sortable:
-        raise InputError(
-            f"--init: expected weights of a ViT or ResNet, got those of a {method.backbone.kind}"
-        )
+        raise InputError(f"--init: expected weights of a ViT or ResNet, got a {method.backbone.kind}'s")
     given = replace(config, method=replace(method, init=replace(method.init, importance="none")))
     scratch = replace(config, method=replace(method, init=InitConfig()))
     rows = _train("ours", Ours, config, device, seconds)
@@ -180,7 +177,6 @@ def _start(config: Config, folder: Path, device: torch.device, shuffled: bool) -
 
 
 def _shuffle(config: Config, initial: Initial) -> Config:
-    """Put networks into a random order."""
     order = random_order(initial.teacher.backbone, torch_stream(config.method.seed, "random order"))
     for network in (initial.student, initial.teacher):
         order.sort(network)
@@ -196,9 +192,9 @@ def _train(
     seconds: float,
     shuffled: bool = False,
 ) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         whole = _start(config, Path(folder), device, shuffled)
-        trainer = make(whole)
+        trainer = stack.enter_context(closing(make(whole)))
         rows, spent, images, due = [], 0.0, 0, 0.0
         steps = range(whole.schedules.total_steps)
         for number, (canvases,) in zip(steps, whole.batches(steps), strict=True):
@@ -215,7 +211,6 @@ def _train(
             images += config.method.batch_size
         else:
             rows += _evaluate(which, trainer, whole, spent, images)
-        trainer.close()
     return rows
 
 

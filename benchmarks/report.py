@@ -22,12 +22,8 @@ OPERATORS_ASIDE = ("step", "step part", "network", "quality", "ceilings", "profi
 def check(rows: Iterable[Row]) -> None:
     """Raise ValueError for a row that no GPU measured: such figures are not published."""
     for row in rows:
-        real = (
-            row["device"] == "cuda"
-            and row["gpu"].startswith("NVIDIA")
-            and row["driver"] not in ("none", "unknown")
-        )
-        if not real:
+        known = row["driver"] not in ("none", "unknown")
+        if not (row["device"] == "cuda" and row["gpu"].startswith("NVIDIA") and known):
             raise ValueError(
                 "report: expected rows measured on an NVIDIA GPU, got "
                 f"device {row['device']!r}, gpu {row['gpu']!r}, driver {row['driver']!r} ({row['op']})"
@@ -125,15 +121,7 @@ def step_table(rows: Sequence[Row]) -> str:
         figures = ["" if mix.get(key) is None else text.format(mix[key]) for key, text in columns.items()]
         single = [f"{row['mode']} {row['images_per_s']:.0f}" for row in several if row["mode"] != "mix"]
         lines.append([provider, shape, *figures, ", ".join(single)])
-    head = (
-        "step",
-        "network, images",
-        "images/s",
-        "MFU",
-        "peak MiB",
-        "share of floor",
-        "one subnet, images/s",
-    )
+    head = "step", "network, images", "images/s", "MFU", "peak MiB", "share of floor", "one subnet, images/s"
     return markdown(head, lines) if lines else ""
 
 
@@ -154,16 +142,8 @@ def quality_table(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["op"] == "quality":
             last[row["shape"], row["mode"], row["provider"]] = row
-    lines = [
-        [
-            r["provider"],
-            f"{r['mode']} on {r['shape']}",
-            f"{r['seconds']:.0f}",
-            str(r["images"]),
-            f"{r['accuracy']:.1%}",
-        ]
-        for r in last.values()
-    ]
+    text = "{provider}|{mode} on {shape}|{seconds:.0f}|{images}|{accuracy:.1%}"
+    lines = [text.format(**row).split("|") for row in last.values()]
     head = ("training", "teacher subnet", "seconds", "images", "k-NN")
     return markdown(head, lines) if lines else ""
 
@@ -177,13 +157,10 @@ def _by(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Bars against peers, shares of the floor, accuracy over time; only what there are rows for."""
+    ours = [r for r in rows if r["op"] not in OPERATORS_ASIDE and r["provider"] == "ours"]
     wanted = [
         ("step", _draw_step, [r for r in rows if r["op"] == "step" and r["mode"] == "mix"]),
-        (
-            "roofline",
-            _draw_roofline,
-            [r for r in rows if r["op"] not in OPERATORS_ASIDE and r["provider"] == "ours"],
-        ),
+        ("roofline", _draw_roofline, ours),
         ("quality", _draw_quality, [r for r in rows if r["op"] == "quality"]),
     ]
     paths = []
@@ -226,12 +203,8 @@ def _draw_roofline(axes: Any, rows: Sequence[Row]) -> None:
 def _draw_quality(axes: Any, rows: Sequence[Row]) -> None:
     for (which, mode), several in _by(rows, "provider", "mode").items():
         style = "-o" if which == "ours" else "--s"
-        axes.plot(
-            [r["seconds"] for r in several],
-            [100 * r["accuracy"] for r in several],
-            style,
-            label=f"{which} {mode}",
-        )
+        points = zip(*((row["seconds"], 100 * row["accuracy"]) for row in several), strict=True)
+        axes.plot(*points, style, label=f"{which} {mode}")
     axes.set(xlabel="seconds of training", ylabel="k-NN accuracy, %")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)

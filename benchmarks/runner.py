@@ -106,7 +106,6 @@ class Worker:
         self.connection.close()
 
     def obituary(self) -> str:
-        """How it died."""
         self.process.join()
         code = self.process.exitcode or 0
         return f"its process ended with {signal.Signals(-code).name if code < 0 else f'status {code}'}"

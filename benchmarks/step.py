@@ -115,28 +115,21 @@ class Ours:
 
     def drawn_passes(self, elastic: Subnet) -> list[StudentPass]:
         """Both students, with stochastic depth as a step draws it."""
-        subnets, draws = (
-            (self.setting.space.intact, elastic),
-            [torch_stream(0, "benchmark") for _ in range(2)],
-        )
+        draws = [torch_stream(0, "benchmark") for _ in range(2)]
+        subnets = (self.setting.space.intact, elastic)
         return student_passes(self.state.student, self.setting.batch, subnets, draws)
 
     def loss(self, elastic: Subnet) -> float:
         """Of one micro-batch, without stochastic depth."""
         setting, method = self.setting, self.setting.config.method
         with autocast(setting.device, method.precision), torch.no_grad():
-            centers = self.state.centers
-            (targets,) = teacher_targets(
-                self.state.teacher, [setting.batch], self.temperature, method.loss, centers
-            )
-            outputs = self.state.student(
-                setting.batch, [StudentPass(self.setting.space.intact), StudentPass(elastic)]
-            )
-        intact, small = outputs
+            teacher, centers = self.state.teacher, self.state.centers
+            (targets,) = teacher_targets(teacher, [setting.batch], self.temperature, method.loss, centers)
+            passes = [StudentPass(setting.space.intact), StudentPass(elastic)]
+            intact, small = self.state.student(setting.batch, passes)
         return float(tribranch_loss(intact, small, targets, setting.batch, method.loss)[0])
 
     def step(self, elastic: Subnet) -> None:
-        """A whole step."""
         state, passes = self.state, self.passes[elastic]
         micro_batch = MicroBatch(self.setting.batch, passes)
         train_step(state.student, state, self.setting.config, self.schedules, STEP, [micro_batch])
@@ -202,7 +195,6 @@ def chosen(space: SearchSpace) -> list[Subnet]:
 
 
 def middle(space: SearchSpace) -> Subnet:
-    """One in the middle."""
     return Subnet(space.widths[len(space.widths) // 2], space.depths[len(space.depths) // 2])
 
 

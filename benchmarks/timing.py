@@ -22,8 +22,7 @@ Timed = Callable[[], Callable[[], object]]  # prepares, and returns what is time
 
 @dataclass
 class Samples:
-    """Seconds of a provider's calls, and how many began before the host had enqueued them whole, so that
-    launches may show."""
+    """Seconds of a provider's calls, and how many began before the host had enqueued them whole."""
 
     seconds: list[float] = field(default_factory=list)
     unhidden: int = 0

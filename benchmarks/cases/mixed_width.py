@@ -84,7 +84,6 @@ def _made(make: Callable[[], M], device: torch.device, sizes: Sizes) -> M:
 
 
 def mixed_linear(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    """A square layer."""
     layer = _made(lambda: ek.ElasticLinear(sizes.largest, sizes.largest), device, sizes)
     return _problem(
         "mixed_linear", device, sizes, groups, width, layer,

@@ -107,11 +107,7 @@ def linear_gelu(device: torch.device, sizes: Sizes, groups: Groups, width: int) 
 
     moved = _product_bytes(sizes.dtype, rows, out, width)
     extra = sizes.dtype.itemsize * rows * out  # the sum before the GELU, kept and read again
-    moved = {
-        "fwd": moved["fwd"] + extra,
-        "bwd": moved["bwd"] + extra,
-        "fwd+bwd": moved["fwd+bwd"] + 2 * extra,
-    }
+    moved = {mode: size + extra * len(mode.split("+")) for mode, size in moved.items()}
     shape, flops = shape_of(groups, width, out), 2.0 * rows * out * width
     return Problem("linear_gelu", shape, leaves, providers_of(ours, plain), flops, moved)
 
@@ -126,7 +122,6 @@ def qkv(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Probl
 
 
 def linear_residual(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    """proj with bias, LayerScale and residual."""
     rows, largest = tokens(groups), sizes.largest
     leaves = {
         "x": draw(device, sizes.dtype, rows, width),

@@ -40,18 +40,8 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "shli": operator.lshift,
     "shrsi": operator.rshift,
 }
-COMPARE = {
-    "slt": operator.lt,
-    "sle": operator.le,
-    "sgt": operator.gt,
-    "sge": operator.ge,
-    "ult": operator.lt,
-    "ule": operator.le,
-    "ugt": operator.gt,
-    "uge": operator.ge,
-    "eq": operator.eq,
-    "ne": operator.ne,
-}
+COMPARE = {f"{sign}{how}": getattr(operator, how) for sign in "su" for how in ("lt", "le", "gt", "ge")}
+COMPARE |= {"eq": operator.eq, "ne": operator.ne}
 REDUCE: dict[str, Callable[..., Any]] = {"arith.addi": np.sum, "arith.maxsi": np.max, "arith.minsi": np.min}
 
 

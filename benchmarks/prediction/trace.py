@@ -42,9 +42,8 @@ class Recorder(Operators):
         super().__init__()
         self.operators: list[Operator] = []
         self.contents: dict[int, tuple[Tensor, Tensor]] = {}  # with the device's, which keeps the key its own
-        self._bytes: dict[
-            tuple[int, int], bytes
-        ] = {}  # of contents, which launches share, as they may be long
+        # Of contents, which launches share, as they may be long.
+        self._bytes: dict[tuple[int, int], bytes] = {}
 
     def note(
         self,
@@ -55,7 +54,6 @@ class Recorder(Operators):
         inputs: list[Tensor],
         outputs: list[Tensor],
     ) -> None:
-        """Take one."""
         super().note(name, args, count, size, inputs, outputs)
         products = tuple(_products(name, args, outputs))
         self.operators.append(Operator(LIBRARIES.get(name, "other"), name, count, size, products))
@@ -65,14 +63,11 @@ class Recorder(Operators):
 
     def kernels(self, launches: Sequence[Launch]) -> list[Kernel]:
         """Launches with what is known of their arguments."""
-        return [
-            Kernel(
-                launch.binary,
-                launch.grid,
-                tuple((name, self._argument(value)) for name, value in launch.arguments.items()),
-            )
-            for launch in launches
-        ]
+
+        def arguments(launch: Launch) -> tuple[tuple[str, Any], ...]:
+            return tuple((name, self._argument(value)) for name, value in launch.arguments.items())
+
+        return [Kernel(launch.binary, launch.grid, arguments(launch)) for launch in launches]
 
     def _argument(self, value: Any) -> Any:
         """A kernel's argument, as far as costs depend on it."""
@@ -92,11 +87,7 @@ class Recorder(Operators):
 
 def _products(name: str, args: Sequence[Any], outputs: list[Tensor]) -> list[Product]:
     if name in ("mm", "bmm", "addmm", "baddbmm"):
-        a, b = (
-            args[-2:]
-            if name in ("mm", "bmm") and len(args) == 2
-            else [t for t in args if isinstance(t, Tensor)][-2:]
-        )
+        a, b = [t for t in args if isinstance(t, Tensor)][-2:]
         return [(a.shape[0] if a.ndim == 3 else 1, a.shape[-2], b.shape[-1], a.shape[-1], a.itemsize)]
     if name == "convolution":
         x, weight = args[:2]

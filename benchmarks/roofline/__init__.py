@@ -17,15 +17,6 @@ from benchmarks.roofline.step import mean_step, parameters, report, step
 from benchmarks.roofline.workload import Workload
 
 __all__ = [
-    "GPUS",
-    "H100",
-    "H200",
-    "Ceilings",
-    "Cost",
-    "Summary",
-    "Workload",
-    "mean_step",
-    "parameters",
-    "report",
+    "GPUS", "H100", "H200", "Ceilings", "Cost", "Summary", "Workload", "mean_step", "parameters", "report",
     "step",
-]
+]  # fmt: skip

@@ -40,7 +40,6 @@ def kept(config: ViTConfig, work: Workload, student: bool) -> Groups:
 
 
 def block(config: ViTConfig, work: Workload, part: str, width: int, *, last: bool = False) -> Block:
-    """One block of a branch."""
     student = part != "teacher"
     active = kept(config, work, student)
     rows, share = tokens(active), 1 - config.drop_path if student else 1.0
