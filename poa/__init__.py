@@ -11,21 +11,7 @@ from poa.version import VERSION
 
 __version__ = VERSION
 __all__ = [
-    "ElasticResNet",
-    "ElasticSwin",
-    "ElasticViT",
-    "Embeddings",
-    "ExportedModel",
-    "Nearest",
-    "Preprocessing",
-    "ResNetConfig",
-    "Run",
-    "SearchSpace",
-    "Subnet",
-    "SwinConfig",
-    "ViTConfig",
-    "embed",
-    "load",
-    "official",
+    "ElasticResNet", "ElasticSwin", "ElasticViT", "Embeddings", "ExportedModel", "Nearest", "Preprocessing",
+    "ResNetConfig", "Run", "SearchSpace", "Subnet", "SwinConfig", "ViTConfig", "embed", "load", "official",
     "pretrain",
-]
+]  # fmt: skip

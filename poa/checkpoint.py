@@ -82,8 +82,7 @@ class Checkpoint:
     checksum: str
 
     def damage(self) -> str | None:
-        """What is wrong with the file, if anything. Raises FileNotFoundError: it was deleted, as by the run
-        that writes newer ones."""
+        """What is wrong with the file, if anything. Raises FileNotFoundError: a run has deleted it."""
         digest, size = hashlib.sha256(), 0
         try:
             with open_regular(self.path) as file:
@@ -104,8 +103,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and files of a run. Without the lock of the run that writes into it nothing is written any
-    more."""
+    """Paths and files of a run; nothing is written without the lock of the run that writes into it."""
 
     path: Path
     lock: RunLock | None = None
@@ -248,8 +246,7 @@ class RunFolder:
                 checkpoint.path.unlink(missing_ok=True)
 
     def newest(self, step: int | None = None) -> Checkpoint:
-        """The newest whole checkpoint, or the one of a step. Damaged ones are passed over with a warning.
-        Raises InputError: there is none."""
+        """The newest whole checkpoint, or that of a step; warns of damaged ones. Raises InputError: none."""
         candidates = [c for c in self.checkpoints() if step is None or c.step == step]
         damages: list[str] = []
         for checkpoint in reversed(candidates):
@@ -307,7 +304,6 @@ class RunFolder:
         return content
 
     def is_fine_tuned(self) -> bool:
-        """Whether the run is one of fine-tuning."""
         return bool(read_checkpoint(self.newest().path, mapped=True)["format"] == FINE_TUNED)
 
     def network(
@@ -334,7 +330,6 @@ class RunFolder:
         return network.eval(), checkpoint
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a line to the metrics."""
         self._require_lock()
         append_rows(self.metrics, [row])
 

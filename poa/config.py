@@ -32,14 +32,10 @@ class InitConfig(Options, at="method.init"):
     """The initial weights."""
 
     weights: str = option(
-        "",
-        "run folder, timm:NAME, folder of a model, or file of weights whose weights the run starts from; "
-        "empty: random weights",
+        "", "initial weights: run folder, timm:NAME, model folder or file; empty: random weights"
     )
     importance: Literal["none", "taylor"] = option(
-        "none",
-        "order of channels, heads, hidden units and blocks of a ViT or ResNet: as it is, or by Taylor "
-        "scores; --init sets taylor for weights that are not elastic yet",
+        "none", "order of channels, heads and blocks: as it is, or by Taylor scores"
     )
     images: int = option(512, "training images of which importance is scored", "[1, 1e6]")
 
@@ -49,13 +45,9 @@ class TeacherConfig(Options, at="method.teacher"):
     """A teacher besides the moving average of the student."""
 
     frozen: str = option(
-        "",
-        "run folder, timm:NAME, folder of a model, or file of weights that feature distillation follows, of "
-        "any width; empty: it follows the teacher itself",
+        "", "weights that feature distillation follows, named as init.weights; empty: the teacher's own"
     )
-    frozen_size: int = option(
-        0, "pixels of a side that the frozen teacher sees of global crops; 0: its own", "[0, 4096]"
-    )
+    frozen_size: int = option(0, "side in pixels of the frozen teacher's crops; 0: its own", "[0, 4096]")
 
 
 @dataclass(frozen=True)
@@ -65,10 +57,7 @@ class MethodConfig(Options, at="method"):
     seed: int = option(0, "seed of every random choice", "[0, 4294967295]")
     batch_size: int = option(64, "images per micro-batch, on one rank", f"[1, {MOST_IMAGES}]")
     micro_batches: int | None = option(
-        None,
-        "micro-batches per step over all ranks; with fewer ranks, each accumulates gradients over several; "
-        "none: one per rank",
-        "[1, 65536]",
+        None, "micro-batches per step over all ranks, accumulated by fewer; none: one per rank", "[1, 65536]"
     )
     reduce_dtype: Literal["fp32", "bf16"] = option(
         "fp32", "dtype of the gradient all-reduce; bf16 rounds gradients and halves the traffic"
@@ -78,13 +67,9 @@ class MethodConfig(Options, at="method"):
         "per-rank", "elastic subnets of a step: one per micro-batch, one for all, or one each of similar cost"
     )
     shuffle_block: int = option(
-        1,
-        "images per block of the shuffle, which stay near each other: for storage with slow random access",
-        "[1, 1e9]",
+        1, "images per block of the shuffle, for storage with slow random access", "[1, 1e9]"
     )
-    canvas: int = option(
-        256, "images are shrunk to fit a square of this many pixels when decoded", "[8, 16384]"
-    )
+    canvas: int = option(256, "decoded images are shrunk to fit a square of this many pixels", "[8, 16384]")
     init: InitConfig = section(InitConfig(), "the initial weights")
     backbone: BackboneOptions = section(ViTConfig(), "the elastic network")
     head: HeadConfig = section(HeadConfig(), "the projection heads")
@@ -121,32 +106,21 @@ class PerformanceConfig(Options, at="performance"):
     """Everything that changes speed and memory only."""
 
     workers: int = option(
-        4,
-        "processes per rank that decode images, at most one per CPU; 0: the training process decodes",
-        "[0, 1024]",
+        4, "decoding processes per rank, at most one per CPU; 0: the training process decodes", "[0, 1024]"
     )
-    recompute: bool = option(
-        False, "activation checkpointing: recompute blocks in the backward, less memory and more time"
-    )
+    recompute: bool = option(False, "activation checkpointing: less memory, more time")
     keep_activations: bool = option(
-        False,
-        "keep activations of MLPs for the backward on GPUs instead of making them again: less time and more "
-        "memory",
+        False, "keep activations of MLPs for the backward on GPUs: less time, more memory"
     )
     backward: Literal["auto", "together", "apart"] = option(
-        "auto",
-        "one backward for both students, or the intact student's before the elastic forward: less memory; "
-        "auto: apart on GPUs",
+        "auto", "both students in one backward, or apart, which takes less memory; auto: apart on GPUs"
     )
     deterministic: bool = option(False, "only algorithms whose results repeat bitwise")
     optimizer: OptimizerKind = option(
         "fused", "fused: AdamW, clipping and EMA of the teacher in one pass; or AdamW of PyTorch or apex"
     )
     threads: int | None = option(
-        None,
-        "CPU threads of PyTorch, also in evaluate and extract; none: OMP_NUM_THREADS, or one on a CPU if "
-        "that is not set; each worker takes one more",
-        "[1, 1024]",
+        None, "CPU threads of PyTorch; none: OMP_NUM_THREADS, or one on a CPU if that is not set", "[1, 1024]"
     )
 
 
@@ -160,20 +134,14 @@ class RunConfig(Options, at="run"):
     keep_last: int = option(2, "number of newest checkpoints that are kept", "[1, 1e6]")
     keep_every: int = option(0, "steps between checkpoints that are kept for good; 0: none are", "[0, 1e9]")
     evaluate_every: int = option(1000, "steps between k-NN evaluations; 0: never", "[0, 1e9]")
-    knn_images: int = option(
-        10000, "at most this many bank and query images in k-NN during training", "[1, 1e9]"
-    )
+    knn_images: int = option(10000, "at most this many bank and query images of k-NN in training", "[1, 1e9]")
     knn_subnets: tuple[str, ...] = option(
         (), "teacher subnets in these k-NN evaluations, such as 384x12,192x6; none: largest and smallest"
     )
     knn_drop: float = option(
-        1.0,
-        "the run stops if the intact teacher's k-NN accuracy falls more below that before the first step",
-        "[0, 1]",
+        1.0, "the run stops if the intact teacher's k-NN accuracy falls this far below its start", "[0, 1]"
     )
-    skip_limit: int = option(
-        30, "skipped steps (NaN or inf gradients) in a row after which a run stops", "[1, 1e9]"
-    )
+    skip_limit: int = option(30, "skipped steps (NaN or inf gradients) in a row that stop a run", "[1, 1e9]")
     timeout: float = option(
         600.0, "seconds without a response from another rank after which contact counts as lost", "[1, 1e6]"
     )
@@ -209,8 +177,7 @@ def with_data(config: Config, source: str) -> Config:
 
 
 def with_teacher(config: Config, weights: str | None) -> Config:
-    """The configuration with a frozen teacher, if one is named, and with feature distillation, which follows
-    it."""
+    """The configuration with a frozen teacher, if one is named, and with feature distillation from it."""
     if not weights:
         return config
     method = config.method

@@ -165,8 +165,7 @@ class Poll:
         self.asked: tuple[dist.Work | None, Tensor] | None = None
 
     def ask(self, answer: bool) -> bool:
-        """Give this process's answer; return whether any gave a yes in the call before (in this one,
-        for a process alone)."""
+        """Give this process's answer; return whether any said yes in the call before (alone: in this one)."""
         if self.world.size == 1:
             return answer
         before = self.asked

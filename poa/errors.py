@@ -27,8 +27,7 @@ class ExportError(RuntimeError):
 
 
 class SaveError(OSError):
-    """A file could not be written, and is as it was before; of a checkpoint the message says which is the
-    newest."""
+    """A file could not be written, and is as it was; of a checkpoint the message names the newest."""
 
 
 class DataError(OSError):
@@ -36,8 +35,7 @@ class DataError(OSError):
 
 
 class Preempted(Exception):
-    """A signal stopped the run, or Ctrl-C `interrupted` it: a checkpoint was saved; the message says how to
-    resume."""
+    """A signal, or Ctrl-C (`interrupted`), stopped a run, which was saved; the message says how to resume."""
 
     def __init__(self, message: str, interrupted: bool):
         super().__init__(message)

@@ -132,9 +132,7 @@ def require_writable(path: Path, option: str) -> None:
             raise InputError(f"{option}: expected a file, got {path}: a folder or device")
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as error:
-        raise InputError(
-            f"{option}: expected a file that can be written, got {path}: {error.strerror}"
-        ) from None
+        raise InputError(f"{option}: expected a writable file, got {path}: {error.strerror}") from None
 
 
 def require_json(path: Path, option: str, key: str) -> None:
@@ -190,8 +188,7 @@ def unsealed(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append lines of JSON, all or none, apart from a torn line that may be there. Raises SaveError: the file
-    system refused it."""
+    """Append lines of JSON, all or none, after a torn one, too. Raises SaveError: the file system refused."""
     text = "".join(json.dumps(sealed(row)) + "\n" for row in rows).encode()
     try:
         if path.exists():

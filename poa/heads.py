@@ -23,13 +23,9 @@ from poa.options import Options, option
 class HeadConfig(Options, at="method.head"):
     """The projection heads."""
 
-    prototypes: tuple[int, ...] = option(
-        (8192, 16384, 32768, 65536), "prototypes of each head", "[2, 16777216]"
-    )
+    prototypes: tuple[int, ...] = option((8192, 16384, 32768, 65536), "prototypes per head", "[2, 16777216]")
     hidden: int = option(2048, "hidden units of a head's MLP", "[1, 65536]")
-    bottleneck: int = option(
-        256, "output channels of a head's MLP, compared with the prototypes", "[1, 65536]"
-    )
+    bottleneck: int = option(256, "output channels of a head's MLP, compared with prototypes", "[1, 65536]")
     layers: int = option(3, "linear layers of a head's MLP", "[1, 64]")
 
     def check(self) -> None:

@@ -59,8 +59,7 @@ def main_first(find: Callable[[], T], name: str, world: World) -> T:
 
 
 def require_readable(source: ImageSource, canvas: int) -> None:
-    """Try some images, spread over all; warn of those that cannot be read. Raises InputError: that is none of
-    them."""
+    """Try some images, spread over all; warn of unreadable ones. Raises InputError: all of them are."""
     tried = np.unique(np.linspace(0, len(source) - 1, SAMPLE).astype(np.int64)).tolist()
     wrong = []
     for index in tried:
@@ -69,10 +68,6 @@ def require_readable(source: ImageSource, canvas: int) -> None:
         except ImageError as error:
             wrong.append(str(error))
     if len(wrong) == len(tried):
-        raise InputError(
-            f"data: expected readable images, got none among {len(tried)} that were tried: {wrong[0]}"
-        )
+        raise InputError(f"data: expected readable images, got none of {len(tried)} tried: {wrong[0]}")
     if wrong:
-        log.warning(
-            "data: %d of %d images that were tried cannot be read: %s", len(wrong), len(tried), wrong[0]
-        )
+        log.warning("data: %d of %d images tried cannot be read: %s", len(wrong), len(tried), wrong[0])

@@ -120,7 +120,6 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Give it back, if it is held."""
         self._released.set()
         _HELD.discard(self.text)
         with suppress(OSError):
@@ -163,7 +162,6 @@ def _started(pid: int) -> str:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    """Whether a process of this machine is there."""
     pid = holder.get("pid")
     if not isinstance(pid, int):
         return False

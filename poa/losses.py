@@ -27,20 +27,13 @@ class LossConfig(Options, at="method.loss"):
     """Weights and temperatures of the loss."""
 
     intact: float = option(
-        0.8,
-        "lambda: weight of the intact student's losses; those of the elastic student have 1 - lambda",
-        "[0, 1]",
+        0.8, "lambda: weight of the intact student's losses; the elastic one's have 1 - lambda", "[0, 1]"
     )
     dino: float = option(1.0, "weight of the DINO (class-token) loss", "[0, 1000]")
     ibot: float = option(1.0, "weight of the iBOT (masked-patch) loss", "[0, 1000]")
-    distill: float = option(
-        1.0, "weight of the loss by which the elastic student learns from the intact one", "[0, 1000]"
-    )
+    distill: float = option(1.0, "weight of distillation from the intact to the elastic student", "[0, 1000]")
     features: float = option(
-        0.0,
-        "weight of feature distillation: similarities of class tokens in a micro-batch follow those of the "
-        "teacher, or of method.teacher.frozen",
-        "[0, 1000]",
+        0.0, "weight of feature distillation from the teacher, or from method.teacher.frozen", "[0, 1000]"
     )
     koleo: float = option(0.1, "weight of the KoLeo regulariser", "[0, 1000]")
     student_temperature: float = option(0.1, "softmax temperature of both students", "[0.0001, 100]")

@@ -29,9 +29,7 @@ class MaskConfig(Options, at="method.masks"):
     """Masks of the masked-patch (iBOT) loss."""
 
     probability: float = option(0.5, "share of the global crops that get a mask", "[0, 1]")
-    ratio: tuple[float, float] = option(
-        (0.1, 0.5), "smallest and largest share of masked patches in a masked crop", "[0, 1]"
-    )
+    ratio: tuple[float, float] = option((0.1, 0.5), "range of the masked share of a masked crop", "[0, 1]")
 
     def check(self) -> None:
         if self.ratio[0] > self.ratio[1]:

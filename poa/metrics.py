@@ -67,7 +67,6 @@ class Meter:
             yield batch
 
     def add(self, report: StepReport) -> None:
-        """Count one step."""
         self.names = list(report.values)
         finite = report.stacked.isfinite()
         counted = torch.stack([torch.where(finite, report.stacked, 0.0), finite.float()])
@@ -244,7 +243,6 @@ class Journal:
             yield
 
     def add(self, done: int, report: StepReport) -> None:
-        """Count a step, the `done`th."""
         self.meter.add(report)
         self.guard.add(done, report)
 

@@ -93,11 +93,7 @@ def _draw_half(groups: Groups, rate: float, generator: torch.Generator) -> KeptR
 
 def _draw_counts(groups: Groups, rate: float, generator: torch.Generator) -> list[Tensor]:
     """The crops that are kept of each group, a fixed number."""
-    counts = [max(int(crops * (1 - rate)), 1) for crops, _ in groups]
-    return [
-        torch.randperm(crops, generator=generator)[:count]
-        for (crops, _), count in zip(groups, counts, strict=True)
-    ]
+    return [torch.randperm(n, generator=generator)[: max(int(n * (1 - rate)), 1)] for n, _ in groups]
 
 
 def _factors(groups: Groups, kept: Sequence[Tensor]) -> list[float]:

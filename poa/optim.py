@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -47,36 +47,24 @@ class OptimConfig(Options, at="method.optim"):
     )
     min_lr: float = option(2e-5, "learning rate at the end of the cosine schedule", "[0, 100]")
     warmup_epochs: float = option(10.0, "epochs of the linear warm-up of the learning rate", "[0, 1e6]")
-    freeze_last_layer_epochs: float = option(
-        1.0, "epochs in which the prototypes (the last layer) are frozen", "[0, 1e6]"
-    )
+    freeze_last_layer_epochs: float = option(1.0, "epochs with frozen prototypes (last layer)", "[0, 1e6]")
     freeze_backbone_epochs: float = option(
         0.0, "epochs in which the backbone is frozen, so that new heads fit pretrained features", "[0, 1e6]"
     )
     freeze_teacher_epochs: float = option(
-        0.0,
-        "epochs in which the teacher's backbone is frozen, its heads follow; as many as epochs: always",
-        "[0, 1e6]",
+        0.0, "epochs with a frozen teacher backbone (heads follow); as many as epochs: always", "[0, 1e6]"
     )
     weight_decay: float = option(0.04, "weight decay at the first step", "[0, 100]")
     weight_decay_end: float = option(0.4, "weight decay at the end of the cosine schedule", "[0, 100]")
     beta1: float = option(0.9, "beta1 of AdamW", "[0, 1)")
     beta2: float = option(0.999, "beta2 of AdamW", "[0, 1)")
-    layer_decay: float = option(
-        0.9, "layer-wise learning-rate decay: factor from each block to the one before", "(0, 1]"
-    )
+    layer_decay: float = option(0.9, "layer-wise learning-rate decay per block, towards the input", "(0, 1]")
     patch_embed_lr: float = option(0.2, "additional learning-rate factor of the patch embedding", "[0, 100]")
-    clip: float = option(
-        1.5, "largest gradient norm, clipped separately for backbone and heads; 0: no clipping", "[0, 1e6]"
-    )
+    clip: float = option(1.5, "gradient clipping norm, of backbone and heads apart; 0: none", "[0, 1e6]")
     stretch: float = option(
-        0.78,
-        "cosine schedules are made for a run 1/stretch times as long, and cut off at the end",
-        "[0.01, 1]",
+        0.78, "cosine schedules are made for a run 1/stretch times as long, and cut off", "[0.01, 1]"
     )
-    momentum: float = option(
-        0.992, "momentum of the teacher's moving average (EMA) at the first step", "[0, 1]"
-    )
+    momentum: float = option(0.992, "momentum of the teacher's EMA at the first step", "[0, 1]")
     momentum_end: float = option(
         0.9999, "momentum of the teacher's moving average (EMA) at the end of the cosine schedule", "[0, 1]"
     )
@@ -84,12 +72,8 @@ class OptimConfig(Options, at="method.optim"):
     teacher_temperature_start: float = option(
         0.04, "softmax temperature of the teacher at the start of its linear warm-up", "[0.0001, 100]"
     )
-    teacher_temperature_epochs: float = option(
-        30.0, "epochs of the warm-up of the teacher temperature", "[0, 1e6]"
-    )
-    ibot_start_epoch: float = option(
-        30.0, "epoch from which patches are masked and the iBOT loss is trained", "[0, 1e6]"
-    )
+    teacher_temperature_epochs: float = option(30.0, "warm-up epochs of the teacher temperature", "[0, 1e6]")
+    ibot_start_epoch: float = option(30.0, "epoch from which patches are masked (iBOT loss)", "[0, 1e6]")
 
     def require_durations(self, ibot: bool) -> None:
         """Raise InputError where a phase would not be over, or not begin, before the run ends.
@@ -174,9 +158,8 @@ class Schedules:
         peak = config.base_lr
         if config.lr_scaling == "sqrt":
             peak *= math.sqrt(images_a_step / 1024)
-        lr = cosine_schedule(
-            peak, config.min_lr, total, warmup=steps(config.warmup_epochs), stretch=config.stretch
-        )
+        cosine = partial(cosine_schedule, total=total, stretch=config.stretch)
+        lr = cosine(peak, config.min_lr, warmup=steps(config.warmup_epochs))
 
         def frozen(epochs: float) -> Schedule:
             values = lr.values.copy()
@@ -191,10 +174,8 @@ class Schedules:
             lr=lr,
             backbone_lr=frozen(config.freeze_backbone_epochs),
             last_layer_lr=frozen(config.freeze_last_layer_epochs),
-            weight_decay=cosine_schedule(
-                config.weight_decay, config.weight_decay_end, total, stretch=config.stretch
-            ),
-            momentum=cosine_schedule(config.momentum, config.momentum_end, total, stretch=config.stretch),
+            weight_decay=cosine(config.weight_decay, config.weight_decay_end),
+            momentum=cosine(config.momentum, config.momentum_end),
             teacher_temperature=cosine_schedule(
                 config.teacher_temperature,
                 config.teacher_temperature,
@@ -344,8 +325,4 @@ def clip_gradients(network: nn.Module, largest: float) -> dict[str, Tensor]:
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move every parameter of the teacher: `teacher = m * teacher + (1 - m) * student`."""
-    torch._foreach_lerp_(_list(teacher.parameters()), _list(student.parameters()), 1 - momentum)
-
-
-def _list(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    return [p.detach() for p in parameters]
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

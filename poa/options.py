@@ -235,9 +235,7 @@ def differences(a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def first_difference(a: Any, b: Any, leave_out: Sequence[str] = ()) -> str | None:
-    """The first difference of two groups but in options, or groups of them, left out: `key: value against
-    value`.
-    """
+    """The first difference of two groups but in options or groups left out: `key: value against value`."""
     for key, left, right in differences(a, b):
         if not any(key == name or key.startswith(f"{name}.") for name in leave_out):
             return f"{key}: {left} against {right}"

@@ -43,8 +43,7 @@ class Plan:
 
     @classmethod
     def of(cls, config: Config, images: int, processes: int, content: dict[str, Any] | None = None) -> Plan:
-        """The plan of a new run, or of one that is resumed from the content of a checkpoint. Raises
-        InputError: more ranks than micro-batches."""
+        """The plan of a new run, or one resumed from `content`. Raises InputError: too many ranks."""
         plan = cls.resumed(config, content, images) if content else cls.new(config, images, processes)
         if plan.micro_batches < processes:
             raise InputError(
@@ -54,7 +53,6 @@ class Plan:
 
     @classmethod
     def new(cls, config: Config, images: int, processes: int) -> Plan:
-        """That of a new run."""
         method = config.method
         micro_batches = method.micro_batches or processes
         epoch_steps = method.optim.epoch_steps or max(images // (method.batch_size * micro_batches), 1)
@@ -72,7 +70,6 @@ class Plan:
         return replace(before, micro_batches=wanted, start=before.start + moved)
 
     def schedules(self, config: Config) -> Schedules:
-        """The schedules of a run with this plan."""
         return Schedules.build(
             config.method.optim, self.epoch_steps, self.micro_batches * config.method.batch_size
         )
@@ -88,8 +85,7 @@ class Plan:
         yield from self.new_schedules(from_dict(Config, content["config"]), config, content["step"])
 
     def new_schedules(self, before: Config, now: Config, step: int) -> Iterator[str]:
-        """What changed in the schedules of a run of which `step` steps are done. Raises InputError: it would
-        be over."""
+        """Changes in the schedules of a run after `step` steps. Raises InputError: it would be over."""
         changes = [
             f"method.optim.{key} {old} -> {new}"
             for key, old, new in differences(before.method.optim, now.method.optim)
@@ -98,9 +94,7 @@ class Plan:
             return
         old, new = self.schedules(before), self.schedules(now)
         if step > new.total_steps:
-            raise InputError(
-                f"method.optim: expected at least {step} steps, which are done, got {new.total_steps}"
-            )
+            raise InputError(f"method.optim: expected at least the {step} steps done, got {new.total_steps}")
         rates = [schedules.lr[min(step, schedules.total_steps - 1)] for schedules in (old, new)]
         yield (
             f"schedules recomputed: {', '.join(changes)}; {old.total_steps} -> {new.total_steps} steps, "
@@ -156,11 +150,8 @@ def first_lines(
         f"{method.backbone.parameters(space.smallest):,} to {intact:,} parameters"
     )
     images = plan.micro_batches * method.batch_size
-    parts = (
-        f" ({plan.micro_batches} micro-batches over {counted(world.size, 'rank')})"
-        if plan.micro_batches > 1
-        else ""
-    )
+    spread = f" ({plan.micro_batches} micro-batches over {counted(world.size, 'rank')})"
+    parts = spread if plan.micro_batches > 1 else ""
     yield (
         f"steps: {schedules.total_steps:,} of {counted(images, 'image')}{parts}, "
         f"{method.optim.epochs:g} epochs of {counted(plan.epoch_steps, 'step')}"

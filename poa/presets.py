@@ -304,7 +304,6 @@ QUICKSTARTS = {
 
 
 def preset(name: str) -> Config:
-    """A preset by name."""
     if name not in PRESETS:
         raise InputError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
     return PRESETS[name][0]()

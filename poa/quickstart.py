@@ -24,9 +24,7 @@ from poa.train import pretrain
 
 
 def quickstart(config: Config, out: Path) -> None:
-    """Pre-train on labelled data, extract and evaluate all subnets, write `summary.json` and a plot, print a
-    table.
-    """
+    """Pre-train, extract and evaluate all subnets, write `summary.json` and a plot, print a table."""
     require_matplotlib()
     started = time.perf_counter()
     pretrain(config, out)

@@ -166,6 +166,7 @@ def _page(folders: Sequence[RunFolder], svg: str) -> str:
     title = _text(", ".join(rows))
     marks = ", ".join(f"{what} {step:,}" for what, step in beginning.get("phases", {}).items())
     configs = [folder.config() for folder in folders]
+    pictures = alone and (folders[0].path / "pictures.html").exists()
     parts = [
         f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
         f"<h1>{title}</h1>",
@@ -174,16 +175,11 @@ def _page(folders: Sequence[RunFolder], svg: str) -> str:
         f"<h2>Alarms</h2>{'<ul>' + ''.join(alarms) + '</ul>' if alarms else '<p>None.</p>'}",
         f"<h2>Curves</h2>{f'<p>Dotted: {_text(marks)}.</p>' if marks else ''}{svg}",
         f"<h2>Evaluations</h2>{_evaluations(folders, list(rows))}",
-        *(["<p><a href=pictures.html>Pictures</a></p>"] if alone and _has_pictures(folders[0]) else []),
+        *(["<p><a href=pictures.html>Pictures</a></p>"] if pictures else []),
         *([f"<h2>Augmented crops</h2>{_crops(configs[0])}"] if alone else []),
         _options(configs, list(rows)),
     ]
     return "\n".join(parts) + "</html>\n"
-
-
-def _has_pictures(folder: RunFolder) -> bool:
-    """Whether `poa pictures` wrote its page."""
-    return (folder.path / "pictures.html").exists()
 
 
 def _text(value: object) -> str:
@@ -221,16 +217,8 @@ def _evaluations(folders: Sequence[RunFolder], names: Sequence[str]) -> str:
     if not columns:
         return "<p>None yet: poa evaluate RUN makes one.</p>"
     subnets = sorted({subnet for scores in columns.values() for subnet in scores}, key=Subnet.parse)
-    cells = (
-        [
-            s,
-            *(
-                format(c[s], number_format(name.rpartition(": ")[2])) if s in c else ""
-                for name, c in columns.items()
-            ),
-        ]
-        for s in subnets
-    )
+    forms = {name: number_format(name.rpartition(": ")[2]) for name in columns}
+    cells = ([s, *(format(c[s], forms[n]) if s in c else "" for n, c in columns.items())] for s in subnets)
     return html_table(["subnet", *columns], cells)
 
 
@@ -251,6 +239,5 @@ def _options(configs: Sequence[Config], names: Sequence[str]) -> str:
     if len(names) == 1:
         return f"<h2>Options</h2><details><summary>All {len(rows)}</summary>{html_table([], rows)}</details>"
     different = [row for row in rows if len(set(row[1:])) > 1]
-    return (
-        f"<h2>Options that differ</h2>{html_table(['', *names], different) if different else '<p>None.</p>'}"
-    )
+    shown = html_table(["", *names], different) if different else "<p>None.</p>"
+    return f"<h2>Options that differ</h2>{shown}"

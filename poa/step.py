@@ -58,8 +58,7 @@ class TrainingState:
         initial: Initial | None = None,
         frozen: FrozenTeacher | None = None,
     ) -> TrainingState:
-        """Initial networks and a frozen teacher, default those of the configuration, and an optimiser that
-        has not stepped."""
+        """Networks and frozen teacher, by default the configuration's, and an optimiser yet to step."""
         method, initial = config.method, initial or initial_networks(config)
         frozen = frozen or frozen_teacher(method)
         student, teacher = initial.student.to(device), initial.teacher.to(device)

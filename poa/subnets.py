@@ -57,9 +57,7 @@ class Subnet:
         width, cross, depth = text.strip().partition("x")
         stages = depth.split("-")
         if not (cross and width.isdecimal() and all(stage.isdecimal() for stage in stages)):
-            raise InputError(
-                f"subnet: expected WIDTHxDEPTH such as 384x12, or 64x3-4-6-3 with stages, got {text!r}"
-            )
+            raise InputError(f"subnet: expected WIDTHxDEPTH such as 384x12 or 64x3-4-6-3, got {text!r}")
         blocks = tuple(int(stage) for stage in stages)
         return cls(int(width), blocks if len(blocks) > 1 else blocks[0])
 

@@ -189,7 +189,6 @@ class Trainer:
         self.model: torch.nn.Module = self.state.student
 
     def _take_up(self, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         self.first_step = content["step"]
         self.state.load_state_dict(content, f"checkpoint of step {self.first_step}")
         self.journal.load_state_dict(content)
@@ -309,8 +308,7 @@ class Trainer:
         )
 
     def save(self, done: int) -> None:
-        """Write a checkpoint. Raises DivergenceError: weights are NaN or inf, in all processes alike; the
-        checkpoints before are kept."""
+        """Write a checkpoint. Raises DivergenceError: weights are NaN or inf, in all processes alike."""
         self.folder.require_finite(done, (self.state.student, self.state.teacher), "method.optim.base_lr")
 
         def write() -> None:

@@ -172,7 +172,7 @@ def test_names_of_subnets() -> None:
     space = preset("resnet-152").method.backbone.space
     with pytest.raises(InputError, match=r"a depth of 3-\(4..8 step 1\)-\(6..36 step 1\)-3"):
         space.require(Subnet(64, (3, 4, 37, 3)))
-    with pytest.raises(InputError, match="such as 384x12, or 64x3-4-6-3"):
+    with pytest.raises(InputError, match="such as 384x12 or 64x3-4-6-3"):
         Subnet.parse("64x3--3")
     with pytest.raises(InputError, match="backbone.kind: expected one of vit, swin, resnet, got 'mlp'"):
         from_dict(Config, {"method": {"backbone": {"kind": "mlp"}}})

@@ -144,7 +144,7 @@ def test_pairs_are_those_of_all_similarities(
     assert f"nan.npz: 2 of {count} images have NaN or inf features, and no pair" in capsys.readouterr().out
     for arguments, message in (
         ([str(tmp_path / "f.npy"), "--out", "f.csv"], "f.json tells of"),
-        ([features, "--out", "f.txt"], "--out: expected a name that ends in .csv or .json, got f.txt"),
+        ([features, "--out", "f.txt"], "--out: expected a name ending in .csv or .json, got f.txt"),
         (["none.npz", "--out", "f.csv"], "none.npz: expected features cls of poa embed"),
         ([features, "--token", "mean", "--out", "f.csv"], "expected features mean of poa embed"),
         ([second, "--out", "f.csv"], "one row for each image, got a damaged or foreign one"),
@@ -155,13 +155,13 @@ def test_pairs_are_those_of_all_similarities(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "f.csv"], "--out: expected a name that ends in .npz, .npy, .parquet, got f.csv"),
+        (["--out", "f.csv"], "--out: expected a name ending in .npz, .npy, .parquet, got f.csv"),
         (["--out", "f.npy", "--tokens", "cls", "mean"], "expected one kind of tokens for f.npy, got 2"),
         (
             ["--out", "others.npy"],
             "expected a new file, or an older one of this command to replace, got others",
         ),
-        (["--out", "nowhere/f.npz"], "--out: expected a file that can be written, got nowhere/f.npz"),
+        (["--out", "nowhere/f.npz"], "--out: expected a writable file, got nowhere/f.npz"),
         (["--out", "f.npz", "--query", "none.jpg"], "and --page FILE.html together, got --query alone"),
         (
             ["--out", "f.npz", "--query", "none.jpg", "--page", "p.html"],

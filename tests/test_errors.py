@@ -105,12 +105,12 @@ def test_messages_of_errors_without_one() -> None:
 
 
 OUTPUTS = [
-    (["report", "RUN", "--out", "no/x.html"], "report: expected a file that can be written, got no/x.html"),
+    (["report", "RUN", "--out", "no/x.html"], "report: expected a writable file, got no/x.html"),
     (["report", "RUN", "--out", "x.nonsense"], "report: expected .html or a picture such as .png"),
-    (["report", "RUN", "--record", "no/x.json"], "--record: expected a file that can be written"),
+    (["report", "RUN", "--record", "no/x.json"], "--record: expected a writable file"),
     (["evaluate", "RUN", "--device", "cpu", "--out", "."], "--out: expected a file, got .: a folder"),
     (["evaluate", "RUN", "--device", "cpu", "--plot", "x.nonsense"], "--plot: expected a picture such as"),
-    (["evaluate", "RUN", "--device", "cpu", "--plot", "no/x.png"], "--plot: expected a file that can be"),
+    (["evaluate", "RUN", "--device", "cpu", "--plot", "no/x.png"], "--plot: expected a writable file"),
     (["extract", "RUN", "--subnets", "16x1", "--out", "file"], "--out: expected a folder, got file: File"),
     (["pretrain", *OVERRIDES, "--out", "file"], "out: expected a folder, got file: "),
     (["pretrain", *OVERRIDES, "--out", "x" * 300], "File name too long"),
@@ -119,7 +119,7 @@ OUTPUTS = [
     (["pictures", "RUN", "--images", "file", "--out", "RUN/config.json"], "in .html or .png, got "),
     (
         ["embed", "RUN", "digits", "--out", "x.npz", "--query", "file", "--page", "RUN/config.json"],
-        "--page: expected a name that ends in .html, got ",
+        "--page: expected a name ending in .html, got ",
     ),
     (["data", "check", "digits", "--run", "RUN", "--channels", "1"], "--channels: expected the 3 of "),
     (["embed", "file", "digits", "--out", "x.npz", "--step", "1"], "file: expected a run with a step or"),

@@ -210,7 +210,7 @@ def test_int8_is_scored_beside_fp32(run: str, tmp_path: Path, capsys: pytest.Cap
         (["--dry-run"], "--dry-run: expected --push USER/NAME with it"),
         (["32x2", "--push", "a/b"], "--push: expected one subnet, got 2"),
         ([*INT8, "--image-size", "32"], "--dtype int8: expected the image size of training 24, got 32"),
-        (INT8, "expected held-out images with labels, to score it, got none (data.holdout=0)"),
+        (INT8, "expected held-out images with labels, got none (data.holdout=0)"),
     ],
 )
 def test_options_that_do_not_fit_each_other(
@@ -254,9 +254,7 @@ def test_a_model_goes_to_the_hub_with_its_card(
     files = ["README.md", "config.json", "model.safetensors"]
     assert calls == [("me/model", True, True), ("vit-32x2", "me/model", files)]
     assert main([*command, "me/taken"]) == 2
-    assert (
-        "--push me/taken: expected a repository to write to, got 403 Forbidden\n" in capsys.readouterr().err
-    )
+    assert "--push me/taken: expected a writable repository, got 403 Forbidden\n" in capsys.readouterr().err
     card = (Path(folder) / "README.md").read_text()
     assert card.startswith('---\nlibrary_name: timm\nlicense: "cc-by-4.0"\n')
     (knn,) = [row["knn"] for row in read_json(Path(run) / "evaluation.json", "")["subnets"]]

@@ -104,7 +104,7 @@ def test_where_nothing_can_be_written(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"--out: expected a file, got {path}: a folder or device"):
             files.require_writable(path, "--out")
     for path in (tmp_path / "no" / "x", tmp_path / "file" / "x", tmp_path / ("x" * 300)):
-        with pytest.raises(InputError, match=f"--out: expected a file that can be written, got {path}: "):
+        with pytest.raises(InputError, match=f"--out: expected a writable file, got {path}: "):
             files.require_writable(path, "--out")
     files.require_writable(tmp_path / "file", "--out")
     assert names(tmp_path) == ["file"]

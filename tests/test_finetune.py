@@ -149,7 +149,7 @@ def test_what_does_not_fit_a_run_is_refused(
     write_folder(tmp_path / "images", 12)
     line = fails(capsys, "evaluate", str(tuned), "--data", str(tmp_path / "images"))
     assert "expected the 10 classes of the model (0, 1, 2, ...), got 3 others (cat, dog, owl, ...)" in line
-    with pytest.raises(InputError, match="expected 1 ranks as before, got 2"):
+    with pytest.raises(InputError, match="expected 1 ranks, got 2"):
         folder = RunFolder(tuned)
         content = folder.load(folder.newest(), folder.config(), format=None)
         options = from_dict(FinetuneConfig, content["finetune"])

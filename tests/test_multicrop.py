@@ -207,7 +207,7 @@ def test_nothing_remembers_the_subnet() -> None:
 
 def test_wrong_input() -> None:
     backbone = network()
-    with pytest.raises(InputError, match="divisible by the patch size 8, got 20x32"):
+    with pytest.raises(InputError, match="divisible by patch size 8, got 20x32"):
         backbone([torch.zeros(1, 3, 20, 32).double()])
     with pytest.raises(InputError, match="expected a width of 16, 32, 48"):
         backbone(crops(), Subnet(24, 2))

@@ -77,7 +77,7 @@ def test_page_of_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         joined = np.asarray(picture)[156:284, -264:-8]  # an image and itself: lines are level
         assert (joined[:, :128] != joined[:, 128:]).any() and (joined[:, 120:136].std(1) == 0).any()
     assert "expected --images FILE with --match" in fails(capsys, *page[:-1], "--prototypes", "3", *matched)
-    assert "ends in .html or .png, got" in fails(capsys, *drawn[:3], "a.gif", *drawn[4:])
+    assert "ending in .html or .png, got" in fails(capsys, *drawn[:3], "a.gif", *drawn[4:])
     assert main([*page[:-1], "--prototypes", "3"]) == 0
     text = (tmp_path / "a.html").read_text()
     used = [

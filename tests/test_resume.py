@@ -242,7 +242,7 @@ def test_a_run_is_extended_by_planning_its_schedules_again(
     assert [row["lr"] for row in rows(out)[6:]] == [planned.lr[6], planned.lr[7]]
     assert main(["pretrain", "--resume", str(out)]) == 0  # as it is now
     assert main(["pretrain", "--resume", str(out), "--replan", "method.optim.epochs=2"]) == 2
-    assert "expected at least 8 steps, which are done, got 4" in capsys.readouterr().err
+    assert "expected at least the 8 steps done, got 4" in capsys.readouterr().err
     assert RunFolder(out).config().method.optim.epochs == 4.0
 
 

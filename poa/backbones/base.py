@@ -144,8 +144,7 @@ class BackboneConfig(Options, ABC, at="method.backbone"):
 
     @abstractmethod
     def grid(self, image_size: int) -> int:
-        """Patches along a side of a square image that can be masked. Raises InputError: the backbone takes no
-        images of this size."""
+        """Maskable patches along a side of a square image. Raises InputError: none of this size."""
 
     def active_drop_rates(self, subnet: Subnet) -> list[float]:
         """Stochastic-depth rate of each active block; none where the method has no stochastic depth."""
@@ -273,9 +272,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
-        """The `Features` of images `[B, C, H, W]` after each of the last `count` blocks (of the last stage),
-        or of as many as there are, in order.
-        """
+        """The `Features` of images `[B, C, H, W]` after each of the last `count` blocks of the last stage."""
 
     @abstractmethod
     def stage_maps(self, images: Tensor, subnet: Subnet, window: int = 0) -> list[Tensor]:
@@ -298,9 +295,7 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def to_static(self, subnet: Subnet, image_size: int | None = None) -> Backbone:
-        """A subnet as a network of its own, with offset scales folded into its weights; float32,
-        on the CPU.
-        """
+        """A subnet as a network of its own, offset scales folded into its weights; float32, on the CPU."""
 
     def exported_state(self) -> dict[str, Tensor]:
         """The weights of a static network as files hold them, under timm's names where timm has it."""

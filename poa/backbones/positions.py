@@ -104,8 +104,7 @@ def _packed_angles(
 
 
 def _angles(height: int, breadth: int, head_dim: int, kind: RotaryKind) -> Tensor:
-    """In the order and precision of timm: rows turn the first half of the pairs (i, i + d / 2), columns the
-    second."""
+    """As timm has them: rows turn the first half of the pairs (i, i + d / 2), columns the others."""
     sides = [kind.positions(side) for side in (height, breadth)]
     grid = torch.stack(torch.meshgrid(sides, indexing="ij"), dim=-1).flatten(0, 1)
     exponents = 2.0 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2)

@@ -27,18 +27,12 @@ class PyramidConfig(BackboneConfig):
 
     image_size: int = option(224, "pixels of a side of the global crops", "[1, 4096]")
     channels: int = option(3, "channels of the images", "[1, 16]")
-    min_depths: tuple[int, ...] = option(
-        (2, 2, 6, 2), "blocks of each stage of the shallowest subnet", "[1, 1024]"
-    )
-    max_depths: tuple[int, ...] = option(
-        (2, 2, 18, 2), "blocks of each stage of the intact network", "[1, 1024]"
-    )
+    min_depths: tuple[int, ...] = option((2, 2, 6, 2), "blocks per stage of the smallest subnet", "[1, 1024]")
+    max_depths: tuple[int, ...] = option((2, 2, 18, 2), "blocks per stage of the intact network", "[1, 1024]")
     min_width: int = option(96, "channels of the first stage of the narrowest subnet", "[1, 4096]")
     max_width: int = option(128, "channels of the first stage of the intact network", "[1, 4096]")
     width_step: int | None = option(None, "distance between widths; none: the smallest", "[1, 4096]")
-    mask_scale: int = option(
-        2, "mask patches per position of the last map, along each side: 1, 2 or 4", "[1, 4]"
-    )
+    mask_scale: int = option(2, "mask patches per position of the last map, per side: 1, 2 or 4", "[1, 4]")
     sampling_scale: float = option(
         2.0, "how much more often the smallest width, or depth, is drawn than the largest", "[1, 100]"
     )
@@ -93,10 +87,7 @@ class PyramidConfig(BackboneConfig):
 
     def grid(self, image_size: int) -> int:
         if image_size < self.stride or image_size % self.stride:
-            raise InputError(
-                f"image size: expected a multiple of the stride {self.stride} of the last map, "
-                f"got {image_size}"
-            )
+            raise InputError(f"image size: expected a multiple of the stride {self.stride}, got {image_size}")
         return image_size // self.stride * self.mask_scale
 
     def sides(self, image_size: int | None = None) -> list[int]:

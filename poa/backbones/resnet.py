@@ -47,21 +47,14 @@ class ResNetConfig(PyramidConfig):
     unit_option: ClassVar[str] = "norm_groups"
     sortable: ClassVar[bool] = True
     kind: Literal["resnet"] = option("resnet", "ResNet of bottlenecks with group norm")
-    min_depths: tuple[int, ...] = option(
-        (3, 4, 6, 3), "blocks of each stage of the shallowest subnet", "[1, 1024]"
-    )
-    max_depths: tuple[int, ...] = option(
-        (3, 8, 36, 3), "blocks of each stage of the intact network", "[1, 1024]"
-    )
+    min_depths: tuple[int, ...] = option((3, 4, 6, 3), "blocks per stage of the smallest subnet", "[1, 1024]")
+    max_depths: tuple[int, ...] = option((3, 8, 36, 3), "blocks per stage of the intact network", "[1, 1024]")
     base_width: int = option(64, "channels of the stem, a quarter of those of the first stage", "[1, 4096]")
     min_width: int = option(64, "middle channels of the first stage of the narrowest subnet", "[1, 4096]")
     max_width: int = option(128, "middle channels of the first stage of the intact network", "[1, 4096]")
     norm_groups: int = option(32, "groups of every group norm, whatever the width", "[1, 4096]")
     block_order: tuple[int, ...] = option(
-        (),
-        "blocks of each stage by importance, stage after stage: a subnet keeps the first of each, block 0 "
-        "among them; empty: evenly spaced ones",
-        "[0, 1024)",
+        (), "blocks by importance, stage after stage, block 0 first; empty: evenly spaced ones", "[0, 1024)"
     )
 
     def check(self) -> None:
@@ -263,7 +256,6 @@ class ElasticResNet(Pyramid):
 
     @torch.no_grad()
     def to_static(self, subnet: Subnet, image_size: int | None = None) -> ElasticResNet:
-        """As `Backbone.to_static`."""
         network = ElasticResNet(self.config.of_one_size(self.space.require(subnet), image_size)).eval()
         stem = ("conv1.", "norm1.")
         state = {name: value for name, value in self.state_dict().items() if name.startswith(stem)}

@@ -59,9 +59,7 @@ class SwinConfig(PyramidConfig):
     head_dim: int = option(16, "channels of an attention head", "[1, 1024]")
     window: int = option(7, "side of an attention window, in tokens", "[2, 64]")
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
-    drop_path: float = option(
-        0.2, "stochastic-depth rate of the last block, rising linearly from 0 at the first", "[0, 1)"
-    )
+    drop_path: float = option(0.2, "stochastic-depth rate of the last block, from 0 at the first", "[0, 1)")
     embedding_width: int | None = option(
         None, "channels of the patch embedding and of its norm; none: max_width", "[1, 16384]"
     )
@@ -74,9 +72,7 @@ class SwinConfig(PyramidConfig):
         if self.embedding < self.max_width:
             raise self.wrong("embedding_width", f"at least max_width {self.max_width}")
         if int(self.mlp_ratio * self.min_width) < 1:
-            raise self.wrong(
-                "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
-            )
+            raise self.wrong("mlp_ratio", f"at least one hidden unit at min_width {self.min_width}")
         if self.shifted is not None and tuple(map(len, self.shifted)) != self.max_depths:
             raise self.wrong("shifted", f"as many flags as max_depths {self.max_depths}")
 
@@ -149,9 +145,7 @@ class SwinConfig(PyramidConfig):
     def of_weights(cls, state: Mapping[str, Tensor], head_dim: int, norm_groups: int) -> SwinConfig:
         offsets, heads = state["stages.0.blocks.0.attn.relative_position_bias_table"].shape
         embedding, channels, _, patch = state["patch_embed.proj.weight"].shape
-        depths = tuple(
-            count_of(state, f"stages.{stage}.blocks.") for stage in range(count_of(state, "stages."))
-        )
+        depths = tuple(count_of(state, f"stages.{i}.blocks.") for i in range(count_of(state, "stages.")))
         width = state["stages.0.blocks.0.norm1.weight"].shape[0]
         return cls(
             channels=channels,
@@ -287,7 +281,7 @@ class ElasticSwin(Pyramid):
         patch = self.config.patch_size
         if images.shape[-2] % patch or images.shape[-1] % patch:
             raise InputError(
-                f"crop: expected sides divisible by the patch size {patch}, got {tuple(images.shape[-2:])}"
+                f"crop: expected sides divisible by patch size {patch}, got {tuple(images.shape[-2:])}"
             )
         return self._under_mask(self.patch_embed(images, width), mask)
 

@@ -30,7 +30,6 @@ from poa.backbones.base import (
     BackboneConfig,
     Features,
     Inputs,
-    TimmModel,
     copied,
     initialise_as_torch,
     ratio,
@@ -70,19 +69,15 @@ class ViTConfig(BackboneConfig):
     max_depth: int = option(24, "blocks of the intact network", "[1, 1024]")
     depth_step: int = option(1, "distance between depths", "[1, 1024]")
     block_order: tuple[int, ...] = option(
-        (),
-        "all blocks by importance: a subnet keeps the first of them; empty: evenly spaced ones",
-        "[0, 1024)",
+        (), "blocks by importance: a subnet keeps the first; empty: evenly spaced ones", "[0, 1024)"
     )
     head_dim: int = option(64, "channels of an attention head", "[1, 1024]")
     positions: Literal["learned", "rotary", "axial", "learned-axial"] = option(
-        "learned",
-        "position embedding, rotary embedding of queries and keys as of DINOv3, axial one as of EVA, or the "
-        "first and the last",
+        "learned", "position embedding: learned, rotary as of DINOv3, axial as of EVA, or learned and axial"
     )
     axial_temperature: float = option(10000.0, "temperature of the axial embedding", "(0, 1e9]")
     axial_grid: int = option(
-        0, "patches along a side that the axial embedding scales others to; 0: not scaled", "[0, 1024]"
+        0, "patches along a side that the axial embedding scales to; 0: not scaled", "[0, 1024]"
     )
     qkv_bias: bool = option(True, "queries, keys and values have a bias")
     norm_eps: float = option(1e-6, "added to the variance in norms", "(0, 1]")
@@ -91,9 +86,7 @@ class ViTConfig(BackboneConfig):
     mlp_ratio: float = option(4.0, "hidden units of the MLP over the width", "(0, 64]")
     layer_scale: float = option(1e-5, "initial LayerScale", "[0, 100]")
     drop_path: float = option(0.2, "stochastic-depth rate of the students", "[0, 1)")
-    drop_path_uniform: bool = option(
-        True, "true: one stochastic-depth rate for all blocks; false: rising from 0 to it"
-    )
+    drop_path_uniform: bool = option(True, "one stochastic-depth rate for all blocks; false: rising from 0")
     sampling_scale: float = option(
         3.0, "how much more often the smallest width, or depth, is drawn than the largest", "[1, 100]"
     )
@@ -107,16 +100,13 @@ class ViTConfig(BackboneConfig):
         if self.block_order and sorted(self.block_order) != list(range(self.max_depth)):
             raise self.wrong("block_order", f"each of 0..{self.max_depth - 1} once")
         if int(self.mlp_ratio * self.min_width) < 1:
-            raise self.wrong(
-                "mlp_ratio", f"at least one hidden unit of the narrowest subnet {self.min_width}"
-            )
+            raise self.wrong("mlp_ratio", f"at least one hidden unit at min_width {self.min_width}")
         if self.rotary and self.head_dim % 4:
             raise self.wrong("head_dim", f"a multiple of 4 with positions={self.positions}")
         self.grid(self.image_size)
 
     @property
     def space(self) -> SearchSpace:
-        """All subnets."""
         return SearchSpace(
             widths=self.widths,
             depths=tuple(range(self.min_depth, self.max_depth + 1, self.depth_step)),
@@ -184,14 +174,10 @@ class ViTConfig(BackboneConfig):
             )
         return image_size // self.patch_size
 
-    def parameters(self, subnet: Subnet) -> int:
-        return vit_costs.parameters(self, subnet)
-
-    def embedding_flops(self, subnet: Subnet, image_size: int | None = None) -> int:
-        return vit_costs.embedding_flops(self, subnet, image_size)
-
-    def flops(self, subnet: Subnet, image_size: int | None = None) -> int:
-        return vit_costs.flops(self, subnet, image_size)
+    parameters = vit_costs.parameters
+    embedding_flops = vit_costs.embedding_flops
+    flops = vit_costs.flops
+    timm_model = vit_formats.timm_model
 
     def build(self, generator: torch.Generator | None = None) -> ElasticViT:
         return ElasticViT(self, generator)
@@ -212,9 +198,6 @@ class ViTConfig(BackboneConfig):
             drop_path=0.0,
             masked=False,
         )
-
-    def timm_model(self) -> TimmModel | None:
-        return vit_formats.timm_model(self)
 
     def plain(self) -> PlainViT:
         return PlainViT(self)
@@ -394,7 +377,5 @@ class ElasticViT(Backbone):
         patch = self.config.patch_size
         height, breadth = images.shape[-2:]
         if height % patch or breadth % patch:
-            raise InputError(
-                f"crop: expected sides divisible by the patch size {patch}, got {height}x{breadth}"
-            )
+            raise InputError(f"crop: expected sides divisible by patch size {patch}, got {height}x{breadth}")
         return height // patch, breadth // patch

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 
 def parameters(config: ViTConfig, subnet: Subnet) -> int:
-    """As `BackboneConfig.parameters`."""
     (depth,), w = subnet.blocks, subnet.width
     hidden = elastic_hidden_features(w, config.max_width, config.hidden)
     attention = 4 * w * w + (4 if config.qkv_bias else 1) * w
@@ -23,14 +22,12 @@ def parameters(config: ViTConfig, subnet: Subnet) -> int:
     return depth * block + w * (patch + 1) + w * (config.prefix + tokens) + 2 * w
 
 
-def embedding_flops(config: ViTConfig, subnet: Subnet, image_size: int | None) -> int:
-    """As `BackboneConfig.embedding_flops`."""
+def embedding_flops(config: ViTConfig, subnet: Subnet, image_size: int | None = None) -> int:
     patches = config.grid(image_size or config.image_size) ** 2
     return 2 * patches * config.channels * config.patch_size**2 * subnet.width
 
 
-def flops(config: ViTConfig, subnet: Subnet, image_size: int | None) -> int:
-    """As `BackboneConfig.flops`."""
+def flops(config: ViTConfig, subnet: Subnet, image_size: int | None = None) -> int:
     (depth,), w = subnet.blocks, subnet.width
     tokens = config.grid(image_size or config.image_size) ** 2 + config.prefix
     hidden = elastic_hidden_features(w, config.max_width, config.hidden)

@@ -20,9 +20,7 @@ class CropsConfig(Options, at="method.crops"):
     local_scale: tuple[float, float] = option(
         (0.05, 0.32), "smallest and largest area of a local crop, relative to the image", "(0, 1]"
     )
-    aspect: tuple[float, float] = option(
-        (0.75, 4 / 3), "smallest and largest aspect ratio of a crop", "[0.01, 100]"
-    )
+    aspect: tuple[float, float] = option((0.75, 4 / 3), "range of aspect ratios of crops", "[0.01, 100]")
     flip: float = option(0.5, "probability of a horizontal flip", "[0, 1]")
     rotation: float = option(0.0, "largest rotation in degrees, either way; 0: none", "[0, 180]")
     jitter: float = option(0.8, "probability of colour jitter", "[0, 1]")
@@ -38,31 +36,21 @@ class CropsConfig(Options, at="method.crops"):
     )
     grayscale: float = option(0.2, "probability of a grey-scale crop, of 3 channels", "[0, 1]")
     blur: tuple[float, float, float] = option(
-        (0.0, 0.9, 0.5),
-        "probability of Gaussian blur: in the first global crop, the second, local crops",
-        "[0, 1]",
+        (0.0, 0.9, 0.5), "probability of Gaussian blur: first global crop, second, local crops", "[0, 1]"
     )
-    blur_sigma: tuple[float, float] = option(
-        (0.1, 2.0), "smallest and largest sigma of the blur, pixels", "[0.001, 1000]"
-    )
+    blur_sigma: tuple[float, float] = option((0.1, 2.0), "range of the blur's sigma, pixels", "[0.001, 1000]")
     blur_kernel: int = option(9, "size of the blur kernel in pixels, an odd number", "[1, 255]")
     solarize: tuple[float, float, float] = option(
-        (0.0, 0.2, 0.0),
-        "probability of solarisation: in the first global crop, the second, local crops",
-        "[0, 1]",
+        (0.0, 0.2, 0.0), "probability of solarisation: first global crop, second, local crops", "[0, 1]"
     )
     eval_share: float = option(
         0.875, "centre crop of evaluation: its side over the shorter side of the image", "[0.1, 1]"
     )
     mean: tuple[float, ...] = option(
-        (0.485, 0.456, 0.406),
-        "mean of the pixels by channel, in 0..1, for normalisation; poa data stats finds both",
-        "[0, 1]",
+        (0.485, 0.456, 0.406), "mean of pixels by channel, in 0..1; poa data stats finds it", "[0, 1]"
     )
     std: tuple[float, ...] = option(
-        (0.229, 0.224, 0.225),
-        "standard deviation of the pixels by channel, for normalisation",
-        "[0.0001, 10]",
+        (0.229, 0.224, 0.225), "standard deviation of pixels by channel", "[0.0001, 10]"
     )
 
     def eval_resize(self, size: int | None = None) -> int:

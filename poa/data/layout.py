@@ -48,8 +48,7 @@ Opener = Callable[[], Opened]
 
 @dataclass(frozen=True)
 class Openers:
-    """How to open the training and the test images, None where nothing is named for tests; what belongs to
-    neither."""
+    """How to open the training and the test images (None: no tests); what belongs to neither."""
 
     train: Opener
     test: Opener | None = None
@@ -102,7 +101,7 @@ def _find_remote(name: str) -> Openers:
         if packed := [url for url in listed if url.suffix.lower() == kind]:
             return _split_by_name(packed, LeftOut(), partial(PACKED[kind], packed))
     raise InputError(
-        f"data: expected shards (.tar) or tables (.parquet) in {name}, got {len(listed)} other files"
+        f"data: expected .tar shards or .parquet tables in {name}, got {len(listed)} other files"
     )
 
 
@@ -116,9 +115,7 @@ def find_datasets(data: Any) -> tuple[str, Openers]:
     InputError: no training images are among the splits."""
     if not isinstance(data, Mapping):
         return f"{DATASET}{type(data).__name__}", Openers(lambda: open_dataset(data))
-    trains, tests = (
-        [data[name] for name in _called(names, list(data))] for names in (TRAIN_NAMES, TEST_NAMES)
-    )
+    trains, tests = ([data[one] for one in _called(names, list(data))] for names in (TRAIN_NAMES, TEST_NAMES))
     if not trains:
         raise InputError(f"data: expected a split called train, got {', '.join(map(str, data)) or 'none'}")
     left_out = LeftOut()

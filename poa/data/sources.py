@@ -23,12 +23,8 @@ class DataConfig(Options, at="data"):
     """Which images are trained on, and which are held out."""
 
     source: str = option("digits", SOURCES)
-    holdout: float = option(
-        0.25, "share of each class held out for k-NN if there is no test split; 0: none", "[0, 1)"
-    )
-    unreadable_share: float = option(
-        0.01, "largest share of images, and of shards, that may be unreadable", "[0, 1]"
-    )
+    holdout: float = option(0.25, "share of each class held out if there is no test split; 0: none", "[0, 1)")
+    unreadable_share: float = option(0.01, "largest unreadable share of images, or of shards", "[0, 1]")
     bits: int | None = option(
         None, "significant bits of pixels that have more than 8; none: as many as each image needs", "[8, 32]"
     )
@@ -107,12 +103,10 @@ class ImageSource:
         return self.classes[number] if number >= 0 else None
 
     def subset(self, indices: np.ndarray) -> ImageSource:
-        """The images at these positions."""
         labels = None if self.labels is None else self.labels[indices]
         return replace(self, positions=self.positions[indices], labels=labels)
 
     def labelled(self) -> ImageSource:
-        """The images that have a label."""
         if self.labels is None or (self.labels >= 0).all():
             return self
         return self.subset(np.flatnonzero(self.labels >= 0))

@@ -13,7 +13,6 @@ class LeftOut(dict[str, tuple[int, list[str]]]):
     """Number and first examples of what was left out, by reason."""
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count something that is left out."""
         self.update_from({reason: (count, [example])})
 
     def update_from(self, other: Mapping[str, tuple[int, list[str]]]) -> None:

@@ -25,7 +25,6 @@ class Unreadable:
         self.known: set[str] | None = None
 
     def add(self, messages: Sequence[str]) -> None:
-        """Note the messages of a batch."""
         self.new += messages
 
     def settle(self, step: int, images: int) -> int:

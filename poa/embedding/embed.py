@@ -110,9 +110,7 @@ def embed(
     """
     unknown = [token for token in tokens if token not in TOKENS]
     if unknown or not tokens:
-        raise InputError(
-            f"--tokens: expected some of {', '.join(TOKENS)}, got {', '.join(unknown) or 'none'}"
-        )
+        raise InputError(f"--tokens: expected any of {', '.join(TOKENS)}, got {', '.join(unknown) or 'none'}")
     path = Path(out) if out else None
     name, openers = named(data)
     with init_distributed(device, threads=threads) as world, torch.inference_mode():

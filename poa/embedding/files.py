@@ -36,7 +36,7 @@ Add = Callable[[Rows], None]
 def require_feature_file(path: Path, tokens: int) -> None:
     """Raise InputError, before any work is done for it, where no features can be written at a path."""
     if path.suffix not in KINDS:
-        raise InputError(f"--out: expected a name that ends in {', '.join(KINDS)}, got {path}")
+        raise InputError(f"--out: expected a name ending in {', '.join(KINDS)}, got {path}")
     if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise InputError("--out: Parquet tables need pyarrow; install it with: pip install pyarrow")
     if path.suffix == ".npy":
@@ -203,8 +203,4 @@ def _parquet(path: Path, about: Mapping[str, Any]) -> Iterator[Add]:
             writer.close()
 
 
-KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Any]] = {
-    ".npz": _npz,
-    ".npy": _npy,
-    ".parquet": _parquet,
-}
+KINDS: dict[str, Callable[..., Any]] = {".npz": _npz, ".npy": _npy, ".parquet": _parquet}

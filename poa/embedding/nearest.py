@@ -6,7 +6,7 @@ import base64
 import heapq
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,11 +98,11 @@ class Nearest:
     def page(self) -> str:
         """HTML: a row for each query, nearest first."""
         shown = (picture_of(query, self._channels) for query in self.queries)
-        rows = "".join(
-            f"<div>{figure_of(pixels, name, 'query')}{figure_row(neighbours)}</div>"
+        rows = (
+            figure_of(pixels, name, "query") + figure_row(neighbours)
             for pixels, name, neighbours in zip(shown, self._names(), self.neighbours, strict=True)
         )
-        return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{rows}</html>\n"
+        return html_page(rows)
 
     def write(self, path: Path) -> None:
         """Write the page."""
@@ -124,13 +124,16 @@ class Nearest:
         return [f"query {i}" if p else str(self.queries[i]) for i, p in enumerate(pictures)]
 
 
+def html_page(rows: Iterable[str]) -> str:
+    """HTML of rows of pictures."""
+    body = "".join(f"<div>{row}</div>" for row in rows)
+    return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{body}</html>\n"
+
+
 def require_page(path: Path, option: str, *also: str) -> None:
-    """Raise InputError where no page, or file with `also` an ending, can be written, or something else may be
-    there."""
+    """Raise InputError where no page, or file with `also` an ending, can be written."""
     if path.suffix not in (".html", *also):
-        raise InputError(
-            f"{option}: expected a name that ends in {' or '.join(('.html', *also))}, got {path}"
-        )
+        raise InputError(f"{option}: expected a name ending in {' or '.join(('.html', *also))}, got {path}")
     require_writable(path, option)
 
 
@@ -143,7 +146,6 @@ def picture_of(query: Picture, channels: int) -> np.ndarray:
 
 
 def figure_row(neighbours: Sequence[Neighbour]) -> str:
-    """HTML of neighbours side by side."""
     return "".join(map(_neighbour, neighbours))
 
 

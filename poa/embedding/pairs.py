@@ -19,7 +19,7 @@ from torch import Tensor
 
 from poa.data.preprocessing import Preprocessing
 from poa.data.sources import ImageSource, open_parts
-from poa.embedding.nearest import STYLE, Neighbour, figure_row
+from poa.embedding.nearest import Neighbour, figure_row, html_page
 from poa.errors import InputError, as_input
 from poa.files import read_json, write_json, write_text
 
@@ -188,8 +188,7 @@ def pairs_page(rows: Sequence[dict[str, Any]], first: FeatureFile, second: Featu
         ])
         for row in rows
     )  # fmt: skip
-    body = "".join(f"<div>{line}</div>" for line in lines)
-    return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{body}</html>\n"
+    return html_page(lines)
 
 
 def _images(file: FeatureFile, names: set[str]) -> dict[str, Place]:
@@ -202,7 +201,5 @@ def _images(file: FeatureFile, names: set[str]) -> dict[str, Place]:
             if name in names:
                 places.setdefault(name, (source, position))
     if lost := sorted(names - places.keys()):
-        raise InputError(
-            f"--page: expected the image {lost[0]} in {file.about['data']}, got none of this name"
-        )
+        raise InputError(f"--page: expected image {lost[0]} in {file.about['data']}, got none of this name")
     return places

@@ -21,7 +21,7 @@ from torch import Tensor
 from poa.backbones.plain import PlainViT
 from poa.data.decode import ImageError, to_picture
 from poa.data.preprocessing import Picture, Preprocessing
-from poa.embedding.nearest import SIDE, STYLE, figure_of, picture_of
+from poa.embedding.nearest import SIDE, figure_of, html_page, picture_of
 from poa.errors import InputError
 from poa.export import ExportedModel
 from poa.files import write_bytes, write_text
@@ -87,8 +87,7 @@ def matches(left: Tensor, right: Tensor, most: int = MATCHES) -> Tensor:
 
 
 def _joined(crops: Tensor, tokens: Tensor, preprocess: Preprocessing) -> np.ndarray:
-    """Two normalised crops `[2, C, S, S]` side by side, with lines between the matches of their patches
-    `[2, patches, width]`."""
+    """Two normalised crops `[2, C, S, S]` side by side; lines join matches of `[2, patches, width]`."""
     std, mean = (torch.tensor(values)[:, None, None] for values in (preprocess.std, preprocess.mean))
     seen = (255 * (crops * std + mean).clamp(0, 1)).round().byte().permute(0, 2, 3, 1).numpy()
     picture = Image.new("RGB", (2 * SIDE, SIDE))
@@ -155,14 +154,12 @@ def _drawings(model: ExportedModel, crops: Tensor, images: int) -> Iterator[list
 
 
 def page(rows: Sequence[Sequence[Sequence[Drawing]]]) -> str:
-    """HTML of `drawings`."""
     lines = (
         "".join(figure_of(*d, "wide" if d.width > SIDE else "") for d in drawn)
         for row in rows
         for drawn in row
     )
-    body = "".join(f"<div>{line}</div>" for line in lines)
-    return f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>{body}</html>\n"
+    return html_page(lines)
 
 
 def sheet(rows: Sequence[Sequence[Sequence[Drawing]]]) -> Image.Image:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from poa.checkpoint import RunFolder
 from poa.embedding.embed import embed
-from poa.embedding.nearest import STYLE, Nearest, figure_row
+from poa.embedding.nearest import Nearest, figure_row, html_page
 from poa.errors import InputError
 from poa.export import ExportedModel
 from poa.export.folder import load
@@ -35,14 +35,12 @@ class PrototypeImages(Nearest):
         self.used += torch.bincount(logits.argmax(1), minlength=len(self.used))
         return logits.T
 
-    def rows(self, most: int) -> str:
+    def rows(self, most: int) -> list[str]:
         """HTML: a row for each of so many prototypes, those of most images first."""
         order = self.used.argsort(descending=True, stable=True)[:most].tolist()
         titles = [f"prototype {i}: nearest of {self.used[i]:,} images" for i in order]
-        return "".join(
-            f"<h4>{title}</h4>{figure_row(self.neighbours[i])}"
-            for title, i in zip(titles, order, strict=True)
-        )
+        rows = zip(titles, (figure_row(self.neighbours[i]) for i in order), strict=True)
+        return [f"<h4>{title}</h4>{row}" for title, row in rows]
 
 
 def prototypes_page(folder: RunFolder, most: int, step: int | None = None) -> str:
@@ -55,5 +53,4 @@ def prototypes_page(folder: RunFolder, most: int, step: int | None = None) -> st
         raise InputError("--prototypes: expected a run of pre-training, got a fine-tuned one")
     nearest = PrototypeImages(network.head)
     embed(load(folder.path, step=step), folder.config().data.source, nearest=nearest)
-    head = f"<!DOCTYPE html><html lang=en><meta charset=utf-8><style>{STYLE}</style>"
-    return f"{head}{nearest.rows(most)}</html>\n"
+    return html_page(nearest.rows(most))

@@ -93,7 +93,6 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
 
 
 def _fine_tuning(run: RunFolder) -> str:
-    """The settings of fine-tuning in words."""
     wanted = f"{run.finetuning}: expected the options of fine-tuning"
     with as_input(wanted):
         options = read_json(run.finetuning, wanted)
@@ -129,7 +128,5 @@ def push(folder: Path, name: str, *, dry_run: bool) -> str:
         place = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=name, allow_patterns=[file.name for file in files])
     except Exception as error:  # of the network, of the account, of the name
-        raise InputError(
-            f"--push {name}: expected a repository to write to, got {one_line(error)}"
-        ) from error
+        raise InputError(f"--push {name}: expected a writable repository, got {one_line(error)}") from error
     return f"pushed to {place}: {what}"

@@ -90,7 +90,6 @@ def load(
 
 
 def _weights(path: Path) -> list[Path]:
-    """The files of weights that a path stands for."""
     if not path.exists():
         raise InputError(f"{path}: expected the folder of an extracted model or of a run, got nothing there")
     if not path.is_dir():

@@ -119,7 +119,6 @@ def _example(model: ExportedModel) -> tuple[tuple[Tensor], tuple[dict[int, Any]]
 
 
 def _metadata(model: ExportedModel) -> dict[str, str]:
-    """What a file says of itself."""
     classes = {"classes": json.dumps(model.classes)} if model.classes else {}
     return {METADATA: json.dumps(model.preprocess.to_dict())} | classes
 

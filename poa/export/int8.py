@@ -55,9 +55,7 @@ def open_to_quantise(config: Config, image_size: int | None) -> DataSplit:
         raise InputError(f"--dtype int8: expected the image size of training {wanted}, got {image_size}")
     data = config.open()
     if data.test is None:
-        raise InputError(
-            f"--dtype int8: expected held-out images with labels, to score it, got none ({data.untested})"
-        )
+        raise InputError(f"--dtype int8: expected held-out images with labels, got none ({data.untested})")
     return data
 
 

@@ -19,30 +19,22 @@ class FinetuneConfig(Options, at="finetune"):
     min_lr: float = option(1e-6, "learning rate at the end of the cosine schedule", "[0, 100]")
     warmup_epochs: float = option(3.0, "epochs of the linear warm-up of the learning rate", "[0, 1e6]")
     weight_decay: float = option(0.05, "weight decay", "[0, 100]")
-    layer_decay: float = option(
-        0.75, "layer-wise learning-rate decay: factor from each block to the one before", "(0, 1]"
-    )
+    layer_decay: float = option(0.75, "layer-wise learning-rate decay per block, towards the input", "(0, 1]")
     clip: float = option(3.0, "largest gradient norm, of backbone and classifier each; 0: none", "[0, 1e6]")
     drop_path: float = option(0.1, "stochastic-depth rate", "[0, 1)")
     ema: float = option(0.99, "decay of the moving average (EMA) of the weights; 0: no average", "[0, 1)")
     smoothing: float = option(0.1, "label smoothing", "[0, 1)")
     mixup: float = option(0.0, "alpha of mixup; 0: none", "[0, 100]")
-    cutmix: float = option(
-        0.0, "alpha of CutMix; 0: none. Of both, each is drawn half of the time", "[0, 100]"
-    )
+    cutmix: float = option(0.0, "alpha of CutMix; 0: none. Of both, each is drawn half the time", "[0, 100]")
     augmentation: Literal["crops", "timm"] = option(
         "crops", "crops: random resized crops and flips on the device; timm: RandAugment and erasing, too"
     )
-    scale: tuple[float, float] = option(
-        (0.25, 1.0), "smallest and largest area of a crop, relative to the image", "(0, 1]"
-    )
+    scale: tuple[float, float] = option((0.25, 1.0), "range of a crop's area over the image's", "(0, 1]")
     flip: float = option(0.5, "probability of a horizontal flip", "[0, 1]")
     rand_augment: str = option("rand-m9-mstd0.5-inc1-mmax9", "RandAugment, by its name in timm")
     erasing: float = option(0.25, "probability of random erasing, with augmentation=timm", "[0, 1]")
     share: float = option(1.0, "share of the training images of each class, as 0.01", "(0, 1]")
-    random_subnets: int = option(
-        1, "subnets drawn at random in each step, besides the largest and the smallest", "[0, 64]"
-    )
+    random_subnets: int = option(1, "random subnets per step besides the largest and smallest", "[0, 64]")
     distill: float = option(
         1.0, "in-place distillation: weight of the largest subnet's output in the targets of others", "[0, 1]"
     )

@@ -176,14 +176,11 @@ class Trainer:
         self.model: torch.nn.Module = self.student
 
     def _take_up(self, content: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
         name = f"checkpoint of step {content['step']}"
         if content["classes"] != list(self.student.classes) or content["images"] != self.data.digest():
             raise InputError(f"{name}: expected the images and classes of this run, got others")
         if content["processes"] != self.world.size:
-            raise InputError(
-                f"{name}: expected {content['processes']} ranks as before, got {self.world.size}"
-            )
+            raise InputError(f"{name}: expected {content['processes']} ranks, got {self.world.size}")
         load_strictly(self.student, content["student"], name)
         load_strictly(self.teacher, content["teacher"], name)
         restore_optimizer(self.optimizer, content["optimizer"], name)
@@ -249,7 +246,6 @@ class Trainer:
                 say(line)
 
     def batches(self, steps: range) -> Iterator[Canvases]:
-        """Decoded images of this process, step by step."""
         world, method = self.world, self.config.method
         rank = range(world.rank, world.rank + 1)
         stream = SampleStream(len(self.images), self.options.batch_size, rank, world.size, steps, self.seed)
@@ -324,8 +320,7 @@ class Trainer:
         progress.say(f"step {done}: top-1 accuracy: {shown}")
 
     def save(self, done: int) -> None:
-        """Write a checkpoint; the best is kept. Raises DivergenceError: weights are NaN or inf; the
-        checkpoints before are kept."""
+        """Write a checkpoint; the best is kept. Raises DivergenceError: weights are NaN or inf."""
         self.folder.require_finite(done, (self.student, self.teacher), "lr")
         state = {
             "format": FINE_TUNED,

@@ -16,10 +16,7 @@ from poa.options import override
 from poa.presets import preset as preset_of
 
 HINTS = ("kind", "head_dim", "norm_groups")  # options that a file of weights needs to be understood
-UNITS = {
-    "head_dim": ("min_width", "max_width"),
-    "norm_groups": ("min_width", "max_width", "base_width"),
-}
+UNITS = {"head_dim": ("min_width", "max_width"), "norm_groups": ("min_width", "max_width", "base_width")}
 PIXELS = ("global_size", "local_size", "mean", "std")  # of crops, which the weights of a run are used to
 KEPT = ("drop_path", "drop_path_uniform", "sampling_scale", "mask_scale")  # options that no weights decide
 
@@ -90,11 +87,8 @@ def _following(source: Source, method: MethodConfig) -> tuple[BackboneOptions, C
     }
     if source.normalisation:
         sizes |= dict(zip(("mean", "std"), source.normalisation, strict=True))
-    kept = {
-        key: getattr(method.backbone, key)
-        for key in KEPT
-        if hasattr(method.backbone, key) and hasattr(shape, key)
-    }
+    shared = [key for key in KEPT if hasattr(method.backbone, key) and hasattr(shape, key)]
+    kept = {key: getattr(method.backbone, key) for key in shared}
     crops = dataclasses.replace(crops, **sizes)
     shape = shape.halved().changed(image_size=crops.global_size, masked=True, **kept)
     return shape, crops

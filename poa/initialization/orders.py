@@ -145,5 +145,4 @@ ORDERS: dict[str, type[Order]] = {"vit": ViTOrder, "resnet": ResNetOrder}
 
 
 def random_order(backbone: Backbone, generator: torch.Generator) -> Order:
-    """With nothing known of importance."""
     return ORDERS[backbone.config.kind].random(backbone, generator)

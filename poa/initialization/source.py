@@ -153,7 +153,6 @@ def _of_timm(name: str, architecture: str) -> tuple[Source, Reference]:
 
 
 def _vit_of_timm(name: str, model: Any, state: dict[str, Tensor]) -> Backbone:
-    """A VisionTransformer or Eva."""
     rope: Any = getattr(model, "rope", None)
     block = model.blocks[0]
     kind = type(rope).__name__

@@ -93,7 +93,6 @@ def _source(name: str, hints: BackboneConfig) -> Source:
 
 
 def _digest(network: nn.Module) -> str:
-    """Of all weights."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())

@@ -141,15 +141,8 @@ def figure_of(choice: Choice, quality: str, scale: float, title: str) -> Any:
             steps = [(c.costs[cost.title], scale * c.quality) for c in front]
             place.step(*zip(*steps, strict=True), where="post", lw=1)
         best = choice.best
-        place.plot(
-            best.costs[cost.title],
-            scale * best.quality,
-            "*",
-            color="C1",
-            ms=16,
-            zorder=0,
-            label=str(best.subnet),
-        )
+        at = best.costs[cost.title], scale * best.quality
+        place.plot(*at, "*", color="C1", ms=16, zorder=0, label=str(best.subnet))
         for c in choice.candidates:
             at = c.costs[cost.title], scale * c.quality
             place.annotate(str(c.subnet), at, (4, -7), textcoords="offset points", fontsize=6)

@@ -149,8 +149,7 @@ class LatencyTable:
 
     @classmethod
     def read(cls, path: Path, space: SearchSpace) -> LatencyTable:
-        """What `write` wrote, on whatever machine. Raises InputError: it is something else, or of subnets
-        outside of the space."""
+        """What `write` wrote, on whatever machine. Raises InputError: something else, or other subnets."""
         expected = f"{path}: expected a latency table, as poa latency writes it"
         with as_input(expected):
             content = read_json(path, expected)

@@ -59,15 +59,13 @@ RUNTIMES: dict[str, Runtime] = {"torch": _torch, "compile": _compile, "onnxrunti
 
 @dataclass
 class Times:
-    """Milliseconds of calls: `quiet` ones, and those in which other processes took a CPU away from this
-    one."""
+    """Milliseconds of calls: `quiet` ones, and those in which other processes took a CPU away."""
 
     quiet: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
 
     @property
     def are_quiet(self) -> bool:
-        """Whether there are enough quiet ones."""
         return len(self.quiet) >= QUIET
 
     @property

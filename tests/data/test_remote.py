@@ -108,7 +108,7 @@ def test_the_cache_stays_within_its_bound(
         ("store://ROOT/part-{0002..0003}.tar", "store://ROOT/part-0003.tar is missing"),
         ("store://ROOT/none-*.tar", "expected files named store://ROOT/none-*.tar, got none"),
         ("store://ROOT/nowhere", "expected files that can be listed, got store://ROOT/nowhere: "),
-        ("store://ROOT/x", "expected shards (.tar) or tables (.parquet) in store://ROOT/x, got 1 other"),
+        ("store://ROOT/x", "expected .tar shards or .parquet tables in store://ROOT/x, got 1 other"),
         ("nonsense://ROOT/a.tar", "expected what reads nonsense://ROOT/a.tar to be installed, got: Protocol"),
     ],
 )

@@ -265,7 +265,7 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             [X], W[:8, :16], [X[:, :8]], [X[0, :8]], [INDEX, INDEX], teacher_temperature=1.0
         ),
         ValueError,
-        "for each part, got 1, 1, 2",
+        "of each part, got 1, 1, 2",
     ),
     "target dtype": (
         lambda: prototypes([X], targets=INDEX.int()),

@@ -12,20 +12,6 @@ from poa.data.storage.remote import Place, Url, is_url, list_urls
 from poa.data.storage.tar import list_shard, open_shards
 
 __all__ = [
-    "EXTENSIONS",
-    "Arrays",
-    "Files",
-    "Opened",
-    "Place",
-    "Storage",
-    "Url",
-    "is_url",
-    "list_shard",
-    "list_urls",
-    "load_digits",
-    "open_dataset",
-    "open_parquet",
-    "open_shards",
-    "read_folder",
-    "read_list",
-]
+    "EXTENSIONS", "Arrays", "Files", "Opened", "Place", "Storage", "Url", "is_url", "list_shard", "list_urls",
+    "load_digits", "open_dataset", "open_parquet", "open_shards", "read_folder", "read_list",
+]  # fmt: skip

@@ -76,8 +76,7 @@ Place = Path | Url
 
 
 def open_place(name: str | Place) -> BinaryIO:
-    """A file that can be read and sought in, wherever it lies. Raises OSError: it is missing, or cannot be
-    read."""
+    """A file that can be read and sought in, wherever it lies. Raises OSError: missing or unreadable."""
     return RemoteFile(str(name)) if is_url(str(name)) else open_regular(str(name), buffering=0)  # type: ignore[return-value]
 
 
@@ -90,8 +89,7 @@ def version(place: Place) -> str:
 
 
 def list_urls(pattern: str) -> list[Url]:
-    """The files of a pattern with `*`, or in a folder, by name. Raises InputError: a package for such URLs is
-    missing, or none can be listed."""
+    """The files of a pattern with `*`, or in a folder, by name. Raises InputError: none can be listed."""
     try:
         names = _persistently(lambda: _glob(pattern), pattern)
     except DataError:
