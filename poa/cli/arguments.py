@@ -92,9 +92,10 @@ def values(options: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def add_subnets(command: Command, run: str = RUN_HELP, **subnets: Any) -> None:
-    """Which run, and which of its subnets; `subnets` tells whether they have a default."""
-    command.add_argument("run", metavar="RUN", help=run)
+def add_subnets(command: Command, run: str = RUN_HELP, runs: str | None = None, **subnets: Any) -> None:
+    """Which run, or `runs` of argparse's nargs, and which of its subnets; `subnets` tells whether they have a
+    default."""
+    command.add_argument("run", metavar="RUN", nargs=runs, help=run)
     command.add_argument(
         "--subnets",
         nargs="+",

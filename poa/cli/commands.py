@@ -18,7 +18,7 @@ from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS
-from poa.evaluate.models import evaluate_model
+from poa.evaluate.models import evaluate_models
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.suite import require_protocols
 from poa.export import export_file, extract, load
@@ -129,38 +129,45 @@ def run_evaluate(options: argparse.Namespace) -> None:
     chosen = [p.name for p in PROTOCOLS if p.help and not p.folder and getattr(options, p.name)]
     folders = {p.name: given for p in PROTOCOLS if p.folder and (given := getattr(options, p.name))}
     chosen += [options.suite] if options.suite else []
-    if options.run.startswith(TIMM) or (Path(options.run) / WEIGHTS).exists():
-        _evaluate_model(options, require_protocols(chosen), folders)
+    runs = [name for name in options.run if not (name.startswith(TIMM) or (Path(name) / WEIGHTS).exists())]
+    if not runs:
+        _evaluate_models(options, require_protocols(chosen), folders)
         return
+    if len(options.run) > 1:
+        expected = "one run, or folders of extracted models and timm:NAME"
+        raise InputError(f"evaluate: expected {expected}, got {runs[0]} among {len(options.run)}")
     given = values(options, "initial", "baselines", "branch", "step", "device", "out", "plot") | folders
-    report = Run(options.run).evaluate(options.subnets, options.data, protocols=chosen, **given)
+    report = Run(runs[0]).evaluate(options.subnets, options.data, protocols=chosen, **given)
     if is_main_process():
         print(report.table(), *report.files, sep="\n")
 
 
-def _evaluate_model(
+def _evaluate_models(
     options: argparse.Namespace, protocols: list[Protocol], folders: dict[str, list[str]]
 ) -> None:
-    """Of a model, which has one size and no checkpoints."""
+    """Of models, each of which has one size and no checkpoints."""
+    names: list[str] = options.run
     if not options.data:
-        raise InputError(f"evaluate: expected --data with the model {options.run}, got none")
-    others = options.initial or options.step or options.plot or options.branch != "teacher"
+        raise InputError(f"evaluate: expected --data with the model {names[0]}, got none")
+    others = options.initial or options.step or options.branch != "teacher"
     if others or options.subnets != ["all"]:
-        raise InputError("evaluate: expected no --initial, --step, --branch, --plot, --subnets with a model")
-    if options.run.startswith(TIMM) and not options.out:
-        raise InputError(f"evaluate: expected --out with {options.run}, got none")
-    out = Path(options.out or Path(options.run) / "evaluation.json")
-    report = evaluate_model(
-        options.run,
+        raise InputError("evaluate: expected no --initial, --step, --branch or --subnets with a model")
+    if (len(names) > 1 or names[0].startswith(TIMM)) and not options.out:
+        raise InputError(f"evaluate: expected --out with {' '.join(names)}, got none")
+    out, plot = Path(options.out or Path(names[0]) / "evaluation.json"), options.plot and Path(options.plot)
+    reports = evaluate_models(
+        names,
         options.data,
         protocols,
         device=options.device,
         out=out,
+        plot=plot,
         folders=folders,
         baselines=options.baselines,
     )
     if is_main_process():
-        print(report.table(), *report.files, sep="\n")
+        tables = "\n\n".join(report.table() for report in reports)
+        print(tables, *(file for file in (out, plot) if file), sep="\n")
 
 
 def run_report(options: argparse.Namespace) -> None:

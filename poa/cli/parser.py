@@ -243,7 +243,8 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n\n".join(parts),
     )
-    add_subnets(command, "run, extracted model, or timm:NAME of timm's models", default=["all"])
+    known = "run, or one or more extracted models and timm:NAME of timm's models"
+    add_subnets(command, known, "+", default=["all"])
     add_weights(command)
     command.add_argument("--data", help=f"{SOURCES} (default: the data of the run)")
     command.add_argument("--initial", action="store_true", help="also evaluate the initial weights")

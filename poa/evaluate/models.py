@@ -17,15 +17,17 @@ from poa.backbones.base import Backbone, BackboneConfig, Features
 from poa.config import Config, with_data
 from poa.data.crops import CropsConfig
 from poa.data.preprocessing import Preprocessing
-from poa.distributed import init_distributed
+from poa.distributed import World, init_distributed
 from poa.errors import InputError, as_input, optional_package
+from poa.evaluate.plots import plot_reports
 from poa.evaluate.protocol import Protocol
+from poa.evaluate.runs import require_outputs
 from poa.evaluate.scores import Report
 from poa.evaluate.suite import Folders
 from poa.evaluate.sweep import Origin, evaluate_subnets
 from poa.evaluate.top1 import TOP1, require_classes
 from poa.export import ExportedModel, load
-from poa.files import require_json
+from poa.files import write_json
 from poa.images import open_on_ranks
 from poa.initialization.source import TIMM, read_source
 from poa.options import option
@@ -169,53 +171,72 @@ def open_peer(name: str) -> Peer:
     return Peer(PeerNetwork(network, config), pixels, None)
 
 
-def evaluate_model(
-    name: str,
+def evaluate_models(
+    names: Sequence[str],
     data: str,
     protocols: Sequence[Protocol],
     *,
     device: str = "auto",
     out: Path,
+    plot: Path | None = None,
     folders: Folders | None = None,
     baselines: bool = False,
-) -> Report:
-    """Score a model of `open_peer` on images with labels, as `Run.evaluate` scores subnets, and write JSON.
+) -> list[Report]:
+    """Score models of `open_peer` on images with labels, as `Run.evaluate` scores subnets, and write JSON.
 
-    Raises InputError: wrong model, data or file.
+    That of several is a list `models` of those of each. Raises InputError: wrong model, data or file.
     """
+    several = len(names) > 1
     with init_distributed(device) as world:
-        world.from_main(partial(require_json, out, "--out", "settings"))
-        peer = open_peer(name)
-        pixels, fixed = peer.pixels, cast(Any, peer.backbone.to(world.device))
-        crops = CropsConfig(
-            global_size=pixels.size,
-            local_count=0,
-            eval_share=pixels.size / pixels.resize,
-            mean=pixels.mean,
-            std=pixels.std,
-            blur=(0.0, 0.0, 0.0),
-        )
-        base = Config()
-        method = replace(base.method, backbone=fixed.config, crops=crops, canvas=pixels.canvas)
-        config = with_data(replace(base, method=method), data)
-        images = open_on_ranks(config, world)
-        if peer.classifier is not None:
-            model = peer.classifier.to(world.device)
-            require_classes(model.classes, images, data)
-            protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
-        origin = Origin(name, "model", 0, VERSION)
-        subnets = list(fixed.space)
-        report = evaluate_subnets(
-            fixed,
-            subnets,
-            images,
-            config,
-            world,
-            origin,
-            protocols=protocols,
-            folders=folders,
-            baselines=baselines,
-        )
+        world.from_main(partial(require_outputs, out, plot, "models" if several else "settings"))
+        reports = [_report(name, data, protocols, world, folders, baselines) for name in names]
         if world.is_main:
-            report.write(out)
-        return replace(report, files=(out,))
+            if several:
+                write_json(out, {"models": [report.content() for report in reports]})
+            else:
+                reports[0].write(out)
+            if plot:
+                plot_reports(reports, plot)
+        return reports
+
+
+def _report(
+    name: str,
+    data: str,
+    protocols: Sequence[Protocol],
+    world: World,
+    folders: Folders | None,
+    baselines: bool,
+) -> Report:
+    """Scores of a model."""
+    peer = open_peer(name)
+    pixels, fixed = peer.pixels, cast(Any, peer.backbone.to(world.device))
+    crops = CropsConfig(
+        global_size=pixels.size,
+        local_count=0,
+        eval_share=pixels.size / pixels.resize,
+        mean=pixels.mean,
+        std=pixels.std,
+        blur=(0.0, 0.0, 0.0),
+    )
+    base = Config()
+    method = replace(base.method, backbone=fixed.config, crops=crops, canvas=pixels.canvas)
+    config = with_data(replace(base, method=method), data)
+    images = open_on_ranks(config, world)
+    if peer.classifier is not None:
+        model = peer.classifier.to(world.device)
+        require_classes(model.classes, images, data)
+        protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
+    origin = Origin(name, "model", 0, VERSION)
+    subnets = list(fixed.space)
+    return evaluate_subnets(
+        fixed,
+        subnets,
+        images,
+        config,
+        world,
+        origin,
+        protocols=protocols,
+        folders=folders,
+        baselines=baselines,
+    )

@@ -50,7 +50,7 @@ def evaluate_run(
     chosen, asked = config.method.backbone.space.named(subnets), require_protocols(protocols)
     out = out or evaluation_file(folder, config.data.source, weights.branch)
     with init_distributed(config.run.device, config.run.timeout, config.performance.threads) as world:
-        world.from_main(partial(_require_outputs, out, plot))
+        world.from_main(partial(require_outputs, out, plot))
         images = open_on_ranks(config, world, openers)
         network, checkpoint = _same_network(weights, world)
         backbone = network.to(world.device).backbone
@@ -96,7 +96,8 @@ def _same_network(weights: Weights, world: World) -> tuple[Network | Classifier,
             return network, checkpoint
 
 
-def _require_outputs(out: Path, plot: Path | None) -> None:
-    require_json(out, "--out", "settings")
+def require_outputs(out: Path, plot: Path | None, key: str = "settings") -> None:
+    """Raise InputError where scores cannot be written to a JSON file with such a key, or a plot."""
+    require_json(out, "--out", key)
     if plot:
         require_drawable(plot, "--plot")

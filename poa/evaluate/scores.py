@@ -9,19 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poa.drawing import write_figure
 from poa.errors import InputError
 from poa.evaluate.knn import KNN
-from poa.evaluate.protocol import Protocol
+from poa.evaluate.plots import plot_reports
 from poa.evaluate.quality import QUALITY, spearman
-from poa.evaluate.robustness import ROBUSTNESS, curves
 from poa.evaluate.suite import PROTOCOLS
 from poa.files import read_json, write_json
 from poa.subnets import Subnet
 from poa.table import Table
 
 FEWEST = 4  # subnets, before a correlation means anything
-COLUMNS = 4  # panels side by side
 
 
 @dataclass(frozen=True)
@@ -119,9 +116,8 @@ class Report:
         known = [row[KNN.reported] for row in rows]
         return {title: spearman([row[title] for row in rows], known) for title in titles}
 
-    def write(self, path: Path) -> None:
-        """Write JSON; what is there of the same weights, images and settings stays, of other subnets or
-        protocols."""
+    def content(self) -> dict[str, Any]:
+        """All of it, as JSON."""
         rows = [
             {
                 "subnet": str(s.subnet),
@@ -135,56 +131,16 @@ class Report:
         ]
         ranks = {"correlations": found} if (found := self.correlations()) else {}
         lower = {"baselines": self.baselines} if self.baselines else {}
-        write_json(path, _merged({"settings": self.settings, "subnets": rows, **lower, **ranks}, path))
+        return {"settings": self.settings, "subnets": rows, **lower, **ranks}
+
+    def write(self, path: Path) -> None:
+        """Write JSON; what is there of the same weights, images and settings stays, of other subnets or
+        protocols."""
+        write_json(path, _merged(self.content(), path))
 
     def plot(self, path: Path | None = None) -> Any:
-        """Draw the figure of each protocol against parameters, a line per width; hollow: before training.
-
-        A `path` is written to, too; its ending chooses the format. Baselines are horizontal lines. Returns a
-        figure of matplotlib. Curves of robustness over the strength of damage go into another file,
-        `NAME-robustness`.
-        """
-        from matplotlib.figure import Figure  # optional, and slow to import
-
-        protocols = [p for p in PROTOCOLS if p.name in self.scores[0].values]
-        columns = min(len(protocols), COLUMNS)
-        rows = -(-len(protocols) // columns)
-        figure = Figure(figsize=(6.4 * columns, 4.0 * rows), layout="constrained")
-        for place, protocol in enumerate(protocols, 1):
-            axes = figure.add_subplot(rows, columns, place)
-            self._draw(axes, protocol)
-            axes.legend(fontsize=8)
-        if path:
-            write_figure(figure, path, 150)
-            name = ROBUSTNESS.name
-            if damaged := {str(s.subnet): s.values[name] for s in self.scores if name in s.values}:
-                write_figure(curves(damaged), path.with_stem(f"{path.stem}-{name}"), 100)
-        return figure
-
-    def _draw(self, axes: Any, protocol: Protocol) -> None:
-        """Draw a panel."""
-        number = protocol.reported in protocol.numbers
-        scale = 1 if number else 100
-        for width in sorted({s.subnet.width for s in self.scores}):
-            line = sorted((s for s in self.scores if s.subnet.width == width), key=lambda s: s.parameters)
-            sizes = [s.parameters for s in line]
-            after, before = (
-                [scale * protocol.headline(s.values[name]) for s in line if name in s.values]
-                for name in (protocol.name, protocol.before)
-            )
-            (drawn,) = axes.plot(sizes, after, "o-", label=f"width {width}")
-            if before:
-                axes.plot(sizes, before, "o:", color=drawn.get_color(), markerfacecolor="white", linewidth=1)
-        for style, (kind, scored) in zip(("--", ":"), self.baselines.items(), strict=False):
-            if protocol.name in scored:
-                level = scale * protocol.headline(scored[protocol.name])
-                axes.axhline(level, color="grey", linewidth=1, linestyle=style, label=f"{kind} {level:.3g}")
-        hollow = " (hollow: before training)" if protocol.before in self.scores[0].values else ""
-        named = protocol.reported if number else f"{protocol.name} {protocol.reported}, %"
-        axes.set(xlabel="parameters", ylabel=named, xscale="log")
-        data = Path(self.settings[protocol.name].get("folder", self.settings["data"])).name
-        axes.set_title(f"One training run, {len(self.scores)} models: {data}{hollow}", fontsize=10)
-        axes.grid(alpha=0.3)
+        """As `plot_reports`."""
+        return plot_reports([self], path)
 
 
 def _merged(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -197,6 +197,28 @@ def test_the_standard_suite_of_a_run_and_of_a_model(
     assert "expected no --initial" in fails(capsys, "evaluate", *model, *data, "--initial")
 
 
+def test_several_models_have_a_table_each_and_one_plot(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["extract", str(trained), "--subnets", "16x1", "32x2", "--out", str(tmp_path)]) == 0
+    models, out = [str(tmp_path / name) for name in ("vit-16x1", "vit-32x2")], str(tmp_path / "a.json")
+    data = ["--data", str(collections.write_folder(tmp_path / "images", 24)), "--kmeans"]
+    for model in models:
+        assert main(["evaluate", model, *data, "--plot", str(tmp_path / "one.png")]) == 0
+    capsys.readouterr()
+    plot = ["--plot", str(tmp_path / "a.png")]
+    assert main(["evaluate", *models, *data, "--out", out, *plot]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{model}: model" in said for model in models) and said.endswith(f"{out}\n{plot[1]}\n")
+    written = json.loads(Path(out).read_text())["models"]
+    assert written == [json.loads(Path(model, "evaluation.json").read_text()) for model in models]
+    assert (tmp_path / "a.png").exists() and (tmp_path / "one.png").exists()
+    assert "expected --out with" in fails(capsys, "evaluate", *models, *data)
+    for other in (str(trained), str(tmp_path / "none")):
+        wrong = fails(capsys, "evaluate", models[0], other, *data)
+        assert f"expected one run, or folders of extracted models and timm:NAME, got {other} among 2" in wrong
+
+
 def test_features_without_a_network() -> None:
     """Raw pixels of digits are a strong baseline; histograms are shares, of the image and of each patch."""
     config, data = tiny_config(), open_data("digits", 0.25, 0)
