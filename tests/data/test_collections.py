@@ -235,10 +235,10 @@ def test_a_lost_shard_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 LISTS = {
     "empty": ("", "got an empty list"),
     "mixture": ("a.png\tcat\nb.png\n", "got a mixture"),
-    "spaces": ("cat/0000.png 0\ncat/0001.png 0\n", r"none among 2 .*cat/0000.png 0: No such file"),
-    "table": ("path,label\ncat/0000.png,0\n", r"none among 2 .*path,label: No such file"),
-    "URLs": ("https://host/0.png\n", r"none among 1 .*https://host/0.png: No such file"),
-    "UTF-16": ("cat/0000.png\ncat/0001.png".encode("utf-16").decode("latin1"), "none among 2 .*: embedded"),
+    "spaces": ("cat/0000.png 0\ncat/0001.png 0\n", r"none of 2 tried.*cat/0000.png 0: No such file"),
+    "table": ("path,label\ncat/0000.png,0\n", r"none of 2 tried.*path,label: No such file"),
+    "URLs": ("https://host/0.png\n", r"none of 1 tried.*https://host/0.png: No such file"),
+    "UTF-16": ("cat/0000.png\ncat/0001.png".encode("utf-16").decode("latin1"), "none of 2 tried.*: embedded"),
 }
 
 
