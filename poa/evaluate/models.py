@@ -96,7 +96,11 @@ class PeerNetwork(nn.Module):
         return [_features(self._taking(images.shape[-1]), images) for images in crops]
 
     def last_blocks(self, images: Tensor, subnet: Subnet, count: int) -> list[Features]:
-        return self([images])
+        """Raises InputError: pooled features have another width than patches."""
+        (features,) = self([images])
+        if (pooled := features.cls.shape[1]) != (width := features.patches.shape[2]):
+            raise InputError(f"--linear: expected pooled features as wide as patches, {width}, got {pooled}")
+        return [features]
 
     def _taking(self, side: int) -> Any:
         """The network for images of another size; some take any."""
@@ -152,7 +156,8 @@ def open_peer(name: str) -> Peer:
         return Peer(read_source(name).backbone.eval(), model.preprocess, classifier)
     timm = optional_package("timm", "timm")
     with as_input(f"{name}: expected a model of timm whose weights can be read"):
-        network = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0).eval()
+        network = timm.create_model(name.removeprefix(TIMM), pretrained=True, num_classes=0)
+    network.eval().requires_grad_(False)  # FLOPs of attention pooling are not counted otherwise
     data = timm.data.resolve_model_data_config(network)
     (channels, _, size), share = data["input_size"], data["crop_pct"]
     resize = round(size / share)

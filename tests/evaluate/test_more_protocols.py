@@ -266,7 +266,7 @@ def test_a_peer_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     data = ["--data", str(collections.write_folder(tmp_path / "images", 8))]
     masks = digit_scenes.write_scenes(tmp_path, 2, 2) / "masks"
     data += ["--correspondence", "--segmentation", str(masks), "steps=2"]
-    for name in ("test_vit", "test_resnet"):
+    for name in ("test_vit", "test_resnet", "test_vit3"):  # the last pools by attention
         out = tmp_path / f"{name}.json"
         assert main(["evaluate", f"timm:{name}", *data, "--out", str(out)]) == 0
         (row,) = json.loads(out.read_text())["subnets"]
