@@ -83,7 +83,7 @@ class Node:
     @property
     def element(self) -> int:
         """Bytes of an element that an access moves."""
-        matches = re.findall(r"ptr<(\w+)>", self.text) or re.findall(r"x(\w+)>", self.text)
+        matches = re.findall(r"ptr<(\w+)>", self.text) or re.findall(r"x([a-z]\w*)>", self.text)
         return BYTES.get(matches[-1], 8) if matches else 8
 
 

@@ -72,6 +72,19 @@ def test_programs_are_evaluated_on_their_arguments() -> None:
     assert of_data.unknown == 1
 
 
+def test_tiles_of_tensor_descriptors_are_counted() -> None:
+    ttir = """module {
+  tt.func public @k(%x_ptr: !tt.ptr<bf16>, %rows: i32) attributes {} {
+    %c0 = arith.constant 0 : i32
+    %tiles = tt.make_tensor_descriptor %x_ptr, [%rows, %rows], [%rows, %rows] : <bf16>, <tensor<8x16xbf16>>
+    %x = tt.descriptor_load %tiles[%c0, %c0] : !tt.tensordesc<tensor<8x16xbf16>> -> tensor<8x16xbf16>
+    tt.return
+  }
+}
+"""
+    assert work_of(ttir, (1, 1, 1), {"x_ptr": Extent(10**6), "rows": 64}).loaded == {"%x_ptr": 8 * 16 * 2}
+
+
 def sass(*code: tuple[str, int]) -> str:
     """As nvdisasm prints it; the second number is the high word of an instruction."""
     lines = [

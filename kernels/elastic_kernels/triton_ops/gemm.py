@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
@@ -55,7 +56,8 @@ class GemmConfig:
     """Launch settings of a product: a tile of `block_m` x `block_n`, reduced in steps of `block_k`.
 
     A tile may have columns `beside` it, in an accumulator of their own, as sizes are powers of two;
-    then two blocks share a processor.
+    then two blocks share a processor. Or programs are `persistent`: so many for each processor, which make
+    tile after tile and load them by tensor descriptors.
     """
 
     block_m: int
@@ -65,6 +67,7 @@ class GemmConfig:
     stages: int
     group_m: int = 8
     beside: int = 0
+    persistent: int = 0
 
     @property
     def columns(self) -> int:
@@ -121,6 +124,17 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: 
     torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **wider)
 
 
+def is_described(*operands: Tensor) -> bool:
+    """Whether tensor descriptors can load matrices: rows begin at 16 bytes, the GPU loads whole tiles."""
+    major, _ = capability(operands[0].device)
+    return (major >= 9 or is_interpreted(operands[0])) and all(
+        x.stride(1) == 1
+        and x.stride(0) * x.itemsize % 16 == 0
+        and (x.data_ptr() or x.storage_offset() * x.itemsize) % 16 == 0
+        for x in operands
+    )
+
+
 def launch_options(config: GemmConfig) -> dict[str, int]:
     beside = {"BESIDE": config.beside, "maxnreg": TWO_BLOCKS} if config.beside else {}
     return {
@@ -140,7 +154,18 @@ _CANDIDATES = (
     GemmConfig(64, 128, 64, warps=4, stages=4),
     GemmConfig(64, 256, 64, warps=4, stages=4),
 )
-_TUNABLES = {form: Tunable(form, lambda *shape: _CANDIDATES) for form in get_args(Form)}
+PERSISTENT = (
+    GemmConfig(128, 256, 64, warps=8, stages=4, persistent=1),
+    GemmConfig(128, 128, 64, warps=8, stages=3, persistent=2),
+)
+
+
+def _candidates(form: Form) -> Callable[..., Sequence[GemmConfig]]:
+    every = (*_CANDIDATES, *PERSISTENT) if form == "residual" else _CANDIDATES
+    return lambda *shape: every
+
+
+_TUNABLES = {form: Tunable(form, _candidates(form)) for form in get_args(Form)}
 
 
 def config_for(form: Form, x: Tensor, columns: int, inner: int) -> GemmConfig:

@@ -8,8 +8,10 @@ Weights are read in place: a pointer, strides, and run-time sizes. A tile may ha
 row choice of stochastic depth is an index in the forward's epilogue, and a gathering pass (`branch_grad`) in
 the backward.
 
-Every product without a fusion goes to cuBLAS on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and
-y where an activation follows (`activations.py`). The backward is in `linear_dgrad.py` and `linear_wgrad.py`.
+A table of timed settings may choose persistent programs for products with a residual, from Hopper on: they
+load tiles by tensor descriptors. Every product without a fusion goes to cuBLAS on a strided view
+(`gemm.PROVIDERS`). Saved for backward: x, and y where an activation follows (`activations.py`). The backward
+is in `linear_dgrad.py` and `linear_wgrad.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.activations import activate
-from elastic_kernels.triton_ops.device import cdiv, precision
+from elastic_kernels.triton_ops.device import capability, cdiv, precision, processors
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
     Form,
     config_for,
     dot,
+    gemm_config,
+    is_described,
     launch_options,
     slices_of,
     tile_of,
@@ -73,6 +77,42 @@ def _fwd_epilogue(
     tl.store(y_ptr + out, y, mask=mask)
 
 
+@triton.jit
+def _finish_tile(
+    slices, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+    offs_m, mask_m, column, out_features, stride_y, stride_r,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, COLUMNS: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile that begins at a column, slice by slice; of a block that is `ALONE` on its
+    processor, operands come a slice ahead, else other blocks hide their latency."""
+    places = offs_m.to(tl.int64)
+    if HAS_INDEX:
+        places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
+    row_scale = 1.0
+    if HAS_ROW_SCALE:
+        row_scale = tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+    AHEAD: tl.constexpr = EPILOGUE == "residual" and ALONE
+    first = column + tl.arange(0, COLUMNS)
+    for part in tl.static_range(len(slices)):
+        offs_h = first + part * COLUMNS
+        if part == 0 or not AHEAD:
+            bias, residual = _epilogue_operands(
+                bias_ptr, residual_ptr, places, offs_h, mask_m, out_features, stride_r, HAS_BIAS, EPILOGUE
+            )
+        this_bias, this_residual = bias, residual
+        if AHEAD and part + 1 < len(slices):
+            bias, residual = _epilogue_operands(
+                bias_ptr, residual_ptr, places, offs_h + COLUMNS, mask_m, out_features, stride_r,
+                HAS_BIAS, EPILOGUE,
+            )  # fmt: skip
+        _fwd_epilogue(
+            slices[part], this_bias, this_residual, row_scale, y_ptr, u_ptr, gamma_ptr,
+            places, offs_h, mask_m, out_features, stride_y,
+            EPILOGUE, HAS_GAMMA,
+        )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _linear_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
@@ -110,39 +150,50 @@ def _linear_fwd_kernel(
             beside_ptrs += BLOCK_K * stride_wk
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
-    places = offs_m.to(tl.int64)
-    if HAS_INDEX:
-        places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
-    row_scale = 1.0
-    if HAS_ROW_SCALE:
-        row_scale = tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
     slices = slices_of(
         acc * scale, BLOCK_M, BLOCK_N, 32 if EPILOGUE == "residual" or BESIDE is not None else 64
     )
     if BESIDE is not None:
         slices += slices_of(acc_beside * scale, BLOCK_M, BESIDE, 32)
-    SLICES: tl.constexpr = len(slices)
-    COLUMNS: tl.constexpr = TILE // SLICES
-    AHEAD: tl.constexpr = EPILOGUE == "residual" and BLOCK_N > 128  # else other blocks hide the latency
-    first = pid_n * TILE + tl.arange(0, COLUMNS)
     if HAS_BIAS:
         bias_ptr += group * stride_bg
-    for part in tl.static_range(SLICES):
-        offs_h = first + part * COLUMNS
-        if part == 0 or not AHEAD:
-            bias, residual = _epilogue_operands(
-                bias_ptr, residual_ptr, places, offs_h, mask_m, out_features, stride_r, HAS_BIAS, EPILOGUE
-            )
-        this_bias, this_residual = bias, residual
-        if AHEAD and part + 1 < SLICES:
-            bias, residual = _epilogue_operands(
-                bias_ptr, residual_ptr, places, offs_h + COLUMNS, mask_m, out_features, stride_r,
-                HAS_BIAS, EPILOGUE,
-            )  # fmt: skip
-        _fwd_epilogue(
-            slices[part], this_bias, this_residual, row_scale, y_ptr + group * stride_yg, u_ptr, gamma_ptr,
-            places, offs_h, mask_m, out_features, stride_y,
-            EPILOGUE, HAS_GAMMA,
+    _finish_tile(
+        slices, bias_ptr, y_ptr + group * stride_yg, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+        offs_m, mask_m, pid_n * TILE, out_features, stride_y, stride_r,
+        HAS_BIAS, EPILOGUE, HAS_GAMMA, HAS_INDEX, HAS_ROW_SCALE, TILE // len(slices), BLOCK_N > 128,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_persistent_kernel(
+    x_ptr, weight_ptr, bias_ptr, y_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+    rows, out_features, in_features,
+    stride_x, stride_wn, stride_y, stride_r,
+    scale,
+    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """The same of one matrix, with a residual: a program makes tile after tile, and loads for the next in the
+    epilogue."""
+    x_tiles = tl.make_tensor_descriptor(x_ptr, [rows, in_features], [stride_x, 1], [BLOCK_M, BLOCK_K])
+    w_tiles = tl.make_tensor_descriptor(
+        weight_ptr, [out_features, in_features], [stride_wn, 1], [BLOCK_N, BLOCK_K]
+    )
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+        pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, in_features, BLOCK_K):
+            x = x_tiles.load([pid_m * BLOCK_M, start])
+            w = w_tiles.load([pid_n * BLOCK_N, start])
+            acc = dot(x, w.T, acc, PRECISION)
+        slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32)
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        _finish_tile(
+            slices, bias_ptr, y_ptr, None, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+            offs_m, offs_m < rows, pid_n * BLOCK_N, out_features, stride_y, stride_r,
+            HAS_BIAS, "residual", HAS_GAMMA, HAS_INDEX, HAS_ROW_SCALE, BLOCK_N // len(slices), BLOCK_N > 128,
         )  # fmt: skip
 
 
@@ -167,17 +218,33 @@ def _fwd(
         return
     form: Form = "residual" if residual is not None else "gelu" if kind else "linear"
     config = config_for(form, x, out, width)
+    if config.persistent and not is_described(x, weight[0]):
+        config = gemm_config(form, out, x.dtype.itemsize, capability(x.device))
     tiles = cdiv(rows, config.block_m) * cdiv(out, config.columns)
+    flags = {
+        "HAS_BIAS": bias is not None, "HAS_GAMMA": gamma is not None, "HAS_INDEX": index is not None,
+        "HAS_ROW_SCALE": row_scale is not None, "PRECISION": precision(x), **launch_options(config),
+    }  # fmt: skip
+    stride_r = 0 if residual is None else residual.stride(0)
+    if config.persistent:
+        triton.set_allocator(_scratch)
+        _linear_persistent_kernel[(min(tiles, config.persistent * processors(x.device)),)](
+            x, weight, bias, y, residual, gamma, index, row_scale,
+            rows, out, width, x.stride(0), weight.stride(1), y.stride(0), stride_r, scale, **flags,
+        )  # fmt: skip
+        return
     _linear_fwd_kernel[(tiles, groups)](
         x, weight, bias, y, u, residual, gamma, index, row_scale,
         rows, out, width,
         x.stride(0), *weight.stride(), 0 if bias is None else bias.stride(0),
-        y.stride(0), y.stride(1) if groups > 1 else 0, 0 if residual is None else residual.stride(0),
-        scale,
-        HAS_BIAS=bias is not None, EPILOGUE=kind or form, HAS_GAMMA=gamma is not None,
-        HAS_INDEX=index is not None, HAS_ROW_SCALE=row_scale is not None, PRECISION=precision(x),
-        **launch_options(config),
+        y.stride(0), y.stride(1) if groups > 1 else 0, stride_r,
+        scale, EPILOGUE=kind or form, **flags,
     )  # fmt: skip
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory on the current device for the descriptors of a launch."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def stacked(weight: Tensor) -> Tensor | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -337,3 +338,23 @@ def assert_same_in_place(
             assert (y.data_ptr() == stream.data_ptr()) == inplace
             results.append([y.detach().clone(), *torch.autograd.grad(y.sin().sum(), inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def with_persistent_programs(monkeypatch: pytest.MonkeyPatch, **settings: int) -> list[tuple[int, ...]]:
+    """Residual products take these settings; the grids that their persistent kernel is launched on."""
+    from elastic_kernels.triton_ops import gemm, linear
+
+    kernel, others = linear._linear_persistent_kernel, linear.config_for
+    grids: list[tuple[int, ...]] = []
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    config = gemm.GemmConfig(**settings)
+    monkeypatch.setattr(
+        linear, "config_for", lambda form, *of: config if form == "residual" else others(form, *of)
+    )
+    monkeypatch.setattr(linear, "_linear_persistent_kernel", Counted())
+    return grids

@@ -81,7 +81,8 @@ def test_all_subnets_of_a_vit_need_few_binaries(launches: Launches) -> None:
     modules = (layer_norm, linear, linear_dgrad, linear_wgrad, vector_grads)
     kernels = {k for m in modules for k, f in vars(m).items() if isinstance(f, JITFunction)}
     unused = {name for name in kernels if name.endswith("_kernel")} - counts.keys()
-    assert not unused and "_attention_bwd_kernel" in counts
+    assert unused == {"_linear_persistent_kernel"}  # which tables of timed settings choose
+    assert "_attention_bwd_kernel" in counts
     assert counts.total() < 60
 
 

@@ -22,6 +22,7 @@ from helpers.kernels.linear_cases import (
     forms,
     free_cases,
     run,
+    with_persistent_programs,
 )
 from helpers.kernels.numerics import DTYPES, assert_all_as_good, assert_as_good_as_torch, draw
 from helpers.kernels.sizes import RUNS, gpu_only, sized
@@ -85,6 +86,24 @@ def test_wide_tiles(form: str, kept: int | None, dtype: torch.dtype, monkeypatch
     """Of 256 columns, or of 192 with a GELU; fp32 has none."""
     monkeypatch.setattr("elastic_kernels.triton_ops.linear_dgrad.LONG", 1)
     compare(Case(133, 240, 480, kept=kept), form, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [(256, 4, 1), (128, 3, 2)], ids=str)
+def test_persistent_programs(
+    tile: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which load by tensor descriptors; rows that those do not take are left to the other kernel."""
+    columns, stages, programs = tile
+    grids = with_persistent_programs(
+        monkeypatch, block_m=128, block_n=columns, block_k=64, warps=8, stages=stages, persistent=programs
+    )
+    for form, kept in (("residual-gamma", None), ("mlp-half", sized(8001, 300))):
+        compare(Case(sized(8001, 300), sized(640, 264), sized(640, 328), kept=kept), form, dtype)
+    assert len(grids) >= 2 * RUNS
+    grids.clear()
+    compare(Case(133, 97, 129), "residual-gamma", dtype)
+    assert not grids
 
 
 @pytest.mark.parametrize("backwards", [1, 2])
