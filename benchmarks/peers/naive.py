@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows
+from elastic_kernels import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, KeptRows, Rotary
 from elastic_kernels.window_attention import MASK_VALUE
 
 Groups = Sequence[tuple[int, int]]
@@ -71,8 +71,11 @@ def block(
     kept: tuple[KeptRows, KeptRows] | None = None,
     only: Tensor | None = None,
     inplace: bool = False,
+    rotary: Rotary | None = None,
 ) -> Tensor:
     """As `ElasticBlock.forward`, which makes `only` some tokens; this one makes all, in a new tensor."""
+    if rotary is not None:
+        raise ValueError("naive: expected learned positions, got a rotary embedding")
     first, second = kept or (None, None)
     norm, attn, parts = self.norm1, self.attn, self.mlp
     rows = x if first is None else x[first.rows]
