@@ -148,6 +148,8 @@ def test_a_signal_saves_and_asks_to_be_queued_again(
     (tmp_path / "c.json").write_text(json.dumps(to_dict(tiny_config(*OPTIONS))))
     arguments = ["pretrain", "--auto-resume", "--config", str(tmp_path / "c.json"), "--out", str(out)]
     before = signal.getsignal(number)
+    if before == signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as under nohup; a run leaves that as it is")
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", asked)
         assert main(arguments) == code
