@@ -79,7 +79,10 @@ def tokens_of_views(backbone: Backbone, subnet: Subnet) -> Function:
 
 
 def quality(views: Tensor) -> dict[str, float]:
-    """RankMe and alpha-ReQ of the first view, LiDAR of all, of class tokens `[images, views, channels]`."""
+    """RankMe and alpha-ReQ of the first view, LiDAR of all, of class tokens `[images, views, channels]`; 0
+    where some are not finite."""
+    if not views.isfinite().all():
+        return dict.fromkeys(TITLES, 0.0)
     return {"rankme": rankme(views[:, 0]), "alpha_req": alpha_req(views[:, 0]), "lidar": lidar(views)}
 
 

@@ -138,6 +138,7 @@ def test_spectra_of_known_features() -> None:
     basis = basis - basis.mean(0)
     assert rankme(torch.linalg.qr(basis)[0][:, :16]) == pytest.approx(16, abs=0.1)
     assert rankme(torch.full((3, 2), float("nan"))) == 0
+    assert not any(quality(torch.full((3, 4, 2), float("nan"))).values())
     decayed = torch.linalg.qr(basis)[0] / torch.arange(1, 41)
     assert alpha_req(decayed) == pytest.approx(2, abs=0.05)
 
