@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -32,14 +33,14 @@ RESPONSE_SECONDS = 5.0  # what the others get to say what happened, when a conne
 LOST = re.compile(r"gloo/|ProcessGroup|NCCL|TCPStore|Connection (closed|reset|refused)|Broken pipe|Timed out")
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """This process among all processes, and its device.
 
     Attributes:
         rank, size: of this process, and of all.
         device: that this process trains on.
-        cpu_group: process group for what lies in CPU memory; None for a single process.
+        cpu_group: process group for what lies in CPU memory; None for a single process, and after the end.
         store: that all processes share; None for a single process.
         timeout: seconds without a sign of life after which a process is given up.
     """
@@ -212,18 +213,21 @@ def init_distributed(device_name: str, timeout: float = 600.0, threads: int | No
     # The CPUs talk in every step; they notice first, and can say so, where NCCL would abort the process.
     backend, wait = ("nccl", 2 * patience) if device.type == "cuda" else ("gloo", patience)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
-    ours, failed = dist.PrefixStore("poa", store), True
+    world, failed = World(rank, size, device, store=dist.PrefixStore("poa", store), timeout=timeout), False
     try:
-        cpu_group = dist.new_group(backend="gloo", timeout=patience)
-        with _told_failures(world := World(rank, size, device, cpu_group, ours, timeout)):
+        world.cpu_group = dist.new_group(backend="gloo", timeout=patience)
+        with _told_failures(world):
             yield world
-        del world, cpu_group
-        failed = False
+    except BaseException as error:
+        failed = True
+        _let_go(error)
+        raise
     finally:
+        world.cpu_group = None
         gc.collect()  # DDP modules lie in reference cycles
         dist.destroy_process_group()
         if failed and rank == 0:
-            _linger(ours, size)
+            _linger(world)
 
 
 def is_main_process() -> bool:
@@ -292,12 +296,18 @@ def _told_failures(world: World) -> Iterator[None]:
     except Exception as error:
         _tell(world, error)
         raise
+    finally:
+        _say(world, "ended")
 
 
 def _tell(world: World, error: Exception) -> None:
+    _say(world, "failed", f"{type(error).__name__}: {errors.one_line(error)}")
+
+
+def _say(world: World, what: str, value: str = "") -> None:
     assert world.store is not None
     with suppress(RuntimeError):  # the store went with the process that kept it
-        world.store.set(f"failed {world.rank}", f"{type(error).__name__}: {errors.one_line(error)}")
+        world.store.set(f"{what} {world.rank}", value)
 
 
 def _responses(world: World) -> dict[int, str | None]:
@@ -326,11 +336,21 @@ def _told(world: World, responses: Mapping[int, str | None], reason: str = "") -
     return f"rank {world.rank} of {world.size}: {what}"
 
 
-def _linger(store: dist.Store, size: int) -> None:
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold: the others notice a failure when its connections close."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def _linger(world: World) -> None:
     """Keep the store, which the main process may hold, until the others have read why this one ends."""
+    assert world.store is not None
     deadline = time.monotonic() + RESPONSE_SECONDS
     with suppress(RuntimeError):
-        while time.monotonic() < deadline and not store.check([f"alive {r}" for r in range(1, size)]):
+        while time.monotonic() < deadline and not world.store.check(
+            [f"ended {rank}" for rank in range(1, world.size)]
+        ):
             time.sleep(0.05)
 
 
