@@ -139,7 +139,7 @@ def _run_steps(run: Run) -> None:
 
 def _run_layers(run: Run) -> None:
     """Blocks of today's ViTs, patches and a 1x1 convolution, 384 of 768 wide, and rows of several widths; an
-    MLP that keeps its activations; a product with persistent programs."""
+    MLP that keeps its activations; products with persistent programs."""
     images, length, width = 64, 201, 768
     x = torch.empty(images * length, width // 2, device="meta", requires_grad=True)
     ends, widths = (torch.empty(n, dtype=torch.int64, device="meta") for n in (images + 1, len(x)))
@@ -167,13 +167,13 @@ def _run_layers(run: Run) -> None:
         ek.ElasticConv1x1(width, width)(maps, width // 2).sum().backward()
         ek.ElasticPatchEmbed(16, width)(torch.empty(images, 3, 224, 224), width // 2).sum().backward()
         ek.mixed_width_block(gated, whole, [(images, length)], widths).sum().backward()
-        weight = torch.empty(width, width)
-        key = Key("residual", torch.bfloat16, (power_of_2(len(x)), tiles(width), tiles(width)))
+        weight, shape = torch.empty(width, width), (power_of_2(len(x)), tiles(width), tiles(width))
         room = 1024 * ARCHITECTURES[int(run.architecture.removeprefix("sm_"))].shared_of_block
         for c in PERSISTENT:
             if 2 * (c.block_m + c.block_n) * c.block_k * c.stages <= room:
-                with trial({key: c}), torch.no_grad():
+                with trial({Key(form, torch.bfloat16, shape): c for form in ("residual_plain", "gelu")}):
                     ek.elastic_linear_residual(whole, weight, None, whole)
+                    ek.elastic_linear(whole, weight, None, activation="gelu")
 
 
 def _angles(x: Tensor, dim: int, halves: bool) -> ek.Rotary:

@@ -154,14 +154,12 @@ class _Operator:
     def results(self) -> tuple[list[Tensor], int]:
         """What the operator returns and what it was given, some of which it may change; spilled registers.
         Raises Rejected: it does not compile, or exceeds what the GPU has."""
-        from triton.errors import TritonError
-
         arguments = tree_map(lambda x: _copy(x) if isinstance(x, Tensor) else x, self.arguments)
         results, reason = None, ""
         with launched() as kernels:
             try:
                 results = self.call.operator(*arguments)
-            except (TritonError, RuntimeError) as error:
+            except Exception as error:  # of Triton or another provider
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # raises if the kernel left the device unusable
@@ -201,7 +199,7 @@ def _fastest(
     expected, _ = operator.results()
     times = {fallback: timed(operator, THOROUGH)}
     for settings in tuning.TUNABLES[key.kernel].candidates(*key.shape):
-        if settings in times:
+        if settings in times or not tuning.is_installed(settings):
             continue
         if time.monotonic() >= ends:
             return None
@@ -280,8 +278,9 @@ def compile_all(calls: Counter[Call], architecture: str, folder: Path) -> Iterat
             operator()
             for key in list(table.met):
                 for settings in tuning.TUNABLES[key.kernel].candidates(*key.shape):
-                    table[key] = settings
-                    operator()
+                    if getattr(settings, "provider", "triton") == "triton":
+                        table[key] = settings
+                        operator()
     for number, name in enumerate(launches.compile_into(folder), 1):
         yield f"{number:>5} of {len(launches.binaries)}: {name}"
 

@@ -4,7 +4,8 @@ A kernel chooses its settings by a function of shapes and compute capability, th
 is without a table. `python -m elastic_kernels tune` writes a table for a GPU by its name: of each kernel,
 dtype and class of shapes the fastest settings, with the time of both. Tables are found in the package, if the
 GPU was measured and the result committed, and in the user's cache folder, whose entries come before the
-package's. A table of other versions, or a damaged one, is ignored with a warning.
+package's. A table of other versions, or a damaged one, is ignored with a warning; settings whose kernel is of
+a package that is not installed give way to the fallback.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -65,6 +67,11 @@ class Tunable:
         trial = _trial.get()
         table = table_of(x.device) if trial is None else trial
         return fallback if table is None else table.get(Key(self.name, x.dtype, shape), fallback)
+
+
+def is_installed(settings: Any) -> bool:
+    """Whether the package is, whose kernel settings name as their `provider`."""
+    return find_spec(getattr(settings, "provider", "triton")) is not None
 
 
 def power_of_2(n: int) -> int:
@@ -181,7 +188,8 @@ def table_of(device: torch.device) -> dict[Key, Any] | None:
     head = header(device)
     for path in (PACKAGED / _file_name(head["gpu"]), cache_file(head["gpu"])):
         try:
-            table |= {entry.key: entry.settings for entry in read(path, head)}
+            entries = [entry for entry in read(path, head) if is_installed(entry.settings)]
+            table |= {entry.key: entry.settings for entry in entries}
         except ValueError as error:
             warnings.warn(f"elastic_kernels ignores a table of settings: {error}", stacklevel=2)
     return table or None

@@ -133,8 +133,8 @@ def _features(model: Any, images: Tensor) -> Features:
     tokens = model.forward_features(images)
     cls = model.forward_head(tokens, pre_logits=True)
     if tokens.dim() == 4:
-        last = tokens.shape[1] == cls.shape[1]
-        tokens = (tokens if last else tokens.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        first = tokens.shape[1] == model.num_features  # channels; `cls` may be wider, of a head's layer
+        tokens = (tokens if first else tokens.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
     return Features(cls, tokens[:, getattr(model, "num_prefix_tokens", 0) :], tokens)
 
 
@@ -194,6 +194,8 @@ def evaluate_models(
     several = len(names) > 1
     with init_distributed(device) as world:
         world.from_main(partial(require_outputs, out, plot, "models" if several else "settings"))
+        for name in names[1:]:  # a wrong one is found before the others are scored
+            open_peer(name)
         reports = [_report(name, data, protocols, world, folders, baselines) for name in names]
         if world.is_main:
             if several:

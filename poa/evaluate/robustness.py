@@ -2,6 +2,7 @@
 
     drop       a share of the patches is black (the mean of the pixels); Naseer et al., NeurIPS 2021
     salient    so the patches that are most like the class token by cosine, as the subnet sees the whole image
+               (like their mean, where a timm model pools into features of another width)
     background so those that are least like it
     shuffle    the tiles of a grid change places; as there
     others     common corruptions at five levels, on tensors, in the spirit of Hendrycks and Dietterich, ICLR
@@ -173,7 +174,9 @@ def damaged_tokens(backbone: Backbone, subnet: Subnet, crops: CropsConfig) -> Fu
 
     def function(images: Tensor) -> Tensor:
         (features,) = backbone([images], subnet)
-        likeness = F.cosine_similarity(features.patches.float(), features.cls.float()[:, None], dim=2)
+        patches, token = features.patches.float(), features.cls.float()
+        token = token if token.shape[1] == patches.shape[2] else patches.mean(1)
+        likeness = F.cosine_similarity(patches, token[:, None], dim=2)
         places = likeness.argsort(1).argsort(1)  # 0: the least like the class token
         ranks = {"salient": places.shape[1] - 1 - places, "background": places}
         damaged = [damage(images) for _, _, damage in every]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from poa.evaluate.correspondence import SHARE, centers, correspondence, pck, sec
 from poa.evaluate.kmeans import KMEANS, cluster_scores
 from poa.evaluate.knn import KNN
 from poa.evaluate.logistic import LOGISTIC, logistic_accuracy
+from poa.evaluate.models import open_peer
 from poa.evaluate.protocol import Labelled, Task
 from poa.evaluate.quality import alpha_req, lidar, quality, rankme, spearman
 from poa.evaluate.retrieval import RETRIEVAL, average_precisions, retrieval_scores
@@ -218,6 +220,10 @@ def test_several_models_have_a_table_each_and_one_plot(
     for other in (str(trained), str(tmp_path / "none")):
         wrong = fails(capsys, "evaluate", models[0], other, *data)
         assert f"expected one run, or folders of extracted models and timm:NAME, got {other} among 2" in wrong
+    Path(models[1], "model.safetensors").write_bytes(b"damaged")
+    with mock.patch("poa.evaluate.models._report") as scored:
+        assert "model.safetensors" in fails(capsys, "evaluate", *models, *data, "--out", out)
+    assert not scored.called
 
 
 def test_features_without_a_network() -> None:
@@ -267,12 +273,16 @@ def test_a_peer_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     data = ["--data", str(collections.write_folder(tmp_path / "images", 8))]
     masks = digit_scenes.write_scenes(tmp_path, 2, 2) / "masks"
     data += ["--correspondence", "--segmentation", str(masks), "steps=2"]
-    for name in ("test_vit", "test_resnet", "test_vit3"):  # the last pools by attention
+    # The third pools by attention, the last two into wider features, of maps [B, H, W, C] and [B, C, H, W].
+    for name in ("test_vit", "test_resnet", "test_vit3", "test_mambaout", "mobilenetv3_small_050"):
         out = tmp_path / f"{name}.json"
-        assert main(["evaluate", f"timm:{name}", *data, "--out", str(out)]) == 0
+        assert main(["evaluate", f"timm:{name}", *data, "--robustness", "--out", str(out)]) == 0
         (row,) = json.loads(out.read_text())["subnets"]
         assert row["params"] > 1000 and row["flops"] > 1000 and 0 <= row["knn"]["20"] <= 1
-        assert 0 <= row["segmentation"]["linear"] <= 1
+        assert 0 <= row["segmentation"]["linear"] <= 1 and 0 <= row["robustness"]["salient"]["0.5"] <= 1
+        if name == "mobilenetv3_small_050":
+            features = open_peer(f"timm:{name}").backbone([torch.rand(1, 3, 64, 64)])
+            assert (features[0].cls.shape, features[0].patches.shape) == ((1, 1024), (1, 4, 288))
 
 
 def test_robustness_of_a_subnet() -> None:

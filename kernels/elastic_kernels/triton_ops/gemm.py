@@ -57,7 +57,7 @@ class GemmConfig:
 
     A tile may have columns `beside` it, in an accumulator of their own, as sizes are powers of two;
     then two blocks share a processor. Or programs are `persistent`: so many for each processor, which make
-    tile after tile and load them by tensor descriptors.
+    tile after tile and load them by tensor descriptors. Or the kernel is another package's, the `provider`.
     """
 
     block_m: int
@@ -68,6 +68,7 @@ class GemmConfig:
     group_m: int = 8
     beside: int = 0
     persistent: int = 0
+    provider: str = "triton"
 
     @property
     def columns(self) -> int:
@@ -75,7 +76,8 @@ class GemmConfig:
         return self.block_n + self.beside
 
 
-Form = Literal["linear", "gelu", "residual", "dgrad", "dgrad_gelu", "dgrad_act"]
+# `residual_plain` is a sum of whole rows, neither chosen nor scaled.
+Form = Literal["linear", "gelu", "residual", "residual_plain", "dgrad", "dgrad_gelu", "dgrad_act"]
 
 # Not timed on a GPU yet. Of the settings that compile without spilling, those with the largest tile: on sm_90
 # 256 columns (one block a processor), elsewhere 128. Products with a GELU have two blocks there, of which one
@@ -124,6 +126,17 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, *, scale: float = 1.0, add: 
     torch.addmm(out, a, b, beta=int(add), alpha=scale, out=out, **wider)
 
 
+def quack_residual(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: float
+) -> None:
+    """Write `residual + scale * x @ weight.T + bias` to `out`, which may be the residual; by QuACK."""
+    from quack.gemm_interface import gemm_add
+
+    # A residual in place is given as another tensor: it is added before the product is rounded, not after.
+    bias = None if bias is None else bias.flatten()
+    gemm_add(x, weight.t(), residual.view_as(residual), out, bias, alpha=scale, tuned=False)
+
+
 def is_described(*operands: Tensor) -> bool:
     """Whether tensor descriptors can load matrices: rows begin at 16 bytes, the GPU loads whole tiles."""
     major, _ = capability(operands[0].device)
@@ -158,10 +171,16 @@ PERSISTENT = (
     GemmConfig(128, 256, 64, warps=8, stages=4, persistent=1),
     GemmConfig(128, 128, 64, warps=8, stages=3, persistent=2),
 )
+QUACK = GemmConfig(0, 0, 0, warps=0, stages=0, provider="quack")  # with settings of its own
 
 
 def _candidates(form: Form) -> Callable[..., Sequence[GemmConfig]]:
-    every = (*_CANDIDATES, *PERSISTENT) if form == "residual" else _CANDIDATES
+    forward = ("gelu", "residual", "residual_plain")
+    every = (
+        *_CANDIDATES,
+        *(PERSISTENT if form in forward else ()),
+        *((QUACK,) if form == "residual_plain" else ()),
+    )
     return lambda *shape: every
 
 

@@ -8,10 +8,10 @@ Weights are read in place: a pointer, strides, and run-time sizes. A tile may ha
 row choice of stochastic depth is an index in the forward's epilogue, and a gathering pass (`branch_grad`) in
 the backward.
 
-A table of timed settings may choose persistent programs for products with a residual, from Hopper on: they
-load tiles by tensor descriptors. Every product without a fusion goes to cuBLAS on a strided view
-(`gemm.PROVIDERS`). Saved for backward: x, and y where an activation follows (`activations.py`). The backward
-is in `linear_dgrad.py` and `linear_wgrad.py`.
+A table of timed settings may choose persistent programs for fused products, from Hopper on, which load tiles
+by tensor descriptors, or QuACK's kernel for sums of whole rows. Every product without a fusion goes to cuBLAS
+on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and y where an activation follows
+(`activations.py`). The backward is in `linear_dgrad.py` and `linear_wgrad.py`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from elastic_kernels.triton_ops.gemm import (
     gemm_config,
     is_described,
     launch_options,
+    quack_residual,
     slices_of,
     tile_of,
 )
@@ -166,16 +167,15 @@ def _linear_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear_persistent_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+    x_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
     rows, out_features, in_features,
     stride_x, stride_wn, stride_y, stride_r,
     scale,
-    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_ROW_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """The same of one matrix, with a residual: a program makes tile after tile, and loads for the next in the
-    epilogue."""
+    """The same of one matrix: a program makes tile after tile, and loads for the next in the epilogue."""
     x_tiles = tl.make_tensor_descriptor(x_ptr, [rows, in_features], [stride_x, 1], [BLOCK_M, BLOCK_K])
     w_tiles = tl.make_tensor_descriptor(
         weight_ptr, [out_features, in_features], [stride_wn, 1], [BLOCK_N, BLOCK_K]
@@ -191,9 +191,9 @@ def _linear_persistent_kernel(
         slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         _finish_tile(
-            slices, bias_ptr, y_ptr, None, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
+            slices, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
             offs_m, offs_m < rows, pid_n * BLOCK_N, out_features, stride_y, stride_r,
-            HAS_BIAS, "residual", HAS_GAMMA, HAS_INDEX, HAS_ROW_SCALE, BLOCK_N // len(slices), BLOCK_N > 128,
+            HAS_BIAS, EPILOGUE, HAS_GAMMA, HAS_INDEX, HAS_ROW_SCALE, BLOCK_N // len(slices), BLOCK_N > 128,
         )  # fmt: skip
 
 
@@ -216,20 +216,27 @@ def _fwd(
     rows, (groups, out, width) = x.shape[0], weight.shape
     if not rows:
         return
-    form: Form = "residual" if residual is not None else "gelu" if kind else "linear"
+    form: Form = "gelu" if kind else "linear"
+    if residual is not None:
+        form = "residual_plain" if gamma is index is row_scale is None else "residual"
     config = config_for(form, x, out, width)
-    if config.persistent and not is_described(x, weight[0]):
+    operands = [t for t in (x, weight[0], y, residual) if t is not None]
+    if (config.persistent or config.provider == "quack") and not is_described(*operands):
         config = gemm_config(form, out, x.dtype.itemsize, capability(x.device))
+    if config.provider == "quack" and residual is not None:
+        quack_residual(y, x, weight[0], bias, residual, scale)
+        return
     tiles = cdiv(rows, config.block_m) * cdiv(out, config.columns)
     flags = {
-        "HAS_BIAS": bias is not None, "HAS_GAMMA": gamma is not None, "HAS_INDEX": index is not None,
+        "HAS_BIAS": bias is not None, "EPILOGUE": kind or ("linear" if residual is None else "residual"),
+        "HAS_GAMMA": gamma is not None, "HAS_INDEX": index is not None,
         "HAS_ROW_SCALE": row_scale is not None, "PRECISION": precision(x), **launch_options(config),
     }  # fmt: skip
     stride_r = 0 if residual is None else residual.stride(0)
     if config.persistent:
         triton.set_allocator(_scratch)
         _linear_persistent_kernel[(min(tiles, config.persistent * processors(x.device)),)](
-            x, weight, bias, y, residual, gamma, index, row_scale,
+            x, weight, bias, y, u, residual, gamma, index, row_scale,
             rows, out, width, x.stride(0), weight.stride(1), y.stride(0), stride_r, scale, **flags,
         )  # fmt: skip
         return
@@ -238,7 +245,7 @@ def _fwd(
         rows, out, width,
         x.stride(0), *weight.stride(), 0 if bias is None else bias.stride(0),
         y.stride(0), y.stride(1) if groups > 1 else 0, stride_r,
-        scale, EPILOGUE=kind or form, **flags,
+        scale, **flags,
     )  # fmt: skip
 
 

@@ -341,7 +341,7 @@ def assert_same_in_place(
 
 
 def with_persistent_programs(monkeypatch: pytest.MonkeyPatch, **settings: int) -> list[tuple[int, ...]]:
-    """Residual products take these settings; the grids that their persistent kernel is launched on."""
+    """Fused products take these settings; the grids that their persistent kernel is launched on."""
     from elastic_kernels.triton_ops import gemm, linear
 
     kernel, others = linear._linear_persistent_kernel, linear.config_for
@@ -354,7 +354,7 @@ def with_persistent_programs(monkeypatch: pytest.MonkeyPatch, **settings: int) -
 
     config = gemm.GemmConfig(**settings)
     monkeypatch.setattr(
-        linear, "config_for", lambda form, *of: config if form == "residual" else others(form, *of)
+        linear, "config_for", lambda form, *of: others(form, *of) if form == "linear" else config
     )
     monkeypatch.setattr(linear, "_linear_persistent_kernel", Counted())
     return grids

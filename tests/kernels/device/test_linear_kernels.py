@@ -98,9 +98,9 @@ def test_persistent_programs(
     grids = with_persistent_programs(
         monkeypatch, block_m=128, block_n=columns, block_k=64, warps=8, stages=stages, persistent=programs
     )
-    for form, kept in (("residual-gamma", None), ("mlp-half", sized(8001, 300))):
+    for form, kept in (("residual-gamma", None), ("mlp", None), ("mlp-half", sized(8001, 300))):
         compare(Case(sized(8001, 300), sized(640, 264), sized(640, 328), kept=kept), form, dtype)
-    assert len(grids) >= 2 * RUNS
+    assert len(grids) >= 4 * RUNS
     grids.clear()
     compare(Case(133, 97, 129), "residual-gamma", dtype)
     assert not grids
