@@ -16,6 +16,8 @@ on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and y where an acti
 
 from __future__ import annotations
 
+from contextvars import copy_context
+
 import torch
 import triton
 import triton.language as tl
@@ -234,8 +236,10 @@ def _fwd(
     }  # fmt: skip
     stride_r = 0 if residual is None else residual.stride(0)
     if config.persistent:
-        triton.set_allocator(_scratch)
-        _linear_persistent_kernel[(min(tiles, config.persistent * processors(x.device)),)](
+        context = copy_context()  # the program may have an allocator of its own
+        context.run(triton.set_allocator, _scratch)
+        context.run(
+            _linear_persistent_kernel[(min(tiles, config.persistent * processors(x.device)),)],
             x, weight, bias, y, u, residual, gamma, index, row_scale,
             rows, out, width, x.stride(0), weight.stride(1), y.stride(0), stride_r, scale, **flags,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import _allocation
 
 from elastic_kernels.dispatch import backend
 from elastic_kernels.linear import elastic_linear_residual
@@ -25,7 +26,7 @@ def test_persistent_programs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     for form in ("residual-gamma", "mlp-half", "attention-half"):
         assert_accurate(Case(70, 144, 144, kept=33), form, dtype)
     assert_accurate(Case(70, 144, 144), "mlp", dtype)
-    assert (4,) in grids
+    assert (4,) in grids and _allocation._allocator.get() is _allocation._NULL_ALLOCATOR  # the program's
     grids.clear()
     assert_accurate(Case(17, 150, 150, spare=3), "residual-gamma", dtype)
     assert not grids
