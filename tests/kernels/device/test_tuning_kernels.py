@@ -40,6 +40,12 @@ def qkv() -> None:
     ek.elastic_qkv(x, weight, bias)
 
 
+def sums() -> None:
+    """Of rows that tensor descriptors take."""
+    x, weight, stream = (draw(*shape).cuda() for shape in [(300, WIDTH), (144, 144), (300, 144)])
+    ek.elastic_linear_residual(x.to(BF16), weight.to(BF16), None, stream.float())
+
+
 def windows() -> None:
     maps = sized([(16, 24, 24), (4, 56, 56)], [(2, 6, 9), (1, 14, 8)])
     leaves = [t.to("cuda", BF16) for t in window_attention_cases.inputs(maps, 7)]
@@ -62,13 +68,14 @@ def losses() -> None:
 STEPS: dict[str, tuple[Callable[[], None], set[str]]] = {
     "block": (block, {"gelu", "residual", "dgrad", "dgrad_act", "attention", "layer_norm"}),
     "qkv": (qkv, {"linear"}),
+    "sums": (sums, {"residual_plain"}),
     "windows": (windows, {"window_attention"}),
     "group norm": (group_norm, {"group_norm"}),
     "losses": (losses, {"losses"}),
 }
 
 
-@pytest.mark.parametrize("step", sized(["windows"], list(STEPS)))  # on a GPU, `tune` itself compares all
+@pytest.mark.parametrize("step", sized(["windows", "sums"], list(STEPS)))  # `tune` itself compares
 def test_all_settings_give_the_fallbacks_results(
     step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
