@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -234,7 +235,8 @@ def _report(
         model = peer.classifier.to(world.device)
         require_classes(model.classes, images, data)
         protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
-    origin = Origin(name, "model", 0, VERSION)
+    place = name if name.startswith(TIMM) else os.path.abspath(name)
+    origin = Origin(place, "model", 0, VERSION)
     subnets = list(fixed.space)
     return evaluate_subnets(
         fixed,

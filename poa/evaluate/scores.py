@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,12 +110,7 @@ class Report:
 
     def correlations(self) -> dict[str, float]:
         """Rank correlation with k-NN of the figures that need no labels, over the subnets; none of few."""
-        rows = [score.columns() for score in self.scores]
-        titles = [title for title in QUALITY.numbers if title in rows[0]]
-        if len(rows) < FEWEST:
-            return {}
-        known = [row[KNN.reported] for row in rows]
-        return {title: spearman([row[title] for row in rows], known) for title in titles}
+        return _correlations([score.values for score in self.scores])
 
     def content(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -129,13 +125,11 @@ class Report:
             }
             for s in self.scores
         ]
-        ranks = {"correlations": found} if (found := self.correlations()) else {}
-        lower = {"baselines": self.baselines} if self.baselines else {}
-        return {"settings": self.settings, "subnets": rows, **lower, **ranks}
+        return _evaluation(self.settings, rows, self.baselines)
 
     def write(self, path: Path) -> None:
-        """Write JSON; what is there of the same weights, images and settings stays, of other subnets or
-        protocols."""
+        """Write JSON; what is there of the same weights and images stays, of other subnets, protocols and
+        baselines. Scores of a protocol by other settings do not."""
         write_json(path, _merged(self.content(), path))
 
     def plot(self, path: Path | None = None) -> Any:
@@ -143,13 +137,44 @@ class Report:
         return plot_reports([self], path)
 
 
+def _correlations(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """As `Report.correlations`, of the scores of subnets; those without such figures do not count."""
+    known = [accuracies(values) for values in rows if QUALITY.name in values]
+    if len(known) < FEWEST:
+        return {}
+    knn = [row[KNN.reported] for row in known]
+    return {title: spearman([row[title] for row in known], knn) for title in QUALITY.numbers}
+
+
+def _evaluation(
+    settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Any]
+) -> dict[str, Any]:
+    """An evaluation as JSON."""
+    ranks = {"correlations": found} if (found := _correlations(rows)) else {}
+    lower = {"baselines": dict(baselines)} if baselines else {}
+    return {"settings": dict(settings), "subnets": list(rows), **lower, **ranks}
+
+
 def _merged(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """An evaluation as JSON, with what it does not replace in a file of the same settings."""
+    """An evaluation as JSON, with what it does not replace in a file of the same weights and images.
+
+    A file in the folder of the run is of this run, wherever that lay.
+    """
     with suppress(InputError, LookupError, TypeError, AttributeError):  # nothing there, or something else
-        there, now = read_json(path, "evaluation"), json.loads(json.dumps(content["settings"]))
-        before, rows = there["settings"], {row["subnet"]: row for row in there["subnets"]}
-        if before | now == now | before:  # apart from protocols of one of them
-            for row in content["subnets"]:
-                rows[row["subnet"]] = rows.get(row["subnet"], {}) | row
-            return there | content | {"settings": before | now, "subnets": list(rows.values())}
+        there, now = read_json(path, "evaluation"), json.loads(json.dumps(content))
+        before, settings = there["settings"], now["settings"]
+        if os.path.realpath(path.parent) == os.path.realpath(settings["run"]):
+            before["run"] = settings["run"]
+        other = {key for key in before.keys() & settings.keys() if before[key] != settings[key]}
+        if other - {p.name for p in PROTOCOLS}:
+            return content
+        gone = {key for p in PROTOCOLS if p.name in other for key in (p.name, p.before)}
+
+        def joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+            kept = {row: {key: v for key, v in old[row].items() if key not in gone} for row in old}
+            return {row: {**kept.get(row, {}), **new.get(row, {})} for row in {**kept, **new}}
+
+        before_rows, rows = ({row["subnet"]: row for row in x["subnets"]} for x in (there, now))
+        baselines = joined(there.get("baselines", {}), now.get("baselines", {}))
+        return _evaluation(before | settings, list(joined(before_rows, rows).values()), baselines)
     return content

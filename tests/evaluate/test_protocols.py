@@ -79,6 +79,27 @@ def test_two_ranks_print_and_write_what_one_does(
     assert settings["folder"] == str(masks) and (settings["train_images"], settings["val_images"]) == (4, 3)
 
 
+def test_evaluations_of_the_same_weights_add_up(run: Path, tmp_path: Path) -> None:
+    """Of other subnets, protocols and baselines; of a protocol with other settings, the newer ones."""
+    scenes = pytest.importorskip("helpers.digit_scenes", exc_type=ImportError)
+    masks = ["--segmentation", str(scenes.write_scenes(tmp_path, 5, 3) / "masks")]
+    evaluate = ["evaluate", str(run), "--baselines", "--subnets"]
+    assert main([*evaluate, "16x1", "16x2", "--quality", "--retrieval", *masks, "steps=2"]) == 0
+    first = json.loads((run / "evaluation.json").read_text())
+    evaluate[1] = str(run := run.rename(tmp_path / "moved"))
+    assert main([*evaluate, "32x1", "32x2", "--quality", *masks, "steps=3"]) == 0
+    both = json.loads((run / "evaluation.json").read_text())
+    assert (both["settings"]["run"], both["settings"]["segmentation"]["steps"]) == (str(run), 3)
+    rows = [(row["subnet"], "segmentation" in row, row.get("retrieval")) for row in both["subnets"]]
+    one, two = (row["retrieval"] for row in first["subnets"])
+    assert rows == [
+        ("16x1", False, one), ("16x2", False, two), ("32x1", True, None), ("32x2", True, None),
+    ]  # fmt: skip
+    assert both["baselines"]["pixels"]["retrieval"] == first["baselines"]["pixels"]["retrieval"]
+    assert "correlations" not in first
+    assert set(both["correlations"]) == {"RankMe", "alpha-ReQ", "LiDAR"}
+
+
 def test_no_protocol_has_the_name_of_another_value_of_a_subnet() -> None:
     names = [name for p in PROTOCOLS for name in (p.name, p.before)]
     assert len({*names, "subnet", "width", "depth", "params", "flops"}) == len(names) + 5
