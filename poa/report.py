@@ -6,11 +6,13 @@ import base64
 import html
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from poa.checkpoint import RunFolder, log
 from poa.config import Config
@@ -27,6 +29,7 @@ from poa.presets import PRESETS, preset
 from poa.subnets import Subnet
 from poa.table import html_table
 
+PICTURES = ("pictures.html", "prototypes.html")
 EXPECTED = Path(__file__).parent / "expected"
 BANDED = ("loss", "knn.", "target_entropy.", "feature_std.")
 STYLE = (
@@ -47,7 +50,7 @@ def write_report(folders: Sequence[RunFolder], out: Path) -> None:
     image = io.StringIO()
     figure.savefig(image, format="svg")
     svg = image.getvalue()
-    write_text(out, _page(folders, svg[svg.index("<svg") :]))
+    write_text(out, _page(folders, svg[svg.index("<svg") :], out.parent))
 
 
 def curves_of(folders: Sequence[RunFolder]) -> Any:
@@ -148,7 +151,7 @@ def summary(rows: Sequence[Row]) -> dict[str, str]:
     return shown
 
 
-def _page(folders: Sequence[RunFolder], svg: str) -> str:
+def _page(folders: Sequence[RunFolder], svg: str, place: Path) -> str:
     rows, alone = _rows(folders), len(folders) == 1
     beginning = _beginning(folders[0]) if alone else {}
     figures = [summary(logged) for logged in rows.values()]
@@ -166,7 +169,6 @@ def _page(folders: Sequence[RunFolder], svg: str) -> str:
     title = _text(", ".join(rows))
     marks = ", ".join(f"{what} {step:,}" for what, step in beginning.get("phases", {}).items())
     configs = [folder.config() for folder in folders]
-    pictures = alone and (folders[0].path / "pictures.html").exists()
     parts = [
         f"<!DOCTYPE html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>",
         f"<h1>{title}</h1>",
@@ -175,11 +177,20 @@ def _page(folders: Sequence[RunFolder], svg: str) -> str:
         f"<h2>Alarms</h2>{'<ul>' + ''.join(alarms) + '</ul>' if alarms else '<p>None.</p>'}",
         f"<h2>Curves</h2>{f'<p>Dotted: {_text(marks)}.</p>' if marks else ''}{svg}",
         f"<h2>Evaluations</h2>{_evaluations(folders, list(rows))}",
-        *(["<p><a href=pictures.html>Pictures</a></p>"] if pictures else []),
+        *_pictures(folders, list(rows), place),
         *([f"<h2>Augmented crops</h2>{_crops(configs[0])}"] if alone else []),
         _options(configs, list(rows)),
     ]
     return "\n".join(parts) + "</html>\n"
+
+
+def _pictures(folders: Sequence[RunFolder], names: Sequence[str], place: Path) -> Iterator[str]:
+    """Links, from a page in `place`, to what `poa pictures` wrote into folders."""
+    for name, folder in zip(names, folders, strict=True):
+        for page in (folder.path / picture for picture in PICTURES):
+            if page.exists():
+                link = quote(os.fsencode(os.path.relpath(page.resolve(), place.resolve())))
+                yield f"<p><a href='{link}'>{page.stem.capitalize()} of {_text(name)}</a></p>"
 
 
 def _text(value: object) -> str:

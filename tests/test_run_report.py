@@ -7,11 +7,13 @@ import importlib.machinery
 import importlib.util
 import io
 import json
+import re
 import shutil
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from PIL import Image
@@ -182,6 +184,22 @@ def test_runs_are_compared(trained: Path, tmp_path: Path, capsys: pytest.Capture
     for folder in (trained, other):
         loss = [row["loss"] for row in rows(folder) if "loss" in row][-1]
         assert f"<td>{loss:.4f}</td>" in page
+
+
+def test_pages_of_pictures_are_linked_from_wherever_the_report_lies(
+    run: Path, trained: Path, tmp_path: Path
+) -> None:
+    run = run.rename(tmp_path / "first run's")
+    (run / "pictures.html").touch()
+    (run / "prototypes.html").touch()
+    (tmp_path / "pages").mkdir()
+    for place in (run, tmp_path / "pages"):
+        for runs in ([RunFolder(run)], [RunFolder(run), RunFolder(trained)]):
+            write_report(runs, place / "page.html")
+            links = re.findall("<a href='([^']+)'>", (place / "page.html").read_text())
+            assert [(place / unquote(link)).resolve() for link in links] == [
+                run / name for name in ("pictures.html", "prototypes.html")
+            ]
 
 
 def test_images_that_are_gone_are_no_obstacle(tmp_path: Path) -> None:
