@@ -62,9 +62,9 @@ class Subnet:
         return cls(int(width), blocks if len(blocks) > 1 else blocks[0])
 
 
-def depth_text(depth: Depth) -> str:
+def depth_text(depth: int | Sequence[int]) -> str:
     """`12`, or `3-4-6-3`."""
-    return "-".join(map(str, depth)) if isinstance(depth, tuple) else str(depth)
+    return str(depth) if isinstance(depth, int) else "-".join(map(str, depth))
 
 
 def active_blocks(max_depth: int, depth: int) -> list[int]:

@@ -152,6 +152,23 @@ def test_pairs_are_those_of_all_similarities(
         assert message in fails(capsys, "pairs", *arguments)
 
 
+def test_pairs_are_of_the_same_weights_wherever_they_lie(
+    run: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run, moved or not, and extracted from it."""
+    first, second, others = (str(tmp_path / f"{name}.npz") for name in ("first", "second", "others"))
+    poa.embed(poa.load(run, "16x1"), images, workers=0, out=first)
+    poa.embed(poa.load(run, "16x2"), images, workers=0, out=others)
+    model = poa.load(run := run.rename(tmp_path / "moved"), "16x1")
+    out = ["--out", str(tmp_path / "pairs.csv")]
+    for again in (model, poa.load(model.save(tmp_path / "model"))):
+        poa.embed(again, images, workers=0, out=second)
+        assert main(["pairs", first, "--others", second, *out]) == 0
+    message = fails(capsys, "pairs", second, "--others", others, *out)
+    assert "expected features of one model, got those of 16x1 of " in message
+    assert " and 16x2 of " in message
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -98,9 +98,7 @@ def run_pairs(options: argparse.Namespace) -> None:
         require_page(page, "--page")
     first = read_features(Path(options.features), options.token)
     second = read_features(Path(options.others), options.token) if options.others else first
-    if first.about["model"] != second.about["model"]:
-        sources = [file.about["model"].get("source", "?") for file in (first, second)]
-        raise InputError(f"pairs: expected features of one model, got those of {' and '.join(sources)}")
+    first.require_model_of(second)
     others = second.features if options.others else None
     device = choose_device(options.device)
     pairs = similar_pairs(first.features, others, options.similarity, options.most, device)

@@ -120,7 +120,7 @@ def embed(
         model, kept = model.to(world.device).eval(), _Kept()
         if nearest:
             nearest.begin(model)
-        about = {"model": model.info, "data": name}
+        about = {"model": model.info | {"sha256": model.sha256()}, "data": name}
         writes = writing_features(path, about) if path and world.is_main else nullcontext(kept.add)
         with Progress(sum(map(len, sources)), 0, world.is_main, "image") as progress, writes as add:
             work = _Work(add, tokens, progress, left_out, nearest)

@@ -22,9 +22,11 @@ from poa.data.sources import ImageSource, open_parts
 from poa.embedding.nearest import Neighbour, figure_row, html_page
 from poa.errors import InputError, as_input
 from poa.files import read_json, write_json, write_text
+from poa.subnets import depth_text
 
 BLOCK = 4096  # images that are compared with as many others at a time
 COLUMNS = ("similarity", "first", "second", "first_label", "second_label")
+SAME = ("sha256", "preprocessing")  # of models that give the same features
 Place = tuple[ImageSource, int]
 
 
@@ -42,6 +44,16 @@ class FeatureFile:
     names: Sequence[str]
     labels: Sequence[str | None]
     about: dict[str, Any]
+
+    def require_model_of(self, other: FeatureFile) -> None:
+        """Raise InputError where the features are not of the same weights and pre-processing."""
+        first, second = models = [file.about["model"] for file in (self, other)]
+        keys = SAME if all("sha256" in model for model in models) else first.keys() | second.keys()
+        if any(first.get(key) != second.get(key) for key in keys):
+            names = [
+                f"{model['width']}x{depth_text(model['depth'])} of {model['source']}" for model in models
+            ]
+            raise InputError(f"pairs: expected features of one model, got those of {' and '.join(names)}")
 
 
 class Pairs(NamedTuple):

@@ -152,12 +152,19 @@ class ExportedModel(nn.Module):
         if folder.suffix == ".safetensors":
             raise InputError(f"save: expected the name of a folder, got {folder}")
         make_folder(folder, "save")
-        content = tensor_bytes(self.exported_state(), metadata={"format": "pt"})
+        content = self._content()
         info = self.info | {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest()}
         _remove_outdated(folder, info["sha256"])
         write_json(folder / CONFIG, sealed(_for_timm(self) | {"poa": info}))
         write_bytes(folder / WEIGHTS, content)
         return folder
+
+    def sha256(self) -> str:
+        """Checksum of the weights as they are now, that of the file that `save` would write."""
+        return hashlib.sha256(self._content()).hexdigest()
+
+    def _content(self) -> bytes:
+        return tensor_bytes(self.exported_state(), metadata={"format": "pt"})
 
 
 def _remove_outdated(folder: Path, sha256: str) -> None:
