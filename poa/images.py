@@ -35,6 +35,8 @@ def open_on_ranks(config: Config, world: World, openers: Openers | None = None) 
             world.from_main(partial(require_readable, source, config.method.canvas))
     for line in data.lost if world.is_main else ():
         log.warning("data: %s; continuing without it", line)
+    if world.is_main and (untaught := data.untaught()):
+        log.warning("data: %s", untaught)
     if world.size > 1:
         counts = {"images": len(data.train), "held-out images": len(data.test or ())}
         world.require_same("data", {**counts, "checksum of names and labels": data.digest()})

@@ -132,6 +132,8 @@ def _of_files(data: DataSplit) -> Iterator[str]:
             f"classes: {len(classes):,}, from {fewest:,} training images ({printable(small)}) to {most:,} "
             f"({printable(large)}), median {middle:,}"
         )
+    if untaught := data.untaught():
+        yield f"untaught: {untaught}"
 
 
 def _of_sizes(looks: list[Inspection]) -> str:

@@ -142,6 +142,18 @@ class DataSplit:
                     digest.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
         return digest.hexdigest()[:16]
 
+    def untaught(self) -> str:
+        """How many held-out images are of classes that no training image has, in words; nothing if none."""
+        if self.test is None or self.train.labels is None or self.test.labels is None:
+            return ""
+        lacks = ~np.isin(self.test.labels, self.train.labels)
+        if not lacks.any():
+            return ""
+        missing = [printable(self.test.classes[i]) for i in np.unique(self.test.labels[lacks]).tolist()]
+        names = ", ".join([*missing[:EXAMPLES], *["..."] * (len(missing) > EXAMPLES)])
+        counts = f"{lacks.sum():,} of {len(lacks):,} held-out images"
+        return f"{counts} are of classes without training images ({names})"
+
 
 def open_data(
     name: str, holdout: float, seed: int, lost_share: float = 0.0, openers: Openers | None = None

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from helpers.tiny import tiny_config
+from poa.__main__ import main
+from poa.config import with_data
 from poa.data.decode import ImageError
 from poa.data.sources import ImageSource, open_data
 from poa.data.storage import read_folder
+from poa.distributed import World
 from poa.errors import InputError
+from poa.images import open_on_ranks
 
 
 def picture(path: Path, size: tuple[int, int] = (12, 8), mode: str = "RGB") -> Path:
@@ -53,6 +59,22 @@ def test_given_test_folder(test: str, tmp_path: Path) -> None:
     class_folders(tmp_path / test, {"c": 1})
     with pytest.raises(InputError, match="got 1 of test images alone: c"):
         open_data(str(tmp_path), 0.25, seed=0)
+
+
+def test_held_out_images_whose_class_is_not_trained_on_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class_folders(tmp_path / "train", {"1": 3, "2": 2})
+    class_folders(tmp_path / "val", {"1": 1, "2": 1})
+    assert open_data(str(tmp_path), 0.25, seed=0).untaught() == ""
+    class_folders(tmp_path / "val", {"3": 4, "4": 1, "5": 1, "60": 1})
+    split = open_data(str(tmp_path), 0.25, seed=0)
+    counted = "7 of 9 held-out images are of classes without training images (3, 4, 5, ...)"
+    assert split.untaught() == counted
+    open_on_ranks(with_data(tiny_config(), str(tmp_path)), World(0, 1, torch.device("cpu")))
+    assert caplog.messages == [f"data: {counted}"]
+    assert main(["data", "check", str(tmp_path)]) == 0
+    assert f"untaught: {counted}\n" in capsys.readouterr().out
 
 
 def test_train_folder_without_a_test_folder(tmp_path: Path) -> None:
