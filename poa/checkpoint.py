@@ -26,7 +26,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -311,7 +311,10 @@ class RunFolder:
     ) -> tuple[Network | Classifier, Checkpoint]:
         """The trained teacher (of fine-tuning: the moving average) or student, and where it comes from.
 
-        It is on the CPU, in evaluation mode."""
+        It is on the CPU, in evaluation mode. Raises InputError: no such branch or checkpoint.
+        """
+        if branch not in get_args(Branch):
+            raise InputError(f"branch: expected {' or '.join(get_args(Branch))}, got {branch!r}")
         config = self.config()
         while True:
             checkpoint = self.newest(step)

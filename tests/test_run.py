@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,18 @@ def test_a_run_on_a_dataset_resumes(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_every_option_is_named_by_its_last_part(name: str) -> None:
     last = [key.rpartition(".")[2] for key, *_ in describe(preset(name))]
     assert len(set(last)) == len(last)
+
+
+def test_scores_of_other_images_of_a_name_are_replaced(run: Path) -> None:
+    """Datasets of as many images may be others."""
+    labels = torch.arange(len(PIXELS)) % 2
+    first, second = (TensorDataset(CHANNELS_FIRST, y) for y in (labels, 1 - labels))
+    assert poa.Run(run, first).evaluate("16x1").files == poa.Run(run, second).evaluate("16x2").files
+    (file,) = poa.Run(run, second).evaluate("32x1").files
+    assert [row["subnet"] for row in json.loads(file.read_text())["subnets"]] == ["16x2", "32x1"]
+    for wrong in (poa.Run(run).subnet, poa.Run(run).evaluate):
+        with pytest.raises(InputError, match="branch: expected teacher or student, got 'ema'"):
+            wrong("16x1", branch="ema")
 
 
 def test_wrong_keywords(tmp_path: Path) -> None:

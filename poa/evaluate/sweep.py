@@ -116,6 +116,7 @@ def evaluate_subnets(
     ]
     settings = {
         "data": data_place(config.data.source),
+        "images": data.digest(),
         "bank_images": len(data.train.labelled()),
         "query_images": len(data.test or ()),
         "image_size": crops.global_size,
