@@ -19,6 +19,8 @@ from poa.errors import InputError
 T = TypeVar("T")
 
 SHOWN = 60  # characters of a wrong value in a message
+FEW = 30  # options that a message may list
+SHORT_FLOAT = re.compile(r"[+-]?(\.\d+|\d+\.)(e[+-]?\d+)?", re.IGNORECASE)  # as `.1`, which JSON has not
 
 
 def option(default: Any, help: str, within: str = "") -> Any:
@@ -255,8 +257,11 @@ def nearest(key: str, known: Sequence[str]) -> str | None:
 
 
 def _unknown(key: str, known: Sequence[str]) -> InputError:
-    close = nearest(key, known)
-    return InputError(f"unknown option {shown(key)!r}" + (f"; did you mean {close!r}?" if close else ""))
+    if close := nearest(key, known):
+        hint = f"; did you mean {close!r}?"
+    else:
+        hint = f"; expected one of {', '.join(known)}" if len(known) <= FEW else ""
+    return InputError(f"unknown option {shown(key)!r}{hint}")
 
 
 def _parse(text: str, current: Any) -> Any:
@@ -264,6 +269,8 @@ def _parse(text: str, current: Any) -> Any:
         return [_parse(part, None) for part in text.split(",") if part]
     if text.lower() in ("none", "true", "false"):
         text = {"none": "null"}.get(text.lower(), text.lower())
+    if SHORT_FLOAT.fullmatch(text):
+        return float(text)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):  # no JSON, or an integer of thousands of digits, or nested as deep

@@ -22,6 +22,8 @@ from poa.presets import preset
     ("assignment", "read"),
     [
         ("method.optim.base_lr=1", lambda c: (c.method.optim.base_lr, 1.0)),
+        ("base_lr=.1", lambda c: (c.method.optim.base_lr, 0.1)),
+        ("crops.blur=0.,.1,1.e-1", lambda c: (c.method.crops.blur, (0.0, 0.1, 0.1))),
         ("base_lr=1e-3", lambda c: (c.method.optim.base_lr, 0.001)),
         ("method.batch_size=32", lambda c: (c.method.batch_size, 32)),
         ("method.crops.blur=0,0.1,0.2", lambda c: (c.method.crops.blur, (0.0, 0.1, 0.2))),

@@ -272,6 +272,8 @@ def test_a_run_and_its_model_are_scored(
     assert "expected" in fails(capsys, *asked, "--segmentation", str(tmp_path))
     wrong = fails(capsys, *asked, "--segmentation", str(scenes), "step=1")
     assert "unknown option 'step'; did you mean 'steps'?" in wrong
+    wrong = fails(capsys, *asked, "--segmentation", str(scenes), "epochs=1")
+    assert "unknown option 'epochs'; expected one of steps, batch_size, lr, weight_decay, " in wrong
     if find_spec("torchvision") is None:
         assert "pip install 'poa-pretrain[detection]'" in fails(capsys, *asked, "--detection", str(scenes))
 
