@@ -37,7 +37,7 @@ from benchmarks.failures import Event, Refused
 from benchmarks.gpu import PARTS, Plan, measure_all
 from benchmarks.journal import Journal
 from benchmarks.peers.official import require_checkout
-from poa.cli.arguments import Arguments, number, parse_anywhere
+from poa.cli.arguments import Arguments, add_overrides, number, parse_anywhere
 from poa.config import Config
 from poa.device import choose_device
 from poa.options import override
@@ -224,8 +224,7 @@ def gpu(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> None:
     from benchmarks import report as writer
 
-    folder = results.FOLDER
-    writer.write(options.rows or sorted([*folder.glob("*.jsonl"), *folder.glob("*/rows.jsonl")]))
+    writer.write(options.rows or results.committed())
 
 
 COMMANDS = {
@@ -297,9 +296,7 @@ def _quality(parser: Arguments) -> None:
     parser.add_argument("--data", default="digits", help="digits, or a folder of images (default: digits)")
     parser.add_number("--minutes", float, "(0, 100000]", "minutes of training each provider", default=3.0)
     parser.add_argument("--init", metavar="WEIGHTS", help="pretrained weights, as in poa pretrain")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="any option of a run, such as epochs=5"
-    )
+    add_overrides(parser, "any option of a run, such as epochs=5")
 
 
 def _sampling(parser: Arguments) -> None:
@@ -311,12 +308,8 @@ def _sampling(parser: Arguments) -> None:
 
 def _launches(parser: Arguments) -> None:
     parser.add_argument("--preset", default="vit-l16", help=PRESET_HELP)
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="any option of a run, such as method.batch_size=32; the preset may stand among them",
-    )
+    about = "any option of a run, such as method.batch_size=32; the preset may stand among them"
+    add_overrides(parser, about)
     parser.add_argument("--subnet", metavar="WxD", help="subnet of the elastic student (default: intact)")
 
 

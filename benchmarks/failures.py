@@ -16,6 +16,12 @@ class Unavailable(Exception):
     """A provider cannot run here; says why."""
 
 
+def require_cuda(device: torch.device) -> None:
+    """Raise Unavailable on another device."""
+    if device.type != "cuda":
+        raise Unavailable("runs on CUDA only")
+
+
 class DeviceLost(Exception):
     """A CUDA error after which every later call of this process fails."""
 

@@ -127,7 +127,8 @@ def run(
     memory = {}
     for name in failures.spared(ready):
         with failures.of(name):
-            memory[name] = peak_mib(ready[name], problem)
+            call = functools.partial(results_of, ready[name], problem.leaves, problem.trains)
+            memory[name] = peak_mib(call, problem.device)
     for mode in problem.modes:
         calls = {}
         for name in failures.spared(ready):
@@ -158,14 +159,14 @@ def call_of(provider: Provider, problem: Problem, mode: str) -> Timed:
     return backward
 
 
-def peak_mib(provider: Provider, problem: Problem) -> float | None:
-    """Memory of a forward and backward beyond its inputs, in MiB; None without a GPU."""
-    if problem.device.type != "cuda":
+def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """Memory of a call beyond what there is before it, in MiB; None without a GPU."""
+    if device.type != "cuda":
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    results_of(provider, problem.leaves, problem.trains)
+    call()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from benchmarks.failures import Event, Failures, Refused, Trying, Unavailable
+from benchmarks.harness import peak_mib
 from benchmarks.peers import naive, timm_networks
 from benchmarks.results import Row, place
 from benchmarks.step import config_of, middle
@@ -124,7 +125,7 @@ def measure(
 
     for mode, call, times_flops in (("fwd", forward, 1), ("fwd+bwd", both, 3)):
         call()  # compiles, allocates
-        memory = _peak_mib(call, device)
+        memory = peak_mib(call, device)
         samples = timing.interleaved({which: timing.timed(call)}, device, seconds, hide=False)[which]
         spread = timing.quantiles(samples.seconds)
         taken, flops = spread["p50"] / 1e6, times_flops * len(crops) * config.flops(subnet)
@@ -132,13 +133,3 @@ def measure(
         row |= {"shape": label_of(config, subnet, len(crops)), "dtype": str(crops.dtype).partition(".")[2]}
         row |= {"images_per_s": len(crops) / taken, "tflop_per_s": flops / taken / 1e12, "peak_mib": memory}
         yield row | place(device.type)
-
-
-def _peak_mib(call: Callable[[], None], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20

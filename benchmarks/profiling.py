@@ -24,9 +24,7 @@ from poa.tribranch import Targets, teacher_targets, tribranch_loss
 
 def parts(name: str, images: int, device: torch.device, seconds: float) -> Iterator[Row]:
     """Time by part of our step, for the middle subnet; launches are hidden as far as a queue holds them."""
-    setting = make_setting(
-        config_of(name, device), images if device.type == "cuda" else min(images, 4), device
-    )
+    setting = make_setting(config_of(name, device), images, device)
     ours, subnet, ceilings = Ours(setting), middle(setting.space), harness.ceilings_of(device)
     for part, samples in timing.interleaved(_parts(ours, subnet), device, seconds).items():
         row = row_of("ours", f"{subnet} {part}", setting, (subnet,), samples.seconds, ceilings)
@@ -107,7 +105,7 @@ FAMILIES = (
 def profile(name: str, images: int, device: torch.device) -> Row:
     """A row whose `lines` are the twenty largest kernels of one of our steps, with its launches."""
     config = config_of(name, device)
-    setting = make_setting(config, images if device.type == "cuda" else min(images, 4), device)
+    setting = make_setting(config, images, device)
     ours, subnet = Ours(setting), middle(setting.space)
     for _ in range(3):
         ours.step(subnet)

@@ -112,6 +112,11 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         os.fsync(file.fileno())
 
 
+def committed() -> list[Path]:
+    """Files of rows in the folder of results."""
+    return sorted([*FOLDER.glob("*.jsonl"), *FOLDER.glob("*/rows.jsonl")])
+
+
 def load(paths: Iterable[Path]) -> list[Row]:
     """The rows of files.
 

@@ -12,7 +12,7 @@ import copy
 import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -75,8 +75,8 @@ def config_of(name: str, device: torch.device) -> Config:
 
 @functools.lru_cache(maxsize=1)
 def make_setting(config: Config, images: int, device: torch.device) -> Setting:
-    """Synthetic images, and masks and subnets as the method draws them."""
-    method = config.method
+    """Synthetic images, four at most without a GPU, and masks and subnets as the method draws them."""
+    method, images = config.method, images if device.type == "cuda" else min(images, 4)
     generator = torch.Generator(device).manual_seed(0)
 
     def crops(count: int, size: int) -> torch.Tensor:
@@ -226,7 +226,6 @@ def run(
     if official is not None:
         require_checkout(official)
     config = config_of(name, device)
-    images = images if device.type == "cuda" else min(images, 4)
     ceilings, failures = ceilings_of(device, min(seconds, timing.MEASURE)), Failures()
     setting = make_setting(config, images, device)
     for which in PROVIDERS:
@@ -312,9 +311,8 @@ def row_of(
     method, cuda = setting.config.method, setting.device.type == "cuda"
     work = roofline.Workload(method, setting.images, len(setting.batch.masks.indices))
     totals = [roofline.Summary.of(roofline.step(work, subnet), ceilings) for subnet in subnets]
-    specified = [
-        roofline.Summary.of(roofline.step(_whole(work), subnet), ceilings).flops for subnet in subnets
-    ]
+    whole = replace(work, skip_dead_tokens=False)  # as specified: with the unused tokens of the last block
+    specified = [roofline.Summary.of(roofline.step(whole, subnet), ceilings).flops for subnet in subnets]
     spread = timing.quantiles(times)
     seconds = spread["p50"] / 1e6
     return {
@@ -331,8 +329,3 @@ def row_of(
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if cuda else None,
         **place(setting.device.type),
     }
-
-
-def _whole(work: roofline.Workload) -> roofline.Workload:
-    """As specified: with the unused tokens of the last block."""
-    return roofline.Workload(work.method, work.images, work.masked, skip_dead_tokens=False)

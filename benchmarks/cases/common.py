@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from benchmarks.harness import Provider
 
 Groups = tuple[tuple[int, int], ...]
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,12 @@ def of_module(
             return forward(module, x, *arguments)
 
     return provider
+
+
+def made(make: Callable[[], M], device: torch.device, sizes: Sizes) -> M:
+    """A module on a device, in the dtype of the sizes."""
+    with torch.device(device):
+        return make().to(sizes.dtype)
 
 
 def leaves_of(module: torch.nn.Module) -> dict[str, Tensor]:

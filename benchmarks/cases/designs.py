@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +16,16 @@ from benchmarks.cases.common import (
     bytes_of,
     draw,
     leaves_of,
+    made,
     of_module,
     providers_of,
     shape_of,
 )
-from benchmarks.failures import Unavailable
+from benchmarks.failures import require_cuda
 from benchmarks.harness import Problem, Provider
 from benchmarks.peers import designs as peers
 from benchmarks.peers import naive
-from benchmarks.roofline.vit import tokens
+from benchmarks.roofline.vit import attention_flops, tokens
 
 EPS = 1e-6
 
@@ -32,12 +34,10 @@ def rms_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> 
     rows, dtype = tokens(groups), sizes.dtype
     leaves = {"x": draw(device, dtype, rows, width), "weight": draw(device, dtype, sizes.largest, seed=1)}
 
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return ek.elastic_rms_norm(x, weight, EPS)
-
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (width,), weight[:width], EPS)
 
+    ours = partial(ek.elastic_rms_norm, eps=EPS)
     others = {"liger": lambda: peers.liger_rms_norm(EPS, device), "quack": lambda: peers.quack(EPS, device)}
     moved = bytes_of(dtype, 2 * rows * width, 3 * rows * width)
     return Problem(
@@ -84,9 +84,6 @@ def qk_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> P
     angles = draw(device, torch.float32, rows, dim // 2, seed=2).repeat(1, 2)
     rotary = ek.Rotary(angles.sin(), angles.cos(), halves=True)
 
-    def ours(qkv: Tensor, weight: Tensor) -> Tensor:
-        return ek.qk_norm(qkv, weight, None, EPS, rotary=rotary)
-
     def turned(norm: Callable[[Tensor, Tensor], Tensor]) -> Provider:
         def provider(qkv: Tensor, weight: Tensor) -> Tensor:
             q, k = (norm(qkv[:, part], weight[part]) for part in range(2))
@@ -98,6 +95,7 @@ def qk_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> P
         "liger": lambda: peers.liger_qk_norm(EPS, rotary, device),
         "quack": lambda: turned(peers.quack(EPS, device)),
     }
+    ours = partial(ek.qk_norm, eps=EPS, rotary=rotary)
     plain = turned(lambda x, weight: F.rms_norm(x, (dim,), weight, EPS))
     moved = bytes_of(dtype, 6 * rows * width, 8 * rows * width)
     return Problem(
@@ -130,8 +128,7 @@ def nested_mlp(device: torch.device, sizes: Sizes, groups: Groups, hidden: int) 
 def patch_embed(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     """Patches of three channels, as many as tokens, in images of one row of patches."""
     rows, dtype, side, largest = tokens(groups), sizes.dtype, sizes.head_dim // 4, sizes.largest
-    with torch.device(device):
-        module = ek.ElasticPatchEmbed(side, largest).to(dtype)
+    module = made(lambda: ek.ElasticPatchEmbed(side, largest), device, sizes)
     leaves = {"x": draw(device, dtype, 1, 3, side, rows * side), **leaves_of(module)}
 
     def plain(m: ek.ElasticPatchEmbed, x: Tensor) -> Tensor:
@@ -149,8 +146,7 @@ def patch_embed(device: torch.device, sizes: Sizes, groups: Groups, width: int) 
 def conv1x1(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     """Channels-last maps, as many positions as tokens; half of the channels out."""
     rows, dtype, largest, out = tokens(groups), sizes.dtype, sizes.largest, width // 2
-    with torch.device(device):
-        module = ek.ElasticConv1x1(largest, largest).to(dtype)
+    module = made(lambda: ek.ElasticConv1x1(largest, largest), device, sizes)
     leaves = {"x": draw(device, dtype, 1, rows, 1, width), **leaves_of(module)}
 
     def plain(m: ek.ElasticConv1x1, x: Tensor) -> Tensor:
@@ -178,22 +174,16 @@ def offsets(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> P
     ends = torch.tensor([0, *lengths], device=device).cumsum(0)
     leaves = {"qkv": draw(device, dtype, rows, 3, width // sizes.head_dim, sizes.head_dim)}
 
-    def ours(qkv: Tensor) -> Tensor:
-        return ek.packed_attention(qkv, ends)
-
-    def plain(qkv: Tensor) -> Tensor:
-        return naive.attention(qkv, groups)
-
     def nested(qkv: Tensor) -> Tensor:
         q, k, v = (torch.nested.nested_tensor_from_jagged(t, ends).transpose(1, 2) for t in qkv.unbind(1))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).values().flatten(1)
 
     def make_nested() -> Provider:
-        if device.type != "cuda":
-            raise Unavailable("runs on CUDA only")
+        require_cuda(device)
         return nested
 
-    flops = sum(4.0 * count * length * length * width for count, length in groups)
+    flops = attention_flops(groups, width)
     moved = bytes_of(dtype, 4 * rows * width, 8 * rows * width)
+    ours, plain = partial(ek.packed_attention, groups=ends), partial(naive.attention, groups=groups)
     providers = providers_of(ours, plain, nested=make_nested)
     return Problem("offsets", shape_of(groups, width), leaves, providers, flops, moved)

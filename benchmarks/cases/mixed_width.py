@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import elastic_kernels as ek
 from benchmarks.cases.common import (
     Groups,
+    M,
     Sizes,
     bytes_of,
     draw,
     leaves_of,
+    made,
     of_module,
     providers_of,
     shape_of,
@@ -25,7 +26,6 @@ from benchmarks.peers.mixed_width import GroupedMM, Padded, Part, by_width
 from benchmarks.roofline.vit import attention_flops
 
 EPS = 1e-6
-M = TypeVar("M", bound=nn.Module)
 
 
 def _parts(groups: Groups, *widths: int) -> Iterator[Part]:
@@ -78,13 +78,8 @@ def _problem(
     return Problem(op, shape_of(groups, width, largest), leaves, providers, flops, moved)
 
 
-def _made(make: Callable[[], M], device: torch.device, sizes: Sizes) -> M:
-    with torch.device(device):
-        return make().to(sizes.dtype)
-
-
 def mixed_linear(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    layer = _made(lambda: ek.ElasticLinear(sizes.largest, sizes.largest), device, sizes)
+    layer = made(lambda: ek.ElasticLinear(sizes.largest, sizes.largest), device, sizes)
     return _problem(
         "mixed_linear", device, sizes, groups, width, layer,
         lambda m, x, widths: ek.mixed_width_linear(x, m.weight, m.bias, widths, widths),
@@ -95,7 +90,7 @@ def mixed_linear(device: torch.device, sizes: Sizes, groups: Groups, width: int)
 
 
 def mixed_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    norm = _made(lambda: ek.ElasticLayerNorm(sizes.largest, EPS), device, sizes)
+    norm = made(lambda: ek.ElasticLayerNorm(sizes.largest, EPS), device, sizes)
     return _problem(
         "mixed_norm", device, sizes, groups, width, norm,
         lambda m, x, widths: ek.mixed_width_layer_norm(x, m.weight, m.bias, EPS, widths),
@@ -106,7 +101,7 @@ def mixed_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -
 
 
 def mixed_mlp(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    mlp = _made(lambda: ek.ElasticMLP(sizes.largest, 4 * sizes.largest), device, sizes)
+    mlp = made(lambda: ek.ElasticMLP(sizes.largest, 4 * sizes.largest), device, sizes)
     return _problem(
         "mixed_mlp", device, sizes, groups, width, mlp,
         ek.mixed_width_mlp,
@@ -117,7 +112,7 @@ def mixed_mlp(device: torch.device, sizes: Sizes, groups: Groups, width: int) ->
 
 
 def mixed_attention(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
-    attn = _made(lambda: ek.ElasticAttention(sizes.largest, sizes.head_dim), device, sizes)
+    attn = made(lambda: ek.ElasticAttention(sizes.largest, sizes.head_dim), device, sizes)
 
     def sliced(m: ek.ElasticAttention, x: Tensor, part: Part) -> Tensor:
         h = naive.qkv(x, m.qkv.weight, m.qkv.bias).unflatten(-1, (-1, m.head_dim))
@@ -135,7 +130,7 @@ def mixed_attention(device: torch.device, sizes: Sizes, groups: Groups, width: i
 
 def mixed_block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     largest = sizes.largest
-    block = _made(
+    block = made(
         lambda: ek.ElasticBlock(largest, 4 * largest, sizes.head_dim, layer_scale=0.1), device, sizes
     )
     return _problem(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
-from torch import Tensor
 
 import elastic_kernels as ek
-from benchmarks.cases.common import Groups, Sizes, bytes_of, draw, leaves_of, of_module, providers_of
+from benchmarks.cases.common import Groups, Sizes, bytes_of, draw, leaves_of, made, of_module, providers_of
 from benchmarks.harness import Problem
 from benchmarks.peers import designs, naive
 from benchmarks.roofline import resnet, swin
@@ -47,12 +47,10 @@ def window_attention(device: torch.device, sizes: Sizes, groups: Groups, stage: 
         "pad": draw(device, dtype, 3, largest // HEAD_DIM, HEAD_DIM, seed=2),
     }
 
-    def ours(qkv: Tensor, bias: Tensor, pad: Tensor) -> Tensor:
-        return ek.window_attention(qkv, bias, pad, maps, window=sizes.window, shift=shift)
-
-    def plain(qkv: Tensor, bias: Tensor, pad: Tensor) -> Tensor:
-        return naive.window_attention(qkv, bias, pad, maps, window=sizes.window, shift=shift)
-
+    ours, plain = (
+        partial(attend, maps=maps, window=sizes.window, shift=shift)
+        for attend in (ek.window_attention, naive.window_attention)
+    )
     flops = swin.attention(sizes.window, [(count, side) for count, side, _ in maps], width).flops
     moved = bytes_of(dtype, 4 * rows * width, 7 * rows * width)
     shape = _shape(maps, width)
@@ -62,9 +60,8 @@ def window_attention(device: torch.device, sizes: Sizes, groups: Groups, stage: 
 def swin_block(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -> Problem:
     maps = _maps(sizes, stage)
     largest, width = (w * 2**stage for w in sizes.pyramid)
-    with torch.device(device):
-        module = ek.ElasticSwinBlock(largest, 4 * largest, HEAD_DIM, sizes.window, sizes.window // 2)
-    module = module.to(sizes.dtype)
+    window, shift = sizes.window, sizes.window // 2
+    module = made(lambda: ek.ElasticSwinBlock(largest, 4 * largest, HEAD_DIM, window, shift), device, sizes)
     rows = sum(c * h * w for c, h, w in maps)
     leaves = {"x": draw(device, sizes.dtype, rows, width), **leaves_of(module)}
     within = swin.attention(sizes.window, [(count, side) for count, side, _ in maps], width)
@@ -86,14 +83,10 @@ def group_norm(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -
         "residual": draw(device, sizes.dtype, *shape, seed=3),
     }
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return ek.elastic_group_norm(
-            x, weight, bias, sizes.norm_groups, EPS, residual=residual, activation="relu"
-        )
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return naive.group_norm(x, weight, bias, sizes.norm_groups, EPS, residual, "relu")
-
+    ours, plain = (
+        partial(normalise, groups=sizes.norm_groups, eps=EPS, activation="relu")
+        for normalise in (ek.elastic_group_norm, naive.group_norm)
+    )
     elements = count * height * width * channels
     forward = resnet.norm("intact", "norm", elements, residual=True)
     backward = resnet.norm_backward("intact", "norm", elements, residual=True)
@@ -108,8 +101,7 @@ def bottleneck(device: torch.device, sizes: Sizes, groups: Groups, stage: int) -
     count, height, width = _maps(sizes, stage)[-1]
     largest, middle = (w * 2**stage for w in sizes.pyramid)
     out = 2 * largest
-    with torch.device(device):
-        module = ek.ElasticBottleneck(out, largest, out, sizes.norm_groups).to(sizes.dtype)
+    module = made(lambda: ek.ElasticBottleneck(out, largest, out, sizes.norm_groups), device, sizes)
     rows = count * height * width
     leaves = {"x": draw(device, sizes.dtype, count, height, width, out), **leaves_of(module)}
     costs = resnet.block("intact", rows, rows, out, middle, out, projected=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from benchmarks.cases.common import (
     bytes_of,
     draw,
     leaves_of,
+    made,
     of_module,
     providers_of,
     shape_of,
@@ -34,12 +37,7 @@ def layer_norm(device: torch.device, sizes: Sizes, groups: Groups, width: int) -
         "bias": draw(device, dtype, sizes.largest, seed=2),
     }
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ek.elastic_layer_norm(x, weight, bias, EPS)
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return naive.layer_norm(x, weight, bias, EPS)
-
+    ours, plain = partial(ek.elastic_layer_norm, eps=EPS), partial(naive.layer_norm, eps=EPS)
     providers = providers_of(ours, plain) | layer_norm_peers.peers(EPS, device)
     moved = bytes_of(dtype, 2 * rows * width, 3 * rows * width)
     return Problem("layer_norm", shape_of(groups, width), leaves, providers, 0.0, moved)
@@ -49,12 +47,7 @@ def attention(device: torch.device, sizes: Sizes, groups: Groups, width: int) ->
     rows, dtype = tokens(groups), sizes.dtype
     leaves = {"qkv": draw(device, dtype, rows, 3, width // sizes.head_dim, sizes.head_dim)}
 
-    def ours(qkv: Tensor) -> Tensor:
-        return ek.packed_attention(qkv, groups)
-
-    def plain(qkv: Tensor) -> Tensor:
-        return naive.attention(qkv, groups)
-
+    ours, plain = (partial(attend, groups=groups) for attend in (ek.packed_attention, naive.attention))
     providers = providers_of(ours, plain) | attention_peers.peers(groups, device)
     moved = bytes_of(dtype, 4 * rows * width, 8 * rows * width)
     flops = attention_flops(groups, width)
@@ -79,17 +72,12 @@ def linear(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Pr
     rows, out, most = tokens(groups), 4 * width, 4 * sizes.largest
     leaves = {"x": draw(device, sizes.dtype, rows, width), **_weight(device, sizes, most, sizes.largest, 1)}
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ek.elastic_linear(x, weight, bias, out_features=out)
-
-    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return naive.linear(x, weight, bias, out)
-
     def packed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Fast where the corner is the whole weight; elsewhere it shows what the copy costs."""
         scale = sizes.largest / width
         return F.linear(x, (weight[:out, :width] * scale).contiguous(), bias[:out])
 
+    ours, plain = (partial(product, out_features=out) for product in (ek.elastic_linear, naive.linear))
     providers = providers_of(ours, plain, packed=lambda: packed)
     moved = _product_bytes(sizes.dtype, rows, out, width)
     return Problem("linear", shape_of(groups, width, out), leaves, providers, 2.0 * rows * out * width, moved)
@@ -99,8 +87,7 @@ def linear_gelu(device: torch.device, sizes: Sizes, groups: Groups, width: int) 
     rows, out, most = tokens(groups), 4 * width, 4 * sizes.largest
     leaves = {"x": draw(device, sizes.dtype, rows, width), **_weight(device, sizes, most, sizes.largest, 1)}
 
-    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return ek.elastic_linear(x, weight, bias, out_features=out, activation="gelu")
+    ours = partial(ek.elastic_linear, out_features=out, activation="gelu")
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(naive.linear(x, weight, bias, out))
@@ -166,10 +153,10 @@ def mlp(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Probl
 def block(device: torch.device, sizes: Sizes, groups: Groups, width: int) -> Problem:
     """A whole block; its bytes are the cost model's."""
     largest, rows = sizes.largest, tokens(groups)
-    with torch.device(device):
-        module = ek.ElasticBlock(largest, 4 * largest, sizes.head_dim, layer_scale=0.1).to(sizes.dtype)
-    leaves = {"x": draw(device, sizes.dtype, rows, width)}
-    leaves |= leaves_of(module)
+    module = made(
+        lambda: ek.ElasticBlock(largest, 4 * largest, sizes.head_dim, layer_scale=0.1), device, sizes
+    )
+    leaves = {"x": draw(device, sizes.dtype, rows, width), **leaves_of(module)}
     flops = 24.0 * rows * width * width + attention_flops(groups, width)
     weights = 12 * width * width
     # Forward: 2 norms, qkv, attention, proj, fc1, fc2 in and out; backward about twice, saved tensors read.

@@ -10,17 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.failures import Unavailable
+from benchmarks.failures import Unavailable, require_cuda
 from benchmarks.harness import Provider
 from benchmarks.peers import naive
 from elastic_kernels import backend, packed_attention
 
 Groups = Sequence[tuple[int, int]]
-
-
-def _needs_cuda(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise Unavailable("runs on CUDA only")
 
 
 def _needs(package: str) -> None:
@@ -30,7 +25,7 @@ def _needs(package: str) -> None:
 
 def sdpa(groups: Groups, kind: SDPBackend, device: torch.device) -> Provider:
     """PyTorch's attention by one of its backends, a call for each length."""
-    _needs_cuda(device)
+    require_cuda(device)
 
     def attend(qkv: Tensor) -> Tensor:
         with sdpa_kernel(kind):
@@ -41,7 +36,7 @@ def sdpa(groups: Groups, kind: SDPBackend, device: torch.device) -> Provider:
 
 def varlen(groups: Groups, device: torch.device) -> Provider:
     """`torch.nn.attention.varlen`: all lengths in one launch."""
-    _needs_cuda(device)
+    require_cuda(device)
     _needs("torch.nn.attention.varlen")
     from torch.nn.attention.varlen import varlen_attn
 
@@ -59,7 +54,7 @@ def varlen(groups: Groups, device: torch.device) -> Provider:
 
 def flex(groups: Groups, device: torch.device) -> Provider:
     """FlexAttention with a block mask of the sequences, compiled."""
-    _needs_cuda(device)
+    require_cuda(device)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     starts = _starts(groups, device)
@@ -81,7 +76,7 @@ def flex(groups: Groups, device: torch.device) -> Provider:
 
 def xformers(groups: Groups, device: torch.device) -> Provider:
     """`BlockDiagonalMask`, as the official code; the same adapter as the kernels' own backend."""
-    _needs_cuda(device)
+    require_cuda(device)
     _needs("xformers")
 
     def attend(qkv: Tensor) -> Tensor:
@@ -93,7 +88,7 @@ def xformers(groups: Groups, device: torch.device) -> Provider:
 
 def flash4(groups: Groups, device: torch.device) -> Provider:
     """FlashAttention-4 (CuTe), varlen."""
-    _needs_cuda(device)
+    require_cuda(device)
     _needs("flash_attn")
     try:
         from flash_attn.cute import flash_attn_varlen_func

@@ -17,7 +17,7 @@ def liger_rms_norm(eps: float, device: torch.device) -> Provider:
     function = imported("liger_kernel.ops.rms_norm", "LigerRMSNormFunction", device)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return function.apply(x, weight[: x.shape[-1]].contiguous(), eps, 0.0, "llama", False)  # type: ignore[attr-defined]
+        return function.apply(x, weight[: x.shape[-1]].contiguous(), eps, 0.0, "llama", False)
 
     return norm
 
@@ -26,7 +26,7 @@ def quack(eps: float, device: torch.device) -> Provider:
     function = imported("quack", "rmsnorm", device)
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
-        return function(x, weight[: x.shape[-1]].contiguous(), eps=eps)  # type: ignore[operator]
+        return function(x, weight[: x.shape[-1]].contiguous(), eps=eps)
 
     return norm
 
@@ -34,7 +34,7 @@ def quack(eps: float, device: torch.device) -> Provider:
 def liger_gate(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """`silu(g) * u`."""
     function = imported("liger_kernel.ops.swiglu", "LigerSiLUMulFunction", device)
-    return function.apply  # type: ignore[attr-defined]
+    return function.apply
 
 
 def liger_qk_norm(eps: float, rotary: Rotary, device: torch.device) -> Provider:
@@ -45,7 +45,7 @@ def liger_qk_norm(eps: float, rotary: Rotary, device: torch.device) -> Provider:
 
     def normed(qkv: Tensor, weight: Tensor) -> Tensor:
         q, k = (norm(qkv[:, part], weight[part]).transpose(0, 1).unsqueeze(0) for part in range(2))
-        turned = function.apply(q, k, cos, sin)  # type: ignore[attr-defined]
+        turned = function.apply(q, k, cos, sin)
         return torch.stack([*(t[0].transpose(0, 1) for t in turned), qkv[:, 2]], 1)
 
     return normed
@@ -58,7 +58,7 @@ def liger_group_norm(groups: int, eps: float, device: torch.device) -> Provider:
     def norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
         channels = x.shape[-1]
         affine = weight[:channels].contiguous(), bias[:channels].contiguous()
-        y = function.apply(x.movedim(-1, 1).contiguous(), *affine, channels, groups, eps)  # type: ignore[attr-defined]
+        y = function.apply(x.movedim(-1, 1).contiguous(), *affine, channels, groups, eps)
         return F.relu(y.movedim(1, -1) + residual)
 
     return norm

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.failures import Unavailable
+from benchmarks.failures import Unavailable, require_cuda
 from benchmarks.harness import Provider
 
 
-def imported(package: str, name: str, device: torch.device) -> object:
+def imported(package: str, name: str, device: torch.device) -> Any:
     """A name of a package, or `Unavailable` with the reason."""
-    if device.type != "cuda":
-        raise Unavailable("runs on CUDA only")
+    require_cuda(device)
     if importlib.util.find_spec(package.split(".")[0]) is None:
         raise Unavailable(f"{package.split('.')[0]} is not installed")
     try:
@@ -31,7 +30,7 @@ def liger(eps: float, device: torch.device) -> Provider:
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         width = x.shape[-1]
-        return function.apply(x, weight[:width].contiguous(), bias[:width].contiguous(), eps)  # type: ignore[attr-defined]
+        return function.apply(x, weight[:width].contiguous(), bias[:width].contiguous(), eps)
 
     return norm
 
@@ -42,7 +41,7 @@ def apex(eps: float, device: torch.device) -> Provider:
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         width = x.shape[-1]
-        return function(x, weight[:width].contiguous(), bias[:width].contiguous(), (width,), eps)  # type: ignore[operator]
+        return function(x, weight[:width].contiguous(), bias[:width].contiguous(), (width,), eps)
 
     return norm
 
@@ -54,14 +53,14 @@ def quack(eps: float, device: torch.device) -> Provider:
     class Norm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            y, rstd, mean = forward(x, weight, bias, eps, return_rstd=True, return_mean=True)  # type: ignore[operator]
+            y, rstd, mean = forward(x, weight, bias, eps, return_rstd=True, return_mean=True)
             ctx.save_for_backward(x, weight, rstd, mean)
             return y
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
             x, weight, rstd, mean = ctx.saved_tensors
-            return backward(x, weight, dy.contiguous(), rstd, mean)  # type: ignore[operator]
+            return backward(x, weight, dy.contiguous(), rstd, mean)
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         width = x.shape[-1]

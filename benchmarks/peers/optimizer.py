@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.failures import Unavailable
+from benchmarks.failures import Unavailable, require_cuda
 from benchmarks.harness import Provider
 from elastic_kernels import FusedAdamW, working_weights
 
@@ -76,8 +76,7 @@ def torch_fused(leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
 
 def apex(leaves: list[nn.Parameter], averages: list[Tensor]) -> Step:
     """NVIDIA Apex (from source; the package of that name on the index is another)."""
-    if not leaves[0].is_cuda:
-        raise Unavailable("runs on CUDA only")
+    require_cuda(leaves[0].device)
     try:
         from apex.optimizers import FusedAdam
     except ImportError as error:

@@ -24,11 +24,10 @@ class Measured:
     @classmethod
     def of(cls, gpu: str, shape: str, subnet: str) -> Measured:
         """Of steps with an elastic student."""
-        files = sorted([*results.FOLDER.glob("*.jsonl"), *results.FOLDER.glob("*/rows.jsonl")])
         wanted = (gpu, "ours", shape, subnet)
         rows = [
             row
-            for row in results.load(files)
+            for row in results.load(results.committed())
             if tuple(row[key] for key in ("gpu", "provider", "shape", "mode")) == wanted
         ]
         speeds = [row["images_per_s"] for row in rows if row["op"] == "step"]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from poa.errors import InputError
-from poa.options import Interval, shown
+from poa.options import Interval, describe, shown
 
-OPTIONS_HELP = "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
 RUN_HELP = "run folder written by pretrain"
 
 
@@ -123,6 +122,18 @@ def add_threads(command: Command) -> None:
         "CPU threads of PyTorch (default: OMP_NUM_THREADS, or one on a CPU if that is not set)",
         metavar="N",
     )
+
+
+def add_overrides(command: Arguments, help: str = "") -> None:
+    help = help or "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
+    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help)
+
+
+def described(options: Any, path: str = "") -> Iterator[str]:
+    """Options in a help text: each with its value, kind and meaning."""
+    for key, kind, value, text in describe(options, path):
+        written = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        yield f"  {key}={written}\n      {kind}: {text}"
 
 
 def add_step(command: Command) -> None:

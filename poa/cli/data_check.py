@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from poa.checkpoint import RunFolder
-from poa.cli.arguments import Command, describe_commands
+from poa.cli.arguments import Command, add_overrides, describe_commands
 from poa.config import Config, with_data
 from poa.data.inspect import Inspection, class_sizes, inspect, nearest_hashes
 from poa.data.layout import SOURCES
@@ -53,13 +53,7 @@ def add_data(group: argparse._SubParsersAction[Command]) -> None:
         each.add_argument("path", metavar="PATH", help=SOURCES)
         each.add_number("--channels", int, "[1, 16]", "channels of the images (default: 3)")
         each.add_number("--workers", int, "[0, 1024]", "decoding processes", default=1)
-        each.add_argument(
-            "overrides",
-            nargs="*",
-            default=[],
-            metavar="KEY=VALUE",
-            help="options of data, such as holdout=0.1",
-        )
+        add_overrides(each, "options of data, such as holdout=0.1")
 
 
 def _opened(options: argparse.Namespace) -> tuple[Config, DataSplit]:

@@ -6,22 +6,18 @@ import argparse
 from pathlib import Path
 
 from poa.checkpoint import RunFolder
-from poa.cli.arguments import Command, add_step
+from poa.cli.arguments import Command, add_overrides, add_step, described
 from poa.data.layout import SOURCES
 from poa.errors import InputError, Preempted
 from poa.finetune import RECIPES, recipe
 from poa.finetune.train import resume
-from poa.options import describe, override
+from poa.options import override
 from poa.run import Run
 
 
 def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
     recipes = "\n".join(f"  {name:<10} {text}" for name, (_, text) in RECIPES.items())
-    default = RECIPES["short"][0]
-    options = "\n".join(
-        f"  {key}={','.join(map(str, value)) if isinstance(value, tuple) else value}\n      {kind}: {text}"
-        for key, kind, value, text in describe(default)
-    )
+    options = "\n".join(described(RECIPES["short"][0]))
     command = group.add_parser(
         "finetune",
         help="fine-tune all subnets of a run with classifiers in one elastic run, or single ones",
@@ -44,9 +40,7 @@ def add_finetune(group: argparse._SubParsersAction[Command]) -> None:
     command.add_argument("--share", type=float, help="share of training images of each class, such as 0.1")
     command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N (default: auto)")
     add_step(command)
-    command.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="any option listed below, such as epochs=10"
-    )
+    add_overrides(command, "any option listed below, such as epochs=10")
     command.set_defaults(command=run_finetune)
 
 

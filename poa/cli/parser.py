@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_type_hints
+from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -13,13 +13,14 @@ import poa
 from poa.backbones import CONFIGS
 from poa.cli import commands
 from poa.cli.arguments import (
-    OPTIONS_HELP,
     RUN_HELP,
     Command,
     Parser,
+    add_overrides,
     add_subnets,
     add_weights,
     describe_commands,
+    described,
     number,
     parse_anywhere,
 )
@@ -95,7 +96,7 @@ def _add_first(group: argparse._SubParsersAction[Command]) -> None:
     )
     command.add_argument("--out", help="new run folder (default: runs/PRESET, or runs/PRESET-2, ...)")
     command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N")
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
+    add_overrides(command)
     command.set_defaults(command=commands.run_quickstart)
 
     command = group.add_parser("subnets", help="list the subnets of a run or a preset with their sizes")
@@ -109,13 +110,13 @@ def _add_planning(group: argparse._SubParsersAction[Command]) -> None:
     command = group.add_parser("memory", help="predict the GPU memory of a training step, without a GPU")
     _add_preset(command)
     _add_init(command)
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
+    add_overrides(command)
     command.set_defaults(command=commands.run_memory, config=None, data=None)
 
     command = group.add_parser("warmup", help="compile all kernels of a run before it starts")
     _add_preset(command)
     _add_init(command)
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OPTIONS_HELP)
+    add_overrides(command)
     command.add_argument(
         "--arch", metavar="sm_90", help="compile for an absent GPU architecture such as sm_90, into --cache"
     )
@@ -183,12 +184,7 @@ def _add_pretrain(group: argparse._SubParsersAction[Command], arguments: Sequenc
     )
     command.add_argument("--auto-resume", action="store_true", help="resume the run in --out if there is one")
     command.add_argument("--device", help="device to train on: auto, cpu, cuda or cuda:N (run.device)")
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="any option listed below, such as method.batch_size=32",
-    )
+    add_overrides(command, "any option listed below, such as method.batch_size=32")
     command.set_defaults(command=commands.run_pretrain)
 
 
@@ -197,18 +193,12 @@ def _options_help(arguments: Sequence[str]) -> str:
     names = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--preset"]
     name = names[-1] if names and names[-1] in PRESETS else "quickstart"
     config = preset(name)
-    lines = [f"options, with the values of preset {name}:", *_described(config)]
+    lines = [f"options, with the values of preset {name}:", *described(config)]
     for other in CONFIGS:
         if not isinstance(config.method.backbone, other):
             lines.append(f"\noptions of method.backbone.kind={other.kind}, with their defaults:")
-            lines += _described(other(), "method.backbone")
+            lines += described(other(), "method.backbone")
     return "\n".join(lines)
-
-
-def _described(options: Any, path: str = "") -> Iterator[str]:
-    for key, kind, value, text in describe(options, path):
-        shown = ",".join(str(v) for v in value) if isinstance(value, tuple) else value
-        yield f"  {key}={shown}\n      {kind}: {text}"
 
 
 def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
@@ -236,7 +226,7 @@ def _add_queries(group: argparse._SubParsersAction[Command]) -> None:
 def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
     names = ", ".join(protocol.name for protocol in PROTOCOLS)
     owned = [(p.name, p.folder.options) for p in PROTOCOLS if p.folder]
-    parts = ["\n".join([f"options of --{name}:", *_described(options)]) for name, options in owned]
+    parts = ["\n".join([f"options of --{name}:", *described(options)]) for name, options in owned]
     command = group.add_parser(
         "evaluate",
         help=f"measure the accuracy of subnets on held-out images: {names}",
