@@ -7,9 +7,9 @@ network, and a slice is never copied. Every operator has a plain PyTorch definit
 
 from elastic_kernels.absent_gpu import absent_gpu
 from elastic_kernels.attention import packed_attention
-from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinBlock, elastic_block_from_vit
+from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinBlock
 from elastic_kernels.compilations import compilations
-from elastic_kernels.conversion import elastic_block_from_timm
+from elastic_kernels.conversion import elastic_block_from_timm, elastic_block_from_vit
 from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, render_crops
 from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
 from elastic_kernels.embedding import EmbeddingWeights, elastic_embedding, resized_positions

@@ -22,7 +22,6 @@ from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import linear_backend
 from elastic_kernels.optimizer import fused_adamw_backend
 from elastic_kernels.qk_norm import qk_norm_backend
-from elastic_kernels.rms_norm import rms_norm_backend
 from elastic_kernels.tune import Call, compile_all, record, tune
 from elastic_kernels.window_attention import window_attention_backend
 
@@ -30,7 +29,7 @@ LINEARS = (
     *("elastic_linear", "elastic_linear_residual", "elastic_qkv", "elastic_mlp", "elastic_mlp_half"),
     *("elastic_swiglu", "elastic_head_mlps", "elastic_embedding", "mixed_width_linear", "mixed_width_mlp"),
 )
-NORMS = ("elastic_rms_norm", "mixed_width_layer_norm", "mixed_width_rms_norm")
+NORMS = ("elastic_layer_norm", "elastic_rms_norm", "mixed_width_layer_norm", "mixed_width_rms_norm")
 ATTENTION = ("packed_attention", "elastic_attention_half", "mixed_width_attention", "mixed_width_block")
 OTHERS = ("unit_rows", "koleo", "prototype_cross_entropy", "sinkhorn_scaling")
 
@@ -120,8 +119,7 @@ def report() -> None:
     print(f"\nbackends for {dtype} on {device.type}:")
     x = torch.empty(197, 384, dtype=dtype, device=device)
     choices = {op: linear_backend(op, x) for op in LINEARS}
-    choices["elastic_layer_norm"] = layer_norm_backend(x)
-    choices |= {op: rms_norm_backend(x, op) for op in NORMS}
+    choices |= {op: layer_norm_backend(x, op) for op in NORMS}
     choices |= {op: attention_backend(x, [(1, 197)], 64) for op in ATTENTION}
     choices["qk_norm"] = qk_norm_backend(x.view(197, 3, 2, 64))
     choices["window_attention"] = window_attention_backend(x, 7, 16)

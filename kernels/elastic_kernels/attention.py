@@ -85,7 +85,8 @@ def packed_attention(qkv: Tensor, groups: Groups, heads: Tensor | None = None) -
         return AttentionFunction.apply(qkv, pairs, heads, torch.is_grad_enabled())
     if choice == "xformers":
         return _attention_xformers(qkv, groups)
-    return _by_length(qkv, groups, _attend_sdpa if choice == "sdpa" else _attend_reference)
+    attend = F.scaled_dot_product_attention if choice == "sdpa" else _attend_reference
+    return _by_length(qkv, groups, attend)
 
 
 def class_sizes(groups: Sequence[tuple[int, int]]) -> list[int]:
@@ -167,10 +168,6 @@ def _attend_reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     to 9 times slower (Xeon with AMX, torch 2.13, 5 to 197 tokens).
     """
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-
-
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _xformers_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -5,10 +5,6 @@ Parameter names are those of timm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from elastic_kernels import validate
@@ -24,14 +20,13 @@ from elastic_kernels.modules import (
     ElasticMLP,
     ElasticWindowAttention,
     LayerScale,
+    Maps,
     conv_channels_last,
     static_linear,
     static_norm,
 )
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.vit_layers import ElasticSwiGLU
-
-Maps = Sequence[tuple[int, int, int]]
 
 
 class ElasticBlock(nn.Module):
@@ -329,68 +324,3 @@ class ElasticBottleneck(nn.Module):
         if self.downsample is not None:
             layers["downsample"] = self.downsample.state_dict()
         return {f"{name}.{key}": value for name, layer in layers.items() for key, value in layer.items()}
-
-
-def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlock:
-    """Make an elastic block that shares the parameters of a timm-style ViT block.
-
-    Args:
-        block: a pre-norm module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
-            `mlp.fc2`, and perhaps `ls1.gamma` and `ls2.gamma`, such as
-            `timm.models.vision_transformer.Block`.
-        scale: as of `ElasticBlock`.
-
-    Returns:
-        The block; its parameters are those of `block`, not copies. Stochastic depth and dropout are not taken
-        over: pass `kept` to the block instead.
-
-    Raises:
-        ValueError: the block has parts that an elastic block lacks, such as norms of q and k.
-
-    Example:
-        >>> import timm, torch
-        >>> from elastic_kernels import elastic_block_from_vit
-        >>> block = elastic_block_from_vit(timm.models.vision_transformer.Block(64, num_heads=4))
-        >>> block(torch.randn(10, 32), [(2, 5)]).shape
-        torch.Size([10, 32])
-    """
-    op = "elastic_block_from_vit"
-    if any(word in type(block).__name__ for word in ("Post", "RelPos")):
-        raise ValueError(f"{op}: expected a plain pre-norm block, got {type(block).__name__}")
-    attn, mlp = block.attn, block.mlp
-    for owner, name in ((attn, "q_norm"), (attn, "k_norm"), (attn, "norm"), (mlp, "norm")):
-        part = getattr(owner, name, None)
-        if part is not None and not isinstance(part, nn.Identity):
-            raise ValueError(f"{op}: expected no {name}, got {type(part).__name__}")
-    act = getattr(mlp, "act", None)
-    if not isinstance(act, nn.GELU) or act.approximate != "none":
-        raise ValueError(f"{op}: expected an exact nn.GELU, got {act}")
-    (hidden, width), heads = mlp.fc1.weight.shape, attn.num_heads
-    gammas = [getattr(getattr(block, name, None), "gamma", None) for name in ("ls1", "ls2")]
-    if (gammas[0] is None) != (gammas[1] is None):
-        raise ValueError(f"{op}: expected ls1 and ls2 both or neither, got one of them")
-    if attn.qkv.weight.shape != (3 * width, width) or width % heads:
-        raise ValueError(
-            f"{op}: expected qkv [{3 * width}, {width}] for {heads} equal heads, "
-            f"got {tuple(attn.qkv.weight.shape)}"
-        )
-    with torch.device("meta"):
-        elastic = ElasticBlock(
-            width,
-            hidden,
-            width // heads,
-            eps=block.norm1.eps,
-            layer_scale=None if gammas[0] is None else 1.0,
-            qkv_bias=attn.qkv.bias is not None,
-            scale=scale,
-        )
-    elastic.norm2.eps = block.norm2.eps
-    theirs = dict(block.named_parameters())
-    mine = dict(elastic.named_parameters())
-    if theirs.keys() != mine.keys():
-        odd = ", ".join(sorted(theirs.keys() ^ mine.keys()))
-        raise ValueError(f"{op}: expected the parameters of a plain block, differs in {odd}")
-    for name in mine:
-        owner, _, leaf = name.rpartition(".")
-        setattr(elastic.get_submodule(owner), leaf, theirs[name])
-    return elastic

@@ -1,4 +1,4 @@
-"""Elastic blocks of timm's newer vision transformers: DINOv2 with registers or a gate, EVA, DINOv3."""
+"""Elastic blocks of timm's vision transformers: plain ones, DINOv2 with registers or a gate, EVA, DINOv3."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic_kernels.blocks import ElasticBlock
 from elastic_kernels.linear import Scale
 from elastic_kernels.modules import ElasticLayerNorm, ElasticMLP, LayerScale
 from elastic_kernels.vit_layers import (
@@ -73,11 +74,11 @@ def _one(*parts: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.cat([part.detach() for part in parts]))
 
 
-def _without(owner: Any, *names: str) -> None:
+def _without(op: str, owner: Any, *names: str) -> None:
     for name in names:
         part = getattr(owner, name, None)
         if part is not None and not isinstance(part, nn.Identity):
-            raise ValueError(f"{OP}: expected no {name}, got {type(part).__name__}")
+            raise ValueError(f"{op}: expected no {name}, got {type(part).__name__}")
 
 
 def _norm(norm: Any) -> ElasticLayerNorm | ElasticRMSNorm:
@@ -100,7 +101,7 @@ def _linear(layer: nn.Linear, weight: nn.Parameter, bias: nn.Parameter | None) -
 
 
 def _attention(attn: Any, scale: Scale) -> ElasticRotaryAttention:
-    _without(attn, "norm", "gate")
+    _without(OP, attn, "norm", "gate")
     fused = getattr(attn, "qkv", None) is not None
     parts = [attn.qkv] if fused else [attn.q_proj, attn.k_proj, attn.v_proj]
     weight, biases = _one(*(part.weight for part in parts)), [part.bias for part in parts]
@@ -123,7 +124,7 @@ def _attention(attn: Any, scale: Scale) -> ElasticRotaryAttention:
 
 
 def _mlp(mlp: Any, scale: Scale) -> ElasticMLP | ElasticSwiGLU:
-    _without(mlp, "norm")
+    _without(OP, mlp, "norm")
     activation = _activation(mlp.act)
     split = hasattr(mlp, "fc1_g")
     hidden, width = mlp.fc2.in_features, mlp.fc2.out_features
@@ -147,3 +148,66 @@ def _activation(act: nn.Module) -> str:
     if kind is None:
         raise ValueError(f"{OP}: expected an activation GELU or SiLU, got {act}")
     return "gelu_tanh" if tanh else kind
+
+
+def elastic_block_from_vit(block: Any, *, scale: Scale = "offset") -> ElasticBlock:
+    """Make an elastic block that shares the parameters of a timm-style ViT block.
+
+    Args:
+        block: a pre-norm module with `norm1`, `attn.qkv`, `attn.proj`, `attn.num_heads`, `norm2`, `mlp.fc1`,
+            `mlp.fc2`, and perhaps `ls1.gamma` and `ls2.gamma`, such as
+            `timm.models.vision_transformer.Block`.
+        scale: as of `ElasticBlock`.
+
+    Returns:
+        The block; its parameters are those of `block`, not copies. Stochastic depth and dropout are not taken
+        over: pass `kept` to the block instead.
+
+    Raises:
+        ValueError: the block has parts that an elastic block lacks, such as norms of q and k.
+
+    Example:
+        >>> import timm, torch
+        >>> from elastic_kernels import elastic_block_from_vit
+        >>> block = elastic_block_from_vit(timm.models.vision_transformer.Block(64, num_heads=4))
+        >>> block(torch.randn(10, 32), [(2, 5)]).shape
+        torch.Size([10, 32])
+    """
+    op = "elastic_block_from_vit"
+    if any(word in type(block).__name__ for word in ("Post", "RelPos")):
+        raise ValueError(f"{op}: expected a plain pre-norm block, got {type(block).__name__}")
+    attn, mlp = block.attn, block.mlp
+    _without(op, attn, "q_norm", "k_norm", "norm")
+    _without(op, mlp, "norm")
+    act = getattr(mlp, "act", None)
+    if not isinstance(act, nn.GELU) or act.approximate != "none":
+        raise ValueError(f"{op}: expected an exact nn.GELU, got {act}")
+    (hidden, width), heads = mlp.fc1.weight.shape, attn.num_heads
+    gammas = [getattr(getattr(block, name, None), "gamma", None) for name in ("ls1", "ls2")]
+    if (gammas[0] is None) != (gammas[1] is None):
+        raise ValueError(f"{op}: expected ls1 and ls2 both or neither, got one of them")
+    if attn.qkv.weight.shape != (3 * width, width) or width % heads:
+        raise ValueError(
+            f"{op}: expected qkv [{3 * width}, {width}] for {heads} equal heads, "
+            f"got {tuple(attn.qkv.weight.shape)}"
+        )
+    with torch.device("meta"):
+        elastic = ElasticBlock(
+            width,
+            hidden,
+            width // heads,
+            eps=block.norm1.eps,
+            layer_scale=None if gammas[0] is None else 1.0,
+            qkv_bias=attn.qkv.bias is not None,
+            scale=scale,
+        )
+    elastic.norm2.eps = block.norm2.eps
+    theirs = dict(block.named_parameters())
+    mine = dict(elastic.named_parameters())
+    if theirs.keys() != mine.keys():
+        odd = ", ".join(sorted(theirs.keys() ^ mine.keys()))
+        raise ValueError(f"{op}: expected the parameters of a plain block, differs in {odd}")
+    for name in mine:
+        owner, _, leaf = name.rpartition(".")
+        setattr(elastic.get_submodule(owner), leaf, theirs[name])
+    return elastic

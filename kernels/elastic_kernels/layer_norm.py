@@ -78,7 +78,7 @@ def _reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def layer_norm_backend(x: Tensor, op: str = "elastic_layer_norm") -> dispatch.Choice:
-    """The backend that `elastic_layer_norm`, or another norm by its kernels, takes, and why."""
+    """The backend that `elastic_layer_norm`, or another op of rows of its widths, takes, and why."""
     width = x.shape[-1]
     limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
     return dispatch.choose(op, x, limit)

@@ -89,7 +89,8 @@ def elastic_linear(
         spec = layer_spec(x, weight, rows, scale=scale)
         y = LinearFunction.apply(x.reshape(-1, width), weight, bias, spec, activation)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)  # a view could not be overwritten
-    y = _scaled_linear(x, weight[:rows, :width], _head(bias, rows), factor(scale, weight.shape[1], width))
+    bias = None if bias is None else bias[:rows]
+    y = _scaled_linear(x, weight[:rows, :width], bias, factor(scale, weight.shape[1], width))
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
@@ -254,10 +255,6 @@ def factor(scale: Scale, largest: int, width: int) -> float:
     if isinstance(scale, str) and scale != "offset":
         raise ValueError(f"scale: expected 'offset', None or a number, got {scale!r}")
     return 1.0 if scale is None else largest / width if isinstance(scale, str) else float(scale)
-
-
-def _head(bias: Tensor | None, rows: int) -> Tensor | None:
-    return None if bias is None else bias[:rows]
 
 
 def _scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
+from elastic_kernels.layer_norm import layer_norm_backend
 from elastic_kernels.linear import ACTIVATIONS, Scale, factor, linear_backend
-from elastic_kernels.rms_norm import rms_norm_backend
 
 
 def mixed_width_linear(
@@ -150,7 +150,7 @@ def _row_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: floa
         raise ValueError(f"{op}: expected x [rows, {weight.shape[0]}], got {list(x.shape)}")
     validate.operands(op, x=x, weight=weight, bias=bias)
     validate.vectors(op, x, weight=(weight, x.shape[1]), bias=(bias, x.shape[1]))
-    if rms_norm_backend(x, op).backend == "triton":
+    if layer_norm_backend(x, op).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
         return LayerNormFunction.apply(x, weight, bias, eps, None, widths, torch.is_grad_enabled())

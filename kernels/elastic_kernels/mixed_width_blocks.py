@@ -20,7 +20,7 @@ from elastic_kernels.mixed_width import (
     mixed_width_stacked,
 )
 from elastic_kernels.mlp import gated
-from elastic_kernels.modules import ElasticAttention, ElasticLayerNorm, ElasticMLP, LayerScale
+from elastic_kernels.modules import ElasticAttention, ElasticLayerNorm, ElasticMLP
 from elastic_kernels.qk_norm import qk_norm
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.vit_layers import (
@@ -28,6 +28,7 @@ from elastic_kernels.vit_layers import (
     ElasticRMSNorm,
     ElasticRotaryAttention,
     ElasticSwiGLU,
+    scaled,
 )
 
 
@@ -146,9 +147,9 @@ def mixed_width_block(
     check_widths(op, x, widths=widths)
     x = x.masked_fill(beyond(widths, x.shape[1]), 0)
     h = mixed_width_attention(block.attn, _norm(block.norm1, x, widths), groups, widths, heads, rotary)
-    x = x + _scaled(block.ls1, h).to(x.dtype)
+    x = x + scaled(block.ls1, h, x)
     h = mixed_width_mlp(block.mlp, _norm(block.norm2, x, widths), widths, hidden)
-    return x + _scaled(block.ls2, h).to(x.dtype)
+    return x + scaled(block.ls2, h, x)
 
 
 def _norm(norm: torch.nn.Module, x: Tensor, widths: Tensor) -> Tensor:
@@ -156,7 +157,3 @@ def _norm(norm: torch.nn.Module, x: Tensor, widths: Tensor) -> Tensor:
         return mixed_width_rms_norm(x, norm.weight, norm.eps, widths)
     assert isinstance(norm, ElasticLayerNorm)
     return mixed_width_layer_norm(x, norm.weight, norm.bias, norm.eps, widths)
-
-
-def _scaled(scale: LayerScale | None, branch: Tensor) -> Tensor:
-    return branch if scale is None else branch * scale.gamma

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elastic_kernels import dispatch, validate
+from elastic_kernels import validate
 from elastic_kernels.layer_norm import layer_norm_backend
 
 
@@ -45,15 +45,10 @@ def elastic_rms_norm(x: Tensor, weight: Tensor, eps: float, *, rows: Tensor | No
     validate.operands(op, x=x, weight=weight)
     validate.vectors(op, x, weight=(weight, weight.shape[0]))
     validate.chosen_rows(op, x, rows)
-    if rms_norm_backend(x).backend == "triton":
+    if layer_norm_backend(x, op).backend == "triton":
         from elastic_kernels.triton_ops.layer_norm import LayerNormFunction
 
         flat = x if rows is not None else x.reshape(-1, width)
         y = LayerNormFunction.apply(flat, weight, None, eps, rows, None, torch.is_grad_enabled())
         return y if rows is not None else y.view(x.shape)
     return F.rms_norm(x if rows is None else x.index_select(0, rows), (width,), weight[:width], eps)
-
-
-def rms_norm_backend(x: Tensor, op: str = "elastic_rms_norm") -> dispatch.Choice:
-    """The backend that `elastic_rms_norm`, or a norm of rows of several widths, takes, and why."""
-    return layer_norm_backend(x, op)

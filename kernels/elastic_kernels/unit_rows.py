@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch, validate
-from elastic_kernels.layer_norm import MAX_WIDTH
+from elastic_kernels.layer_norm import layer_norm_backend
 
 
 def unit_rows(x: Tensor, gain: Tensor | None = None, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -46,9 +46,7 @@ def unit_rows(x: Tensor, gain: Tensor | None = None, *, dtype: torch.dtype | Non
     if gain is not None and gain.shape != (len(x), 1):
         raise ValueError(f"{op}: expected gain {(len(x), 1)}, got {tuple(gain.shape)}")
     validate.operands(op, x=x, gain=gain)
-    width = x.shape[1]
-    limit = f"the kernel takes widths up to {MAX_WIDTH}, got {width}" if width > MAX_WIDTH else None
-    if dispatch.choose(op, x, limit).backend == "triton":
+    if layer_norm_backend(x, op).backend == "triton":
         from elastic_kernels.triton_ops.unit_rows import UnitRowsFunction
 
         return UnitRowsFunction.apply(x, gain, dtype)

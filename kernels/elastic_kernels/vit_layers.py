@@ -186,11 +186,12 @@ class ElasticPreNormBlock(nn.Module):
             `[tokens, w]`, the dtype of `x`.
         """
         options = {} if rotary is None else {"rotary": rotary}
-        x = x + _scaled(self.ls1, self.attn(self.norm1(x), groups, heads, **options), x)
-        return x + _scaled(self.ls2, self.mlp(self.norm2(x), hidden), x)
+        x = x + scaled(self.ls1, self.attn(self.norm1(x), groups, heads, **options), x)
+        return x + scaled(self.ls2, self.mlp(self.norm2(x), hidden), x)
 
 
-def _scaled(scale: LayerScale | None, branch: Tensor, x: Tensor) -> Tensor:
+def scaled(scale: LayerScale | None, branch: Tensor, x: Tensor) -> Tensor:
+    """A branch to be added to `x`, times LayerScale if there is one, in the dtype of `x`."""
     return (branch if scale is None else branch * scale.gamma[: x.shape[1]]).to(x.dtype)
 
 
