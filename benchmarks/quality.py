@@ -26,7 +26,7 @@ from poa.errors import InputError
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.initialization import initial_config
 from poa.initialization.importance import sort_by_importance
-from poa.initialization.orders import random_order
+from poa.initialization.order import random_order
 from poa.micro_batch import MicroBatch
 from poa.network import Network, StudentPass
 from poa.optim import apply_schedules, update_weights

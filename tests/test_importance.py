@@ -11,7 +11,7 @@ import torch
 from helpers.pretrained import random_weights, same_features
 from helpers.tiny import MODERN, tiny_config, tiny_pyramid
 from poa.errors import InputError
-from poa.initialization.orders import ResNetOrder, ViTOrder, random_order
+from poa.initialization.order import ResNetOrder, ViTOrder, random_order
 from poa.subnets import Subnet
 
 

@@ -23,7 +23,7 @@ from poa.checkpoint import RunFolder, read_checkpoint
 from poa.errors import DivergenceError, InputError
 from poa.export import extract
 from poa.initialization import initial_config, read_source
-from poa.initialization.orders import random_order
+from poa.initialization.order import random_order
 from poa.official import load_backbone
 from poa.options import override
 from poa.presets import preset

@@ -14,10 +14,11 @@ import poa
 from helpers.commands import contents, fails
 from poa.__main__ import main
 from poa.errors import InputError
+from poa.evaluate.quality import rankme
 from poa.presets import PRESETS, preset
-from poa.selection.agreement import linear_cka, rankme
 from poa.selection.choice import Candidate, Cost, choose
 from poa.selection.latency import Latency, LatencyTable, Setting, fewest_sampled, interpolated, sampled
+from poa.selection.quality import linear_cka
 from poa.selection.runtimes import CALLS, QUIET, WARM, interleaved
 from poa.subnets import SearchSpace, Subnet
 

@@ -6,18 +6,14 @@ of 32 x 32 pixels, about their median. Copies that were scaled, recompressed or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
-from poa.data.decode import ImageError, to_picture
-from poa.data.loader import batches_of
+from poa.data.decode import to_picture
+from poa.data.loader import looked_at
 from poa.data.sources import ImageSource
 
 CANVAS = 64  # pixels; enough for the hash, and quickly decoded
@@ -42,49 +38,23 @@ class Inspection:
     unreadable: list[str]
 
 
-class _Look(NamedTuple):
-    size: tuple[int, int]
-    hash: int
-    unreadable: str | None
-
-
-class _Looks(Dataset[_Look]):
-    def __init__(self, source: ImageSource):
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> _Look:
-        try:
-            size, pixels = self.source.read_sized(index, CANVAS)
-            return _Look(size, perceptual_hash(pixels), None)
-        except ImageError as error:
-            return _Look((0, 0), 0, str(error))
-
-
-def _arrays(looks: Sequence[_Look]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
-    """Which of a batch can be read, their sizes and hashes; messages about the others."""
-    good = [look for look in looks if look.unreadable is None]
-    return (
-        np.array([look.unreadable is None for look in looks]),
-        np.array([look.size for look in good], dtype=np.int64).reshape(-1, 2),
-        np.array([look.hash for look in good], dtype=np.uint64),
-        [look.unreadable for look in looks if look.unreadable is not None],
-    )
-
-
 def inspect(source: ImageSource, workers: int) -> Inspection:
     """Read every image of a source, by so many decoding processes."""
-    bar = tqdm(total=len(source), desc="images", unit="image", leave=False, disable=None)
-    batches = []
-    for batch in batches_of(_Looks(source), workers, collate=_arrays, batch_size=64):
-        batches.append(batch)
-        bar.update(len(batch[0]))
-    bar.close()
-    readable, sizes, hashes, messages = zip(*batches, strict=True)
-    kept = source.subset(np.flatnonzero(np.concatenate(readable)))
-    return Inspection(kept, np.concatenate(sizes), np.concatenate(hashes), sum(messages, []))
+    readable, sizes, hashes, messages = [], [], [], list[str]()
+    for batch in looked_at(source, partial(_look, source), workers):
+        good = [look for look in batch if look.image is not None]
+        readable += [look.position for look in good]
+        sizes.append(np.array([look.image[0] for look in good], dtype=np.int64).reshape(-1, 2))
+        hashes.append(np.array([look.image[1] for look in good], dtype=np.uint64))
+        messages += sum((look.unreadable for look in batch), [])
+    kept = source.subset(np.array(readable, dtype=np.int64))
+    return Inspection(kept, np.concatenate(sizes), np.concatenate(hashes), messages)
+
+
+def _look(source: ImageSource, index: int) -> tuple[tuple[int, int], int]:
+    """The size of an image and its hash."""
+    size, pixels = source.read_sized(index, CANVAS)
+    return size, perceptual_hash(pixels)
 
 
 @cache

@@ -8,7 +8,8 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from tqdm.auto import tqdm
 
 from poa.data.decode import ImageError
 from poa.data.sources import ImageSource
@@ -51,9 +53,10 @@ class Canvases(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """One image `[H, W, C]` or none, its position in the source, and what could not be read on the way."""
+    """What was read of an image, such as pixels `[H, W, C]`, or None; its position in the source, and what
+    could not be read on the way."""
 
-    image: np.ndarray | None
+    image: Any
     position: int
     unreadable: list[str]
 
@@ -76,13 +79,14 @@ def collate(samples: Sequence[Decoded]) -> Canvases:
     PyTorch would put it there in a thread whose failure goes unnoticed.
     """
     readable = [s for s in samples if s.image is not None]
-    images, sizes = place_on_canvases([s.image for s in readable if s.image is not None])
+    images, sizes = place_on_canvases([s.image for s in readable])
     positions = torch.tensor([s.position for s in readable], dtype=torch.int64)
     if get_worker_info() is not None:
         images.share_memory_()
     return Canvases(images, sizes, positions, sum((s.unreadable for s in samples), []))
 
 
+@dataclass(eq=False)
 class SampleStream:
     """Which images one process's micro-batches of every step take: an endless sequence of shuffles, cut into
     micro-batches.
@@ -90,7 +94,7 @@ class SampleStream:
     The micro-batches of a step take neighbouring parts of the sequence, so the images of a step do not depend
     on how many processes share it. Position in the sequence is a function of the step.
 
-    Args:
+    Attributes:
         images: how many there are.
         batch_size: images of a micro-batch.
         micro_batches, step_micro_batches: which of a step's are this process's, and how many there are.
@@ -100,25 +104,16 @@ class SampleStream:
             images of every `WINDOW` blocks. 1: a full shuffle.
     """
 
-    def __init__(
-        self,
-        images: int,
-        batch_size: int,
-        micro_batches: Sequence[int],
-        step_micro_batches: int,
-        steps: range,
-        seed: int,
-        start: int = 0,
-        block: int = 1,
-    ):
-        self.images = images
-        self.batch_size = batch_size
-        self.micro_batches = micro_batches
-        self.step_micro_batches = step_micro_batches
-        self.steps = steps
-        self.seed = seed
-        self.start = start
-        self.block = block
+    images: int
+    batch_size: int
+    micro_batches: Sequence[int]
+    step_micro_batches: int
+    steps: range
+    seed: int
+    start: int = 0
+    block: int = 1
+
+    def __post_init__(self) -> None:
         self._order = lru_cache(maxsize=4)(self._shuffle)
 
     def __len__(self) -> int:
@@ -147,15 +142,15 @@ class SampleStream:
         return np.concatenate([draw.permutation(order[i : i + window]) for i in range(0, len(order), window)])
 
 
+@dataclass(frozen=True, eq=False)
 class _TrainingImages(Dataset[Decoded]):
     """Images by (position in the sequence, image). In the place of an unreadable one comes another, which the
     position in the sequence draws."""
 
-    def __init__(self, source: ImageSource, canvas: int, seed: int, transform: Transform | None):
-        self.source = source
-        self.canvas = canvas
-        self.seed = seed
-        self.transform = transform
+    source: ImageSource
+    canvas: int
+    seed: int
+    transform: Transform | None
 
     def __getitem__(self, sample: tuple[int, int]) -> Decoded:
         position, index = sample
@@ -175,19 +170,19 @@ class _TrainingImages(Dataset[Decoded]):
         )
 
 
+@dataclass(frozen=True, eq=False)
 class _AllImages(Dataset[Decoded]):
-    """Images in order; unreadable ones are none."""
+    """What a function reads of each of so many images in order; of unreadable ones none."""
 
-    def __init__(self, source: ImageSource, canvas: int):
-        self.source = source
-        self.canvas = canvas
+    count: int
+    read: Callable[[int], Any]
 
     def __len__(self) -> int:
-        return len(self.source)
+        return self.count
 
     def __getitem__(self, index: int) -> Decoded:
         try:
-            return Decoded(self.source.read(index, self.canvas), index, [])
+            return Decoded(self.read(index), index, [])
         except ImageError as error:
             return Decoded(None, index, [str(error)])
 
@@ -217,7 +212,17 @@ def evaluation_batches(
     patience: float = 600.0,
 ) -> Iterator[Canvases]:
     """All readable images once, in order; see `training_batches`."""
-    return batches_of(_AllImages(source, canvas), workers, patience, batch_size=batch_size)
+    images = _AllImages(len(source), partial(source.read, canvas=canvas))
+    return batches_of(images, workers, patience, batch_size=batch_size)
+
+
+def looked_at(source: ImageSource, read: Callable[[int], Any], workers: int) -> Iterator[list[Decoded]]:
+    """What a function reads of all images in order, batch by batch, with a bar of progress."""
+    with tqdm(total=len(source), desc="images", unit="image", leave=False, disable=None) as bar:
+        images = _AllImages(len(source), read)
+        for batch in batches_of(images, workers, collate=list[Decoded], batch_size=64):
+            yield batch
+            bar.update(len(batch))
 
 
 def batches_of(

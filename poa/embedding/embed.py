@@ -117,11 +117,11 @@ def embed(
         if path:
             world.from_main(partial(require_feature_file, path, len(tokens)))
         sources, left_out = _opened(name, openers, model.preprocess, world)
-        model, kept = model.to(world.device).eval(), _Kept()
+        model, kept = model.to(world.device).eval(), list[Rows]()
         if nearest:
             nearest.begin(model)
         about = {"model": model.info | {"sha256": model.sha256()}, "data": name}
-        writes = writing_features(path, about) if path and world.is_main else nullcontext(kept.add)
+        writes = writing_features(path, about) if path and world.is_main else nullcontext(kept.append)
         with Progress(sum(map(len, sources)), 0, world.is_main, "image") as progress, writes as add:
             work = _Work(add, tokens, progress, left_out, nearest)
             for source in sources:
@@ -129,8 +129,10 @@ def embed(
                     work.take(source, batch)
             if world.is_main and not work.count:
                 raise InputError(f"data: expected readable images, got none of {name} ({left_out})")
-    features = kept.features()
-    return Embeddings(work.count, left_out, work.images_per_s, path, kept.names, kept.labels, features)
+    names = [name for rows in kept for name in rows.names]
+    labels = [label for rows in kept for label in rows.labels]
+    features = {t: np.concatenate([rows.features[t] for rows in kept]) for t in (tokens if kept else ())}
+    return Embeddings(work.count, left_out, work.images_per_s, path, names, labels, features)
 
 
 def _opened(
@@ -183,24 +185,6 @@ class _Work:
         if (now := time.perf_counter()) - self.shown > SHOWN_EVERY:
             self.progress.show(self.done, {"speed": f"{self.images_per_s:,.0f} img/s"})
             self.shown = now
-
-
-class _Kept:
-    """Rows in memory."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.labels: list[str | None] = []
-        self.parts: dict[str, list[np.ndarray]] = {}
-
-    def add(self, rows: Rows) -> None:
-        self.names += rows.names
-        self.labels += rows.labels
-        for token, values in rows.features.items():
-            self.parts.setdefault(token, []).append(values)
-
-    def features(self) -> dict[str, np.ndarray]:
-        return {token: np.concatenate(parts) for token, parts in self.parts.items()}
 
 
 class Batch(NamedTuple):

@@ -22,7 +22,7 @@ from poa.evaluate.sweep import Origin, evaluate_subnets, evaluation_file
 from poa.evaluate.top1 import require_classes, top1_of
 from poa.files import require_json
 from poa.images import open_on_ranks
-from poa.initialization.orders import ORDERS
+from poa.initialization.order import ORDERS
 from poa.network import Network
 from poa.progress import say
 from poa.selection.quality import Weights

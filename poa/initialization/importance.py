@@ -12,8 +12,7 @@ from poa.data.sources import DataSplit
 from poa.distributed import World
 from poa.evaluate import REPORTED_K, knn_of_subnets
 from poa.evaluate.sweep import limited
-from poa.initialization.order import Order
-from poa.initialization.orders import ORDERS, random_order
+from poa.initialization.order import ORDERS, Order, random_order
 from poa.progress import say
 from poa.random import torch_stream
 from poa.step import Initial

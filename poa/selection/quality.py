@@ -1,25 +1,33 @@
-"""What subnets are worth: k-NN accuracies that an evaluation noted, or agreement with the intact network."""
+"""What subnets are worth: k-NN accuracies that an evaluation noted, or agreement with the intact network.
+
+CKA     ||Y'X||^2 / (||X'X|| ||Y'Y||) of centred features X, Y: 1 where they are the same up to rotation
+        and scale. Linear CKA, Kornblith et al., ICML 2019. No labels are needed.
+"""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from poa.backbones import Backbone
 from poa.checkpoint import Branch, RunFolder, log
 from poa.config import Config
 from poa.data.layout import Openers
+from poa.data.sources import ImageSource
 from poa.distributed import World
 from poa.errors import InputError, SaveError
-from poa.evaluate.knn import KNN, REPORTED_K
+from poa.evaluate.features import extract_features
+from poa.evaluate.knn import KNN, REPORTED_K, class_token
+from poa.evaluate.quality import rankme
 from poa.evaluate.sweep import data_place, limited
 from poa.files import read_json, write_json
-from poa.selection.agreement import Agreement, agreements
 from poa.subnets import Subnet
 
 AGREEMENT = "agreement.json"
@@ -96,6 +104,38 @@ def knn_quality(weights: Weights, data: str | None, source: str) -> Quality:
     of = f"{settings['branch']} of step {settings['step']}"
     about = f"{of}, {REPORTED_K}-NN accuracy on {settings['data']} ({path.name})"
     return Quality(f"{REPORTED_K}-NN", about, values, ".1%", 100.0, "accuracy, %")
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of a subnet: linear CKA with the intact network, in 0..1; RankMe, at least 1."""
+
+    cka: float
+    rankme: float
+
+
+def linear_cka(x: Tensor, y: Tensor) -> float:
+    """Linear CKA of features `[images, channels_x]` and `[images, channels_y]`, float64 inside."""
+    x, y = ((z - z.mean(0)).double() for z in (x, y))
+    norms = torch.linalg.matrix_norm(x.T @ x) * torch.linalg.matrix_norm(y.T @ y)
+    return float(torch.linalg.matrix_norm(y.T @ x) ** 2 / norms) if norms > 0 else 0.0
+
+
+def agreements(
+    backbone: Backbone, subnets: Sequence[Subnet], source: ImageSource, config: Config, world: World
+) -> list[Agreement]:
+    """Agreement of subnets with the intact network on the class tokens of images; `world` is the only
+    process. Raises InputError: fewer than two images can be read."""
+    method, workers = config.method, config.performance.workers
+    functions = [class_token(backbone, s) for s in [backbone.space.intact, *subnets]]
+    extracted = extract_features(
+        functions, source, method.crops, world, canvas=method.canvas, workers=workers
+    )
+    assert extracted is not None
+    intact, *others = extracted.features
+    if len(intact) < 2:
+        raise InputError(f"agreement: expected at least 2 readable images, got {len(intact)}")
+    return [Agreement(linear_cka(features, intact), rankme(features)) for features in others]
 
 
 def agreement_quality(
