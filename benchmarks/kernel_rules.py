@@ -85,21 +85,9 @@ BANDWIDTH_BOUND = (
 )  # fmt: skip
 
 
-def _spills(row: Row) -> str | None:
-    return f"{row.spilled_bytes} bytes" if row.spilled_bytes else None
-
-
 def _shared(row: Row) -> str | None:
     limit = ARCHITECTURES[int(row.architecture.removeprefix("sm_"))].shared_of_block * 1024
     return f"{row.shared_bytes} bytes, the GPU has {limit}" if row.shared_bytes > limit else None
-
-
-def _blocks(row: Row) -> str | None:
-    return None if row.blocks_an_sm else "none fits"
-
-
-def _duplicates(row: Row) -> str | None:
-    return f"{row.duplicates} compute the same" if row.duplicates > 1 else None
 
 
 def _scalar(row: Row) -> str | None:
@@ -116,10 +104,10 @@ def _matrix(row: Row) -> str | None:
 
 
 RULES: dict[str, Callable[[Row], str | None]] = {
-    "spills": _spills,
+    "spills": lambda row: f"{row.spilled_bytes} bytes" if row.spilled_bytes else None,
     "shared memory": _shared,
-    "blocks": _blocks,
-    "duplicated warps": _duplicates,
+    "blocks": lambda row: None if row.blocks_an_sm else "none fits",
+    "duplicated warps": lambda row: f"{row.duplicates} compute the same" if row.duplicates > 1 else None,
     "scalar accesses": _scalar,
     "matrix instructions": _matrix,
 }

@@ -119,9 +119,10 @@ def profile(name: str, images: int, device: torch.device) -> Row:
         if cuda:
             torch.cuda.synchronize()
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
-    kernels = {e.key: (getattr(e, field), e.count) for e in profiler.key_averages() if getattr(e, field) > 0}
+    events = [e for e in profiler.key_averages() if getattr(e, field) > 0]
     if cuda:  # the device's own events, not the operators that launched them
-        kernels = {e.key: (getattr(e, field), e.count) for e in profiler.key_averages() if _on_device(e)}
+        events = [e for e in profiler.key_averages() if str(e.device_type).endswith("CUDA")]
+    kernels = {e.key: (getattr(e, field), e.count) for e in events}
     total = sum(t for t, _ in kernels.values())
     launches = sum(count for _, count in kernels.values())
     lines = [f"{subnet}, {setting.images} images: {total / 1e3:.2f} ms in {launches} launches"]
@@ -151,7 +152,3 @@ def _family_shares(
             floor = sum(c.floor(ceilings) for c in costs if re.search(of_costs, c.kernel))
             shares[family] = floor * 1e6 / spent
     return shares
-
-
-def _on_device(event: object) -> bool:
-    return str(getattr(event, "device_type", "")).endswith("CUDA")

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -276,12 +276,11 @@ def measure(
     timer = timing.timer_of(setting.device, hide=False)
     for mode, subnets in modes.items():
         started, graphs = time.perf_counter(), compiled()
-        for subnet in dict.fromkeys(subnets):
-            provider.step(subnet)  # compiles, allocates
-        _synchronize(setting.device)
-        warm_up, graphs = time.perf_counter() - started, compiled() - graphs
+        _steps(provider, dict.fromkeys(subnets))  # compiles, allocates
         if setting.device.type == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
+        warm_up, graphs = time.perf_counter() - started, compiled() - graphs
         call = timing.timed(partial(_steps, provider, subnets))
         times, end = [timer(call)[0]], time.perf_counter() + seconds
         while time.perf_counter() < end:
@@ -290,14 +289,9 @@ def measure(
         yield row | {"graphs": graphs, "warm_up_s": warm_up}
 
 
-def _steps(provider: Provider, subnets: Sequence[Subnet]) -> None:
+def _steps(provider: Provider, subnets: Iterable[Subnet]) -> None:
     for subnet in subnets:
         provider.step(subnet)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def row_of(

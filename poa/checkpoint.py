@@ -266,11 +266,16 @@ class RunFolder:
             got += "; if the run has ended, start it again with --out"
         raise InputError(f"{self.path}: expected {which}, got {got}")
 
-    def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints of later steps, which are damaged, so that they are not asked for again."""
+    def take_up(self, step: int) -> None:
+        """Go on from a step: forget what a run that was killed left unfinished, and lines of later steps.
+
+        Checkpoints of those, which are damaged, are renamed, so that they are not asked for again.
+        """
+        self.remove_partial()
         for checkpoint in self.checkpoints():
             if checkpoint.step > step:
                 checkpoint.path.rename(checkpoint.path.with_suffix(DAMAGED))
+        self.forget_metrics_after(step)
 
     def load(
         self, checkpoint: Checkpoint, config: Config, *, mapped: bool = False, format: str | None = FORMAT

@@ -212,9 +212,7 @@ class Trainer:
         if self.first_step == 0:
             self.folder.create(self.config)
             return
-        self.folder.remove_partial()
-        self.folder.set_aside_after(self.first_step)
-        self.folder.forget_metrics_after(self.first_step)
+        self.folder.take_up(self.first_step)
         self.folder.keep_config(self.config)
 
     def train(self) -> None:

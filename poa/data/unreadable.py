@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from poa.distributed import World
@@ -12,17 +13,17 @@ from poa.files import append_rows, read_rows
 LEAST = 1000  # images, before a share means anything
 
 
+@dataclass
 class Unreadable:
     """Names every unreadable image once in a file of JSON lines, which the main process writes, and ends a
     run that meets more than a `share`."""
 
-    def __init__(self, file: Path, world: World, share: float):
-        self.file = file
-        self.world = world
-        self.share = share
-        self.count = 0
-        self.new: list[str] = []
-        self.known: set[str] | None = None
+    file: Path
+    world: World
+    share: float
+    count: int = 0
+    new: list[str] = field(default_factory=list)
+    known: set[str] | None = None
 
     def add(self, messages: Sequence[str]) -> None:
         self.new += messages

@@ -148,21 +148,20 @@ def _opened(
     return sources, left_out
 
 
+@dataclass
 class _Work:
     """Where the features of batches go, on the main process, and how fast."""
 
-    def __init__(
-        self,
-        add: Callable[[Rows], None],
-        tokens: Sequence[str],
-        progress: Progress,
-        left_out: LeftOut,
-        nearest: Nearest | None,
-    ):
-        self.add, self.tokens, self.progress = add, tokens, progress
-        self.left_out, self.nearest = left_out, nearest
-        self.needed = list(dict.fromkeys([*tokens, *(["cls"] if nearest else [])]))
-        self.count = self.done = 0
+    add: Callable[[Rows], None]
+    tokens: Sequence[str]
+    progress: Progress
+    left_out: LeftOut
+    nearest: Nearest | None
+    count: int = 0
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.needed = list(dict.fromkeys([*self.tokens, *(["cls"] if self.nearest else [])]))
         self.started = self.shown = time.perf_counter()
 
     @property

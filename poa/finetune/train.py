@@ -208,9 +208,7 @@ class Trainer:
 
     def _begin_folder(self, lines: Sequence[str]) -> None:
         if self.first:
-            self.folder.remove_partial()
-            self.folder.set_aside_after(self.first)
-            self.folder.forget_metrics_after(self.first)
+            self.folder.take_up(self.first)
             return
         self.folder.create(self.config)
         write_json(self.folder.finetuning, asdict(self.options))

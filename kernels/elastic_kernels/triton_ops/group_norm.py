@@ -192,7 +192,7 @@ def group_norm_fwd(
     Statistics that are not kept are empty.
     """
     samples, rows, channels = x.shape
-    y, *statistics = results = _empty_results(x, weight, bias, residual, groups, eps, relu, keep)
+    y, *statistics = results = _empty_results(x, groups, keep)
     if x.numel():
         config = _config(_FWD, x, groups)
         _group_norm_fwd_kernel[(samples, cdiv(groups, config.groups))](
@@ -205,16 +205,7 @@ def group_norm_fwd(
     return results
 
 
-def _empty_results(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    groups: int,
-    eps: float,
-    relu: bool,
-    keep: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_results(x: Tensor, groups: int, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (x.shape[0] if keep else 0, groups)
     mean, rstd = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), mean, rstd
@@ -248,7 +239,7 @@ register(
     "group_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? residual, int groups, float eps, bool relu,"
     " bool keep=True) -> (Tensor, Tensor, Tensor)",
     group_norm_fwd,
-    _empty_results,
+    lambda x, weight, bias, residual, groups, eps, relu, keep=True: _empty_results(x, groups, keep),
 )
 register(
     "group_norm_bwd(Tensor dy, Tensor x, Tensor? y, Tensor weight, Tensor mean, Tensor rstd,"

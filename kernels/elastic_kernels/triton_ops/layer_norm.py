@@ -236,7 +236,8 @@ def layer_norm_fwd(
         y `[rows, w]`, xhat in the dtype of y or empty, fp32 mean (empty for RMSNorm) and rstd `[rows]`, empty
         if not kept.
     """
-    results = _empty_results(x, weight, bias, eps, index, dtype, keep_xhat, keep=keep)
+    centred = _is_centred(weight, bias)
+    results = _empty_results(x, index, dtype, centred, keep_xhat, keep)
     y, xhat, *statistics = results
     rows, width = y.shape
     if rows:
@@ -246,7 +247,7 @@ def layer_norm_fwd(
             rows, width,
             x.stride(0),
             eps,
-            HAS_AFFINE=weight is not None, KEEP_XHAT=keep_xhat, CENTRED=_is_centred(weight, bias),
+            HAS_AFFINE=weight is not None, KEEP_XHAT=keep_xhat, CENTRED=centred,
             ROWS=config.rows, BLOCK=config.block, num_warps=config.warps,
         )  # fmt: skip
     return results
@@ -258,19 +259,11 @@ def _is_centred(weight: Tensor | None, bias: Tensor | None) -> bool:
 
 
 def _empty_results(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    index: Tensor | None,
-    dtype: torch.dtype,
-    keep_xhat: bool = False,
-    widths: Tensor | None = None,
-    keep: bool = True,
+    x: Tensor, index: Tensor | None, dtype: torch.dtype, centred: bool, keep_xhat: bool, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = (x if index is None else index).shape[0]
     y = x.new_empty(rows, x.shape[1], dtype=dtype)
-    mean = x.new_empty(rows if keep and _is_centred(weight, bias) else 0, dtype=torch.float32)
+    mean = x.new_empty(rows if keep and centred else 0, dtype=torch.float32)
     xhat = torch.empty_like(y) if keep_xhat else y.new_empty(0)
     return y, xhat, mean, x.new_empty(rows if keep else 0, dtype=torch.float32)
 
@@ -348,7 +341,9 @@ register(
     " ScalarType dtype, bool keep_xhat=False, Tensor? widths=None, bool keep=True)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     layer_norm_fwd,
-    _empty_results,
+    lambda x, weight, bias, eps, index, dtype, keep_xhat=False, widths=None, keep=True: _empty_results(
+        x, index, dtype, _is_centred(weight, bias), keep_xhat, keep
+    ),
 )
 register(
     "layer_norm_bwd(Tensor dy, Tensor? x, Tensor? xhat, Tensor? weight, Tensor? mean, Tensor rstd,"
