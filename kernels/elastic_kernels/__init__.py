@@ -11,7 +11,14 @@ from elastic_kernels.blocks import ElasticBlock, ElasticBottleneck, ElasticSwinB
 from elastic_kernels.compilations import compilations
 from elastic_kernels.conversion import elastic_block_from_timm, elastic_block_from_vit
 from elastic_kernels.crops import NEUTRAL_CROP, CropParameters, render_crops
-from elastic_kernels.dispatch import autocast_operands, backend, cached_constant, planning, without_autocast
+from elastic_kernels.dispatch import (
+    autocast_operands,
+    backend,
+    cached_constant,
+    planning,
+    upload,
+    without_autocast,
+)
 from elastic_kernels.embedding import EmbeddingWeights, elastic_embedding, resized_positions
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.halves import AttentionWeights, MlpWeights, elastic_attention_half, elastic_mlp_half
@@ -42,7 +49,6 @@ from elastic_kernels.rms_norm import elastic_rms_norm
 from elastic_kernels.rotary import Rotary
 from elastic_kernels.shared_gradients import shared_gradients
 from elastic_kernels.sorting import sort_channels, sort_heads, sort_hidden, sort_linear, sort_middle
-from elastic_kernels.transfer import upload
 from elastic_kernels.unit_rows import unit_rows
 from elastic_kernels.vit_layers import (
     ElasticConv1x1,

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elastic_kernels import dispatch
+from elastic_kernels.dispatch import upload
 from elastic_kernels.resample import (
     check_canvases,
     check_normalisation,
@@ -36,7 +37,6 @@ from elastic_kernels.resample import (
     touched_pixels,
     upload_parts,
 )
-from elastic_kernels.transfer import upload
 
 NEUTRAL_CROP = (1.0, 1.0, 1.0, 0.0)  # factors that change nothing
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L

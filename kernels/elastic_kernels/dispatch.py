@@ -171,6 +171,13 @@ def cached_constant(x: Tensor, make: Callable[..., Tensor], *arguments: object) 
         return make(*arguments)
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; to a GPU without waiting for it."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a matrix product of `x` runs: its own, or autocast's."""
     return autocast_dtype(x.device) or x.dtype

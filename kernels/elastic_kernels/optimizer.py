@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from elastic_kernels import dispatch
-from elastic_kernels.transfer import upload
+from elastic_kernels.dispatch import upload
 from elastic_kernels.working_weights import working_weights
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from elastic_kernels.transfer import upload
+from elastic_kernels.dispatch import upload
 
 MOST_CHANNELS = 16  # of images
 

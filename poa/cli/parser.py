@@ -25,9 +25,8 @@ from poa.cli.arguments import (
     parse_anywhere,
 )
 from poa.cli.data_check import add_data
-from poa.cli.embedding import add_embed, add_pairs
+from poa.cli.embedding import add_embed, add_pairs, add_pictures
 from poa.cli.finetune import add_finetune
-from poa.cli.pictures import add_pictures
 from poa.cli.selection import add_latency, add_select
 from poa.config import Config, InitConfig
 from poa.data.layout import SOURCES

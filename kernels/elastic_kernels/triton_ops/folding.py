@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.transfer import upload
+from elastic_kernels.dispatch import upload
 from elastic_kernels.triton_ops.registration import register
 
 ROWS, BLOCK = 4, 512  # of a weight that a program takes, and columns at a time: 16 values a thread

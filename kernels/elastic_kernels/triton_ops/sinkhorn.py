@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.transfer import upload
+from elastic_kernels.dispatch import upload
 from elastic_kernels.triton_ops.registration import register
 
 ROW_PASS, COLUMN_PASS = (4, 1024), (32, 128)  # rows and prototypes of a tile
