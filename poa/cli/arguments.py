@@ -126,7 +126,7 @@ def add_threads(command: Command) -> None:
 
 def add_overrides(command: Arguments, help: str = "") -> None:
     help = help or "any option of a run, such as method.batch_size=32; poa pretrain --help lists them"
-    command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=help)
+    command.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help=help)
 
 
 def described(options: Any, path: str = "") -> Iterator[str]:

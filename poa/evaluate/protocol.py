@@ -125,23 +125,12 @@ def folder_protocol(
     accuracies: Callable[[Any], Mapping[str, float]],
     reported: str,
     settings: Mapping[str, Any],
-    numbers: tuple[str, ...] = (),
-    baselines: tuple[str, ...] = ("pixels", "histogram"),
+    **options: Any,
 ) -> Protocol:
     """A protocol that has images of its own; the arguments are those of `Protocol`."""
 
     def no_features(*_: object) -> Any:
         raise InputError(f"{name}: expected a folder of its own: --{name} FOLDER")
 
-    return Protocol(
-        name,
-        help,
-        no_features,
-        no_features,
-        accuracies,
-        reported,
-        settings,
-        numbers=numbers,
-        folder=folder,
-        baselines=baselines,
-    )
+    features = no_features, no_features
+    return Protocol(name, help, *features, accuracies, reported, settings, folder=folder, **options)
