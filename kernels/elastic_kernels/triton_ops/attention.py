@@ -46,7 +46,7 @@ from elastic_kernels.triton_ops.attention_settings import (
     config_of,
     fwd_config,
 )
-from elastic_kernels.triton_ops.device import capability, cdiv, precision
+from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
 from elastic_kernels.triton_ops.registration import first_order, ops, register
@@ -297,8 +297,7 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, groups: list[int], active: Tensor | None, trains: bool) -> Tensor:
-        if qkv.stride(-1) != 1:
-            qkv = qkv.contiguous()
+        qkv = unit_stride(qkv)
         active = None if active is None else active.contiguous()
         out, lse = ops.attention_fwd(qkv, groups, active, trains and ctx.needs_input_grad[0])
         ctx.save_for_backward(qkv, out, lse, active)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.attention_settings import AttentionConfig, bwd_config, fwd_config
-from elastic_kernels.triton_ops.device import capability, cdiv, precision
+from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
 from elastic_kernels.triton_ops.registration import first_order, ops, register
@@ -351,8 +351,7 @@ class AttentionOffsetsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, offsets: Tensor, active: Tensor | None, trains: bool) -> Tensor:
-        if qkv.stride(-1) != 1:
-            qkv = qkv.contiguous()
+        qkv = unit_stride(qkv)
         offsets, active = offsets.contiguous(), None if active is None else active.contiguous()
         out, lse = ops.attention_offsets_fwd(qkv, offsets, active, trains and ctx.needs_input_grad[0])
         ctx.save_for_backward(qkv, offsets, out, lse, active)
