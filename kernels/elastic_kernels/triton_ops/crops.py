@@ -390,7 +390,7 @@ register(
         table.shape[0], images.shape[1], size, size, dtype=dtype
     ),
 )
-register("crops_colour_(Tensor(a!) crops, Tensor table) -> ()", crops_colour_, lambda crops, table: None)
+register("crops_colour_(Tensor(a!) crops, Tensor table) -> ()", crops_colour_)
 register(
     "crops_finish(Tensor crops, Tensor table, int taps, ScalarType dtype) -> Tensor",
     crops_finish,

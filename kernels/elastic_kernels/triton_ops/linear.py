@@ -353,5 +353,4 @@ register(
     "linear_residual_(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) residual, Tensor? gamma,"
     " Tensor? index, Tensor? row_scale, float scale) -> ()",
     linear_residual_,
-    lambda *arguments: None,
 )

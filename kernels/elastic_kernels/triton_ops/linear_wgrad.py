@@ -122,11 +122,7 @@ register(
     linear_wgrad,
     lambda dy, x, scale, dtype: dy.new_empty(*_groups_of(dy), x.shape[1], dtype=dtype),
 )
-register(
-    "linear_wgrad_(Tensor(a!) total, Tensor dy, Tensor x, float scale) -> ()",
-    linear_wgrad_,
-    lambda *arguments: None,
-)
+register("linear_wgrad_(Tensor(a!) total, Tensor dy, Tensor x, float scale) -> ()", linear_wgrad_)
 
 
 def _branch_grad_shapes(

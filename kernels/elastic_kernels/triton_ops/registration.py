@@ -32,8 +32,11 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def register(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Define an operator, its one implementation for CUDA (and CPU, under the interpreter), and its shapes.
+def register(
+    schema: str, function: Callable[..., Any], fake: Callable[..., Any] = lambda *arguments: None
+) -> None:
+    """Define an operator, its one implementation for CUDA (and CPU, under the interpreter), and its shapes,
+    which need not be given where it returns nothing.
 
     Gradients belong to the `autograd.Function`s that call the operators: that costs tens of microseconds less
     a call than `register_autograd`.

@@ -182,7 +182,6 @@ def _scale_arguments(results: list[Tensor], *scaled: Any) -> tuple[tuple[Any, ..
 register(
     "vector_grads_(Tensor(a!)[] results, Tensor[] sums, Tensor?[] addends, Tensor?[] scaled) -> ()",
     vector_grads_,
-    lambda *arguments: None,
 )
 
 
