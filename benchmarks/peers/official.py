@@ -32,15 +32,6 @@ from poa.official import network_name
 from poa.optim import OptimConfig
 from poa.subnets import Subnet
 
-STUBS = (
-    "fvcore",
-    "fvcore.common",
-    "fvcore.common.checkpoint",
-    "xformers",
-    "xformers.ops",
-    "xformers.ops.fmha",
-)
-
 
 def require_checkout(folder: Path) -> None:
     """Raise ValueError unless a folder holds the official code."""
@@ -114,7 +105,7 @@ class OfficialStep:
             self.patches.append("xformers does not run here: its attention is PyTorch's instead")
         for name in wanted:
             stub = types.ModuleType(name)
-            stub.__dict__.update(STUB_CONTENT.get(name, {}))
+            stub.__dict__.update(STUBS[name])
             sys.modules[name] = stub
             parent, _, leaf = name.rpartition(".")
             if parent:
@@ -273,8 +264,11 @@ class _BlockDiagonalMask:
         return list(tensor.split(self.lengths, dim=1))
 
 
-STUB_CONTENT: dict[str, dict[str, Any]] = {
+STUBS: dict[str, dict[str, Any]] = {
+    "fvcore": {},
+    "fvcore.common": {},
     "fvcore.common.checkpoint": {"Checkpointer": object, "PeriodicCheckpointer": object},
+    "xformers": {},
     "xformers.ops": {
         "memory_efficient_attention": _attention,
         "unbind": torch.unbind,

@@ -30,10 +30,10 @@ class Workload:
     stream_bytes: int = SINGLE
 
     @classmethod
-    def of(cls, method: MethodConfig, images: int, **options: bool | int) -> Workload:
+    def of(cls, method: MethodConfig, images: int) -> Workload:
         """With the number of masked patches that the first step of a run draws."""
         masks = crop_masks(method, images, python_stream(method.seed, "masks", 0, 0))
-        return cls(method, images, len(masks.indices), **options)  # type: ignore[arg-type]
+        return cls(method, images, len(masks.indices))
 
     def crops(self, student: bool) -> tuple[tuple[int, int], ...]:
         """`(count, side in pixels)` of each group of crops that a branch sees."""
