@@ -18,9 +18,10 @@ from poa.device import use_threads
 from poa.distributed import is_main_process
 from poa.errors import InputError
 from poa.evaluate import PROTOCOLS
-from poa.evaluate.models import evaluate_models
+from poa.evaluate.models import BRANCH, evaluate_models
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.suite import require_protocols
+from poa.evaluate.sweep import evaluation_file
 from poa.export import export_file, extract, load
 from poa.export.card import push, write_card
 from poa.export.formats import require_packages
@@ -154,7 +155,8 @@ def _evaluate_models(
         raise InputError("evaluate: expected no --initial, --step, --branch or --subnets with a model")
     if (len(names) > 1 or names[0].startswith(TIMM)) and not options.out:
         raise InputError(f"evaluate: expected --out with {' '.join(names)}, got none")
-    out, plot = Path(options.out or Path(names[0]) / "evaluation.json"), options.plot and Path(options.plot)
+    out = Path(options.out or evaluation_file(Path(names[0]), options.data, BRANCH))
+    plot = Path(options.plot) if options.plot else None
     reports = evaluate_models(
         names,
         options.data,

@@ -249,7 +249,8 @@ def _add_evaluate(group: argparse._SubParsersAction[Command]) -> None:
             command.add_argument(f"--{protocol.name}", action="store_true", help=protocol.help)
     command.add_argument("--suite", choices=(STANDARD,), help="standard: all protocols that are installed")
     command.add_argument(
-        "--out", help="JSON file (default: RUN/evaluation.json, with other data RUN/evaluation-2.json)"
+        "--out",
+        help="JSON file (default: evaluation.json beside the weights, of other data evaluation-2.json)",
     )
     command.add_argument("--plot", help="also plot accuracy against size to this file, such as accuracy.png")
     command.add_argument("--device", default="auto", help="device to compute on: auto, cpu, cuda or cuda:N")

@@ -35,6 +35,7 @@ from poa.options import option
 from poa.subnets import SearchSpace, Subnet
 from poa.version import VERSION
 
+BRANCH = "model"  # in settings, as models have none
 FINEST = 4  # pixels of the stride of the finest map that a detector gets
 
 
@@ -236,7 +237,7 @@ def _report(
         require_classes(model.classes, images, data)
         protocols = [replace(TOP1, features=lambda _, __: model.classify), *protocols]
     place = name if name.startswith(TIMM) else os.path.abspath(name)
-    origin = Origin(place, "model", 0, VERSION)
+    origin = Origin(place, BRANCH, 0, VERSION)
     subnets = list(fixed.space)
     return evaluate_subnets(
         fixed,

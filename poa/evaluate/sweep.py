@@ -52,11 +52,11 @@ def data_place(name: str) -> str:
     return name if name == "digits" or name.startswith(DATASET) or is_url(name) else os.path.abspath(name)
 
 
-def evaluation_file(folder: RunFolder, data: str, branch: str) -> Path:
-    """Where an evaluation goes: `evaluation.json`, or `evaluation-2.json` and so on where that is of other
-    data or of another branch."""
+def evaluation_file(folder: Path, data: str, branch: str) -> Path:
+    """Where an evaluation goes in the folder of a run or model: `evaluation.json`, or `evaluation-2.json` and
+    so on where that is of other data or of another branch."""
     for number in itertools.count(1):
-        path = folder.path / (f"evaluation-{number}.json" if number > 1 else "evaluation.json")
+        path = folder / (f"evaluation-{number}.json" if number > 1 else "evaluation.json")
         if not path.exists():
             return path
         with suppress(InputError, KeyError, TypeError):

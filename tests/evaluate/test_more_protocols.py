@@ -196,6 +196,10 @@ def test_the_standard_suite_of_a_run_and_of_a_model(
     (row,) = json.loads((tmp_path / "vit-16x2/evaluation.json").read_text())["subnets"]
     same = next(one for one in written["subnets"] if one["subnet"] == "16x2")
     assert {**same, **row} == same
+    others = collections.write_folder(tmp_path / "others", 24)
+    assert main(["evaluate", model[0], "--data", str(others)]) == 0
+    files = [json.loads(Path(model[0], f"evaluation{n}.json").read_text()) for n in ("", "-2")]
+    assert [file["settings"]["data"] for file in files] == [written["settings"]["data"], str(others)]
     assert "expected --data with the model" in fails(capsys, "evaluate", *model)
     assert "expected no --initial" in fails(capsys, "evaluate", *model, *data, "--initial")
 

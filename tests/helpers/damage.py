@@ -155,7 +155,7 @@ class Readers:
         evaluations(self.run)
         with suppress(InputError):
             knn_quality(Weights(self.run, "teacher", None), None, self.config.data.source)
-        path = evaluation_file(self.run, self.config.data.source, "teacher")
+        path = evaluation_file(self.run.path, self.config.data.source, "teacher")
         return "the same place" if path.name == "evaluation.json" else "kept, another beside it"
 
     def read_latency(self) -> str:
