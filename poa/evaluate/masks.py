@@ -40,12 +40,16 @@ def mask_pairs(folder: Path) -> tuple[list[list[Pair]], int]:
         raise InputError(f"--segmentation: expected {expected}, got none of them")
     with as_input(f"{names}: expected a class on each line"):
         lines = names.read_text(encoding="utf-8").rstrip().splitlines()
-    classes = len(lines)
-    if not 2 <= classes < IGNORED:
-        raise InputError(f"{names}: expected 2 to {IGNORED - 1} classes, got {classes}")
+    _require_classes(classes := len(lines), names)
     if empty := [number for number, line in enumerate(lines, 1) if not line.strip()]:
         raise InputError(f"{names}: expected a class on each line, got an empty line {empty[0]}")
     return [_own(folder / part, classes) for part in ("train", "val")], classes
+
+
+def _require_classes(count: int, file: Path) -> None:
+    """Raise InputError where masks cannot number so many classes beside the ignored one."""
+    if not 2 <= count < IGNORED:
+        raise InputError(f"{file}: expected 2 to {IGNORED - 1} classes, got {count}")
 
 
 def _own(part: Path, classes: int) -> list[Pair]:
@@ -91,6 +95,7 @@ def _coco(folder: Path, files: Sequence[Path]) -> tuple[list[list[Pair]], int]:
         content = read_json(file, expected)
         with as_input(expected):
             index = index or {c["id"]: i for i, c in enumerate(content["categories"])}
+            _require_classes(len(index), file)
             names = {image["id"]: image["file_name"] for image in content["images"]}
             images = folder / file.stem.removeprefix("panoptic_")
             parts.append([

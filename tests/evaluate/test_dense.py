@@ -165,6 +165,10 @@ def test_layouts_are_read_as_they_come(tmp_path: Path) -> None:
         assert classes == count
         masks[folder.name] = np.stack([pair.target() for part in parts for pair in part])
     assert np.array_equal(masks["ade"], masks["own"]) and np.array_equal(masks["coco"], masks["own"])
+    content["categories"] = [{"id": i} for i in range(255)]
+    (coco / "annotations" / "panoptic_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"panoptic_train2017.json: expected 2 to 254 classes, got 255$"):
+        mask_pairs(coco)
 
 
 def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
