@@ -78,8 +78,7 @@ def build_detector(backbone: Backbone, subnet: Subnet, opened: Opened) -> nn.Mod
     models = optional_package("torchvision.models.detection", EXTRA)
     ops = optional_package("torchvision.ops", EXTRA)
     options, classes = opened.options, len(opened.train.categories) + 1
-    pyramid = SubnetPyramid(backbone, subnet, options.channels, options.frozen, options.window)
-    pyramid.require_size(options.size)
+    pyramid = _pyramid(backbone, subnet, options)
     sizes, width = anchor_sizes(pyramid.strides), options.channels
     names = [str(level) for level in range(len(sizes) - 1)]
     arguments: dict[str, Any] = {
@@ -102,6 +101,17 @@ def build_detector(backbone: Backbone, subnet: Subnet, opened: Opened) -> nn.Mod
         "mask_predictor": models.mask_rcnn.MaskRCNNPredictor(width, width, classes),
     }
     return models.MaskRCNN(pyramid, **arguments, **masks).to(next(backbone.parameters()).device)
+
+
+def _pyramid(backbone: Backbone, subnet: Subnet, options: DetectionConfig) -> SubnetPyramid:
+    pyramid = SubnetPyramid(backbone, subnet, options.channels, options.frozen, options.window)
+    pyramid.require_size(options.size)
+    return pyramid
+
+
+def _check(backbone: Backbone, subnet: Subnet, opened: Opened) -> None:
+    with torch.random.fork_rng([]):
+        _pyramid(backbone, subnet, opened.options)
 
 
 def flipped(example: Example) -> Example:
@@ -281,7 +291,7 @@ def _columns(score: dict[str, dict[str, float]]) -> dict[str, float]:
 DETECTION = folder_protocol(
     "detection",
     "also train detectors on this folder in COCO's layout, with options such as epochs=1: AP of boxes, masks",
-    OfFolder(DetectionConfig(), _open, detection),
+    OfFolder(DetectionConfig(), _open, detection, _check),
     _columns,
     "box AP",
     {"protocol": "Mask R-CNN of torchvision on a feature pyramid of the subnet, AP by COCO's rules"},

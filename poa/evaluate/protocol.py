@@ -41,11 +41,13 @@ class OfFolder:
         open: from folder, crops of the run, options and a count of what is left out to what `score` takes,
             whose `counts()` are the numbers of its images, by part.
         score: a subnet on that, on a device, by a seed; a JSON value.
+        check: raises InputError where a subnet cannot be scored on that; before anything is.
     """
 
     options: Options
     open: Callable[[Path, CropsConfig, Any, LeftOut], Any]
     score: Callable[[Backbone, Subnet, Any, torch.device, int], Any]
+    check: Callable[[Backbone, Subnet, Any], object] = lambda *_: None
 
 
 @dataclass(frozen=True)

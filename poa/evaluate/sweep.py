@@ -94,6 +94,10 @@ def evaluate_subnets(
         for kind in p.baselines if baselines else ():
             yield kind, p.name, Baseline(kind, network, crops), network.space.intact
 
+    for p, images in opened:
+        for _, _, weights, subnet in each(p):
+            assert p.folder
+            p.folder.check(weights, subnet, images)
     asked = {
         (row, name): p.task(weights, subnet, crops)
         for p in protocols
