@@ -7,6 +7,7 @@ class chooses `C`; the classifier is then fitted to all of them.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from poa.errors import InputError, optional_package
 from poa.evaluate.knn import class_token
 from poa.evaluate.protocol import Labelled, Protocol
 
-STRENGTHS = [1e-3, 1e-2, 0.1, 1.0, 10.0]  # C, the inverse of the weight of the L2 penalty
+# C, the inverse of the weight of the L2 penalty: these are tried, and further decades while the best is the
+# first or the last.
+STRENGTHS = [1e-3, 1e-2, 0.1, 1.0, 10.0]
+LEAST, MOST = 1e-7, 1e5
 HELD_OUT = 0.2
 MOST_ITERATIONS = 300
 
@@ -45,9 +49,21 @@ def logistic_accuracy(train: Labelled, queries: Labelled, seed: int) -> dict[str
         fits, asks, known, truth = selection.train_test_split(
             x, y, test_size=HELD_OUT, random_state=seed % 2**32, stratify=y
         )
-        best = max(STRENGTHS, key=lambda c: fitted(c, fits, known).score(asks, truth))
+        best = _best(lambda c: fitted(c, fits, known).score(asks, truth))
     accuracy = fitted(best, x, y).score(asked, queries.labels.numpy())
     return {"accuracy": float(accuracy), "C": best}
+
+
+def _best(score: Callable[[float], float]) -> float:
+    """The strength of the highest score."""
+    scores = {c: score(c) for c in STRENGTHS}
+    while True:
+        best = max(scores, key=lambda c: scores[c])
+        further = {min(scores): best / 10, max(scores): best * 10}.get(best, 0.0)
+        if not LEAST <= further <= MOST:
+            return best
+        further = float(f"{further:.0e}")  # 0.0001, not 0.00010000000000000002
+        scores[further] = score(further)
 
 
 LOGISTIC = Protocol(
@@ -60,6 +76,7 @@ LOGISTIC = Protocol(
     {
         "protocol": "logistic regression of standardised class tokens, C chosen on a held-out share",
         "C": STRENGTHS,
+        "C_range": [LEAST, MOST],
         "held_out": HELD_OUT,
         "iterations": MOST_ITERATIONS,
     },

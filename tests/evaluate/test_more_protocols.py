@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from unittest import mock
 
@@ -27,7 +28,7 @@ from poa.evaluate.baselines import Baseline, histogram
 from poa.evaluate.correspondence import SHARE, centers, correspondence, pck, second_view
 from poa.evaluate.kmeans import KMEANS, cluster_scores
 from poa.evaluate.knn import KNN
-from poa.evaluate.logistic import LOGISTIC, logistic_accuracy
+from poa.evaluate.logistic import LOGISTIC, _best, logistic_accuracy
 from poa.evaluate.models import open_peer
 from poa.evaluate.protocol import Labelled, Task
 from poa.evaluate.quality import alpha_req, lidar, quality, rankme, spearman
@@ -130,6 +131,9 @@ def test_logistic_regression_chooses_its_regularisation() -> None:
     train, queries = clusters(200, 0.5), clusters(100, 0.5)
     got = logistic_accuracy(train, queries, 0)
     assert got["accuracy"] > 0.6 and got == logistic_accuracy(train, queries, 0)
+    for wanted in (1e-7, 1e-5, 0.1, 1e3, 1e5):  # also beyond those that are always tried, and not for ever
+        assert _best(lambda c, wanted=wanted: -abs(math.log10(c / wanted))) == wanted
+    assert _best(lambda c: c) == 1e5 and _best(lambda c: -c) == 1e-7 and _best(lambda c: 0.5) == 1e-3
     with pytest.raises(InputError, match="expected images of two classes or more, got 1"):
         logistic_accuracy(Labelled(train.features, torch.zeros(200).long()), queries, 0)
 
