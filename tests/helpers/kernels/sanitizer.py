@@ -157,7 +157,7 @@ def device(patch: pytest.MonkeyPatch) -> Iterator[tuple[sanitize.Session, Launch
     with sanitize.session(10 * CAPABILITY[0] + CAPABILITY[1]) as session:
         mode = _get_current_function_mode_stack()[-1]
         register, engine = registration.register, torch.autograd._engine_run_backward
-        patch.setattr(registration, "register", lambda name, f, fake: register(name, within(mode, f), fake))
+        patch.setattr(registration, "register", lambda name, f, *fake: register(name, within(mode, f), *fake))
         patch.setattr(torch.autograd, "_engine_run_backward", within(mode, engine))
         patch.setattr(Tensor, "device", property(lambda tensor: DEVICE))
         properties = torch.cuda.get_device_properties(DEVICE)
