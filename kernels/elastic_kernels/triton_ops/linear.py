@@ -222,8 +222,9 @@ def _fwd(
     if residual is not None:
         form = "residual_plain" if gamma is index is row_scale is None else "residual"
     config = config_for(form, x, out, width)
-    operands = [t for t in (x, weight[0], y, residual) if t is not None]
-    if (config.persistent or config.provider == "quack") and not is_described(*operands):
+    if (config.persistent or config.provider == "quack") and not is_described(
+        x, weight[0], y, y if residual is None else residual
+    ):
         config = gemm_config(form, out, x.dtype.itemsize, capability(x.device))
     if config.provider == "quack" and residual is not None:
         quack_residual(y, x, weight[0], bias, residual, scale)
