@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,13 +57,14 @@ def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
     """Triton's own launches of other steps find every kernel in the folder."""
     from elastic_kernels import absent_gpu
 
-    config, compiles = tiny_config("method.backbone.min_width=32"), JITFunction._do_compile
+    config = tiny_config("method.backbone.min_width=32")
+    compiles, run = JITFunction._do_compile, JITFunction.run
     *kernels, last = warm_up_absent(config, "sm_90", tmp_path, triton_key="another Python's")
     assert f"Triton {triton.__version__} of the given key" in last
     hits: list[bool] = []
 
-    def compile_only(kernel: JITFunction, grid: tuple[int, ...]) -> Callable[..., object]:
-        return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
+    def compile_only(kernel: JITFunction, *args: Any, warmup: bool, **kwargs: Any) -> object:
+        return run(kernel, *args, warmup=True, **kwargs)
 
     intact = config.method.backbone.space.intact
     with absent_gpu("sm_90"), monkeypatch.context() as patch, step_of(config, intact) as step:
@@ -71,7 +72,7 @@ def test_kernels_for_an_absent_gpu_are_those_that_triton_looks_for(
         patch.setattr(triton.runtime.cache, "triton_key", lambda: "another Python's")
         patch.setattr(triton.knobs.compilation, "listener", lambda cache_hit, **event: hits.append(cache_hit))
         patch.setattr(JITFunction, "_do_compile", compiles)
-        patch.setattr(JITFunction, "__getitem__", compile_only)
+        patch.setattr(JITFunction, "run", compile_only)
         step()
     assert all(hits) and len(hits) > len(kernels) / 2
 

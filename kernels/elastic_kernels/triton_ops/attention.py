@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -49,10 +48,11 @@ from elastic_kernels.triton_ops.attention_settings import (
 from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 
-@triton.jit(do_not_specialize=["first_token", "length", "heads"])
+@launched("first_token", "length", "heads")
 def _attention_resident_fwd_kernel(
     qkv_ptr, active_ptr, out_ptr, lse_ptr,
     first_token, length, heads,
@@ -90,7 +90,7 @@ def _attention_resident_fwd_kernel(
             tl.store(lse_ptr + rows * heads + head, m + tl.log2(z), mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["first_token", "length", "heads"])
+@launched("first_token", "length", "heads")
 def _attention_streaming_fwd_kernel(
     qkv_ptr, active_ptr, out_ptr, lse_ptr,
     first_token, length, heads,
@@ -110,7 +110,7 @@ def _attention_streaming_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
+@launched("first_token", "first_part", "length", "heads")
 def _attention_bwd_kernel(
     qkv_ptr, active_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sums_ptr,
     first_token, first_part, length, heads,
@@ -140,7 +140,7 @@ def _attention_bwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_token", "first_part", "length", "heads"])
+@launched("first_token", "first_part", "length", "heads")
 def _attention_resident_bwd_kernel(
     qkv_ptr, active_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
     first_token, first_part, length, heads,

@@ -17,6 +17,7 @@ from elastic_kernels.triton_ops.attention_settings import AttentionConfig, bwd_c
 from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, of_head
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 LOG2_E = 1.4426950408889634  # the kernels work with powers of 2
@@ -186,7 +187,7 @@ def _sequence(offsets_ptr, first_token, length, tokens, index, HAS_OFFSETS: tl.c
     return row, length
 
 
-@triton.jit(do_not_specialize=["first_token", "length", "tokens", "heads"])
+@launched("first_token", "length", "tokens", "heads")
 def _attention_blocks_fwd_kernel(
     qkv_ptr, offsets_ptr, active_ptr, out_ptr, lse_ptr,
     first_token, length, tokens, heads,
@@ -207,7 +208,7 @@ def _attention_blocks_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_part", "first_token", "length", "tokens", "heads"])
+@launched("first_part", "first_token", "length", "tokens", "heads")
 def _attention_blocks_bwd_kernel(
     qkv_ptr, offsets_ptr, active_ptr, out_ptr, dout_ptr, lse_ptr, dqkv_ptr, sums_ptr,
     first_part, first_token, length, tokens, heads,

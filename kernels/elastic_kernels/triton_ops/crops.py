@@ -43,6 +43,7 @@ from elastic_kernels.triton_ops.crops_table import (
     tile_of,
 )
 from elastic_kernels.triton_ops.device import cdiv, unit_stride
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import register
 
 
@@ -89,7 +90,7 @@ def _tap(index, center, narrowing, end):
 
 # Were it known that 16 divides the size, a thread would take columns side by side for the sake of the store,
 # and work out as many filters; like this, a warp takes a line, and a thread one column of several rows.
-@triton.jit(do_not_specialize=["batch", "size", "tiles_y", "tiles_x"])
+@launched("batch", "size", "tiles_y", "tiles_x")
 def _crops_horizontal_kernel(
     images_ptr, table_ptr, rows_ptr,
     batch, size, tiles_y, tiles_x,
@@ -137,7 +138,7 @@ def _crops_horizontal_kernel(
                 tl.store(out + (channel + 2) * size, clip(blue * share).to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tiles_y", "tiles_x"])
+@launched("tiles_y", "tiles_x")
 def _crops_vertical_kernel(
     rows_ptr, table_ptr, crops_ptr,
     size, tiles_y, tiles_x,
@@ -223,7 +224,7 @@ def _load_colours(base, offs, mask, area):
     return red, green, blue
 
 
-@triton.jit
+@launched()
 def _crops_colour_kernel(crops_ptr, table_ptr, area, BLOCK: tl.constexpr):
     """A crop a program, in place; contrast needs the crop's mean luma at its turn, hence two passes."""
     crop = tl.program_id(0)
@@ -275,7 +276,7 @@ def _blurred(plane_ptr, offs_y, offs_x, mask, sigma, taps, size, VERTICAL: tl.co
     return x / total
 
 
-@triton.jit(do_not_specialize=["tiles_y", "tiles_x", "taps"])
+@launched("tiles_y", "tiles_x", "taps")
 def _crops_blur_kernel(
     crops_ptr, table_ptr, blurred_ptr,
     size, tiles_y, tiles_x, taps,
@@ -293,7 +294,7 @@ def _crops_blur_kernel(
         tl.store(out, x.to(blurred_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tiles_y", "tiles_x", "taps"])
+@launched("tiles_y", "tiles_x", "taps")
 def _crops_finish_kernel(
     crops_ptr, blurred_ptr, table_ptr, out_ptr,
     size, tiles_y, tiles_x, taps,

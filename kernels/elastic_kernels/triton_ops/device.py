@@ -47,13 +47,20 @@ def precision(x: Tensor) -> str:
     """Of products, for `gemm.dot`: TF32 only where PyTorch allows it; has no meaning in half precision."""
     if is_interpreted(x):
         return "upcast" if x.dtype == torch.bfloat16 else "ieee"
+    if x.dtype != torch.float32:
+        return "ieee"
     # Also says what `allow_tf32` allows, which cannot be read once `fp32_precision` was set.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def cdiv(a: int, b: int) -> int:
-    """Rounded up; Triton's own takes microseconds on the host."""
+    """Rounded up; Triton's own takes microseconds on the host, as does that of the next."""
     return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least `n`, which is positive."""
+    return 1 << (n - 1).bit_length()
 
 
 def unit_stride(x: Tensor) -> Tensor:

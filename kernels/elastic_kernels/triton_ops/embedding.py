@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import cdiv, unit_stride
 from elastic_kernels.triton_ops.gemm import product_into
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.layer_norm import row_config
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 CROPS, CHANNELS = 16, 128  # of the tile of a backward's program
 
 
-@triton.jit(do_not_specialize=["tokens", "length", "prefix"])
+@launched("tokens", "length", "prefix")
 def _embedding_fwd_kernel(
     y_ptr, mask_ptr, first_ptr, mask_token_ptr, before_ptr, positions_ptr, out_ptr,
     tokens, length, prefix, width,
@@ -54,7 +54,7 @@ def _embedding_fwd_kernel(
     tl.store(out, x.to(out_ptr.dtype.element_ty), mask=mask_t[:, None] & mask_k[None, :])
 
 
-@triton.jit(do_not_specialize=["crops", "length", "prefix"])
+@launched("crops", "length", "prefix")
 def _embedding_bwd_kernel(
     dout_ptr, mask_ptr, dy_ptr, sums_ptr, masked_ptr,
     crops, length, prefix, width,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.dispatch import upload
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import register
 
 ROWS, BLOCK = 4, 512  # of a weight that a program takes, and columns at a time: 16 values a thread
@@ -32,7 +32,7 @@ class Table(NamedTuple):
     aligned: bool
 
 
-@triton.jit
+@launched()
 def _fold_kernel(
     weights_ptr, gammas_ptr, results_ptr, heights_ptr, widths_ptr, tiles_ptr,
     BF16: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

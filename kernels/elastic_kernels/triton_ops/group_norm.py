@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import cdiv
+from elastic_kernels.triton_ops.device import cdiv, next_power_of_2
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.triton_ops.vector_grads import affine_gradients
 from elastic_kernels.tuning import Tunable, power_of_2
@@ -51,7 +52,7 @@ def _tile(start, rows, channels, first, mask_c, ROWS: tl.constexpr):
     return offs_r.to(tl.int64)[:, None] * channels + first[None, :], mask
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _group_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, mean_ptr, rstd_ptr,
     rows, groups, per_group,
@@ -97,7 +98,7 @@ def _group_norm_fwd_kernel(
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _group_norm_bwd_kernel(
     dy_ptr, x_ptr, y_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, dresidual_ptr, partials_ptr,
     rows, groups, per_group,
@@ -154,8 +155,8 @@ TILE_CHANNELS, TILE_VALUES = 64, 2048  # 128 bytes in half precision; 16 values 
 
 
 def group_config(groups: int, per_group: int) -> GroupConfig:
-    wide = triton.next_power_of_2(per_group)
-    together = min(max(TILE_CHANNELS // wide, 1), triton.next_power_of_2(groups))
+    wide = next_power_of_2(per_group)
+    together = min(max(TILE_CHANNELS // wide, 1), next_power_of_2(groups))
     return GroupConfig(max(TILE_VALUES // (wide * together), 1), together, wide)
 
 

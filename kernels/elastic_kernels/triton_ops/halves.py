@@ -87,7 +87,7 @@ class BranchGradient:
             return None
         if index is not None and places is None:
             return None
-        return cls(places, scale, len(x if index is None else index), dtype, layer.bias is not None)
+        return cls(places, scale, (x if index is None else index).shape[0], dtype, layer.bias is not None)
 
     @staticmethod
     def before(x: Tensor) -> BranchGradient | None:
@@ -136,7 +136,7 @@ class Normed:
             ledger is not None
             and weight is not None
             and ctx.needs_input_grad[1]
-            and len(weight) == x.shape[1]
+            and weight.numel() == x.shape[1]
         ):
             ledger.expect(weight)
         arguments = (x, weight, bias, spec.eps, index, spec.first.dtype)
@@ -168,7 +168,7 @@ class Normed:
         ledger, weight, waiting = spec.first.ledger, self.weight, None
         if weight is None:
             return dx, None, None
-        if ledger is not None and len(weight) == dh.shape[1]:
+        if ledger is not None and weight.numel() == dh.shape[1]:
             waiting = ledger.arrived(id(weight))
         if ledger is not None and ledger.accumulates and waiting is None:
             earlier = side_by_side(earlier_gradients((weight, self.bias)))
@@ -176,11 +176,11 @@ class Normed:
                 vectors.add_to(earlier, partials)
                 return dx, None, None
         (addend,) = waiting or (None,)
-        affine = vectors.add(partials, len(weight), weight.dtype, addend)
+        affine = vectors.add(partials, weight.numel(), weight.dtype, addend)
         if ledger is not None and ledger.awaits_whole(id(weight)):
             ledger.leave(id(weight), affine)
             return dx, None, None
-        return dx, affine[: len(weight)], affine[len(weight) :]
+        return dx, *affine.split(weight.numel())
 
 
 def _add_branch(

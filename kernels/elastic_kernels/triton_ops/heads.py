@@ -9,10 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from elastic_kernels.triton_ops.device import next_power_of_2
+
 
 def head_block(head_dim: int) -> int:
     """`BLOCK_D`: columns of the tiles of a head."""
-    return max(triton.next_power_of_2(head_dim), 16)
+    return max(next_power_of_2(head_dim), 16)
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import unit_stride
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.layer_norm import row_config
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 
@@ -43,7 +44,7 @@ def _unit(x):
     return x / tl.maximum(_length(x), EPS)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _koleo_fwd_kernel(
     x_ptr, losses_ptr, nearest_ptr, distance_ptr,
     rows, width,
@@ -78,7 +79,7 @@ def _slope(distance):
     return tl.where(distance == 0, 0.0, -1 / (tl.maximum(distance, 1e-37) * (distance + EPS)))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _koleo_bwd_kernel(
     grad_ptr, x_ptr, nearest_ptr, distance_ptr, dx_ptr,
     rows, width,

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from elastic_kernels.layouts import places_of
 from elastic_kernels.triton_ops.device import capability, cdiv, processors, unit_stride
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.triton_ops.vector_grads import affine_gradients
 from elastic_kernels.tuning import Tunable
@@ -57,7 +58,7 @@ def _place(places_ptr, token, mask_t):
     return place, mask_r
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _layer_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, index_ptr, widths_ptr, y_ptr, xhat_ptr, mean_ptr, rstd_ptr,
     rows, width,
@@ -100,7 +101,7 @@ def _layer_norm_fwd_kernel(
             tl.store(mean_ptr + offs_r, mean, mask=mask_r)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@launched("tokens")
 def _layer_norm_bwd_kernel(
     dy_ptr, x_ptr, xhat_ptr, weight_ptr, places_ptr, widths_ptr, mean_ptr, rstd_ptr, dsum_ptr,
     dx_ptr, partials_ptr, branch_ptr, branch_sums_ptr, branch_places_ptr, branch_scale_ptr,
@@ -300,7 +301,7 @@ def layer_norm_bwd(
     config = _config(_BWD, like)
     # Elsewhere fewer blocks would fit than there are programs, and fp32 spills.
     ahead = capability(dy.device) == (9, 0) and dy.dtype.itemsize == 2
-    _layer_norm_bwd_kernel[(len(partials),)](
+    _layer_norm_bwd_kernel[(partials.shape[0],)](
         dy, x, xhat, weight, places, widths, mean, rstd, dsum,
         dx, partials, branch, branch_sums, branch_places, branch_scale,
         tokens, width,

@@ -37,6 +37,7 @@ from elastic_kernels.triton_ops.gemm import (
     slices_of,
     tile_of,
 )
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import register
 
 
@@ -116,7 +117,7 @@ def _finish_tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _linear_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
     rows, out_features, in_features,
@@ -167,7 +168,7 @@ def _linear_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _linear_persistent_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
     rows, out_features, in_features,

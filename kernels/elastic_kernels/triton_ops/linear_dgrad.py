@@ -9,7 +9,6 @@ product (`gemm.PROVIDERS`).
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from elastic_kernels.triton_ops.gemm import (
     slices_of,
     tile_of,
 )
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.linear import stacked
 from elastic_kernels.triton_ops.registration import register
 
@@ -32,7 +32,7 @@ from elastic_kernels.triton_ops.registration import register
 LONG = 640
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _linear_dgrad_kernel(
     dy_ptr, weight_ptr, gamma_ptr, u_ptr, dx_ptr, act_ptr, sums_ptr,
     rows, groups, out_features, in_features,

@@ -9,16 +9,16 @@ columns, in parts; `vector_grads.py` adds them up.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import cdiv, processors, unit_stride
 from elastic_kernels.triton_ops.gemm import product_into
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import register
 
 
-@triton.jit(do_not_specialize=["rows", "part_rows"])
+@launched("rows", "part_rows")
 def _branch_grad_kernel(
     dout_ptr, index_ptr, row_scale_ptr, d_ptr, sums_ptr,
     rows, part_rows, width,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.device import cdiv
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.sinkhorn import LN_2
 
 STATS = 13
@@ -38,7 +40,7 @@ def _merged(at, ranges, rows, mask, M: tl.constexpr, A: tl.constexpr, B: tl.cons
     return top, tl.log2(z), a / z, b / z
 
 
-@triton.jit(do_not_specialize=["ranges", "rows", "stride_l"])
+@launched("ranges", "rows", "stride_l")
 def _losses_merge_kernel(
     stats_ptr, index_ptr, losses_ptr, lse_ptr,
     ranges, rows, stride_l,
@@ -96,7 +98,7 @@ def merge(stats: Tensor, index: Tensor, students: int, losses: Tensor, keep: boo
     ranges, _, rows = stats.shape
     lse = torch.empty(8 if keep else 0, rows, dtype=torch.float32, device=stats.device)
     if rows:
-        _losses_merge_kernel[(triton.cdiv(rows, ROWS),)](
+        _losses_merge_kernel[(cdiv(rows, ROWS),)](
             stats, index, losses, lse if keep else None,
             ranges, rows, losses.stride(0),
             TWO=students == 2, TARGETS=index.shape[1], BLOCK=ROWS,

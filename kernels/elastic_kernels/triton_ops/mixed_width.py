@@ -13,18 +13,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.activations import ACTIVATION_BACKWARD, activate
 from elastic_kernels.triton_ops.device import cdiv, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot, launch_options, narrow_config, tile_of
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.working_weights import working_copy
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _mixed_width_kernel(
     x_ptr, weight_ptr, bias_ptr, widths_ptr, out_widths_ptr, factors_ptr, y_ptr, u_ptr,
     rows, summed, out_features, in_features,

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elastic_kernels.triton_ops.device import cdiv
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import on_its_device
 
 CHUNK = 8192  # elements of a tensor that a program takes
@@ -111,7 +113,7 @@ def _squares(grad_ptr, first, numel, WHOLE: tl.constexpr, CHUNK: tl.constexpr, B
     return tl.sum(total, 0)
 
 
-@triton.jit
+@launched()
 def _adamw_norms_kernel(
     grads_ptr, numel_ptr, chunks_ptr, partial_ptr,
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -131,7 +133,7 @@ def _adamw_norms_kernel(
     tl.store(partial_ptr + pid, total)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@launched("tensors")
 def _adamw_coefficients_kernel(
     grads_ptr, group_ptr, part_ptr, lr_ptr, weight_decay_ptr, beta1_ptr, beta2_ptr, group_eps_ptr,
     clips_ptr, finite_ptr, steps_ptr,
@@ -198,7 +200,7 @@ def _update(
             _store_rounded(average_copy, at, a, numel, BF16, WHOLE, ALIGNED)
 
 
-@triton.jit
+@launched()
 def _adamw_kernel(
     grads_ptr, numel_ptr, params_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, averages_ptr,
     copies_ptr, average_copies_ptr, chunks_ptr,
@@ -270,7 +272,7 @@ def update(
     coefficients = Coefficients(
         *torch.empty(len(Coefficients._fields), tensors, dtype=torch.float32, device=grads.device)
     )
-    _adamw_coefficients_kernel[(triton.cdiv(tensors, TENSORS),)](
+    _adamw_coefficients_kernel[(cdiv(tensors, TENSORS),)](
         grads, tables.group, tables.part, *rates, clips, finite, tables.steps, *coefficients,
         tensors,
         TENSORS=TENSORS, num_warps=4,

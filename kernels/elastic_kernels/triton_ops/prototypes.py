@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.device import capability, precision, processors
+from elastic_kernels.triton_ops.device import capability, cdiv, precision, processors
 from elastic_kernels.triton_ops.gemm import dot, product_into
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.losses_merge import STATS, merge
 from elastic_kernels.triton_ops.registration import register
 from elastic_kernels.triton_ops.sinkhorn import LN_2, LOG2_E, grow
@@ -100,7 +101,7 @@ def _store_statistics(
             tl.store(out + 11 * rows, b2, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["rows", "span"])
+@launched("rows", "span")
 def _losses_fwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, stats_ptr,
     rows, prototypes, span, dim,
@@ -171,7 +172,7 @@ def _probabilities(y, lse_ptr, offs_m, mask, rows):
     return tl.exp2((y - m[:, None]) - rest[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "first", "columns", "stride_g"])
+@launched("rows", "first", "columns", "stride_g")
 def _losses_bwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, lse_ptr, grad_ptr, largest_ptr, dz1_ptr, dz2_ptr,
     rows, prototypes, first, columns, dim,
@@ -304,11 +305,11 @@ def prototype_losses_fwd(
     fallback = fwd_config(x.dtype.itemsize, dim, capability(x.device))
     config = _config(_FWD_TUNABLE, fallback, x[0], weight)
     whole = dim <= config.block_d
-    blocks = triton.cdiv(rows, config.block_m)
+    blocks = cdiv(rows, config.block_m)
     programs = (3 if whole and students == 1 else 2) * processors(x.device)  # that run at once
-    ranges = max(min(programs // max(blocks, 1), triton.cdiv(prototypes, 4 * config.block_n)), 1)
-    span = triton.cdiv(triton.cdiv(prototypes, ranges), config.block_n) * config.block_n
-    ranges = triton.cdiv(prototypes, span)
+    ranges = max(min(programs // max(blocks, 1), cdiv(prototypes, 4 * config.block_n)), 1)
+    span = cdiv(cdiv(prototypes, ranges), config.block_n) * config.block_n
+    ranges = cdiv(prototypes, span)
     stats = torch.empty(ranges, STATS, rows, dtype=torch.float32, device=x.device)
     if rows:
         _losses_fwd_kernel[(blocks, ranges)](
@@ -357,7 +358,7 @@ def prototype_losses_bwd(
                 continue
             fallback = bwd_config(x.dtype.itemsize, capability(x.device))
             config = _config(_BWD_TUNABLE, fallback, x_of[0], weight)
-            grid = triton.cdiv(len(targets), config.block_m), triton.cdiv(count, config.block_n)
+            grid = cdiv(len(targets), config.block_m), cdiv(count, config.block_n)
             _losses_bwd_kernel[grid](
                 x_of[0], x_of[-1], weight, logits, scaling, targets, sums, g, largest, dz_of[0], dz_of[-1],
                 len(targets), prototypes, start // 128, count // unit, dim,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from elastic_kernels.triton_ops.device import processors, unit_stride
 from elastic_kernels.triton_ops.heads import head_block
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.layer_norm import PROGRAMS_PER_SM
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 
@@ -65,7 +66,7 @@ def _normalised(a, b, eps, CENTRED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_
     return a * rstd, b * rstd, rstd
 
 
-@triton.jit(do_not_specialize=["heads"])
+@launched("heads")
 def _qk_norm_fwd_kernel(
     qkv_ptr, weight_ptr, bias_ptr, sin_ptr, cos_ptr, y_ptr,
     heads,
@@ -97,7 +98,7 @@ def _qk_norm_fwd_kernel(
         _store_pairs(out + offs_h * HEAD_DIM, a, b, mask, HEAD_DIM, BLOCK_D, HALVES)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads"])
+@launched("tokens", "heads")
 def _qk_norm_bwd_kernel(
     dy_ptr, qkv_ptr, weight_ptr, sin_ptr, cos_ptr, dqkv_ptr, partials_ptr,
     tokens, heads,

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from elastic_kernels import triton_ops
 from elastic_kernels.dispatch import Gpu, assuming
+from elastic_kernels.triton_ops.launching import LaunchedKernel
 from elastic_kernels.triton_ops.registration import LAUNCHERS
 
 WARP = 32
@@ -144,6 +145,8 @@ def recorded(gpu: Gpu) -> Iterator[Launches]:
         launchers._destroy()
         for kernel in kernels:
             kernel.device_caches.pop(driver.device)
+            if isinstance(kernel, LaunchedKernel):
+                kernel.known.clear()
 
 
 class _Driver:

@@ -26,7 +26,10 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def guarded(first: Tensor | list[Tensor], *rest: Any, **options: Any) -> Any:
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+        tensor = first if isinstance(first, Tensor) else first[0]
+        if tensor.is_meta or (tensor.is_cuda and tensor.get_device() == torch.cuda.current_device()):
+            return function(first, *rest, **options)
+        with torch.cuda.device_of(tensor):
             return function(first, *rest, **options)
 
     return guarded

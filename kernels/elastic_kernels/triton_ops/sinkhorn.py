@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.dispatch import upload
+from elastic_kernels.triton_ops.device import cdiv, next_power_of_2
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import register
 
 ROW_PASS, COLUMN_PASS = (4, 1024), (32, 128)  # rows and prototypes of a tile
@@ -57,7 +59,7 @@ def _logits(logits_ptr, stride_ptr, prototypes_ptr, problem, dtype: tl.constexpr
     return pointer, stride, prototypes
 
 
-@triton.jit(do_not_specialize=["problems"])
+@launched("problems")
 def _row_pass_kernel(
     logits_ptr, stride_ptr, rows_ptr, prototypes_ptr, first_row_ptr, first_prototype_ptr, starts_ptr,
     log_u_ptr, log_v_ptr,
@@ -85,7 +87,7 @@ def _row_pass_kernel(
     tl.store(out, -(m + tl.log2(tl.where(mask_m, z, 1.0))) * LN_2, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=["problems"])
+@launched("problems")
 def _column_pass_kernel(
     logits_ptr, stride_ptr, rows_ptr, prototypes_ptr, first_row_ptr, stats_at_ptr, starts_ptr,
     log_v_ptr, stats_ptr,
@@ -120,7 +122,7 @@ def _column_pass_kernel(
     tl.store(out + prototypes, z, mask=mask_k)
 
 
-@triton.jit(do_not_specialize=["problems"])
+@launched("problems")
 def _column_merge_kernel(
     rows_ptr, prototypes_ptr, first_prototype_ptr, stats_at_ptr, starts_ptr,
     stats_ptr, largest_ptr, sums_ptr,
@@ -154,7 +156,7 @@ def _common(common_ptr, offs, mask):
     return tl.where(tl.abs(common) < float("inf"), common, 0.0)
 
 
-@triton.jit(do_not_specialize=["width"])
+@launched("width")
 def _column_total_kernel(largest_ptr, sums_ptr, common_ptr, total_ptr, width, BLOCK: tl.constexpr):
     """Sums of exponentials, float64, relative to common numbers instead of each column's largest."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -165,7 +167,7 @@ def _column_total_kernel(largest_ptr, sums_ptr, common_ptr, total_ptr, width, BL
     tl.store(total_ptr + offs, total, mask=mask)
 
 
-@triton.jit(do_not_specialize=["width"])
+@launched("width")
 def _column_scaling_kernel(
     total_ptr, common_ptr, log_u_ptr, lse_ptr,
     width,
@@ -198,13 +200,11 @@ class Table(NamedTuple):
 def _counts(logits: Sequence[Tensor]) -> dict[str, list[int]]:
     """Programs of the passes, and elements of vectors and statistics, for each problem."""
     shapes = [tuple(t.shape) for t in logits]
-    spans = [max(triton.cdiv(rows, SPAN), 1) for rows, _ in shapes]
+    spans = [max(cdiv(rows, SPAN), 1) for rows, _ in shapes]
     return {
-        "row_starts": [triton.cdiv(rows, ROW_PASS[0]) for rows, _ in shapes],
-        "column_starts": [
-            triton.cdiv(k, COLUMN_PASS[1]) * n for (_, k), n in zip(shapes, spans, strict=True)
-        ],
-        "merge_starts": [triton.cdiv(k, MERGE) for _, k in shapes],
+        "row_starts": [cdiv(rows, ROW_PASS[0]) for rows, _ in shapes],
+        "column_starts": [cdiv(k, COLUMN_PASS[1]) * n for (_, k), n in zip(shapes, spans, strict=True)],
+        "merge_starts": [cdiv(k, MERGE) for _, k in shapes],
         "first_row": [rows for rows, _ in shapes],
         "first_prototype": [k for _, k in shapes],
         "stats_at": [2 * n * k for (_, k), n in zip(shapes, spans, strict=True)],
@@ -230,7 +230,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 def _constants(logits: Sequence[Tensor]) -> dict[str, object]:
     """Of the kernels that read logits."""
     aligned = all(t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0 == t.shape[1] % 16 for t in logits)
-    return {"T": TRITON_DTYPES[logits[0].dtype], "EVEN": aligned, "P": triton.next_power_of_2(len(logits))}
+    return {"T": TRITON_DTYPES[logits[0].dtype], "EVEN": aligned, "P": next_power_of_2(len(logits))}
 
 
 def sinkhorn_rows(logits: list[Tensor], table: Tensor, log_u: Tensor, tau: float) -> Tensor:
@@ -278,7 +278,7 @@ def sinkhorn_columns(
 def sinkhorn_total(largest: Tensor, sums: Tensor, common: Tensor) -> Tensor:
     """Sums of exponentials relative to common numbers, float64, of those relative to the largest."""
     total = torch.empty(largest.shape, dtype=torch.float64, device=largest.device)
-    grid = (triton.cdiv(len(total), MERGE),)
+    grid = (cdiv(len(total), MERGE),)
     _column_total_kernel[grid](largest, sums, common, total, len(total), BLOCK=MERGE, num_warps=2)
     return total
 
@@ -286,7 +286,7 @@ def sinkhorn_total(largest: Tensor, sums: Tensor, common: Tensor) -> Tensor:
 def sinkhorn_scaling(total: Tensor, common: Tensor) -> tuple[Tensor, Tensor]:
     """log u and minus log u, of sums of exponentials over all processes."""
     log_u, lse = (torch.empty(common.shape, dtype=torch.float32, device=common.device) for _ in range(2))
-    tiny, grid = torch.finfo(torch.float64).tiny, (triton.cdiv(len(total), MERGE),)
+    tiny, grid = torch.finfo(torch.float64).tiny, (cdiv(len(total), MERGE),)
     _column_scaling_kernel[grid](total, common, log_u, lse, len(total), TINY=tiny, BLOCK=MERGE, num_warps=2)
     return log_u, lse
 

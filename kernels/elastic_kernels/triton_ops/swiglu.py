@@ -11,18 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.activations import activate, activation_grad
 from elastic_kernels.triton_ops.device import cdiv
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, register
 
 ROWS, BLOCK = 4, 512  # 16 values a thread; not timed on a GPU yet
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _swiglu_kernel(
     h_ptr, dy_ptr, out_ptr,
     rows, hidden,

@@ -12,18 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import cdiv, unit_stride
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.layer_norm import row_config
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 
 EPS = tl.constexpr(1e-12)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _unit_rows_fwd_kernel(
     x_ptr, gain_ptr, y_ptr,
     rows, width,
@@ -41,7 +41,7 @@ def _unit_rows_fwd_kernel(
     tl.store(y_ptr + row * width + offs_k[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched("rows")
 def _unit_rows_bwd_kernel(
     dy_ptr, x_ptr, gain_ptr, dx_ptr, dgain_ptr,
     rows, width,

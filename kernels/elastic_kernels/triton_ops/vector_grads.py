@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.device import cdiv
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import ops, register
 
 
@@ -88,7 +89,7 @@ def _scaled_rows(
     tl.store(dgamma_ptr + offs_n, dgamma.to(dgamma_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_parts", "first_groups", "second_parts", "second_groups", "parts"])
+@launched("first_parts", "first_groups", "second_parts", "second_groups", "parts")
 def _vector_grads_kernel(
     first_ptr, first_sums_ptr, first_addend_ptr, first_parts, first_groups, first_features, first_largest,
     second_ptr, second_sums_ptr, second_addend_ptr, second_parts, second_groups, second_features,
@@ -164,7 +165,7 @@ def vector_grads_(
 
 def _vector_arguments(result: Tensor, sums: Tensor, addend: Tensor | None) -> tuple[Any, ...]:
     parts, groups, features = sums.shape
-    return result, sums, addend, parts, groups, features, len(result) // groups
+    return result, sums, addend, parts, groups, features, result.numel() // groups
 
 
 def _scale_arguments(results: list[Tensor], *scaled: Any) -> tuple[tuple[Any, ...], int]:
@@ -172,7 +173,7 @@ def _scale_arguments(results: list[Tensor], *scaled: Any) -> tuple[tuple[Any, ..
     result, dgamma, dbias = (*results, None)[:3]
     p, sums, weight, _, _, corner, _, _ = scaled
     assert result is not None and dgamma is not None
-    parts, largest = 0 if sums is None else len(sums), len(dgamma)
+    parts, largest = 0 if sums is None else sums.shape[0], dgamma.numel()
     shared, stride = ((0, 0), 0) if corner is None else (corner.shape[1:], corner.stride(1))
     sizes = (parts, *result.shape[1:], largest, *shared, result.stride(1), stride, *weight.stride()[1:])
     places = (result, dgamma, dbias, result if p is None else p)
@@ -247,9 +248,9 @@ def side_by_side(vectors: Sequence[Tensor | None] | None) -> Tensor | None:
     first, second = vectors or (None, None)
     if first is None or second is None or first.untyped_storage()._cdata != second.untyped_storage()._cdata:
         return None
-    if second.storage_offset() != first.storage_offset() + len(first):
+    if second.storage_offset() != first.storage_offset() + first.numel():
         return None
-    return first.as_strided((len(first) + len(second),), (1,))
+    return first.as_strided((first.numel() + second.numel(),), (1,))
 
 
 def affine_gradients(partials: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,9 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from elastic_kernels.triton_ops.attention_blocks import LOG2_E, outputs_of
-from elastic_kernels.triton_ops.device import capability, cdiv, precision, unit_stride
+from elastic_kernels.triton_ops.device import capability, cdiv, next_power_of_2, precision, unit_stride
 from elastic_kernels.triton_ops.gemm import dot
 from elastic_kernels.triton_ops.heads import head_block, load_head, of_head
+from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.registration import first_order, ops, register
 from elastic_kernels.tuning import Tunable
 
@@ -75,7 +76,7 @@ def _scores(
     return s + tl.where(region[:, None] == region[None, :], 0.0, MASK_VALUE)
 
 
-@triton.jit(do_not_specialize=["stride_h", "stride_q", "stride_k"])
+@launched("stride_h", "stride_q", "stride_k")
 def _window_bias_tiles_kernel(
     bias_ptr, tiles_ptr,
     stride_h, stride_q, stride_k,
@@ -89,7 +90,7 @@ def _window_bias_tiles_kernel(
     tl.store(tiles_ptr + head * BLOCK * BLOCK + offs[:, None] * BLOCK + offs[None, :], tile)
 
 
-@triton.jit(do_not_specialize=["first_token", "height", "width", "rows", "columns", "shift", "heads"])
+@launched("first_token", "height", "width", "rows", "columns", "shift", "heads")
 def _window_attention_fwd_kernel(
     qkv_ptr, tiles_ptr, pad_ptr, out_ptr, lse_ptr,
     first_token, height, width, rows, columns, shift, heads,
@@ -207,7 +208,7 @@ def _spans(maps: Sequence[int], side: int, heads: int) -> list[_Span]:
 
 def window_block(side: int) -> int:
     """Rows of the tile of a window."""
-    return max(triton.next_power_of_2(side * side), 16)
+    return max(next_power_of_2(side * side), 16)
 
 
 def window_warps(side: int, itemsize: int, backward: bool, part: tuple[int, int]) -> int:
