@@ -20,7 +20,7 @@ from elastic_kernels import upload
 from poa.options import Options, option
 
 MIN_PATCHES = 4  # of the rectangle a mask is built from
-ASPECT = 0.3  # aspect ratios are drawn from ASPECT..1/ASPECT
+LOG_ASPECTS = math.log(0.3), math.log(1 / 0.3)  # between which that of a rectangle is drawn
 TRIES = 10  # rectangles tried before a mask is left as it is
 
 
@@ -108,13 +108,13 @@ def _add_rectangle(mask: np.ndarray, room: float, generator: random.Random) -> i
     height, width = mask.shape
     for _ in range(TRIES):
         area = generator.uniform(MIN_PATCHES, room)
-        aspect = math.exp(generator.uniform(math.log(ASPECT), math.log(1 / ASPECT)))
+        aspect = math.exp(generator.uniform(*LOG_ASPECTS))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if w >= width or h >= height:
             continue
         top, left = generator.randint(0, height - h), generator.randint(0, width - w)
         window = mask[top : top + h, left : left + w]
-        new = h * w - int(window.sum())
+        new = h * w - int(np.count_nonzero(window))
         if 0 < new <= room:
             window[:] = True
             return new
