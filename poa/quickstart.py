@@ -41,7 +41,8 @@ def quickstart(config: Config, out: Path) -> None:
     initial = initial_network(config).backbone
     world = World(0, 1, torch.device("cpu"))
     origin = Origin.of(folder, checkpoint, "teacher")
-    report = evaluate_subnets(backbone, subnets, data, config, world, origin, initial=initial, baselines=True)
+    scored = evaluate_subnets(backbone, subnets, data, config, world, origin, initial=initial, baselines=True)
+    *_, report = scored
     report.write(out / "evaluation.json")
     report.plot(out / "accuracy.png")
     write_report([folder], out / "report.html")

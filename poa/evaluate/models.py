@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -198,26 +198,28 @@ def evaluate_models(
         world.from_main(partial(require_outputs, out, plot, "models" if several else "settings"))
         for name in names[1:]:  # a wrong one is found before the others are scored
             open_peer(name)
-        reports = [_report(name, data, protocols, world, folders, baselines) for name in names]
-        if world.is_main:
-            if several:
-                write_json(out, {"models": [report.content() for report in reports]})
-            else:
-                reports[0].write(out)
-            if plot:
-                plot_reports(reports, plot)
+        reports: list[Report] = []
+        for number, name in enumerate(names):
+            for report in _reports(name, data, protocols, world, folders, baselines):
+                reports[number:] = [report]
+                if world.is_main and several:
+                    write_json(out, {"models": [report.content() for report in reports]})
+                elif world.is_main:
+                    report.write(out)
+        if world.is_main and plot:
+            plot_reports(reports, plot)
         return reports
 
 
-def _report(
+def _reports(
     name: str,
     data: str,
     protocols: Sequence[Protocol],
     world: World,
     folders: Folders | None,
     baselines: bool,
-) -> Report:
-    """Scores of a model."""
+) -> Iterator[Report]:
+    """Scores of a model, more and more of them."""
     peer = open_peer(name)
     pixels, fixed = peer.pixels, cast(Any, peer.backbone.to(world.device))
     crops = CropsConfig(

@@ -59,7 +59,7 @@ def evaluate_run(
             asked = [top1_of(network), *asked]
             if initial:
                 raise InputError("--initial: expected a run of pre-training with it, got a fine-tuned one")
-        report = evaluate_subnets(
+        for report in evaluate_subnets(
             backbone,
             chosen,
             images,
@@ -70,11 +70,12 @@ def evaluate_run(
             protocols=asked,
             folders=folders,
             baselines=baselines,
-        )
+        ):
+            if world.is_main:
+                report.write(out)
         if world.is_main:
             if images.left_out:
                 say(f"left out: {images.left_out}")
-            report.write(out)
             if plot:
                 report.plot(plot)
     return replace(report, files=tuple(file for file in (out, plot) if file))

@@ -78,12 +78,13 @@ def evaluate_subnets(
     protocols: Sequence[Protocol] = (KNN,),
     folders: Folders | None = None,
     baselines: bool = False,
-) -> Report:
-    """Score subnets on the held-out images by what the training images teach.
+) -> Iterator[Report]:
+    """Score subnets on the held-out images by what the training images teach; the last report has it all.
 
     The weights are on the device of `world`, whose processes all extract features; `initial` ones, of before
     training, are scored too, and so are `baselines`. `folders` are of protocols that have images of their
-    own.
+    own, which take long: there is a report before them and after each network, so that none is lost if a
+    later one fails.
     """
     crops, seed, network = config.method.crops, config.method.seed, config.method.backbone
     opened = open_folders(folders or {}, crops, world)
@@ -104,21 +105,11 @@ def evaluate_subnets(
         for row, name, weights, subnet in each(p)
     }
     values = dict(zip(asked, score(list(asked.values()), data, config, world), strict=True))
-    for p, images in opened:
-        for row, name, weights, subnet in each(p):
-            assert p.folder
-            scored = partial(p.folder.score, weights, subnet, images, world.device, seed)
-            values[row, name] = world.from_main(scored)
 
     def of(wanted: Subnet | str) -> dict[str, Any]:
         return {name: value for (row, name), value in values.items() if row == wanted}
 
-    protocols = [*protocols, *(p for p, _ in opened)]
-    scores = [
-        SubnetScore(subnet, network.parameters(subnet), network.flops(subnet), of(subnet))
-        for subnet in subnets
-    ]
-    settings = {
+    settings = vars(origin) | {
         "data": data_place(config.data.source),
         "images": data.digest(),
         "bank_images": len(data.train.labelled()),
@@ -129,8 +120,20 @@ def evaluate_subnets(
         "std": list(crops.std),
         **{p.name: dict(p.settings) for p in protocols},
     }
-    lower = {kind: of(kind) for kind in DESCRIBE} if baselines else {}
-    return Report(scores, vars(origin) | settings, lower)
+
+    def report() -> Report:
+        scores = [SubnetScore(s, network.parameters(s), network.flops(s), of(s)) for s in subnets]
+        lower = {kind: of(kind) for kind in DESCRIBE} if baselines else {}
+        return Report(scores, dict(settings), lower)
+
+    yield report()
+    for p, images in opened:
+        settings[p.name] = dict(p.settings)
+        for row, name, weights, subnet in each(p):
+            assert p.folder
+            scored = partial(p.folder.score, weights, subnet, images, world.device, seed)
+            values[row, name] = world.from_main(scored)
+            yield report()
 
 
 def knn_of_subnets(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from helpers.tiny import tiny_config
 from poa.__main__ import main
 from poa.data.crops import CropsConfig
 from poa.data.summary import LeftOut
-from poa.errors import InputError
-from poa.evaluate.backgrounds import BackgroundsConfig, backgrounds, columns, open_backgrounds
+from poa.errors import DivergenceError, InputError
+from poa.evaluate import suite
+from poa.evaluate.backgrounds import (
+    BACKGROUNDS,
+    BackgroundsConfig,
+    backgrounds,
+    columns,
+    open_backgrounds,
+)
 from poa.evaluate.baselines import Baseline
+from poa.subnets import Subnet
 
 CPU, CROPS = torch.device("cpu"), CropsConfig(global_size=32)
 
@@ -82,3 +91,25 @@ def test_a_run_is_scored(
         == {*report["baselines"]["pixels"]["backgrounds"]}
     )
     assert "expected class folders in" in fails(capsys, *command, "--backgrounds", str(tmp_path / "none"))
+
+
+def test_a_late_failure_keeps_the_scores_before_it(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scored(backbone: Any, subnet: Subnet, *rest: Any) -> dict[str, float]:
+        if subnet.width == 32:
+            raise DivergenceError("backgrounds: expected finite features, got NaN")
+        return backgrounds(backbone, subnet, *rest)
+
+    folder, out = write_backgrounds(tmp_path / "backgrounds", 20, 10), tmp_path / "scores.json"
+    options = ["--device", "cpu", "--out", str(out), "--backgrounds", str(folder)]
+    with monkeypatch.context() as patch:
+        of_folder = replace(BACKGROUNDS.folder, score=scored)
+        patch.setattr(suite, "PROTOCOLS", [suite.KNN, replace(BACKGROUNDS, folder=of_folder)])
+        assert main(["evaluate", str(trained), "--subnets", "16x1", "32x1", *options]) != 0
+    assert "got NaN" in capsys.readouterr().err
+    first, second = json.loads(out.read_text())["subnets"]
+    assert first.keys() - second.keys() == {"backgrounds"} and "knn" in second
+    assert main(["evaluate", str(trained), "--subnets", "32x1", *options]) == 0
+    again, last = json.loads(out.read_text())["subnets"]
+    assert again == first and last.keys() == first.keys()

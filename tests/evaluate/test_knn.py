@@ -69,7 +69,7 @@ def test_many_subnets_at_once_equal_one_at_a_time(tmp_path: Path) -> None:
     assert together == apart
     assert len({tuple(scores.values()) for scores in together}) > 1
     origin = Origin("runs/a", "teacher", 6, "0.1.0")
-    report = evaluate_subnets(backbone, subnets[:2], data, config, ALONE, origin, initial=backbone)
+    (report,) = evaluate_subnets(backbone, subnets[:2], data, config, ALONE, origin, initial=backbone)
     values = report.scores[0].values
     assert values["knn"] == values["knn_init"]
     assert report.settings["bank_images"] == len(data.train)

@@ -229,7 +229,7 @@ def test_several_models_have_a_table_each_and_one_plot(
         wrong = fails(capsys, "evaluate", models[0], other, *data)
         assert f"expected one run, or folders of extracted models and timm:NAME, got {other} among 2" in wrong
     Path(models[1], "model.safetensors").write_bytes(b"damaged")
-    with mock.patch("poa.evaluate.models._report") as scored:
+    with mock.patch("poa.evaluate.models._reports") as scored:
         assert "model.safetensors" in fails(capsys, "evaluate", *models, *data, "--out", out)
     assert not scored.called
 
