@@ -171,9 +171,10 @@ def _run_layers(run: Run) -> None:
         room = 1024 * ARCHITECTURES[int(run.architecture.removeprefix("sm_"))].shared_of_block
         for c in PERSISTENT:
             if 2 * (c.block_m + c.block_n) * c.block_k * c.stages <= room:
-                with trial({Key(form, torch.bfloat16, shape): c for form in ("residual_plain", "gelu")}):
+                forms = ("residual_plain", "gelu", "dgrad_gelu")
+                with trial({Key(form, torch.bfloat16, shape): c for form in forms}):
                     ek.elastic_linear_residual(whole, weight, None, whole)
-                    ek.elastic_linear(whole, weight, None, activation="gelu")
+                    ek.ElasticMLP(width, width)(whole).sum().backward()
 
 
 def _angles(x: Tensor, dim: int, halves: bool) -> ek.Rotary:

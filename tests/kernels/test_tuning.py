@@ -326,12 +326,22 @@ def test_what_will_be_tried_is_compiled_beforehand(
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "BESIDE", "num_warps", "num_stages", "maxnreg")
     settings = [(binary.constexprs | binary.options) for binary in binaries]
     compiled = [{name: options.get(name) for name in names} for options in settings]
-    given = [gemm.launch_options(c) for c in tuning.TUNABLES["gelu"].candidates(4096, 1024, 512)]
-    absent = {"BESIDE": None, "maxnreg": None}
-    wanted = [{name: (absent | options)[name] for name in names} for options in given]
+    given = tuning.TUNABLES["gelu"].candidates(4096, 1024, 512)
+    of_two = {1: None, 2: gemm.TWO_BLOCKS}  # registers, where persistent programs share a processor
+    absent = [{"BESIDE": None, "maxnreg": of_two.get(c.persistent)} for c in given]
+    asked = [others | gemm.launch_options(c) for others, c in zip(absent, given, strict=True)]
+    wanted = [{name: options[name] for name in names} for options in asked]
     assert sorted(map(str, compiled)) == sorted(map(str, wanted))
     assert command.main(["tune", "--preset", "vit-s16", "--arch", "90"]) == 2
     assert "expected one of sm_80" in capsys.readouterr().err
+
+
+def test_tiles_of_persistent_programs_are_as_high_as_those_in_their_place() -> None:
+    """As the shape of sums over a tile's rows is known before it is known which of both are launched."""
+    others = {
+        gemm.gemm_config("dgrad_gelu", n, 2, gpu).block_m for n in (128, 4096) for gpu in [(8, 0), (9, 0)]
+    }
+    assert others == {config.block_m for config in gemm.PERSISTENT}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -175,10 +175,10 @@ QUACK = GemmConfig(0, 0, 0, warps=0, stages=0, provider="quack")  # with setting
 
 
 def _candidates(form: Form) -> Callable[..., Sequence[GemmConfig]]:
-    forward = ("gelu", "residual", "residual_plain")
+    plain = ("linear", "dgrad")  # cuBLAS's, or of several matrices
     every = (
         *_CANDIDATES,
-        *(PERSISTENT if form in forward else ()),
+        *(() if form in plain else PERSISTENT),
         *((QUACK,) if form == "residual_plain" else ()),
     )
     return lambda *shape: every

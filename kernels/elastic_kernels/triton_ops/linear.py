@@ -16,15 +16,11 @@ on a strided view (`gemm.PROVIDERS`). Saved for backward: x, and y where an acti
 
 from __future__ import annotations
 
-from contextvars import copy_context
-
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.activations import activate
-from elastic_kernels.triton_ops.device import capability, cdiv, precision, processors
+from elastic_kernels.triton_ops.device import capability, cdiv, precision
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
     Form,
@@ -38,83 +34,9 @@ from elastic_kernels.triton_ops.gemm import (
     tile_of,
 )
 from elastic_kernels.triton_ops.launching import launched
+from elastic_kernels.triton_ops.linear_epilogues import finish_forward
+from elastic_kernels.triton_ops.linear_persistent import launch_persistent
 from elastic_kernels.triton_ops.registration import register
-
-
-@triton.jit
-def _epilogue_operands(
-    bias_ptr, residual_ptr, places, offs_n, mask_m, out_features, stride_r,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr,
-):  # fmt: skip
-    """Bias and residual of a slice of columns."""
-    mask_n = offs_n < out_features
-    bias, residual = 0.0, 0.0
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    if EPILOGUE == "residual":
-        mask = mask_m[:, None] & mask_n[None, :]
-        residual = tl.load(residual_ptr + places[:, None] * stride_r + offs_n[None, :], mask=mask, other=0.0)
-    return bias, residual
-
-
-@triton.jit
-def _fwd_epilogue(
-    y, bias, residual, row_scale, y_ptr, u_ptr, gamma_ptr,
-    places, offs_n, mask_m, out_features, stride_y,
-    EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr,
-):  # fmt: skip
-    mask_n = offs_n < out_features
-    mask = mask_m[:, None] & mask_n[None, :]
-    out = places[:, None] * stride_y + offs_n[None, :]
-    y += bias
-    if EPILOGUE == "residual":
-        if HAS_GAMMA:
-            y *= tl.load(gamma_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-        y = y * row_scale + residual.to(tl.float32)
-    y = y.to(y_ptr.dtype.element_ty)
-    if u_ptr is not None:
-        tl.store(u_ptr + out, y, mask=mask)
-    if EPILOGUE != "linear" and EPILOGUE != "residual":
-        # Of the rounded sum, so that backward finds the same activation in it.
-        y = activate(y.to(tl.float32), EPILOGUE, y_ptr.dtype.element_ty == tl.float32)
-        y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + out, y, mask=mask)
-
-
-@triton.jit
-def _finish_tile(
-    slices, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
-    offs_m, mask_m, column, out_features, stride_y, stride_r,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr, COLUMNS: tl.constexpr, ALONE: tl.constexpr,
-):  # fmt: skip
-    """The epilogue of a tile that begins at a column, slice by slice; of a block that is `ALONE` on its
-    processor, operands come a slice ahead, else other blocks hide their latency."""
-    places = offs_m.to(tl.int64)
-    if HAS_INDEX:
-        places = tl.load(index_ptr + offs_m, mask=mask_m, other=0)
-    row_scale = 1.0
-    if HAS_ROW_SCALE:
-        row_scale = tl.load(row_scale_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-    AHEAD: tl.constexpr = EPILOGUE == "residual" and ALONE
-    first = column + tl.arange(0, COLUMNS)
-    for part in tl.static_range(len(slices)):
-        offs_h = first + part * COLUMNS
-        if part == 0 or not AHEAD:
-            bias, residual = _epilogue_operands(
-                bias_ptr, residual_ptr, places, offs_h, mask_m, out_features, stride_r, HAS_BIAS, EPILOGUE
-            )
-        this_bias, this_residual = bias, residual
-        if AHEAD and part + 1 < len(slices):
-            bias, residual = _epilogue_operands(
-                bias_ptr, residual_ptr, places, offs_h + COLUMNS, mask_m, out_features, stride_r,
-                HAS_BIAS, EPILOGUE,
-            )  # fmt: skip
-        _fwd_epilogue(
-            slices[part], this_bias, this_residual, row_scale, y_ptr, u_ptr, gamma_ptr,
-            places, offs_h, mask_m, out_features, stride_y,
-            EPILOGUE, HAS_GAMMA,
-        )  # fmt: skip
 
 
 @launched("rows")
@@ -161,43 +83,11 @@ def _linear_fwd_kernel(
         slices += slices_of(acc_beside * scale, BLOCK_M, BESIDE, 32)
     if HAS_BIAS:
         bias_ptr += group * stride_bg
-    _finish_tile(
+    finish_forward(
         slices, bias_ptr, y_ptr + group * stride_yg, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
         offs_m, mask_m, pid_n * TILE, out_features, stride_y, stride_r,
         HAS_BIAS, EPILOGUE, HAS_GAMMA, HAS_INDEX, HAS_ROW_SCALE, TILE // len(slices), BLOCK_N > 128,
     )  # fmt: skip
-
-
-@launched("rows")
-def _linear_persistent_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
-    rows, out_features, in_features,
-    stride_x, stride_wn, stride_y, stride_r,
-    scale,
-    HAS_BIAS: tl.constexpr, EPILOGUE: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_INDEX: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """The same of one matrix: a program makes tile after tile, and loads for the next in the epilogue."""
-    x_tiles = tl.make_tensor_descriptor(x_ptr, [rows, in_features], [stride_x, 1], [BLOCK_M, BLOCK_K])
-    w_tiles = tl.make_tensor_descriptor(
-        weight_ptr, [out_features, in_features], [stride_wn, 1], [BLOCK_N, BLOCK_K]
-    )
-    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for start in range(0, in_features, BLOCK_K):
-            x = x_tiles.load([pid_m * BLOCK_M, start])
-            w = w_tiles.load([pid_n * BLOCK_N, start])
-            acc = dot(x, w.T, acc, PRECISION)
-        slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 32)
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        _finish_tile(
-            slices, bias_ptr, y_ptr, u_ptr, residual_ptr, gamma_ptr, index_ptr, row_scale_ptr,
-            offs_m, offs_m < rows, pid_n * BLOCK_N, out_features, stride_y, stride_r,
-            HAS_BIAS, EPILOGUE, HAS_GAMMA, HAS_INDEX, HAS_ROW_SCALE, BLOCK_N // len(slices), BLOCK_N > 128,
-        )  # fmt: skip
 
 
 def _fwd(
@@ -238,12 +128,10 @@ def _fwd(
     }  # fmt: skip
     stride_r = 0 if residual is None else residual.stride(0)
     if config.persistent:
-        context = copy_context()  # the program may have an allocator of its own
-        context.run(triton.set_allocator, _scratch)
-        context.run(
-            _linear_persistent_kernel[(min(tiles, config.persistent * processors(x.device)),)],
-            x, weight, bias, y, u, residual, gamma, index, row_scale,
-            rows, out, width, x.stride(0), weight.stride(1), y.stride(0), stride_r, scale, **flags,
+        launch_persistent(
+            config, tiles, x, weight, bias, y, u, residual, gamma, index, row_scale, None, None,
+            rows, out, width, x.stride(0), weight.stride(1), y.stride(0), stride_r, scale,
+            BACKWARD=False, **flags,
         )  # fmt: skip
         return
     _linear_fwd_kernel[(tiles, groups)](
@@ -253,11 +141,6 @@ def _fwd(
         y.stride(0), y.stride(1) if groups > 1 else 0, stride_r,
         scale, **flags,
     )  # fmt: skip
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory on the current device for the descriptors of a launch."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 def stacked(weight: Tensor) -> Tensor | None:

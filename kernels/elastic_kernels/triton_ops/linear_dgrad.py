@@ -2,8 +2,9 @@
 
     dx = s sum_g (dy[g] * gamma) W[g]                     optionally * act'(u), and act(u) again
 
-Sums over rows for the bias before the activation come out of the kernel, too. Without a fusion it is cuBLAS's
-product (`gemm.PROVIDERS`).
+Sums over rows for the bias before the activation come out of the kernel, too. Through an activation a table
+of timed settings may choose persistent programs, where LayerScale is in the weights. Without a fusion it is
+cuBLAS's product (`gemm.PROVIDERS`).
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from elastic_kernels.triton_ops.activations import activate, activation_grad
-from elastic_kernels.triton_ops.device import cdiv, precision
+from elastic_kernels.triton_ops.device import capability, cdiv, precision
 from elastic_kernels.triton_ops.gemm import (
     PROVIDERS,
     Form,
     config_for,
     dot,
+    gemm_config,
+    is_described,
     launch_options,
     slices_of,
     tile_of,
 )
 from elastic_kernels.triton_ops.launching import launched
 from elastic_kernels.triton_ops.linear import stacked
+from elastic_kernels.triton_ops.linear_epilogues import finish_backward
+from elastic_kernels.triton_ops.linear_persistent import launch_persistent
 from elastic_kernels.triton_ops.registration import register
 
 # Features that are reduced over, from which on the loop of a wide tile makes up for its longer epilogue: by
@@ -75,22 +79,10 @@ def _linear_dgrad_kernel(
     slices = slices_of(acc * scale, BLOCK_M, BLOCK_N, 64 if EPILOGUE == "none" and BESIDE is None else 32)
     if BESIDE is not None:
         slices += slices_of(acc_beside * scale, BLOCK_M, BESIDE, 32)
-    SLICES: tl.constexpr = len(slices)
-    COLUMNS: tl.constexpr = TILE // SLICES
-    for part in tl.static_range(SLICES):
-        dx = slices[part]
-        offs_h = pid_n * TILE + part * COLUMNS + tl.arange(0, COLUMNS)
-        mask = mask_m[:, None] & (offs_h < in_features)[None, :]
-        offset = offs_m.to(tl.int64)[:, None] * in_features + offs_h[None, :]
-        if EPILOGUE != "none":
-            u = tl.load(u_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            dx *= activation_grad(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
-            if act_ptr is not None:
-                activation = activate(u, EPILOGUE, u_ptr.dtype.element_ty == tl.float32)
-                tl.store(act_ptr + offset, activation.to(act_ptr.dtype.element_ty), mask=mask)
-            sums = sums_ptr + pid_m.to(tl.int64) * in_features + offs_h
-            tl.store(sums, tl.sum(dx, 0), mask=offs_h < in_features)
-        tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    finish_backward(
+        slices, u_ptr, dx_ptr, act_ptr, sums_ptr, pid_m, offs_m, mask_m, pid_n * TILE, in_features,
+        EPILOGUE, TILE // len(slices), BLOCK_N > 128,
+    )  # fmt: skip
 
 
 def _form(dy: Tensor, gamma: Tensor | None, kind: str) -> Form:
@@ -110,22 +102,35 @@ def _dgrad(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx; through an activation also its values `again`, and the sums of dx over the rows of each tile."""
     rows, (groups, out, width) = dy.shape[0], weight.shape
-    config = config_for("dgrad" if u is None else _form(dy, gamma, kind), dy, width, out)
+    form: Form = "dgrad" if u is None else _form(dy, gamma, kind)
+    config = config_for(form, dy, width, out)
+    if config.persistent and (gamma is not None or not is_described(dy, weight[0])):
+        config = gemm_config(form, width, dy.dtype.itemsize, capability(dy.device))  # as many rows a tile
     tiles = cdiv(rows, config.block_m)
     dx = torch.empty(rows, width, dtype=dy.dtype, device=dy.device)
     activation, sums = None, None
     if u is not None:
         activation = torch.empty(rows if again else 0, width, dtype=dy.dtype, device=dy.device)
         sums = torch.empty(tiles, 1, width, dtype=torch.float32, device=dy.device)
-    if rows:
-        _linear_dgrad_kernel[(tiles * cdiv(width, config.columns),)](
-            dy, weight, gamma, u, dx, activation if again else None, sums,
-            rows, groups, out, width,
-            dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
-            scale,
-            GROUPED=groups > 1, HAS_GAMMA=gamma is not None, EPILOGUE=kind, PRECISION=precision(dy),
-            **launch_options(config),
+    if not rows:
+        return dx, activation, sums
+    act, options = activation if again else None, launch_options(config)
+    tiles *= cdiv(width, config.columns)
+    if config.persistent:
+        launch_persistent(
+            config, tiles, dy, weight, None, dx, u, None, None, None, None, act, sums,
+            rows, width, out, dy.stride(0), weight.stride(1), width, 0, scale,
+            BACKWARD=True, HAS_BIAS=False, EPILOGUE=kind, HAS_GAMMA=False, HAS_INDEX=False,
+            HAS_ROW_SCALE=False, PRECISION=precision(dy), **options,
         )  # fmt: skip
+        return dx, activation, sums
+    _linear_dgrad_kernel[(tiles,)](
+        dy, weight, gamma, u, dx, act, sums,
+        rows, groups, out, width,
+        dy.stride(0), dy.stride(1) if groups > 1 else 0, *weight.stride(),
+        scale,
+        GROUPED=groups > 1, HAS_GAMMA=gamma is not None, EPILOGUE=kind, PRECISION=precision(dy), **options,
+    )  # fmt: skip
     return dx, activation, sums
 
 

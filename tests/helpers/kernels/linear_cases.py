@@ -340,21 +340,28 @@ def assert_same_in_place(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def with_persistent_programs(monkeypatch: pytest.MonkeyPatch, **settings: int) -> list[tuple[int, ...]]:
-    """Fused products take these settings; the grids that their persistent kernel is launched on."""
-    from elastic_kernels.triton_ops import gemm, linear
+def with_persistent_programs(monkeypatch: pytest.MonkeyPatch, **settings: int) -> list[tuple[int, bool]]:
+    """Fused products take these settings; of each launch of their persistent kernel, programs and whether it
+    is backward."""
+    from elastic_kernels.triton_ops import gemm, linear, linear_dgrad, linear_persistent
 
-    kernel, others = linear._linear_persistent_kernel, linear.config_for
-    grids: list[tuple[int, ...]] = []
+    kernel, others = linear_persistent._linear_persistent_kernel, linear.config_for
+    launches: list[tuple[int, bool]] = []
 
-    class Counted:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            grids.append(grid)
-            return kernel[grid]
+    class Noted:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., Any]:
+            def launch(*arguments: Any, **flags: Any) -> Any:
+                launches.append((grid[0], flags["BACKWARD"]))
+                return kernel[grid](*arguments, **flags)
+
+            return launch
 
     config = gemm.GemmConfig(**settings)
-    monkeypatch.setattr(
-        linear, "config_for", lambda form, *of: others(form, *of) if form == "linear" else config
-    )
-    monkeypatch.setattr(linear, "_linear_persistent_kernel", Counted())
-    return grids
+    for module in (linear, linear_dgrad):
+        monkeypatch.setattr(
+            module,
+            "config_for",
+            lambda form, *of: others(form, *of) if form in ("linear", "dgrad") else config,
+        )
+    monkeypatch.setattr(linear_persistent, "_linear_persistent_kernel", Noted())
+    return launches

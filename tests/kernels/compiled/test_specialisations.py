@@ -28,7 +28,14 @@ from elastic_kernels import (
     mixed_width_block,
 )
 from elastic_kernels.dispatch import planning
-from elastic_kernels.triton_ops import layer_norm, linear, linear_dgrad, linear_wgrad, vector_grads
+from elastic_kernels.triton_ops import (
+    layer_norm,
+    linear,
+    linear_dgrad,
+    linear_persistent,
+    linear_wgrad,
+    vector_grads,
+)
 from elastic_kernels.triton_ops.recorded import Launches
 
 IMAGES = (1, 2, 3, 4, 5, 7, 8, 11, 13, 16, 17, 23, 31, 32, 48, 53, 64, 96, 127, 128)  # 20 token counts
@@ -78,7 +85,7 @@ def test_all_subnets_of_a_vit_need_few_binaries(launches: Launches) -> None:
         with kept_activations():
             run_all_widths(block, FEW_IMAGES)
     counts = binaries(launches)
-    modules = (layer_norm, linear, linear_dgrad, linear_wgrad, vector_grads)
+    modules = (layer_norm, linear, linear_dgrad, linear_persistent, linear_wgrad, vector_grads)
     kernels = {k for m in modules for k, f in vars(m).items() if isinstance(f, JITFunction)}
     unused = {name for name in kernels if name.endswith("_kernel")} - counts.keys()
     assert unused == {"_linear_persistent_kernel"}  # which tables of timed settings choose

@@ -95,15 +95,17 @@ def test_persistent_programs(
 ) -> None:
     """Which load by tensor descriptors; rows that those do not take are left to the other kernel."""
     columns, stages, programs = tile
-    grids = with_persistent_programs(
+    launches = with_persistent_programs(
         monkeypatch, block_m=128, block_n=columns, block_k=64, warps=8, stages=stages, persistent=programs
     )
     for form, kept in (("residual-gamma", None), ("mlp", None), ("mlp-half", sized(8001, 300))):
         compare(Case(sized(8001, 300), sized(640, 264), sized(640, 328), kept=kept), form, dtype)
-    assert len(grids) >= 4 * RUNS
-    grids.clear()
-    compare(Case(133, 97, 129), "residual-gamma", dtype)
-    assert not grids
+    assert len(launches) >= 5 * RUNS and sum(backward for _, backward in launches) == RUNS
+    assert_same_kept(Case(sized(8001, 300), sized(640, 264), sized(640, 328)), "mlp", dtype, "cuda")
+    launches.clear()
+    for form in ("residual-gamma", "mlp"):
+        compare(Case(133, 97, 129), form, dtype)
+    assert not launches
 
 
 @pytest.mark.parametrize("backwards", [1, 2])

@@ -14,7 +14,12 @@ from triton.runtime import _allocation
 from elastic_kernels.dispatch import backend
 from elastic_kernels.linear import elastic_linear_residual
 from elastic_kernels.triton_ops import gemm, linear
-from helpers.kernels.linear_cases import Case, assert_accurate, with_persistent_programs
+from helpers.kernels.linear_cases import (
+    Case,
+    assert_accurate,
+    assert_same_kept,
+    with_persistent_programs,
+)
 from helpers.kernels.numerics import draw
 
 
@@ -22,14 +27,26 @@ from helpers.kernels.numerics import draw
 def test_persistent_programs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each makes several tiles; rows that descriptors do not take are left to the other kernel."""
     tile = {"block_m": 16, "block_n": 64, "block_k": 16, "warps": 4, "stages": 1}
-    grids = with_persistent_programs(monkeypatch, **tile, persistent=1)
+    launches = with_persistent_programs(monkeypatch, **tile, persistent=1)
     for form in ("residual-gamma", "mlp-half", "attention-half"):
         assert_accurate(Case(70, 144, 144, kept=33), form, dtype)
-    assert_accurate(Case(70, 144, 144), "mlp", dtype)
-    assert (4,) in grids and _allocation._allocator.get() is _allocation._NULL_ALLOCATOR  # the program's
-    grids.clear()
-    assert_accurate(Case(17, 150, 150, spare=3), "residual-gamma", dtype)
-    assert not grids
+    for activation in ("gelu", "silu", "gelu_tanh"):
+        assert_accurate(Case(70, 136, 136, activation=activation), "mlp", dtype)
+        assert_same_kept(Case(70, 136, 136, activation=activation), "mlp", dtype)
+    assert {(4, False), (4, True)} <= set(launches)
+    assert _allocation._allocator.get() is _allocation._NULL_ALLOCATOR  # the program's
+    launches.clear()
+    for form in ("residual-gamma", "mlp"):
+        assert_accurate(Case(17, 150, 150, spare=3), form, dtype)
+    assert not launches
+
+
+def test_layer_scale_goes_back_without_persistent_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they load dy as it is."""
+    tile = {"block_m": 16, "block_n": 64, "block_k": 16, "warps": 4, "stages": 1}
+    launches = with_persistent_programs(monkeypatch, **tile, persistent=1)
+    assert_accurate(Case(70, 144, 144), "mlp-half", torch.float16)
+    assert (4, False) in launches and not any(backward for _, backward in launches)
 
 
 def gemm_add(
