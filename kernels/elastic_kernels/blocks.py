@@ -64,6 +64,7 @@ class ElasticBlock(nn.Module):
         gate: bool = False,
     ):
         super().__init__()
+        validate.sizes(self, width=width, hidden=hidden, head_dim=head_dim, heads=heads)
         self.norm1 = ElasticLayerNorm(width, eps=eps)
         self.attn = ElasticAttention(width, head_dim, qkv_bias, heads=heads, scale=scale)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
@@ -188,6 +189,7 @@ class ElasticSwinBlock(nn.Module):
         scale: Scale = "offset",
     ):
         super().__init__()
+        validate.sizes(self, width=width, hidden=hidden)
         self.norm1 = ElasticLayerNorm(width, eps=eps)
         self.attn = ElasticWindowAttention(width, head_dim, window, shift, heads=heads, scale=scale)
         self.norm2 = ElasticLayerNorm(width, eps=eps)
@@ -270,6 +272,7 @@ class ElasticBottleneck(nn.Module):
         scale: Scale = "offset",
     ):
         super().__init__()
+        validate.sizes(self, entry=entry, middle=middle, out=out, groups=groups, stride=stride)
         self.stride, self.scale = stride, scale
         self.conv1 = nn.Linear(entry, middle, bias=False)
         self.norm1 = ElasticGroupNorm(groups, middle, eps=eps)

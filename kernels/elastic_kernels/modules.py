@@ -47,6 +47,7 @@ class ElasticLinear(nn.Linear):
         scale: Scale = "offset",
         **options: Any,
     ):
+        validate.sizes(self, in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, **options)
         self.scale = scale
 
@@ -99,6 +100,7 @@ class ElasticAttention(nn.Module):
         proj_bias: bool = True,
     ):
         super().__init__()
+        validate.sizes(self, width=width, head_dim=head_dim, heads=heads)
         inner = _channels_of_heads(width, head_dim, heads)
         self.head_dim, self.scale = head_dim, scale
         self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
@@ -143,6 +145,7 @@ class ElasticMLP(nn.Module):
         self, width: int, hidden: int, *, bias: bool = True, scale: Scale = "offset", activation: str = "gelu"
     ):
         super().__init__()
+        validate.sizes(self, width=width, hidden=hidden)
         self.scale, self.activation = scale, activation
         self.fc1 = nn.Linear(width, hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
@@ -219,6 +222,9 @@ class ElasticWindowAttention(nn.Module):
         scale: Scale = "offset",
     ):
         super().__init__()
+        validate.sizes(self, width=width, head_dim=head_dim, heads=heads, window=window)
+        if not 0 <= shift < window:
+            raise ValueError(f"{type(self).__name__}: expected shift in 0..{window - 1}, got {shift!r}")
         inner = _channels_of_heads(width, head_dim, heads)
         self.head_dim, self.window, self.shift, self.scale = head_dim, window, shift, scale
         self.qkv = nn.Linear(width, 3 * inner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ def prefix(op: str, name: str, value: int, largest: int) -> None:
     """Raise ValueError unless `1 <= value <= largest`."""
     if isinstance(value, (float, str)) or not 1 <= value <= largest:
         raise ValueError(f"{op}: expected {name} in 1..{largest}, got {value}")
+
+
+def sizes(module: object, **sizes: int | None) -> None:
+    """Raise ValueError unless the sizes of a new module are integers of at least 1, or are not given."""
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, Integral) or size < 1):
+            raise ValueError(
+                f"{type(module).__name__}: expected {name}, an integer of at least 1, got {size!r}"
+            )
 
 
 def matrix(op: str, x: Tensor) -> None:

@@ -36,6 +36,7 @@ class ElasticRMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-6):
         super().__init__()
+        validate.sizes(self, width=width)
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
@@ -64,6 +65,7 @@ class ElasticSwiGLU(nn.Module):
         self, width: int, hidden: int, *, bias: bool = True, scale: Scale = "offset", activation: str = "silu"
     ):
         super().__init__()
+        validate.sizes(self, width=width, hidden=hidden)
         self.scale, self.activation = scale, activation
         self.fc1 = nn.Linear(width, 2 * hidden, bias=bias)
         self.fc2 = nn.Linear(hidden, width, bias=bias)
@@ -212,6 +214,7 @@ class ElasticPatchEmbed(nn.Module):
 
     def __init__(self, patch_size: int, width: int, channels: int = 3):
         super().__init__()
+        validate.sizes(self, patch_size=patch_size, width=width, channels=channels)
         self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, width: int) -> Tensor:
@@ -241,6 +244,7 @@ class ElasticConv1x1(nn.Conv2d):
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True, *, scale: Scale = "offset"):
+        validate.sizes(self, in_channels=in_channels, out_channels=out_channels)
         super().__init__(in_channels, out_channels, 1, bias=bias)
         self.scale = scale
 

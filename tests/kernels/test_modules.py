@@ -293,3 +293,23 @@ def test_wrong_use_is_the_same_on_every_device() -> None:
     with pytest.raises(ValueError, match=r"in in 1\.\.32, got 40"):
         ek.elastic_linear(torch.zeros(4, 40, device="meta"), W.to("meta"))
     assert ek.elastic_linear(X.to("meta"), W.to("meta")).shape == (4, 32)
+
+
+@pytest.mark.parametrize("size", [0, -64, 64.0, "64"])
+def test_modules_have_sizes_of_at_least_1(size: Any) -> None:
+    made: dict[str, Callable[[], object]] = {
+        "width": lambda: ek.ElasticBlock(size, 256, 16),
+        "hidden": lambda: ek.ElasticSwinBlock(64, size, 16, 3, 0),
+        "head_dim": lambda: ek.ElasticAttention(64, size),
+        "heads": lambda: ek.ElasticWindowAttention(64, 16, 3, 0, heads=size),
+        "window": lambda: ek.ElasticWindowAttention(64, 16, size, 0),
+        "groups": lambda: ek.ElasticBottleneck(64, 16, 64, size),
+        "in_features": lambda: ek.ElasticLinear(size, 64),
+        "out_channels": lambda: ek.ElasticConv1x1(64, size),
+        "patch_size": lambda: ek.ElasticPatchEmbed(size, 64),
+    }
+    for name, make in made.items():
+        with pytest.raises(ValueError, match=f"expected {name}, an integer of at least 1, got {size!r}"):
+            make()
+    with pytest.raises(ValueError, match=r"expected shift in 0..2, got 3"):
+        ek.ElasticSwinBlock(64, 256, 16, 3, 3)
