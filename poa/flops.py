@@ -58,6 +58,7 @@ def workload(
     shares: Sequence[Sequence[int]],
     images_per_s: float,
     peak: float | None,
+    frozen: int = 0,
 ) -> dict[str, Any]:
     """What the elastic students of some steps were, and what that means for speed.
 
@@ -68,16 +69,15 @@ def workload(
         shares: micro-batches of a step of every process.
         images_per_s: of all processes.
         peak: FLOP/s of a device, or None.
+        frozen: FLOPs of a frozen teacher's forward of a global crop.
 
     Returns:
         `subnets` with their counts; `balance`, the mean FLOPs of processes over the largest, for which a step
         waits; `tflop_per_s` of a process and `mfu`, its share of the peak.
     """
+    other = VIEWS * method.batch_size * frozen
     costs = [  # FLOPs of every process in every step
-        [
-            sum(micro_batch_flops(method, subnets[micro_batch], count) for micro_batch in share)
-            for share in shares
-        ]
+        [sum(micro_batch_flops(method, subnets[i], count) + other for i in share) for share in shares]
         for subnets, count in zip(drawn, masked, strict=True)
     ]
     images = sum(map(len, drawn)) * method.batch_size

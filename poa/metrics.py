@@ -205,11 +205,12 @@ class Journal:
         schedules: Schedules,
         sampler: SubnetSampler,
         callbacks: Sequence[Callback] = (),
+        frozen_flops: int = 0,
     ):
         method = config.method
         self.config, self.folder, self.world = config, folder, world
         self.plan, self.schedules, self.sampler = plan, schedules, sampler
-        self.callbacks = callbacks
+        self.callbacks, self.frozen_flops = callbacks, frozen_flops
         self.step_images = plan.micro_batches * method.batch_size
         self.meter = Meter(world, self.step_images)
         self.guard = Guard(world, config.run.skip_limit)
@@ -294,6 +295,7 @@ class Journal:
                 [self.world.share(count, rank) for rank in range(self.world.size)],
                 images_per_s,
                 datasheet_peak(self.world.device),
+                self.frozen_flops,
             ),
             "rank_seconds": self.world.gather(self.stopwatch.collect() / len(steps)),
             "host_ms": host / len(steps) * 1e3,

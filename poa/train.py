@@ -180,7 +180,10 @@ class Trainer:
         )
         random = replace(config, method=replace(method, init=InitConfig())) if content else config
         self.state = TrainingState.start(random, world.device, initial, frozen)
-        self.journal = Journal(config, folder, world, self.plan, self.schedules, self.sampler, callbacks)
+        flops = self.state.frozen.flops if self.state.frozen else 0
+        self.journal = Journal(
+            config, folder, world, self.plan, self.schedules, self.sampler, callbacks, flops
+        )
         self.images = data.digest()
         self.first_step = 0
         if content:

@@ -15,9 +15,11 @@ from poa.checkpoint import RunFolder, read_checkpoint
 from poa.config import with_teacher
 from poa.errors import InputError
 from poa.export import extract
+from poa.flops import expected_masked, micro_batch_flops
 from poa.initialization import frozen_teacher
 from poa.memory import predict_memory
 from poa.options import override
+from poa.subnets import Subnet
 from poa.train import pretrain
 
 LARGER = [
@@ -70,6 +72,12 @@ def test_a_run_resumes_with_it_and_with_no_other(models: Path, tmp_path: Path) -
     folder = RunFolder(out)
     config = folder.config()
     assert config.method.loss.features == 1 and all(row["features"] > 0 for row in folder.rows())
+    method, (*_, row), teacher = config.method, folder.rows(), frozen_teacher(config.method)
+    assert teacher and len(row["subnets"]) == 1
+    elastic, masked = Subnet.parse(*row["subnets"]), expected_masked(method)
+    flops = micro_batch_flops(method, elastic, masked) + 2 * method.batch_size * teacher.flops
+    of_image = row["tflop_per_s"] * 1e12 / row["images_per_s"]
+    assert of_image == pytest.approx(flops / method.batch_size, rel=1e-6)
     whole = read_checkpoint(folder.newest().path)
     folder.newest().path.unlink()
     assert main(["pretrain", "--resume", str(out)]) == 0

@@ -59,6 +59,11 @@ class FrozenTeacher(nn.Module):
     def __str__(self) -> str:
         return f"{self.source}; frozen, on crops of {self.size} pixels"
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of the forward of a crop."""
+        return self.backbone.config.flops(self.backbone.config.space.intact)
+
     @torch.no_grad()
     def forward(self, crops: Tensor) -> Tensor:
         """Class tokens `[crops, w]` of global crops `[crops, C, S, S]`, whatever their size."""
