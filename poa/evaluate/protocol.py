@@ -41,7 +41,8 @@ class OfFolder:
         open: from folder, crops of the run, options and a count of what is left out to what `score` takes,
             whose `counts()` are the numbers of its images, by part.
         score: a subnet on that, on a device, by a seed; a JSON value.
-        check: raises InputError where a subnet cannot be scored on that; before anything is.
+        check: raises InputError where a subnet cannot be scored on that; before anything is. Like `score`,
+            the main process alone calls it.
     """
 
     options: Options

@@ -80,6 +80,15 @@ def open_stereo(folder: Path, crops: CropsConfig, options: StereoConfig, left_ou
 
 
 @torch.no_grad()
+def _check(backbone: Backbone, subnet: Subnet, opened: StereoPairs) -> None:
+    weights = next(backbone.parameters(), opened.images[0])  # features without a network have none
+    try:
+        backbone([opened.images[0][:1].to(weights.device)], subnet)
+    except InputError as error:
+        raise InputError(f"stereo.size: {error}") from None
+
+
+@torch.no_grad()
 def stereo(
     backbone: Backbone, subnet: Subnet, opened: StereoPairs, device: torch.device, seed: int
 ) -> dict[str, float]:
@@ -106,7 +115,7 @@ def stereo(
 STEREO = folder_protocol(
     "stereo",
     "also look for patches of left images of this folder in the right ones, whose disparity is known: PCK",
-    OfFolder(StereoConfig(), open_stereo, stereo),
+    OfFolder(StereoConfig(), open_stereo, stereo, _check),
     lambda score: {f"stereo {title}": value for title, value in columns(score, "same place").items()},
     f"stereo PCK@{REPORTED:g}",
     {"protocol": "patches of left images found in right ones by cosine, PCK in shares of the side"},

@@ -98,7 +98,7 @@ def evaluate_subnets(
     for p, images in opened:
         for _, _, weights, subnet in each(p):
             assert p.folder
-            p.folder.check(weights, subnet, images)
+            world.from_main(partial(p.folder.check, weights, subnet, images))
     asked = {
         (row, name): p.task(weights, subnet, crops)
         for p in protocols

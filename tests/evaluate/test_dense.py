@@ -34,7 +34,7 @@ from poa.evaluate.segmentation import (
     scored,
     shares,
 )
-from poa.evaluate.stereo import StereoConfig, open_stereo, stereo
+from poa.evaluate.stereo import STEREO, StereoConfig, open_stereo, stereo
 
 CPU = torch.device("cpu")
 CROPS = CropsConfig(global_size=24)
@@ -304,6 +304,9 @@ def test_stereo_pairs_of_known_disparity(tmp_path: Path) -> None:
     config = tiny_config().method.backbone
     got = stereo(Baseline("pixels", config, CROPS), config.space.intact, opened, CPU, 0)  # type: ignore[arg-type]
     assert got["0.05"] == 1 and got["same place"] == 0  # a sixth of the side away
+    network, odd = config.build(), open_stereo(tmp_path, CROPS, StereoConfig(size=47), LeftOut())
+    with pytest.raises(InputError, match=r"stereo.size: crop: expected sides divisible by .*, got 47x47"):
+        STEREO.folder.check(network, config.space.smallest, odd)
     (tmp_path / "left" / "a.png").unlink()
     with pytest.raises(InputError, match="--stereo: expected pairs of images in .* with disparity maps, got"):
         open_stereo(tmp_path, CROPS, StereoConfig(), LeftOut())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers import collections_of_images as collections
+from helpers import processes
 from helpers.commands import fails
 from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
@@ -169,6 +170,11 @@ def test_a_run_is_scored_beside_its_beginning(
     assert written["settings"]["detection"]["size"] == 64
     (row,) = written["subnets"]
     assert all(0 <= row[name]["segm"]["AP"] <= 1 for name in ("detection", "detection_init"))
+    beside = [*asked[:-2], str(tmp_path / "b.json"), asked[-1]]
+    done = processes.run(2, "-m", "poa", *beside, str(folder), *small)
+    assert done[1][1] == ""
+    (together,) = json.loads((tmp_path / "b.json").read_text())["subnets"]
+    assert together["detection"]["segm"] == pytest.approx(row["detection"]["segm"], abs=1e-3)
     assert main(["extract", str(trained), "--subnets", "16x1", "--out", str(tmp_path)]) == 0
     images = ["--data", str(collections.write_folder(tmp_path / "images", 8)), "--detection", str(folder)]
     model = tmp_path / "vit-16x1"
