@@ -184,7 +184,7 @@ def launches(options: argparse.Namespace) -> None:
 def predict(options: argparse.Namespace) -> None:
     from benchmarks import prediction
 
-    lines, summary = prediction.run(*_planned(options), options.gpu)
+    lines, summary = prediction.run(*_planned(options), options.gpu, options.persistent)
     print(*lines, json.dumps(summary), sep="\n")
 
 
@@ -313,6 +313,11 @@ def _launches(parser: Arguments) -> None:
     parser.add_argument("--subnet", metavar="WxD", help="subnet of the elastic student (default: intact)")
 
 
+def _persistent(parser: Arguments) -> None:
+    about = "persistent programs a processor, of the products that may have them (default: none)"
+    parser.add_argument("--persistent", type=int, choices=(1, 2), default=0, help=about)
+
+
 def _gpu(parser: Arguments) -> None:
     parser.add_argument("--out", type=Path, help="folder of the run (default: benchmarks/results/GPU)")
     about = "minutes until it stops and says what is left"
@@ -345,7 +350,7 @@ OPTIONS: dict[str, Sequence[Callable[[Arguments], None]]] = {
     "profile": (_device, _step),
     "roofline": (_step, _gpu_name),
     "launches": (_launches,),
-    "predict": (_launches, _gpu_name),
+    "predict": (_launches, _gpu_name, _persistent),
     "options": (_launches,),
     "gpu": (_gpu, _official, _widths),
     "report": (_report,),

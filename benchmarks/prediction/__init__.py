@@ -1,12 +1,14 @@
 """The time of a training step's kernels, predicted from their compiled code, without a GPU.
 
     python -m benchmarks predict --preset vit-l16 --gpu h200 --subnet 640x18
+    python -m benchmarks predict --preset vit-l16 --gpu h200 --subnet 640x18 --persistent 2
 
 Launches are those of a whole step on meta tensors, kernels those that Triton compiles for sm_90. A kernel
 takes the most of: its blocks in waves, each simulated from machine code (`machine.py`); its bytes at the
-GPU's ceiling; its traffic with L2. Loops run as often as the launch's arguments say (`programs.py`). Products
-of libraries take whole waves of tiles at the matmul ceiling, other operators their bytes. Kernels run one
-after the other, and the host is not waited for.
+GPU's ceiling; its traffic with L2. Loops run as often as the launch's arguments say (`programs.py`); of
+persistent programs, those that share a processor with the first take the longest. Products of libraries take
+whole waves of tiles at the matmul ceiling, other operators their bytes. Kernels run one after the other, and
+the host is not waited for.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ RESOURCES = ("tensor", "mufu", "fma", "alu", "lsu", "issue", "latency", "memory"
 LEAST = 5e-5  # seconds of a step, of a kernel that has a line
 
 
-def step_costs(config: Config, elastic: Subnet, gpus: Sequence[Gpu]) -> list[list[Cost]]:
+def step_costs(config: Config, elastic: Subnet, gpus: Sequence[Gpu], persistent: int = 0) -> list[list[Cost]]:
     """Costs of a step on each GPU, by kernel and form, and by operator, the largest first."""
-    kernels, operators = record(config, elastic)
+    kernels, operators = record(config, elastic, persistent)
     binaries = list({kernel.binary: None for kernel in kernels})
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         compiled = dict(zip(binaries, pool.map(Compiled.of, binaries, chunksize=2), strict=True))
@@ -56,13 +58,13 @@ def _by_form(costs: Sequence[Cost]) -> list[Cost]:
     return sorted(sums.values(), key=lambda cost: -cost.seconds)
 
 
-def run(config: Config, elastic: Subnet, gpu: str) -> tuple[list[str], dict[str, Any]]:
-    """Predict a step on one of `gpus.KNOWN`.
+def run(config: Config, elastic: Subnet, gpu: str, persistent: int = 0) -> tuple[list[str], dict[str, Any]]:
+    """Predict a step on one of `gpus.KNOWN`, perhaps with `persistent` programs, so many a processor.
 
     Returns:
         Lines of a table, and a summary: milliseconds of a step, and images/s.
     """
-    (costs,), method = step_costs(config, elastic, [KNOWN[gpu]]), config.method
+    (costs,), method = step_costs(config, elastic, [KNOWN[gpu]], persistent), config.method
     return report(costs, KNOWN[gpu], str(method.backbone.space.intact), str(elastic), method.batch_size)
 
 

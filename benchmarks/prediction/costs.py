@@ -57,17 +57,20 @@ class Cost:
 
 def kernel_cost(kernel: Kernel, launches: int, compiled: Compiled, gpu: Gpu) -> Cost:
     """Of so many equal launches of ours."""
-    code = machine.parse(compiled.sass)
-    work = work_of(compiled.ttir, kernel.grid, dict(kernel.arguments))
-    trips, guessed = _trips(code, work)
-    block = machine.simulate(code, compiled.warps, trips, gpu.tensor_cycles)
+    arguments = dict(kernel.arguments)
+    work = timed = work_of(compiled.ttir, kernel.grid, arguments)
     programs, fit = math.prod(kernel.grid), compiled.blocks_per_processor
+    if work.flattened:  # persistent: programs of the first processor make the most tiles
+        timed = work_of(compiled.ttir, kernel.grid, arguments, range(0, programs, gpu.processors))
+    code = machine.parse(compiled.sass, work.flattened)
+    trips, guessed = _trips(code, timed)
+    block = machine.simulate(code, compiled.warps, trips, gpu.tensor_cycles)
     rounds, rest = divmod(-(-programs // gpu.processors), fit)
     resources = {pipe: (rounds * fit + rest) * cycles / gpu.clock for pipe, cycles in block.busy.items()}
     busiest = max(block.busy.values())
     together = rounds * max(block.alone, fit * busiest) + max(block.alone, rest * busiest) * bool(rest)
     resources["latency"] = (rounds + bool(rest)) * block.alone / gpu.clock
-    moved, cached = _moved(work, programs, dict(kernel.arguments))
+    moved, cached = _moved(work, programs, arguments)
     resources["memory"], resources["L2"] = gpu.moving(moved), gpu.caching(cached)
     slowest = max(together / gpu.clock, *resources.values()) + LAUNCH
     return Cost(
@@ -93,6 +96,10 @@ def _form(kernel: Kernel) -> str:
 def _trips(code: machine.Loop, work: Work) -> tuple[list[float], int]:
     """Trips of the loops of machine code, in order, and how many of them are guesses."""
     depths, trips = [depth for depth, _ in code.loops()], work.trips
+    if work.flattened and depths == work.nesting == [0, 1]:
+        return [trips[0], trips[1] - 1], work.unknown  # a tile's last step is its own code
+    if work.flattened:
+        return [1.0] * len(depths), len(depths)
     if depths == work.nesting:
         return trips, work.unknown
     if len(depths) == 2 * len(trips) and depths[::2] == depths[1::2] == work.nesting:

@@ -32,6 +32,7 @@ MEMORY, SHARED, SPECIAL, BARRIER = 600, 30, 20, 20  # cycles until a result is t
 NARROW = 100  # of loads of less than 4 bytes: most find in L1 what a neighbour fetched
 PERIODS = 4  # of a loop, before it repeats itself
 NONE = 7  # no scoreboard
+ANNOUNCE, POLL = "SYNCS.ARRIVE", "SYNCS.PHASECHK"  # that tensor descriptors load; whether it is there
 MMA_RATE = 0.62  # of mma.sync on Hopper, of the peak that wgmma reaches
 
 
@@ -73,8 +74,11 @@ class Loop:
 
 
 @cache
-def parse(sass: str) -> Loop:
-    """The code of a kernel, from `nvdisasm -hex -c`, without the subroutines after it."""
+def parse(sass: str, flattened: bool = False) -> Loop:
+    """The code of a kernel, from `nvdisasm -hex -c`, without the subroutines after it.
+
+    If Triton `flattened` a loop over tiles and the one over steps inside, they are two again.
+    """
     items: list[Instruction | str] = []
     pending = ""
     for line in sass.splitlines():
@@ -86,21 +90,46 @@ def parse(sass: str) -> Loop:
             pending = instruction[1].strip()
         elif pending and (word := re.match(r"\s+/\* 0x([0-9a-f]{16}) \*/", line)):
             code = _instruction(pending, int(word[1], 16) >> 41)
+            pending = ""
             if code.name.startswith("BRA") and str(items[-1]) in code.name:  # to itself: the end
                 break
-            items.append(code)
-            pending = ""
-    return _nest(items)
+            if not (code.name.startswith("BRA") and _name(items[-1]).startswith(POLL)):  # again, and back
+                items.append(code)
+    return _nest(_unflattened(items) if flattened else items)
+
+
+def _name(item: Instruction | str) -> str:
+    return item.name if isinstance(item, Instruction) else ""
+
+
+def _jumps(items: Sequence[Instruction | str]) -> list[tuple[int, int]]:
+    """Where branches are, and where they lead."""
+    labels = {item: at for at, item in enumerate(items) if isinstance(item, str)}
+    names = ((at, _name(item)) for at, item in enumerate(items))
+    branches = ((at, name.partition("`(")[2].rstrip(")")) for at, name in names if name.startswith("BRA"))
+    return [(at, labels.get(target, at)) for at, target in branches]
+
+
+def _unflattened(items: list[Instruction | str]) -> list[Instruction | str]:
+    """A tile is steps without what branches inside of the only loop skip, and a step with all of it."""
+    jumps = _jumps(items)
+    loops = [(target, at) for at, target in jumps if target < at - 1]
+    if len(loops) != 1:
+        return items
+    first, last = loops[0]
+    again = items[last]
+    assert isinstance(again, Instruction)
+    skipped = {n for at, target in jumps if first < at < target < last for n in range(at + 1, target)}
+    steps = [items[n] for n in range(first, last + 1) if n not in skipped]
+    tile = [".L_tile", *steps, *items[first + 1 : last], again._replace(name="BRA `(.L_tile)")]
+    return [*items[:first], *tile, *items[last + 1 :]]
 
 
 def _nest(items: Sequence[Instruction | str]) -> Loop:
-    labels = {item: at for at, item in enumerate(items) if isinstance(item, str)}
     starts: dict[int, list[int]] = {}
-    for at, item in enumerate(items):
-        if isinstance(item, Instruction) and item.name.startswith("BRA"):
-            target = labels.get(item.name.partition("`(")[2].rstrip(")"), at)
-            if target < at - 1:
-                starts.setdefault(target, []).append(at)
+    for at, target in _jumps(items):
+        if target < at - 1:
+            starts.setdefault(target, []).append(at)
     open_loops, ends = [Loop()], [len(items)]
     for at, item in enumerate(items):
         for end in sorted(starts.get(at, ()), reverse=True)[:1]:
@@ -167,6 +196,7 @@ class Warp:
     boards: list[float] = field(default_factory=lambda: [0.0] * 8)
     products: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     copies: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    tiles: deque[float] = field(default_factory=deque)
 
     def run(self, body: Sequence[Instruction | Loop], trips: Iterator[float]) -> None:
         """Take code; `trips` gives those of its loops in order."""
@@ -192,6 +222,7 @@ class Warp:
         self.boards = [time + cycles for time in self.boards]
         self.products = deque((time + cycles for time in self.products), 64)
         self.copies = deque((time + cycles for time in self.copies), 64)
+        self.tiles = deque(time + cycles for time in self.tiles)
 
     def _issue(self, code: Instruction) -> None:
         name, pipe = code.name, code.pipe
@@ -204,6 +235,10 @@ class Warp:
                 time = max(time, queue[-1 - left])
         elif name.startswith("LDGDEPBAR"):
             self.copies.append(time + MEMORY)
+        elif name.startswith(ANNOUNCE):
+            self.tiles.append(time + MEMORY)
+        elif name.startswith(POLL) and self.tiles:
+            time = max(time, self.tiles.popleft())
         self.used["issue"] += 1
         if pipe != "issue":
             self.used[pipe] += cycles

@@ -66,6 +66,7 @@ class Node:
     text: str
     operands: list[str]
     bodies: list[list[Node]] = field(default_factory=list)
+    flattened: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -97,6 +98,7 @@ def parse(ttir: str) -> list[Node]:
             open_bodies.pop()
             if not open_bodies:
                 break
+            open_bodies[-1][-1].flattened = "tt.flatten" in text
             if text.endswith("{"):  # } else {
                 owner = open_bodies[-1][-1]
                 owner.bodies.append([])
@@ -202,6 +204,7 @@ class Work:
         nesting: of each loop, how many loops are around it.
         loaded, stored: bytes by the argument they belong to; "" is for addresses out of tables.
         unknown: loops whose trips depend on data; they count as one.
+        flattened: whether a loop over tiles and the one inside are made one, as in persistent programs.
     """
 
     trips: list[float] = field(default_factory=list)
@@ -209,6 +212,7 @@ class Work:
     loaded: Counter[str] = field(default_factory=Counter)
     stored: Counter[str] = field(default_factory=Counter)
     unknown: int = 0
+    flattened: bool = False
 
 
 class Walk:
@@ -247,6 +251,7 @@ class Walk:
             self.program.given[names[0]] = low
         except Unknown:
             self.work.unknown += 1
+        self.work.flattened |= node.flattened
         self.work.trips.append(trips if times else 0.0)
         self.work.nesting.append(depth)
         for body in node.bodies:
@@ -279,8 +284,10 @@ class Walk:
         return name
 
 
-def work_of(ttir: str, grid: tuple[int, int, int], arguments: Mapping[str, Any]) -> Work:
-    """What the programs of a grid do on average, from a sample of them.
+def work_of(
+    ttir: str, grid: tuple[int, int, int], arguments: Mapping[str, Any], numbers: Sequence[int] = ()
+) -> Work:
+    """What the programs of a grid do on average, from a sample of them, or those of some numbers.
 
     Args:
         ttir: Triton's IR of the kernel.
@@ -290,9 +297,9 @@ def work_of(ttir: str, grid: tuple[int, int, int], arguments: Mapping[str, Any])
     body = parse(ttir)
     given = {f"%{k}": (v, 0) if isinstance(v, Extent) else v for k, v in arguments.items()}
     count = math.prod(grid)
-    places = [int((i + 0.5) * count / SAMPLES) for i in range(SAMPLES)] if count > SAMPLES else range(count)
+    sample = [int((i + 0.5) * count / SAMPLES) for i in range(SAMPLES)] if count > SAMPLES else range(count)
     works = []
-    for number in places:
+    for number in numbers or sample:
         place = number % grid[0], number // grid[0] % grid[1], number // grid[0] // grid[1]
         walk = Walk(Program({}, dict(given), place, grid))
         walk.run(body)
@@ -311,4 +318,5 @@ def _mean(works: list[Work]) -> Work:
         mean([w.loaded for w in works]),
         mean([w.stored for w in works]),
         works[0].unknown,
+        works[0].flattened,
     )

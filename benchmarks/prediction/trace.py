@@ -11,6 +11,7 @@ from benchmarks.launches import LIBRARIES, Operators, step_of
 from benchmarks.prediction.programs import Extent
 from elastic_kernels import absent_gpu
 from elastic_kernels.triton_ops.recorded import Binary, Launch
+from elastic_kernels.tuning import TUNABLES, Key, trial
 from poa.config import Config
 from poa.subnets import Subnet
 
@@ -101,9 +102,22 @@ def _products(name: str, args: Sequence[Any], outputs: list[Tensor]) -> list[Pro
     return []
 
 
-def record(config: Config, elastic: Subnet) -> tuple[list[Kernel], list[Operator]]:
-    """All that a step launches, ours and PyTorch's, each in order."""
-    with absent_gpu() as launches, Recorder() as recorder, step_of(config, elastic) as step:
+class PersistentPrograms(dict[Key, Any]):
+    """A table of settings with persistent programs, so many a processor, for what may have them."""
+
+    def __init__(self, programs: int) -> None:
+        super().__init__()
+        self.programs = programs
+
+    def get(self, key: Key, fallback: Any = None) -> Any:
+        candidates = TUNABLES[key.kernel].candidates(*key.shape) if self.programs else ()
+        return next((c for c in candidates if getattr(c, "persistent", 0) == self.programs), fallback)
+
+
+def record(config: Config, elastic: Subnet, persistent: int = 0) -> tuple[list[Kernel], list[Operator]]:
+    """All that a step launches, ours and PyTorch's, each in order; see `PersistentPrograms`."""
+    table = trial(PersistentPrograms(persistent))
+    with table, absent_gpu() as launches, Recorder() as recorder, step_of(config, elastic) as step:
         launches.keep_arguments = True
         step()  # makes the optimiser's tables
         launches.made.clear()

@@ -11,13 +11,15 @@ import torch
 
 from benchmarks import results
 from benchmarks.__main__ import main
+from benchmarks.assembly import Compiled
 from benchmarks.prediction import options, report
-from benchmarks.prediction.costs import Cost, operator_cost
+from benchmarks.prediction.costs import Cost, kernel_cost, operator_cost
 from benchmarks.prediction.gpus import KNOWN, LAUNCH, Gpu
 from benchmarks.prediction.machine import MEMORY, parse, simulate
 from benchmarks.prediction.programs import Extent, work_of
-from benchmarks.prediction.trace import Operator, Recorder
-from elastic_kernels import absent_gpu, dispatch, sinkhorn_scaling
+from benchmarks.prediction.trace import Operator, PersistentPrograms, Recorder
+from elastic_kernels import absent_gpu, dispatch, elastic_linear, sinkhorn_scaling
+from elastic_kernels.tuning import trial
 from poa.config import Config
 from poa.memory import predict_memory
 from poa.options import override
@@ -85,13 +87,15 @@ def test_tiles_of_tensor_descriptors_are_counted() -> None:
     assert work_of(ttir, (1, 1, 1), {"x_ptr": Extent(10**6), "rows": 64}).loaded == {"%x_ptr": 8 * 16 * 2}
 
 
-def sass(*code: tuple[str, int]) -> str:
-    """As nvdisasm prints it; the second number is the high word of an instruction."""
+def sass(*code: tuple[str, int] | str) -> str:
+    """As nvdisasm prints it, of labels and instructions; the number is the high word of an instruction."""
     lines = [
-        f"        /*{16 * i:04x}*/  {text} ;  /* 0x0000000000000000 */\n    /* 0x{word:016x} */"
-        for i, (text, word) in enumerate(code)
+        f"{item}:"
+        if isinstance(item, str)
+        else f"        /*{16 * i:04x}*/  {item[0]} ;  /* 0x0000000000000000 */\n    /* 0x{item[1]:016x} */"
+        for i, item in enumerate(code)
     ]
-    return "\n".join(lines).replace("        /*0010*/", ".L_x_0:\n        /*0010*/")
+    return "\n".join(lines)
 
 
 def control(stall: int, sets: int = 7, waits: int = 0) -> int:
@@ -100,6 +104,7 @@ def control(stall: int, sets: int = 7, waits: int = 0) -> int:
 
 CODE = sass(
     ("LDG.E.128 R4, desc[UR4][R2.64]", control(1, sets=0)),
+    ".L_x_0",
     ("FFMA R8, R4, R4, R8", control(4, waits=1)),
     ("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", control(2)),
     ("WARPGROUP.DEPBAR.LE gsb0, 0x0", control(2)),
@@ -116,6 +121,57 @@ def test_code_waits_for_memory_and_matrix_units() -> None:
     assert (often.alone - once.alone) / 999 == pytest.approx(4 + 2 + 128 - 2 + 2 + 5, abs=4)
     assert simulate(code, 8, [1000.0], 1.5).busy["tensor"] == 2 * 1.5 * 1000 * 128
     assert simulate(code, 4, [2.5], 1.0).alone == pytest.approx(once.alone + 1.5 * 137, abs=10)
+
+
+LOAD = ("@P0 SYNCS.ARRIVE.TRANS64 RZ, [UR4], R2", control(1))
+POLL = ("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R3", control(1))
+LOOP = (
+    ".L_x_0",
+    POLL,
+    ("@!P0 BRA `(.L_x_2)", control(5)),
+    ".L_x_3",
+    ("HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24, gsb0", control(2)),
+    ("WARPGROUP.DEPBAR.LE gsb0, 0x1", control(2)),
+    LOAD,
+    ("@P2 BRA `(.L_x_1)", control(5)),
+    ("WARPGROUP.DEPBAR.LE gsb0, 0x0", control(2)),
+    ("MUFU.EX2 R8, R8", control(4)),
+    ".L_x_1",
+    ("@P1 BRA `(.L_x_0)", control(5)),
+    ("EXIT", control(5)),
+    ".L_x_2",
+    POLL,
+    ("@!P0 BRA `(.L_x_2)", control(5)),
+    ("BRA `(.L_x_3)", control(5)),
+)
+
+
+def test_a_flattened_loop_is_tiles_of_steps() -> None:
+    """Three tiles of ten steps, of which the last has an epilogue; one or six loads are on their way."""
+    code = parse(sass(LOAD, *LOOP), flattened=True)
+    assert [depth for depth, _ in code.loops()] == [0, 1]
+    late, early = (simulate(parse(sass(*[LOAD] * n, *LOOP), True), 4, [3.0, 9.0], 1.0) for n in (1, 6))
+    assert late.busy["tensor"] == early.busy["tensor"] == 3 * 10 * 128
+    assert late.busy["mufu"] == 3 * 8
+    assert late.alone == pytest.approx(30 * MEMORY, rel=0.05)
+    assert MEMORY + 30 * 128 < early.alone < MEMORY + 30 * 128 + 3 * 128
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter has no launches to record")
+def test_persistent_programs_make_tiles_in_turn() -> None:
+    """300 tiles of 4 steps by 264 programs, the first and the 133rd of which share a processor: 3 tiles."""
+    with absent_gpu() as launches, Recorder() as recorder, trial(PersistentPrograms(2)):
+        launches.keep_arguments = True
+        x, weight = (torch.empty(n, 200, dtype=torch.bfloat16, device="meta") for n in (12_800, 384))
+        elastic_linear(x, weight, activation="gelu")
+        (kernel,) = recorder.kernels(launches.made)
+    compiled, arguments = Compiled.of(kernel.binary), dict(kernel.arguments)
+    work = work_of(compiled.ttir, kernel.grid, arguments, (0, 132))
+    assert (kernel.grid, work.trips, work.flattened) == ((264, 1, 1), [(2 + 1) / 2, 4], True)
+    cost = kernel_cost(kernel, 1, compiled, H200)
+    assert (cost.name, cost.waves, cost.blocks, cost.guessed) == ("linear_persistent", 1.0, 2, 0)
+    products = 3 * 4 * 4 * 2  # of 64 x 128 x 16, a scheduler's
+    assert cost.resources["tensor"] * H200.clock == pytest.approx(products * 64 * H200.tensor_cycles)
 
 
 def test_products_take_whole_waves() -> None:
