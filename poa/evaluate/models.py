@@ -23,12 +23,11 @@ from poa.errors import InputError, as_input, optional_package
 from poa.evaluate.plots import plot_reports
 from poa.evaluate.protocol import Protocol
 from poa.evaluate.runs import require_outputs
-from poa.evaluate.scores import Report
+from poa.evaluate.scores import Report, write_models
 from poa.evaluate.suite import Folders
 from poa.evaluate.sweep import Origin, evaluate_subnets
 from poa.evaluate.top1 import TOP1, require_classes
 from poa.export import ExportedModel, load
-from poa.files import write_json
 from poa.images import open_on_ranks
 from poa.initialization.source import TIMM, read_source
 from poa.options import option
@@ -191,7 +190,8 @@ def evaluate_models(
 ) -> list[Report]:
     """Score models of `open_peer` on images with labels, as `Run.evaluate` scores subnets, and write JSON.
 
-    That of several is a list `models` of those of each. Raises InputError: wrong model, data or file.
+    That of several is a list `models` of those of each; what a file has of others, or by other protocols,
+    stays. Raises InputError: wrong model, data or file.
     """
     several = len(names) > 1
     with init_distributed(device) as world:
@@ -203,7 +203,7 @@ def evaluate_models(
             for report in _reports(name, data, protocols, world, folders, baselines):
                 reports[number:] = [report]
                 if world.is_main and several:
-                    write_json(out, {"models": [report.content() for report in reports]})
+                    write_models(reports, out)
                 elif world.is_main:
                     report.write(out)
         if world.is_main and plot:

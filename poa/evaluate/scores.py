@@ -130,7 +130,7 @@ class Report:
     def write(self, path: Path) -> None:
         """Write JSON; what is there of the same weights and images stays, of other subnets, protocols and
         baselines. Scores of a protocol by other settings do not."""
-        write_json(path, _merged(self.content(), path))
+        write_json(path, _merged(self.content(), _read(path), path))
 
     def plot(self, path: Path | None = None) -> Any:
         """As `plot_reports`."""
@@ -155,13 +155,34 @@ def _evaluation(
     return {"settings": dict(settings), "subnets": list(rows), **lower, **ranks}
 
 
-def _merged(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """An evaluation as JSON, with what it does not replace in a file of the same weights and images.
+def write_models(reports: Sequence[Report], path: Path) -> None:
+    """Write those of several models as a list `models` of JSON; each as `Report.write`, those of others there
+    stay."""
+    there: dict[str, Any] = {}
+    with suppress(LookupError, TypeError, AttributeError):
+        there = {model["settings"]["run"]: model for model in _read(path)["models"]}
+    places = [report.settings["run"] for report in reports]
+    merged = [
+        _merged(report.content(), there.pop(place, {}), path)
+        for place, report in zip(places, reports, strict=True)
+    ]
+    write_json(path, {"models": [*merged, *there.values()]})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Scores in a file; none where it is another one, or there is none."""
+    with suppress(InputError):
+        return read_json(path, "evaluation")
+    return {}
+
+
+def _merged(content: dict[str, Any], there: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An evaluation as JSON, with what it does not replace in one of the same weights and images in a file.
 
     A file in the folder of the run is of this run, wherever that lay.
     """
-    with suppress(InputError, LookupError, TypeError, AttributeError):  # nothing there, or something else
-        there, now = read_json(path, "evaluation"), json.loads(json.dumps(content))
+    with suppress(LookupError, TypeError, AttributeError):  # nothing there, or something else
+        now = json.loads(json.dumps(content))
         before, settings = there["settings"], now["settings"]
         if os.path.realpath(path.parent) == os.path.realpath(settings["run"]):
             before["run"] = settings["run"]

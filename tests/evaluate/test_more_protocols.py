@@ -224,6 +224,14 @@ def test_several_models_have_a_table_each_and_one_plot(
     written = json.loads(Path(out).read_text())["models"]
     assert written == [json.loads(Path(model, "evaluation.json").read_text()) for model in models]
     assert (tmp_path / "a.png").exists() and (tmp_path / "one.png").exists()
+    again = ["evaluate", *models, *data[:2], "--retrieval", "--out", out]
+    assert main(again) == 0
+    both = json.loads(Path(out).read_text())["models"]
+    assert all({"kmeans", "retrieval"} <= model["subnets"][0].keys() for model in both)
+    (tmp_path / "vit-16x1").rename(moved := tmp_path / "moved")
+    assert main([*again[:1], models[1], str(moved), *again[3:]]) == 0
+    assert json.loads(Path(out).read_text())["models"][0::2] == both[::-1]  # and between them the moved one
+    moved.rename(models[0])
     assert "expected --out with" in fails(capsys, "evaluate", *models, *data)
     for other in (str(trained), str(tmp_path / "none")):
         wrong = fails(capsys, "evaluate", models[0], other, *data)
