@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from elastic_kernels.dispatch import INTERPRETED
 from helpers.tiny import tiny_config, tiny_pyramid
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
+from poa.memory import planned_state
+from poa.optim import Schedules
+from poa.step import train_step
 from poa.train import pretrain
-from poa.warmup import warm_up, warm_up_absent
+from poa.warmup import micro_batch_of, noise, warm_up, warm_up_absent
 
 triton = pytest.importorskip("triton")
 JITFunction = pytest.importorskip("triton.runtime.jit").JITFunction
@@ -99,3 +103,23 @@ def test_nothing_is_compiled_after_a_warm_up(kind: str, precision: str, tmp_path
     pretrain(config, tmp_path)
     rows = [row for row in RunFolder(tmp_path).rows() if "compilations" in row]
     assert rows and not any(row["compilations"] for row in rows)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no launches to find")
+def test_steps_of_one_subnet_ask_triton_once() -> None:
+    """Whatever the masks, the crops that stochastic depth keeps, and the schedules."""
+    from elastic_kernels import absent_gpu
+    from elastic_kernels.triton_ops.launching import LaunchedKernel
+
+    config = tiny_config("method.optim.epochs=10", "method.precision=bf16")
+    schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
+    state, counts = planned_state(config), []
+    with absent_gpu("sm_90") as launches, state.undisturbed():
+        for step in range(1, 7):
+            seeded = replace(config, method=replace(config.method, seed=step))
+            intact = config.method.backbone.space.intact
+            micro_batch = micro_batch_of(noise(config), seeded, state, intact, masked=True)
+            train_step(state.student, state, config, schedules, step, [micro_batch])
+            kernels = {launch.binary.kernel for launch in launches.made}
+            counts.append(sum(len(kernel.known) for kernel in kernels if isinstance(kernel, LaunchedKernel)))
+    assert counts[0] > 30 and counts[1:] == counts[1:2] * 5

@@ -89,7 +89,7 @@ class LaunchedKernel(JITFunction):
 def launched(*do_not_specialize: str) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a kernel that launchers launch, instead of `triton.jit`; under the interpreter it is the same.
 
-    Arguments that are not specialised are integers.
+    Not to be specialised are numbers that differ from launch to launch; they do not tell launches apart.
     """
     if knobs.runtime.interpret:
         return triton.jit(do_not_specialize=list(do_not_specialize))

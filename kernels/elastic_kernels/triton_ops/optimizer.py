@@ -200,7 +200,7 @@ def _update(
             _store_rounded(average_copy, at, a, numel, BF16, WHOLE, ALIGNED)
 
 
-@launched()
+@launched("one_minus_momentum")
 def _adamw_kernel(
     grads_ptr, numel_ptr, params_ptr, exp_avgs_ptr, exp_avg_sqs_ptr, averages_ptr,
     copies_ptr, average_copies_ptr, chunks_ptr,

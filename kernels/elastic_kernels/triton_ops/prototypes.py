@@ -101,7 +101,7 @@ def _store_statistics(
             tl.store(out + 11 * rows, b2, mask=mask_m)
 
 
-@launched("rows", "span")
+@launched("rows", "span", "inv_tau_s", "inv_tau_t")
 def _losses_fwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, stats_ptr,
     rows, prototypes, span, dim,
@@ -172,7 +172,7 @@ def _probabilities(y, lse_ptr, offs_m, mask, rows):
     return tl.exp2((y - m[:, None]) - rest[:, None])
 
 
-@launched("rows", "first", "columns", "stride_g")
+@launched("rows", "first", "columns", "stride_g", "inv_tau_s", "inv_tau_t")
 def _losses_bwd_kernel(
     x1_ptr, x2_ptr, weight_ptr, t_ptr, log_u_ptr, index_ptr, lse_ptr, grad_ptr, largest_ptr, dz1_ptr, dz2_ptr,
     rows, prototypes, first, columns, dim,

@@ -59,7 +59,7 @@ def _logits(logits_ptr, stride_ptr, prototypes_ptr, problem, dtype: tl.constexpr
     return pointer, stride, prototypes
 
 
-@launched("problems")
+@launched("problems", "inv_tau")
 def _row_pass_kernel(
     logits_ptr, stride_ptr, rows_ptr, prototypes_ptr, first_row_ptr, first_prototype_ptr, starts_ptr,
     log_u_ptr, log_v_ptr,
@@ -87,7 +87,7 @@ def _row_pass_kernel(
     tl.store(out, -(m + tl.log2(tl.where(mask_m, z, 1.0))) * LN_2, mask=mask_m)
 
 
-@launched("problems")
+@launched("problems", "inv_tau")
 def _column_pass_kernel(
     logits_ptr, stride_ptr, rows_ptr, prototypes_ptr, first_row_ptr, stats_at_ptr, starts_ptr,
     log_v_ptr, stats_ptr,
