@@ -119,9 +119,18 @@ class PerformanceConfig(Options, at="performance"):
     optimizer: OptimizerKind = option(
         "fused", "fused: AdamW, clipping and EMA of the teacher in one pass; or AdamW of PyTorch or apex"
     )
+    cuda_graphs: bool = option(
+        False, "replay the blocks of a ViT as CUDA graphs: less time of the host, more memory"
+    )
     threads: int | None = option(
         None, "CPU threads of PyTorch; none: OMP_NUM_THREADS, or one on a CPU if that is not set", "[1, 1024]"
     )
+
+    def check(self) -> None:
+        if self.cuda_graphs and self.recompute:
+            raise self.wrong("recompute", "false with performance.cuda_graphs=true")
+        if self.cuda_graphs and self.backward == "together":
+            raise self.wrong("backward", "auto or apart with performance.cuda_graphs=true")
 
 
 @dataclass(frozen=True)
@@ -156,6 +165,22 @@ class Config:
     data: DataConfig = section(DataConfig(), "which images are trained on")
     performance: PerformanceConfig = section(PerformanceConfig(), "changes speed and memory only")
     run: RunConfig = section(RunConfig(), "device, logging, checkpoints, evaluation")
+
+    def __post_init__(self) -> None:
+        if self.performance.cuda_graphs:
+            self.require_repeated_launches()
+
+    def require_repeated_launches(self) -> None:
+        """Raise InputError where the blocks are not launched alike in every step, as graphs are."""
+        backbone, reason = self.method.backbone, "with performance.cuda_graphs=true"
+        if not isinstance(backbone, ViTConfig):
+            raise backbone.wrong("kind", f"vit {reason}")
+        rates = {*backbone.drop_rates}
+        if len(rates) > 1:
+            raise backbone.wrong("drop_path_uniform", f"true {reason}")
+        if 0 < min(rates) <= 0.1:
+            fixed = "0, or more than 0.1, where the number of crops that are kept is fixed,"
+            raise backbone.wrong("drop_path", f"{fixed} {reason}")
 
     def open(self, openers: Openers | None = None) -> DataSplit:
         """The images; see `DataConfig.open`."""

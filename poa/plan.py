@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from poa.block_graphs import require_graphs
 from poa.config import Config
 from poa.data.sources import DataSplit
 from poa.data.summary import EXAMPLES, printable
@@ -123,8 +124,10 @@ def evaluated_subnets(config: Config) -> list[Subnet]:
     return chosen or [space.intact, space.smallest]
 
 
-def require_runnable(config: Config) -> None:
+def require_runnable(config: Config, device: torch.device) -> None:
     """Raise InputError, before images are looked for, where a run of these options could not begin."""
+    if config.performance.cuda_graphs:
+        require_graphs(device)
     evaluated_subnets(config)
     require_optimizer(config.performance.optimizer)
 

@@ -22,6 +22,7 @@ from elastic_kernels import (
     planning,
     working_weights,
 )
+from poa.block_graphs import BlockGraphs, replaying
 from poa.checkpoint import Branch, RunFolder
 from poa.classifier import Classifier
 from poa.config import Config, Precision
@@ -49,6 +50,7 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     rounded: working_weights
     frozen: FrozenTeacher | None = None
+    graphs: BlockGraphs | None = None
 
     @classmethod
     def start(
@@ -71,7 +73,17 @@ class TrainingState:
             torch.amp.GradScaler(device.type, enabled=method.precision == "fp16"),
             rounded_weights(student, teacher, method.precision),
             frozen.to(device) if frozen else None,
+            BlockGraphs(device) if config.performance.cuda_graphs else None,
         )
+
+    def zero_gradients(self) -> None:
+        """Before a step; in place where graphs add to them."""
+        if self.graphs is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        if gradients := [p.grad for p in parameters if p.grad is not None]:
+            torch._foreach_zero_(gradients)
 
     def undisturbed(self) -> AbstractContextManager[None]:
         """While it lasts, the fused optimiser writes weights rounded for the next step.
@@ -207,11 +219,11 @@ def train_step(
     """
     method, first = config.method, micro_batches[0].batch
     weight = 1 / len(micro_batches) if weight is None else weight
-    state.optimizer.zero_grad(set_to_none=True)
+    state.zero_gradients()
     names: list[str] = []
     sums: Tensor | float = 0.0
     health: dict[str, Tensor] = {}
-    with state.rounded:
+    with state.rounded, replaying(state.graphs):
         with autocast(first.global_crops.device, method.precision):
             targets = teacher_targets(
                 state.teacher,

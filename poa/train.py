@@ -75,7 +75,7 @@ def pretrain(
         try:
             folder = RunFolder(out, lock)
             content = _content(config, folder, world, resume, check)
-            require_runnable(config)
+            require_runnable(config, world.device)
             world.require_same(
                 "options", {key: value for key, _, value, _ in describe(config) if key not in LOCAL}
             )

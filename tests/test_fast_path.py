@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elastic_kernels import backend
 from elastic_kernels.dispatch import INTERPRETED
+from helpers import fake_graphs
 from helpers.launches import WAITS, Launches, launches
 from helpers.run_folders import TIMINGS, assert_same, newest, run_of
 from helpers.tiny import tiny_config, tiny_pyramid
@@ -132,6 +133,41 @@ def test_low_precision_gradients(kind: str, tmp_path: Path, monkeypatch: pytest.
     ratios = {key: ours[key] / theirs[key] for key in truth}
     assert max(ratios.values()) < 3, max(ratios.items(), key=lambda item: item[1])
     assert math.exp(sum(math.log(ratio) for ratio in ratios.values()) / len(ratios)) < 1.5
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_steps_with_graphs(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those without, but for the sums for biases of the last block of a graph, made in other parts."""
+    fake_graphs.install(monkeypatch.setattr)
+    sizes = [*FEW, "method.crops.local_count=1", "method.optim.epochs=2.5", "method.backbone.min_depth=2"]
+    runs = []
+    for graphs in ("false", "true"):
+        options = [f"method.precision={precision}", "performance.backward=apart", "run.device=cpu"]
+        config = tiny_config(*sizes, *options, f"performance.cuda_graphs={graphs}")
+        with backend("triton"):
+            run = run_of(config, tmp_path)
+            run.state.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=precision == "fp16")
+            for step, canvases in enumerate(run.batches(range(5))):
+                report = run.step(step, canvases)
+                assert report.finite
+        runs.append(run.state)
+    assert fake_graphs.FakePool.counts["captures"] >= 5 and fake_graphs.FakePool.counts["replays"] >= 15
+    for branch in ("student", "teacher"):
+        networks = [getattr(state, branch).parameters() for state in runs]
+        for ours, theirs in zip(*networks, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=WEIGHT_TOLERANCE)
+
+
+@pytest.mark.cuda
+def test_steps_with_graphs_on_a_gpu(tmp_path: Path) -> None:
+    """Three subnets, twelve steps, with and without graphs: the losses."""
+    losses = []
+    for graphs in ("false", "true"):
+        options = ["run.device=cuda", "method.backbone.max_depth=3", "method.optim.epochs=6"]
+        config = tiny_config(*options, f"performance.cuda_graphs={graphs}")
+        losses.append([row["loss"] for row in train(config, tmp_path / graphs, "triton") if "loss" in row])
+    assert len(losses[0]) == 12 and losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

@@ -18,7 +18,7 @@ PACKAGES = {"poa": ROOT, "elastic_kernels": ROOT / "kernels", "benchmarks": ROOT
 FLOORS = (
     "errors random options subnets weights files lock drawing device distributed signals progress table "
     "version",
-    "data masks multicrop loss_rows",
+    "data masks multicrop loss_rows block_graphs",
     "backbones heads losses network classifier official",
     "optim tribranch health config presets checkpoint flops micro_batch loader_speed",
     "step plan evaluate selection memory warmup writers metrics report contact_sheet curves export images "

@@ -20,6 +20,7 @@ from elastic_kernels.dispatch import (
     without_autocast,
 )
 from elastic_kernels.embedding import EmbeddingWeights, elastic_embedding, resized_positions
+from elastic_kernels.graphs import GraphedModule, GraphPool
 from elastic_kernels.group_norm import elastic_group_norm
 from elastic_kernels.halves import AttentionWeights, MlpWeights, elastic_attention_half, elastic_mlp_half
 from elastic_kernels.kept_activations import kept_activations
@@ -66,17 +67,17 @@ __all__ = [
     "AttentionWeights", "CropParameters", "ElasticAttention", "ElasticBlock", "ElasticBottleneck",
     "ElasticConv1x1", "ElasticGroupNorm", "ElasticLayerNorm", "ElasticLinear", "ElasticMLP",
     "ElasticPatchEmbed", "ElasticPreNormBlock", "ElasticRMSNorm", "ElasticRotaryAttention", "ElasticSwiGLU",
-    "ElasticSwinBlock", "ElasticWindowAttention", "EmbeddingWeights", "FusedAdamW", "KeptRows", "LayerScale",
-    "MlpWeights", "NEUTRAL_CROP", "Rotary", "Sequences", "Windows", "absent_gpu", "autocast_operands",
-    "backend", "cached_constant", "check_canvases", "compilations", "conv_channels_last",
-    "elastic_attention_half", "elastic_block_from_timm", "elastic_block_from_vit", "elastic_embedding",
-    "elastic_group_norm", "elastic_head_mlps", "elastic_hidden_features", "elastic_layer_norm",
-    "elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half", "elastic_qkv",
-    "elastic_rms_norm", "elastic_swiglu", "eval_crop", "fused_adamw_backend", "kept_activations", "koleo",
-    "linear_backend", "mixed_width_attention", "mixed_width_block", "mixed_width_layer_norm",
-    "mixed_width_linear", "mixed_width_mlp", "mixed_width_rms_norm", "packed_attention", "planning",
-    "prototype_cross_entropy", "qk_norm", "recomputed", "relative_position_bias", "render_crops",
-    "resized_positions", "shared_gradients", "sinkhorn_scaling", "sort_channels", "sort_heads", "sort_hidden",
-    "sort_linear", "sort_middle", "unit_rows", "upload", "window_attention", "without_autocast",
-    "working_weights",
+    "ElasticSwinBlock", "ElasticWindowAttention", "EmbeddingWeights", "FusedAdamW", "GraphPool",
+    "GraphedModule", "KeptRows", "LayerScale", "MlpWeights", "NEUTRAL_CROP", "Rotary", "Sequences", "Windows",
+    "absent_gpu", "autocast_operands", "backend", "cached_constant", "check_canvases", "compilations",
+    "conv_channels_last", "elastic_attention_half", "elastic_block_from_timm", "elastic_block_from_vit",
+    "elastic_embedding", "elastic_group_norm", "elastic_head_mlps", "elastic_hidden_features",
+    "elastic_layer_norm", "elastic_linear", "elastic_linear_residual", "elastic_mlp", "elastic_mlp_half",
+    "elastic_qkv", "elastic_rms_norm", "elastic_swiglu", "eval_crop", "fused_adamw_backend",
+    "kept_activations", "koleo", "linear_backend", "mixed_width_attention", "mixed_width_block",
+    "mixed_width_layer_norm", "mixed_width_linear", "mixed_width_mlp", "mixed_width_rms_norm",
+    "packed_attention", "planning", "prototype_cross_entropy", "qk_norm", "recomputed",
+    "relative_position_bias", "render_crops", "resized_positions", "shared_gradients", "sinkhorn_scaling",
+    "sort_channels", "sort_heads", "sort_hidden", "sort_linear", "sort_middle", "unit_rows", "upload",
+    "window_attention", "without_autocast", "working_weights",
 ]  # fmt: skip

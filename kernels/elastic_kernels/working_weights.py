@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,6 +83,7 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
                 )
         self._rounded = self._copies(self._weights)
         self._folded = self._copies([weight for weight, _, _ in self._scaled])
+        self._biases = [None if bias is None else torch.empty_like(bias) for _, bias, _ in self._scaled]
         self._table: Table | None = None
         self._written: dict[int, tuple[Tensor, int]] = {}  # alias of a weight, and its version
         self._tokens: list[Token[dict[int, Copy] | None]] = []
@@ -143,12 +145,12 @@ class working_weights:  # noqa: N801, used as a function, like torch.no_grad
             self._table = folding.table_of(weights, addresses)
         ops.fold_layer_scale(self._folded, self._table.tensors, self._table.tiles, self._table.aligned)
         torch.autograd.graph.increment_version(self._folded)  # which the kernel found by their addresses
-        pairs = [(b, g) for b, g in zip(biases, gammas, strict=True) if b is not None]
-        products = iter(torch._foreach_mul(*map(list, zip(*pairs, strict=True))) if pairs else ())
-        return {
-            id(w): Copy(folded, g, None if b is None else next(products))
-            for w, b, g, folded in zip(weights, biases, gammas, self._folded, strict=True)
-        }
+        if there := [row for row in zip(self._biases, biases, gammas, strict=True) if row[1] is not None]:
+            products, plain, factors = map(list, zip(*there, strict=True))
+            torch._foreach_copy_(products, plain)
+            torch._foreach_mul_(products, factors)
+        copies = map(Copy, self._folded, gammas, self._biases)
+        return {id(w): copy for w, copy in zip(weights, copies, strict=True)}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -162,3 +164,21 @@ def working_copy(weight: Tensor, gamma: Tensor | None, dtype: torch.dtype) -> Co
     if copy is None or copy.weight.dtype != dtype or not (copy.gamma is None or copy.gamma is gamma):
         return Copy(weight)
     return copy
+
+
+def current_copies(weights: Iterable[Tensor]) -> list[Tensor]:
+    """What products in the context read instead of these weights."""
+    copies = _current.get() or {}
+    found = (copies[id(w)] for w in weights if id(w) in copies)
+    return [t for copy in found for t in (copy.weight, copy.bias) if t is not None]
+
+
+def standing_in(names: Mapping[Tensor, Tensor]) -> AbstractContextManager[None]:
+    """Let other tensors stand for weights: by weight, the one whose products read the weight's copy."""
+    copies = _current.get() or {}
+    mine = {
+        id(other): copy._replace(gamma=None if copy.gamma is None else names.get(copy.gamma, copy.gamma))
+        for weight, other in names.items()
+        if (copy := copies.get(id(weight)))
+    }
+    return dispatch.holding(_current, copies | mine)

@@ -19,6 +19,7 @@ from elastic_kernels import (
     ElasticLayerNorm,
     ElasticPatchEmbed,
     EmbeddingWeights,
+    KeptRows,
     Rotary,
     elastic_embedding,
     elastic_hidden_features,
@@ -37,6 +38,7 @@ from poa.backbones.base import (
 from poa.backbones.plain import PlainViT
 from poa.backbones.positions import RotaryKind, resizing_of_grid, rotary_of_grids
 from poa.backbones.windows import MapWindows
+from poa.block_graphs import current_graphs
 from poa.errors import InputError
 from poa.multicrop import Groups, StochasticDepth, class_tokens, draw_stochastic_depth, unpack
 from poa.options import option
@@ -287,7 +289,11 @@ class ElasticViT(Backbone):
         subnet, drop = inputs.subnet, inputs.drop
         x, groups = self.embed(inputs.crops, subnet.width, inputs.masks)
         blocks, rotary = self.active_blocks(subnet), self._rotary(inputs.crops)
-        for block, kept in zip(blocks, drop.blocks if drop else [None] * len(blocks), strict=True):
+        halves: Sequence[tuple[KeptRows, KeptRows] | None] = drop.blocks if drop else [None] * len(blocks)
+        if only is not None and len(blocks) > 1 and (graphs := current_graphs()):
+            x = graphs(blocks[:-1], x, groups, halves[:-1], rotary)
+            blocks, halves = blocks[-1:], halves[-1:]
+        for block, kept in zip(blocks, halves, strict=True):
             wanted = only if block is blocks[-1] else None
             if inputs.recompute:
                 x = recomputed(block, x, groups, kept, only=wanted, rotary=rotary)

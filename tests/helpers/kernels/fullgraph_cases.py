@@ -46,6 +46,8 @@ NO_OPERATORS = {
     "check_canvases": "looks at values",
     "compilations": "counts what a graph would hide",
     "kept_activations": "is not seen by graphs",
+    "GraphedModule": "makes graphs of another kind",
+    "GraphPool": "holds memory",
     "shared_gradients": "orders the backward passes of autograd",
     "working_weights": "are not read by graphs",
     "FusedAdamW": "finds tensors by their addresses",
