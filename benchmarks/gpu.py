@@ -33,7 +33,7 @@ OPERATORS = {
 }
 COMPILED_WIDTHS = 2  # of an operator, and of a network's subnets: each takes the compiler many seconds
 COMPILED = frozenset({"compiled", "timm compiled"})
-IMAGES = 64
+IMAGES, FEW_IMAGES = 64, 8  # of a step; few, where the host limits it
 OFFICIAL_IMAGES, LARGE = (32, 50), 100e9  # what the official code can take on a GPU of less memory than this
 PARTS = (
     *("environment", "tests", "attention", "products", "norms", "losses", "optimizer", "profile", "step"),
@@ -100,11 +100,14 @@ class Plan:
                     yield Case(f"{case.name} {label}", run, 60)
 
     def _steps(self, name: str) -> Iterator[Case]:
-        """Ours beside its peers; the official code with as many images as it can take, and ours with them."""
+        """Ours beside its peers; the official code with as many images as it can take, and ours with them;
+        ours with few, and replayed as CUDA graphs."""
         wanted = [(IMAGES, which) for which in ("ours", "naive", "compiled", "reference")]
         if self.official and name == "vit-l16":
             counts = OFFICIAL_IMAGES if self.memory < LARGE else (IMAGES,)
             wanted[1:1] = [(count, which) for count in counts for which in ("official", "ours")]
+        if name == "vit-l16":
+            wanted += [(FEW_IMAGES, which) for which in ("ours", "graphs")]
         for images, which in dict.fromkeys(wanted):
             yield Case(f"{name} {images} images {which}", partial(steps, self, name, images, which), 180)
 

@@ -25,7 +25,9 @@ from benchmarks.peers import naive
 from benchmarks.peers.official import OfficialStep, require_checkout
 from benchmarks.results import Row, place
 from elastic_kernels import backend
+from poa.block_graphs import require_graphs
 from poa.config import Config
+from poa.errors import InputError
 from poa.micro_batch import MicroBatch, crop_masks, student_passes
 from poa.network import VIEWS, Batch, StudentPass
 from poa.optim import Schedules
@@ -39,6 +41,7 @@ from poa.tribranch import teacher_targets, tribranch_loss
 # Without a GPU, to test the suite, a preset for digits with smaller heads stands in for a large one.
 SMALL_HEAD = ["method.head.prototypes=8,12", "method.head.hidden=16", "method.head.bottleneck=8"]
 MIX_STEPS = 12  # of the mix of subnets
+WARM_UPS = {"graphs": 3}  # steps of each subnet before it is timed, if not one: as it is, captured, replayed
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 2e-2}  # relative, between providers
 STEP = 1000  # whose schedules hold: warmed up, with iBOT
 
@@ -180,13 +183,22 @@ def open_provider(
         else:
             if name == "reference":
                 stack.enter_context(backend("reference"))
-            ours = Ours(setting)
+            ours = Ours(with_graphs(setting) if name == "graphs" else setting)
             stack.enter_context(ours.state.undisturbed())
             yield ours, none
     free_memory()
 
 
-PROVIDERS = ("ours", "reference", "naive", "compiled", "official")
+def with_graphs(setting: Setting) -> Setting:
+    """The same with blocks as CUDA graphs. Raises Unavailable: there are none of this network, or here."""
+    try:
+        require_graphs(setting.device)
+        return replace(setting, config=override(setting.config, ["performance.cuda_graphs=true"]))
+    except InputError as error:
+        raise Unavailable(str(error)) from None
+
+
+PROVIDERS = ("ours", "graphs", "reference", "naive", "compiled", "official")
 
 
 def chosen(space: SearchSpace) -> list[Subnet]:
@@ -276,7 +288,8 @@ def measure(
     timer = timing.timer_of(setting.device, hide=False)
     for mode, subnets in modes.items():
         started, graphs = time.perf_counter(), compiled()
-        _steps(provider, dict.fromkeys(subnets))  # compiles, allocates
+        for _ in range(WARM_UPS.get(which, 1)):  # compiles, allocates
+            _steps(provider, dict.fromkeys(subnets))
         if setting.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

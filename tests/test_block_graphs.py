@@ -94,6 +94,46 @@ def test_two_processes_with_graphs_are_those_without(tmp_path: Path) -> None:
     assert_same_state(*runs)
 
 
+UNDER_DDP = """
+import torch
+from elastic_kernels import ElasticBlock, GraphedModule
+from helpers.fake_graphs import FakePool
+from poa.distributed import init_distributed
+
+class Graphed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ElasticBlock(32, 64, 16)
+        graphed = GraphedModule(self.block, FakePool())
+        self.run = lambda x: graphed(x, ((2, 3),))
+    def forward(self, x):
+        return self.run(x)
+
+with init_distributed("cpu") as world:
+    torch.manual_seed(0)
+    model = Graphed()
+    FakePool.held[:] = [lambda: [*model.parameters(), *(p.grad for p in model.parameters())]]
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    for step in range(6):
+        x = torch.randn(6, 16, generator=torch.Generator().manual_seed(2 * step + world.rank))
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.zero_()
+        wrapped(x.requires_grad_()).sin().sum().backward()
+        sums = torch.cat([p.grad.flatten() for p in model.parameters()])
+        other = sums.clone()
+        torch.distributed.broadcast(other, 0)
+        assert torch.equal(sums, other) and sums.any()
+    assert FakePool.counts["replays"] > 3
+    del model, wrapped
+"""
+
+
+def test_ddp_reduces_what_graphs_add() -> None:
+    """Of a module that holds one, with nothing else that would tell DDP of its parameters."""
+    processes.run(2, "-c", UNDER_DDP)
+
+
 def graphed(held: list[torch.Tensor]) -> tuple[GraphedModule, ElasticBlock]:
     """A block whose graphs may read what is in the list."""
     block = ElasticBlock(32, 64, 16)

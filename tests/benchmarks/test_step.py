@@ -52,6 +52,7 @@ def test_every_provider_that_runs_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert slicing["48x3"]
     assert "32x2" not in slicing, "compiled for two widths alone"
     assert refused["official"] == "no checkout was named with --official"
+    assert refused["graphs"] == "performance.cuda_graphs: expected a cuda device, got run.device cpu"
 
 
 @pytest.mark.parametrize(("name", "smallest"), [("swin-b", "16x1-1-1"), ("resnet-152", "16x1-1-1")])
