@@ -1,6 +1,8 @@
 """Blocks of ViTs replayed as CUDA graphs while a run trains, where the host would limit its speed.
 
 All active blocks but the last are one graph: the last makes the tokens that are read, whose number varies.
+What the others launch, forward and backward, can be captured: kernels of Triton, cuBLAS and PyTorch on the
+current stream. None of them copies from the host, waits for the device, or is chosen by values.
 """
 
 from __future__ import annotations

@@ -192,6 +192,8 @@ def memory_report(config: Config) -> Iterator[str]:
         f"{_gb(asked.fixed)} are weights and optimizer state"
     )
     yield f"plus {_gb(RESERVE)} for CUDA and {_gb(asked.buckets)} for DDP's buckets; predicted, not measured"
+    if config.performance.cuda_graphs:
+        yield "not predicted: performance.cuda_graphs, two graphs for each subnet and their memory"
     for gigabytes, cards in GPUS.items():
         images = largest_batch_size(config, gigabytes)
         yield f"{gigabytes:>5} GB ({cards}): " + (f"up to {images} images" if images else "too small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.run_folders import assert_same, newest, rows
 from helpers.tiny import tiny_config, tiny_modern, tiny_pyramid
 from poa.config import Config
 from poa.errors import InputError
+from poa.memory import memory_report
 from poa.options import override
 from poa.train import pretrain
 
@@ -229,6 +231,12 @@ def test_what_has_no_graphs(options: list[str], message: str) -> None:
 def test_other_backbones_have_no_graphs() -> None:
     with pytest.raises(InputError, match="method.backbone.kind: expected vit with .* got 'swin'"):
         tiny_pyramid("swin", GRAPHS)
+
+
+def test_a_prediction_of_memory_says_what_it_leaves_out() -> None:
+    lines = list(itertools.islice(memory_report(tiny_config(GRAPHS)), 3))
+    assert lines[2].startswith("not predicted: performance.cuda_graphs")
+    assert not any("cuda_graphs" in line for line in itertools.islice(memory_report(tiny_config()), 3))
 
 
 def test_a_cpu_has_no_graphs(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class GraphPool:
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """Record the launches of `work`: what launches them again, and what `work` returned."""
         if self._place is None:
-            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            device = None if self._arena is None else self._arena.device
+            self._place = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
         (pool, stream), graph = self._place, torch.cuda.CUDAGraph()
         # Not "global": threads of data loaders pin memory meanwhile, NCCL's ask for events.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -117,12 +118,13 @@ class GraphedModule:
     `zero_grad(set_to_none=False)`.
 
     Args:
-        module: its parameters are found once; its buffers are those of the largest network, too.
+        module: its parameters and buffers are found once; its hooks run in calls that are not replayed.
         pool: to be shared with modules that are called one after the other, default its own.
 
     Calling it takes `x` `[tokens, w]`, floating point, on a CUDA device, and other arguments of the module:
     tensors, dataclasses and sequences of them, and hashable values. Only `x` and parameters get gradients.
-    The result lies where that of the next call with the pool will lie: it must have been read by then.
+    The result lies where that of the next call with the pool will lie: it must have been read by then, and is
+    not to be overwritten.
 
     Raises:
         ValueError: `x` is on another device.
