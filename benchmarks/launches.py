@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from elastic_kernels import absent_gpu
+from elastic_kernels import GraphPool, absent_gpu
 from elastic_kernels.triton_ops.registration import LAUNCHERS
+from poa.block_graphs import BlockGraphs
 from poa.config import Config
 from poa.memory import planned_state
 from poa.optim import Schedules
@@ -34,6 +35,7 @@ LIBRARIES = {
     **dict.fromkeys(("addmm", "mm", "bmm", "baddbmm", "addmv", "mv", "dot"), "cuBLAS"),
     **dict.fromkeys(("convolution", "convolution_backward"), "cuDNN"),
 }
+T = TypeVar("T")
 FREE = {  # operators that launch nothing, beside views
     "alias", "detach", "detach_", "empty", "empty_like", "empty_permuted", "empty_strided", "lift_fresh",
     "new_empty", "new_empty_strided", "_unsafe_view",
@@ -159,10 +161,33 @@ def _has_native_shapes(operator: OpOverload) -> bool:
     )
 
 
+class AbsentGraphs(GraphPool):
+    """Graphs of a GPU that nobody has: what they hold is launched while it is captured, and then no more."""
+
+    device_type = "meta"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.replays = 0
+
+    def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        return self._replay, work()
+
+    def _replay(self) -> None:
+        self.replays += 1
+
+
 @contextmanager
-def step_of(config: Config, elastic: Subnet) -> Iterator[Callable[[], None]]:
-    """A step of the preset as a run takes it, masks and all, without logging; use it in `absent_gpu`."""
+def step_of(
+    config: Config, elastic: Subnet, graphs: AbsentGraphs | None = None
+) -> Iterator[Callable[[], None]]:
+    """A step of the preset as a run takes it, masks and all, without logging; use it in `absent_gpu`.
+
+    Its blocks are in `graphs`, if the configuration has them, from the third step on.
+    """
     state, canvases = planned_state(config), noise(config)
+    if graphs is not None and config.performance.cuda_graphs:
+        state.graphs = BlockGraphs(torch.device("meta"), graphs)
     schedules = Schedules.build(config.method.optim, 1, config.method.batch_size)
 
     def step() -> None:
@@ -190,20 +215,24 @@ def run(config: Config, elastic: Subnet, repeats: int = 5) -> tuple[list[str], d
 
     Returns:
         Lines of a table, and a summary: launches, those of each kind, bytes of those that are neither ours
-        nor a library's products, and the host's milliseconds.
+        nor a library's products, and the host's milliseconds, without what the driver needs for a launch.
     """
-    operators = Operators()
-    with absent_gpu() as launches, step_of(config, elastic) as step:
-        step()  # makes the optimiser's tables
+    operators, graphs = Operators(), AbsentGraphs()
+    with absent_gpu() as launches, step_of(config, elastic, graphs) as step:
+        for _ in range(3 if config.performance.cuda_graphs else 1):  # captures; makes the optimiser's tables
+            step()
         launches.made.clear()
+        graphs.replays = 0
         with operators:
             step()
         kernels = Counter(launch.binary.name for launch in launches.made)
+        replays = graphs.replays
         times = host_milliseconds(step, repeats)
     rows = Counter({("Triton", name): count for name, count in kernels.items()}) + operators.launches
+    rows += Counter({("graph", "replay"): replays})
     lines = [f"{'kind':8}{'launches':>9}{'GB':>9}  operator"]
     for (kind, name), count in rows.most_common():
-        size = f"{operators.bytes[kind, name] / 1e9:.2f}" if kind != "Triton" else ""
+        size = f"{operators.bytes[kind, name] / 1e9:.2f}" if kind not in ("Triton", "graph") else ""
         lines.append(f"{kind:8}{count:9,}{size:>9}  {name}")
 
     def total(of: str, counts: Counter[tuple[str, str]] = rows) -> int:
@@ -211,7 +240,7 @@ def run(config: Config, elastic: Subnet, repeats: int = 5) -> tuple[list[str], d
 
     return lines, {
         "launches": rows.total(),
-        **{kind.lower(): total(kind) for kind in ("Triton", "cuBLAS", "cuDNN", "other")},
+        **{kind.lower(): total(kind) for kind in ("Triton", "cuBLAS", "cuDNN", "graph", "other")},
         "other_gb": round(total("other", operators.bytes) / 1e9, 2),
         "host_ms": round(min(times), 1),
     }

@@ -37,9 +37,9 @@ class BlockRun(nn.Module):
 class BlockGraphs:
     """The graphs of all networks and subnets of a run. Raises InputError: as `require_graphs`."""
 
-    def __init__(self, device: torch.device):
-        require_graphs(device)
-        self._pool = GraphPool()
+    def __init__(self, device: torch.device, pool: GraphPool | None = None):
+        self._pool = pool or GraphPool()
+        require_graphs(device, self._pool)
         self._runs: dict[tuple[int, ...], GraphedModule] = {}
 
     def __call__(self, blocks: Sequence[nn.Module], x: Tensor, *arguments: Any) -> Tensor:
@@ -50,12 +50,11 @@ class BlockGraphs:
         return self._runs[key](x, *arguments)
 
 
-def require_graphs(device: torch.device) -> None:
-    """Raise InputError unless it is one that has graphs."""
-    if device.type != GraphPool.device_type:
-        raise InputError(
-            f"performance.cuda_graphs: expected a {GraphPool.device_type} device, got run.device {device}"
-        )
+def require_graphs(device: torch.device, pool: GraphPool | None = None) -> None:
+    """Raise InputError unless it is of the kind that has graphs."""
+    kind = (pool or GraphPool).device_type
+    if device.type != kind:
+        raise InputError(f"performance.cuda_graphs: expected a {kind} device, got run.device {device}")
 
 
 _current: ContextVar[BlockGraphs | None] = ContextVar("block_graphs", default=None)

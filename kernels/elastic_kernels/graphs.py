@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -293,6 +293,8 @@ def _stand_in(parameter: Tensor) -> Tensor:
 def _autocast_as_it_is(device: torch.device) -> AbstractContextManager[object]:
     """Without its cache, which would keep what lies in the memory of graphs."""
     kind = device.type
+    if kind == "meta":  # which has none
+        return nullcontext()
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype, enabled, cache_enabled=False)
 

@@ -12,11 +12,12 @@ from benchmarks.__main__ import main
 from elastic_kernels import dispatch, elastic_linear
 from elastic_kernels.dispatch import planning
 from helpers.tiny import VIT, tiny_config
+from poa.options import override
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="the interpreter has no launches to record")
 
-SUMMARY = {"launches", "triton", "cublas", "cudnn", "other", "other_gb", "host_ms"}
+SUMMARY = {"launches", "triton", "cublas", "cudnn", "graph", "other", "other_gb", "host_ms"}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -84,6 +85,16 @@ def test_a_deeper_subnet_launches_more() -> None:
     few, many = (launches.run(config, subnet, repeats=1)[1] for subnet in (space.smallest, space.intact))
     assert few["triton"] < many["triton"]
     assert few["host_ms"] > 0
+
+
+def test_graphs_are_launched_instead_of_what_they_hold() -> None:
+    """Forward of the teacher, forward and backward of both students."""
+    config = tiny_config("method.backbone.max_depth=3", "method.backbone.drop_path=0.2")
+    _, plain = launches.run(config, config.method.backbone.space.intact, repeats=1)
+    config = override(config, ["performance.cuda_graphs=true"])
+    table, graphs = launches.run(config, config.method.backbone.space.intact, repeats=1)
+    assert (plain["graph"], graphs["graph"]) == (0, 5) and any("graph" in line for line in table)
+    assert graphs["triton"] < plain["triton"] and graphs["launches"] < plain["launches"]
 
 
 def test_a_subnet_outside_of_the_space_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
