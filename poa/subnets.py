@@ -26,7 +26,7 @@ Depth = int | tuple[int, ...]
 """Blocks of a network, or of each of its stages."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Subnet:
     """One network inside the shared weights.
 
@@ -45,6 +45,9 @@ class Subnet:
 
     def __str__(self) -> str:
         return f"{self.width}x{depth_text(self.depth)}"
+
+    def __lt__(self, other: Subnet) -> bool:
+        return (self.width, self.blocks) < (other.width, other.blocks)  # also of another backbone
 
     @property
     def blocks(self) -> tuple[int, ...]:

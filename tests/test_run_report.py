@@ -21,7 +21,7 @@ from PIL import Image
 from benchmarks import roofline
 from helpers.collections_of_images import write_folder
 from helpers.run_folders import rows
-from helpers.tiny import ONE_STEP, tiny_config
+from helpers.tiny import ONE_STEP, tiny_config, tiny_pyramid
 from poa import report
 from poa.__main__ import main
 from poa.checkpoint import RunFolder
@@ -184,6 +184,13 @@ def test_runs_are_compared(trained: Path, tmp_path: Path, capsys: pytest.Capture
     for folder in (trained, other):
         loss = [row["loss"] for row in rows(folder) if "loss" in row][-1]
         assert f"<td>{loss:.4f}</td>" in page
+
+
+def test_runs_of_other_backbones_are_compared(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "swin"
+    pretrain(tiny_pyramid("swin"), other)
+    assert main(["report", str(trained), str(other)]) == 0
+    assert "<h1>run, swin</h1>" in (trained / "comparison.html").read_text()
 
 
 def test_pages_of_pictures_are_linked_from_wherever_the_report_lies(
