@@ -144,6 +144,19 @@ def test_planning_leaves_no_constants_behind(name: str, monkeypatch: pytest.Monk
     assert type(features.cls.detach()) is torch.Tensor
 
 
+@pytest.mark.parametrize("kind", ["swin", "resnet"])
+def test_an_extracted_network_that_became_elastic_is_extracted_again(kind: str) -> None:
+    intact = tiny_pyramid(kind).method.backbone.build().eval()
+    source = intact.to_static(intact.space.intact)
+    elastic = source.config.halved().build().eval()
+    elastic.load_state_dict(source.state_dict())
+    images, smallest = [torch.randn(2, 3, 32, 32)], elastic.space.smallest
+    assert smallest.width < elastic.space.intact.width and smallest.blocks < elastic.space.intact.blocks
+    with torch.no_grad():
+        (expected,), (alone,) = elastic(images, smallest), elastic.to_static(smallest).eval()(images)
+    torch.testing.assert_close(alone.cls, expected.cls, rtol=1e-4, atol=1e-5)
+
+
 def tables_of(config: object, subnet: Subnet) -> list[tuple[int, int, int]]:
     """Tokens of a window, rows of the table and heads of each block with such a table."""
     if not isinstance(config, poa.SwinConfig):

@@ -134,8 +134,9 @@ class SwinConfig(PyramidConfig):
             tuple(self.shifts(stage)[i] for i in self.active(subnet, stage))
             for stage in range(len(self.max_depths))
         )
+        plain = dataclasses.replace(self, shifted=None)  # whose flags are of the largest depths
         return dataclasses.replace(
-            super().of_one_size(subnet, image_size),
+            super(SwinConfig, plain).of_one_size(subnet, image_size),
             drop_path=0.0,
             embedding_width=self.embedding,
             shifted=tuple(shifts),
