@@ -94,6 +94,13 @@ class _ReachAll(torch.autograd.Function):
         return dx, *(None,) * ctx.count
 
 
+def reaching_all(loss: Tensor, network: nn.Module) -> Tensor:
+    """The loss, whose backward reaches all parameters, as DDP expects; those without a gradient at once, so
+    that others are reduced as soon as they are complete."""
+    reached: Tensor = _ReachAll.apply(loss, *network.parameters())
+    return reached
+
+
 class _Gathered(torch.autograd.Function):
     """The identity, whose backward adds the gradient that a leaf has gathered."""
 
@@ -125,17 +132,13 @@ class Network(nn.Module):
         batch: Batch,
         passes: Sequence[StudentPass],
         recompute: bool = False,
-        reach_all: bool = False,
         prototypes: list[Tensor] | None = None,
     ) -> list[StudentOutput]:
         """Run the students, one pass each, of whose losses `backward` is called.
 
-        Blocks are perhaps recomputed then; it reaches all parameters, as DDP expects, if it is to
-        `reach_all`. The prototypes of each head may be made already.
+        Blocks are perhaps recomputed then. The prototypes of each head may be made already.
         """
         prototypes = self.head.matrices() if prototypes is None else prototypes
-        if reach_all:
-            prototypes[0] = _ReachAll.apply(prototypes[0], *self.parameters())
         with shared_gradients(accumulate=True):
             return [self._student(batch, p, prototypes, recompute) for p in passes]
 

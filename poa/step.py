@@ -30,7 +30,7 @@ from poa.errors import InputError
 from poa.health import observe
 from poa.initialization import FrozenTeacher, frozen_teacher, is_run, read_source
 from poa.micro_batch import AUTOCAST, MicroBatch
-from poa.network import Network, StudentOutput, StudentPass, gathered
+from poa.network import Network, StudentOutput, StudentPass, gathered, reaching_all
 from poa.optim import Schedules, apply_schedules, build_optimizer, restore_optimizer, update_weights
 from poa.random import torch_stream
 from poa.tribranch import Centers, Targets, elastic_loss, intact_loss, teacher_targets, tribranch_loss
@@ -267,7 +267,7 @@ def accumulate_gradients(
     Returns:
         The loss and its terms, detached, and what the students gave.
     """
-    batch, losses, several = micro_batch.batch, config.method.loss, isinstance(model, DistributedDataParallel)
+    batch, losses = micro_batch.batch, config.method.loss
     precision, performance = config.method.precision, config.performance
 
     def run(*passes: StudentPass, **options: Any) -> list[StudentOutput]:
@@ -287,8 +287,11 @@ def accumulate_gradients(
         prototypes, leaves = intact.prototypes, [p.detach().requires_grad_() for p in intact.prototypes]
         values = backward(*intact_loss(replace(intact, prototypes=leaves), targets, batch, losses))
     intact, prototypes = intact.detached(), gathered(prototypes, leaves)
-    (elastic,) = run(micro_batch.passes[1], reach_all=several, prototypes=prototypes)
-    others = backward(*elastic_loss(intact, elastic, targets, batch, losses))
+    (elastic,) = run(micro_batch.passes[1], prototypes=prototypes)
+    loss, terms = elastic_loss(intact, elastic, targets, batch, losses)
+    if isinstance(model, DistributedDataParallel) and model.require_backward_grad_sync:
+        loss = reaching_all(loss, state.student)
+    others = backward(loss, terms)
     sums = {name: values[name] + others[name] for name in values.keys() & others.keys()}
     return values | others | sums, [intact, elastic]
 

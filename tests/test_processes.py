@@ -158,6 +158,43 @@ def test_torchrun(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+REDUCED_MEANWHILE = """
+import sys
+from pathlib import Path
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from helpers.tiny import tiny_config
+from poa import train
+from poa.backbones import ElasticViT
+events, embed = [], ElasticViT.embed
+
+class Small(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, *arguments, **options):
+        torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1
+        super().__init__(*arguments, bucket_cap_mb=0.001, **options)
+        self.register_comm_hook(None, noted)
+
+def noted(state, bucket):
+    events.append("reduced")
+    return allreduce_hook(state, bucket)
+
+def noting(self, *inputs):
+    x, groups = embed(self, *inputs)
+    if x.requires_grad:
+        x.register_hook(lambda dx: events.append("backward is over"))
+    return x, groups
+
+ElasticViT.embed, train.DistributedDataParallel = noting, Small
+train.pretrain(tiny_config("performance.backward=apart"), Path(sys.argv[1]))
+*_, intact, elastic = (place for place, event in enumerate(events) if event == "backward is over")
+assert elastic - intact > 10, events[intact:]
+"""
+
+
+def test_gradients_are_reduced_during_the_last_backward(tmp_path: Path) -> None:
+    processes.run(2, "-c", REDUCED_MEANWHILE, str(tmp_path / "run"))
+
+
 LOST_NUMBERS = """
 import sys
 from pathlib import Path
