@@ -140,6 +140,8 @@ def test_pairs_are_those_of_all_similarities(
     np.savez(tmp_path / "nan.npz", **dict(np.load(tmp_path / "f.npz")) | {"cls": damaged})
     np.save(tmp_path / "f.npy", damaged)  # of another run than its JSON
     capsys.readouterr()
+    assert main([*command, "--most", "1"]) == 0
+    assert f"1 of them listed, of 2 of {count} images\n" in capsys.readouterr().out
     assert main(["pairs", str(tmp_path / "nan.npz"), "--out", out]) == 0
     assert f"nan.npz: 2 of {count} images have NaN or inf features, and no pair" in capsys.readouterr().out
     for arguments, message in (

@@ -117,7 +117,7 @@ def run_pairs(options: argparse.Namespace) -> None:
     write_pairs(out, rows, about)
     if page:
         write_text(page, html)
-    alike = len({row["first"] for row in rows})
+    alike = len((pairs.positions[:, 0] if options.others else pairs.positions).unique())
     print(
         f"near-duplicates: {pairs.total:,} pairs with a cosine similarity of {options.similarity:g} or more, "
         f"{len(rows):,} of them listed, of {alike:,} of {len(first.names):,} images"
