@@ -194,7 +194,7 @@ def test_own_images_end_to_end(images: Path, tmp_path: Path, capsys: pytest.Capt
     assert load_file(f"{written[0]}/model.safetensors")["cls_token"].shape == (1, 1, 16)
 
 
-def test_an_evaluation_is_replaced_by_that_of_the_same_data_and_branch_alone(
+def test_an_evaluation_is_replaced_by_that_of_the_same_data_branch_and_step_alone(
     run: Run, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(images.parent)
@@ -211,7 +211,7 @@ def test_an_evaluation_is_replaced_by_that_of_the_same_data_and_branch_alone(
         ("evaluation-2.json", str(images), "teacher", 6),
         ("evaluation-3.json", "digits", "student", 6),
         ("evaluation-2.json", str(images), "teacher", 6),
-        ("evaluation.json", "digits", "teacher", 3),
+        ("evaluation-4.json", "digits", "teacher", 3),
     ]
     narrow = json.loads((run / "evaluation-2.json").read_text())
     for arguments in (["--subnets", "32x2"], ["--subnets", "16x1", "--retrieval"]):

@@ -155,7 +155,7 @@ def _evaluate_models(
         raise InputError("evaluate: expected no --initial, --step, --branch or --subnets with a model")
     if (len(names) > 1 or names[0].startswith(TIMM)) and not options.out:
         raise InputError(f"evaluate: expected --out with {' '.join(names)}, got none")
-    out = Path(options.out or evaluation_file(Path(names[0]), options.data, BRANCH))
+    out = Path(options.out or evaluation_file(Path(names[0]), options.data, BRANCH, 0))
     plot = Path(options.plot) if options.plot else None
     reports = evaluate_models(
         names,

@@ -48,7 +48,7 @@ def evaluate_run(
     """
     folder = weights.folder
     chosen, asked = config.method.backbone.space.named(subnets), require_protocols(protocols)
-    out = out or evaluation_file(folder.path, config.data.source, weights.branch)
+    out = out or evaluation_file(folder.path, config.data.source, weights.branch, weights.wanted_step)
     with init_distributed(config.run.device, config.run.timeout, config.performance.threads) as world:
         world.from_main(partial(require_outputs, out, plot))
         images = open_on_ranks(config, world, openers)

@@ -52,16 +52,17 @@ def data_place(name: str) -> str:
     return name if name == "digits" or name.startswith(DATASET) or is_url(name) else os.path.abspath(name)
 
 
-def evaluation_file(folder: Path, data: str, branch: str) -> Path:
+def evaluation_file(folder: Path, data: str, branch: str, step: int | None) -> Path:
     """Where an evaluation goes in the folder of a run or model: `evaluation.json`, or `evaluation-2.json` and
-    so on where that is of other data or of another branch."""
+    so on where that is of other data, of another branch or of another step."""
     for number in itertools.count(1):
         path = folder / (f"evaluation-{number}.json" if number > 1 else "evaluation.json")
         if not path.exists():
             return path
         with suppress(InputError, KeyError, TypeError):
             settings = read_json(path, "evaluation")["settings"]
-            if (settings["data"], settings["branch"]) == (data_place(data), branch):
+            there = settings["data"], settings["branch"], settings["step"]
+            if there == (data_place(data), branch, step):
                 return path
     raise AssertionError
 
