@@ -243,6 +243,9 @@ def test_a_model_goes_to_the_hub_with_its_card(
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(HfApi=Hub))
     command = ["extract", run, "--subnets", "32x2", "--license", "cc-by-4.0", "--push"]
+    other = read_json(Path(run) / "evaluation.json", "")
+    other["settings"]["step"] = 12
+    Path(run, "evaluation-2.json").write_text(json.dumps(other))
     capsys.readouterr()
     assert main([*command, "me/model", "--dry-run"]) == 0
     folder, said = capsys.readouterr().out.splitlines()
@@ -256,6 +259,8 @@ def test_a_model_goes_to_the_hub_with_its_card(
     assert main([*command, "me/taken"]) == 2
     assert "--push me/taken: expected a writable repository, got 403 Forbidden\n" in capsys.readouterr().err
     card = (Path(folder) / "README.md").read_text()
+    Path(run, "evaluation-2.json").unlink()
+    assert "of step 12" not in card
     assert card.startswith('---\nlibrary_name: timm\nlicense: "cc-by-4.0"\n')
     (knn,) = [row["knn"] for row in read_json(Path(run) / "evaluation.json", "")["subnets"]]
     for k, accuracy in knn.items():

@@ -102,7 +102,7 @@ def run_extract(options: argparse.Namespace) -> None:
         )
         print(path)
         model = load(path)
-        write_card(model, path, folder, options.license)
+        write_card(model, path, folder, f"{options.branch} of step {checkpoint.step}", options.license)
         if data:
             done = export_int8(model, path, data, config)
             print(f"{done.path}: {done.measure} accuracy {done.int8:.1%} in int8, {done.fp32:.1%} in fp32")

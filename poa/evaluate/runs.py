@@ -48,11 +48,11 @@ def evaluate_run(
     """
     folder = weights.folder
     chosen, asked = config.method.backbone.space.named(subnets), require_protocols(protocols)
-    out = out or evaluation_file(folder.path, config.data.source, weights.branch, weights.wanted_step)
     with init_distributed(config.run.device, config.run.timeout, config.performance.threads) as world:
+        network, checkpoint = _same_network(weights, world)
+        out = out or evaluation_file(folder.path, config.data.source, weights.branch, checkpoint.step)
         world.from_main(partial(require_outputs, out, plot))
         images = open_on_ranks(config, world, openers)
-        network, checkpoint = _same_network(weights, world)
         backbone = network.to(world.device).backbone
         if isinstance(network, Classifier):
             require_classes(network.classes, images, config.data.source)

@@ -52,7 +52,7 @@ def data_place(name: str) -> str:
     return name if name == "digits" or name.startswith(DATASET) or is_url(name) else os.path.abspath(name)
 
 
-def evaluation_file(folder: Path, data: str, branch: str, step: int | None) -> Path:
+def evaluation_file(folder: Path, data: str, branch: str, step: int) -> Path:
     """Where an evaluation goes in the folder of a run or model: `evaluation.json`, or `evaluation-2.json` and
     so on where that is of other data, of another branch or of another step."""
     for number in itertools.count(1):

@@ -43,17 +43,18 @@ logits = model.classify("photo.jpg")  # of model.classes
 """
 
 
-def write_card(model: ExportedModel, folder: Path, run: RunFolder, licence: str) -> Path:
-    """Write the card of a model into its folder, out of the data, settings and evaluations of its run.
+def write_card(model: ExportedModel, folder: Path, run: RunFolder, weights: str, licence: str) -> Path:
+    """Write the card of a model into its folder, out of the data and settings of its run and the evaluations
+    of its weights.
 
-    `licence` is an identifier of the Hub such as apache-2.0.
+    `weights` are `BRANCH of step N`, `licence` is an identifier of the Hub such as apache-2.0.
     """
     path = folder / CARD
-    write_text(path, "\n".join(_card(model, folder.name, run, licence)))
+    write_text(path, "\n".join(_card(model, folder.name, run, weights, licence)))
     return path
 
 
-def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iterator[str]:
+def _card(model: ExportedModel, name: str, run: RunFolder, weights: str, licence: str) -> Iterator[str]:
     config, pixels, subnet = run.config(), model.preprocess, model.subnet
     method = config.method
     task = "image-classification" if model.classes else "image-feature-extraction"
@@ -83,7 +84,7 @@ def _card(model: ExportedModel, name: str, run: RunFolder, licence: str) -> Iter
     rows = [
         (_without_place(about), format(row[str(subnet)], number_format(about.rpartition(": ")[2])))
         for about, row in scores
-        if str(subnet) in row
+        if str(subnet) in row and about.startswith(f"{weights}, ")
     ]
     yield from _table(("of held-out images", "accuracy"), rows) if rows else ["Not evaluated."]
     yield "\n## How to use it"

@@ -153,10 +153,10 @@ class Readers:
 
     def read_evaluation(self) -> str:
         evaluations(self.run)
-        weights = Weights(self.run, "teacher", None)
         with suppress(InputError):
-            knn_quality(weights, None, self.config.data.source)
-        path = evaluation_file(self.run.path, self.config.data.source, "teacher", weights.wanted_step)
+            knn_quality(Weights(self.run, "teacher", None), None, self.config.data.source)
+        step = self.run.newest().step
+        path = evaluation_file(self.run.path, self.config.data.source, "teacher", step)
         return "the same place" if path.name == "evaluation.json" else "kept, another beside it"
 
     def read_latency(self) -> str:
